@@ -1,0 +1,4 @@
+//! (to come)
+/// To come.
+#[derive(Debug)]
+pub struct JobSpec;
