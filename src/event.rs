@@ -1,1 +1,206 @@
-//! (to come)
+//! An event: an append-only, numbered fact about one job. Events are what clients follow, what the
+//! journal keeps and what an audit reads. The daemon sets number, time and origin of each; nothing that an
+//! agent prints can forge one, since an agent's frame is only ever the value of `frame` in an event whose
+//! origin is `agent`.
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::job::{Outcome, State, StopReason};
+use crate::money::MicroUsd;
+use crate::pricing::Usage;
+
+/// Who stands behind what an event says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// The daemon: states, decisions, limits.
+    Daemon,
+    /// The gateway: requests and charges, measured at the wire.
+    Gateway,
+    /// The cell: what the CLI or its children printed. Advice, never proof.
+    Agent,
+}
+
+/// What was decided about a tool call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Decision {
+    /// The call runs.
+    Allow,
+    /// The call does not run; the agent reads the reason.
+    Deny,
+}
+
+/// What happened. In JSON the fields stand beside `seq`, `at_ms` and `origin`, with `type` as the tag.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Body {
+    /// The job's state changed; the row says the same.
+    State {
+        /// The new state.
+        #[serde(flatten)]
+        state: State,
+    },
+    /// One frame that the CLI printed on stdout.
+    Frame {
+        /// Offset in the cell's stdout after the frame's line feed.
+        end: u64,
+        /// The frame, unchanged.
+        frame: Box<RawValue>,
+    },
+    /// A line on stdout that is no JSON, or a piece of stderr: text, with invalid UTF-8 replaced.
+    Output {
+        /// `stdout` or `stderr`.
+        stream: Stream,
+        /// Offset in that stream after this piece.
+        end: u64,
+        /// The text without its line feed.
+        text: String,
+    },
+    /// One frame that the daemon sent to the CLI: what a restarted daemon sends again from the byte the
+    /// cell asks for.
+    Sent {
+        /// Offset in the cell's stdin after the frame's line feed.
+        end: u64,
+        /// The frame.
+        frame: Box<RawValue>,
+    },
+    /// A tool call was judged.
+    Tool {
+        /// The CLI's id of the call.
+        tool_use_id: String,
+        /// The tool's name, `mcp__server__tool` for MCP.
+        tool: String,
+        /// Allowed or not.
+        decision: Decision,
+        /// The rule that decided, named as in the policy file.
+        rule: String,
+        /// What the agent reads when it was denied.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+    },
+    /// A request for the model passed the gateway's checks and its worst cost was set aside.
+    Request {
+        /// The model asked for.
+        model: String,
+        /// What was set aside, in micro-USD.
+        reserved_micro_usd: MicroUsd,
+    },
+    /// A request for the model ended.
+    Charge {
+        /// The model asked for.
+        model: String,
+        /// The provider's HTTP status; 0 when there was no answer.
+        status: u16,
+        /// Tokens as the provider billed them.
+        usage: Usage,
+        /// What it cost, in micro-USD.
+        charged_micro_usd: MicroUsd,
+        /// From the first byte in to the last byte out, in milliseconds.
+        duration_ms: u64,
+    },
+    /// The gateway turned a request away.
+    Refused {
+        /// The status the CLI got.
+        status: u16,
+        /// Why.
+        why: String,
+    },
+    /// A limit was reached, or a stop was asked for.
+    Stop {
+        /// Which one.
+        reason: StopReason,
+        /// The limit or the asker, in words.
+        detail: String,
+    },
+    /// Something a person should know (ids not mapped, an image picked, a cell lost and found).
+    Note {
+        /// The words.
+        text: String,
+    },
+    /// Events from `first` to `last` were dropped from the journal to keep it under its limit.
+    Truncated {
+        /// First number that is gone.
+        first: u64,
+        /// Last number that is gone.
+        last: u64,
+    },
+    /// The last event of every job: totals beside the outcome.
+    Summary {
+        /// How it ended.
+        #[serde(flatten)]
+        outcome: Outcome,
+        /// Totals as the daemon measured them.
+        totals: Totals,
+        /// The agent's final answer, where it gave one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        result: Option<String>,
+    },
+}
+
+/// A byte stream of a cell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Stream {
+    /// Frames.
+    Stdout,
+    /// Diagnostics.
+    Stderr,
+}
+
+/// Totals of one job.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Totals {
+    /// What the ledger charged, in micro-USD.
+    #[schemars(with = "u64")]
+    pub charged_micro_usd: MicroUsd,
+    /// The CLI's own figure, in micro-USD (advice; the ledger is the truth).
+    #[schemars(with = "Option<u64>")]
+    pub cli_micro_usd: Option<MicroUsd>,
+    /// Messages of the model (distinct ids, subagents not counted).
+    pub turns: u64,
+    /// Tokens as the provider billed them.
+    pub usage: Usage,
+    /// Requests that reached the provider.
+    pub requests: u64,
+    /// Tool calls judged.
+    pub tool_calls: u64,
+    /// Tool calls denied.
+    pub tool_denials: u64,
+    /// Most memory the cell used, in bytes.
+    pub peak_memory_bytes: u64,
+    /// CPU time of the cell, in microseconds.
+    pub cpu_us: u64,
+}
+
+/// One event as clients read it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Event {
+    /// Number within the job: from 1, without gaps.
+    pub seq: u64,
+    /// Wall clock, milliseconds since 1970.
+    pub at_ms: u64,
+    /// Who stands behind it.
+    pub origin: Origin,
+    /// What happened.
+    #[serde(flatten)]
+    pub body: Body,
+}
+
+impl Body {
+    /// Who stands behind a body of this kind.
+    pub fn origin(&self) -> Origin {
+        match self {
+            Self::Frame { .. } | Self::Output { .. } => Origin::Agent,
+            Self::Request { .. } | Self::Charge { .. } | Self::Refused { .. } => Origin::Gateway,
+            Self::State { .. }
+            | Self::Sent { .. }
+            | Self::Tool { .. }
+            | Self::Stop { .. }
+            | Self::Note { .. }
+            | Self::Truncated { .. }
+            | Self::Summary { .. } => Origin::Daemon,
+        }
+    }
+}
