@@ -1,1 +1,3 @@
-//! (to come)
+//! The HTTP API on the unix socket (to come).
+
+pub mod wire;

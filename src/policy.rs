@@ -1,1 +1,23 @@
-//! (to come)
+//! What a job may do and spend. A policy is a TOML file that an operator writes ([`file`]); a job's spec
+//! is narrowed against it once, at submit, into a [`Plan`] that is stored with the job ([`narrow`]); every
+//! later question is answered from that plan alone ([`decide`]), so a policy edited meanwhile changes
+//! nothing for jobs already accepted.
+//!
+//! *Invariant*: a plan never allows more than its policy. Nothing here reads a file, a clock or the
+//! environment, and nothing answers "yes" but by building a [`Permit`], which only this module can.
+
+pub mod decide;
+pub mod file;
+pub mod narrow;
+
+pub use decide::{Ask, Denial, Permit, decide};
+pub use file::{Policy, PolicyError};
+pub use narrow::{Defaults, NarrowError, Plan, PlanLimits, narrow};
+
+/// True when `name` is `pattern`, or begins with what stands before a final `*` in it.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(prefix) => name.starts_with(prefix),
+        None => pattern == name,
+    }
+}

@@ -1,0 +1,181 @@
+//! What travels over the socket as JSON: the views of a job and the one shape of an error. Clients in any
+//! language depend on these names; fields are added, never renamed.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::event::Totals;
+use crate::job::{Blame, JobId, Outcome, State};
+
+/// A job as its owner sees it.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct JobView {
+    /// Its id.
+    pub id: JobId,
+    /// Where it stands; with `outcome` and its data when done, with `reason` when stopping.
+    #[serde(flatten)]
+    pub state: State,
+    /// Host user id of the submitter.
+    pub uid: u32,
+    /// First line of the prompt, shortened.
+    pub title: String,
+    /// The policy it runs under.
+    pub policy: String,
+    /// The model.
+    pub model: String,
+    /// The image's reference.
+    pub image: String,
+    /// The workspace on the host, where it has one.
+    pub workspace: Option<String>,
+    /// `bind`, `read-only` or `none`.
+    pub workspace_mode: crate::job::spec::WorkspaceMode,
+    /// The submitter's labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its priority.
+    pub priority: i8,
+    /// The cell that runs or ran it.
+    pub cell: Option<String>,
+    /// RFC 3339, UTC.
+    pub created_at: String,
+    /// When it got its slot.
+    pub started_at: Option<String>,
+    /// When it was done.
+    pub ended_at: Option<String>,
+    /// Number of its last event.
+    pub last_seq: u64,
+    /// What it may spend, in USD.
+    pub cost_limit_usd: f64,
+    /// What it has cost so far, in USD: the ledger's figure.
+    pub cost_usd: f64,
+    /// Totals as the daemon measured them.
+    pub totals: Totals,
+    /// The agent's final answer, where it gave one.
+    pub result: Option<String>,
+}
+
+impl JobView {
+    /// How it ended, when it has.
+    pub fn outcome(&self) -> Option<&Outcome> {
+        self.state.outcome()
+    }
+}
+
+/// A page of jobs, newest first.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct JobList {
+    /// The jobs.
+    pub jobs: Vec<JobView>,
+    /// Give it as `cursor` to get the next page; absent on the last one.
+    pub next_cursor: Option<String>,
+}
+
+/// What `GET /healthz` answers.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct Health {
+    /// `ok`, or `degraded` with the reason in `problems`.
+    pub status: String,
+    /// The daemon's version.
+    pub version: String,
+    /// Label of this daemon's containers.
+    pub instance: String,
+    /// The engine's address.
+    pub engine: String,
+    /// What does not work at the moment, in words.
+    pub problems: Vec<String>,
+}
+
+/// Every error answer.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct ErrorBody {
+    /// The error.
+    pub error: ErrorInfo,
+}
+
+/// One error.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct ErrorInfo {
+    /// Which one, for programs.
+    pub code: ErrorCode,
+    /// Whose fault it is.
+    pub blame: Blame,
+    /// What happened, for people.
+    pub message: String,
+    /// What to do next, where there is something.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+/// Which error it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The spec is no valid JSON, has an unknown key or a value outside its limit. 400
+    InvalidSpec,
+    /// A query parameter or header is not valid. 400
+    InvalidRequest,
+    /// The body is larger than any spec may be. 413
+    TooLarge,
+    /// No such policy. 400
+    UnknownPolicy,
+    /// The job asks for more than its policy allows. 403
+    AbovePolicy,
+    /// The workspace cannot be used. 400
+    Workspace,
+    /// No such job, or not yours. 404
+    NotFound,
+    /// No such path or method. 404
+    NoRoute,
+    /// The idempotency key was used with another spec. 409
+    IdempotencyConflict,
+    /// The job is not done yet. 409
+    NotDone,
+    /// Too many jobs are queued. 429
+    QueueFull,
+    /// The engine does not answer. 503
+    EngineUnavailable,
+    /// No image, or no agent bundle. 503
+    ImageUnavailable,
+    /// The daemon is shutting down. 503
+    Draining,
+    /// A fault of the daemon. 500
+    Internal,
+}
+
+impl ErrorCode {
+    /// The HTTP status.
+    pub fn status(self) -> u16 {
+        match self {
+            Self::InvalidSpec | Self::InvalidRequest | Self::UnknownPolicy | Self::Workspace => 400,
+            Self::AbovePolicy => 403,
+            Self::NotFound | Self::NoRoute => 404,
+            Self::IdempotencyConflict | Self::NotDone => 409,
+            Self::TooLarge => 413,
+            Self::QueueFull => 429,
+            Self::EngineUnavailable | Self::ImageUnavailable | Self::Draining => 503,
+            Self::Internal => 500,
+        }
+    }
+
+    /// Whose fault it is.
+    pub fn blame(self) -> Blame {
+        match self {
+            Self::InvalidSpec
+            | Self::InvalidRequest
+            | Self::TooLarge
+            | Self::UnknownPolicy
+            | Self::AbovePolicy
+            | Self::Workspace
+            | Self::NotFound
+            | Self::NoRoute
+            | Self::IdempotencyConflict
+            | Self::NotDone => Blame::Job,
+            Self::QueueFull
+            | Self::EngineUnavailable
+            | Self::ImageUnavailable
+            | Self::Draining
+            | Self::Internal => Blame::Host,
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! The one place that says yes or no while a job runs. A pure function of the stored plan and the
+//! question, so that `explain`, the audit and the real decision can never differ.
+//!
+//! *Invariant*: a [`Permit`] cannot be built outside this file:
+//!
+//! ```compile_fail
+//! let forged = hotcell::policy::Permit { rule: "mine".into(), seal: () };
+//! ```
+
+use super::Plan;
+use super::matches;
+
+/// A question about a running job.
+#[derive(Debug, Clone, Copy)]
+pub enum Ask<'a> {
+    /// May this tool be called?
+    Tool {
+        /// The tool's name, `mcp__server__tool` for MCP.
+        name: &'a str,
+    },
+    /// May this model be asked, with the provider's credential?
+    Model {
+        /// The model's name as in the request.
+        name: &'a str,
+    },
+}
+
+/// Proof that the policy allowed something. Secrets are attached only against one.
+#[derive(Debug, Clone)]
+pub struct Permit {
+    rule: String,
+    // Keeps the struct from being built anywhere else.
+    #[allow(dead_code)]
+    seal: (),
+}
+
+impl Permit {
+    /// The rule that allowed it, named as in the policy file.
+    pub fn rule(&self) -> &str {
+        &self.rule
+    }
+}
+
+/// A refusal, with words for whoever asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct Denial {
+    /// The rule that refused it, named as in the policy file.
+    pub rule: String,
+    /// What the agent reads.
+    pub reason: String,
+}
+
+/// Answers `ask` from the plan.
+///
+/// # Errors
+/// [`Denial`] when no rule allows it; what no rule names is denied.
+pub fn decide(plan: &Plan, ask: Ask<'_>) -> Result<Permit, Denial> {
+    match ask {
+        Ask::Tool { name } => {
+            let denied = plan.disallowed_tools.iter().filter(|p| !p.contains('('));
+            if let Some(pattern) = plan.tools_deny.iter().find(|p| matches(p, name)) {
+                return refuse(
+                    plan,
+                    format!("tools.deny {pattern}"),
+                    format!("the tool {name} is not allowed"),
+                );
+            }
+            if let Some(pattern) = denied.into_iter().find(|p| matches(p, name)) {
+                return refuse(
+                    plan,
+                    format!("job disallowed_tools {pattern}"),
+                    format!("the job refuses {name}"),
+                );
+            }
+            if let Some(list) = &plan.tools
+                && !name.starts_with("mcp__")
+                && !list.iter().any(|tool| tool == name)
+            {
+                return refuse(plan, "job tools".into(), format!("the job's tools do not include {name}"));
+            }
+            allow(plan, &plan.tools_allow, "tools.allow", name)
+        }
+        Ask::Model { name } => allow(plan, &plan.models_allow, "models.allow", name),
+    }
+}
+
+fn allow(plan: &Plan, patterns: &[String], key: &str, name: &str) -> Result<Permit, Denial> {
+    match patterns.iter().find(|p| matches(p, name)) {
+        Some(pattern) => Ok(Permit { rule: format!("{key} {pattern}"), seal: () }),
+        None => refuse(plan, key.to_owned(), format!("{name} is not in {key}")),
+    }
+}
+
+fn refuse(plan: &Plan, rule: String, reason: String) -> Result<Permit, Denial> {
+    let reason = format!("{reason} (policy {}, rule {rule})", plan.policy);
+    Err(Denial { rule, reason })
+}

@@ -1,0 +1,257 @@
+//! A policy file: TOML → [`Policy`]. Unknown keys, empty lists and limits that no job could meet are
+//! errors that name the file, the line and the key. Parsing only; reading the file is the daemon's.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::job::spec::{PermissionMode, WorkspaceMode};
+use crate::money::MicroUsd;
+
+/// A policy file that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PolicyError {
+    /// TOML, an unknown key, a missing key or a wrong type.
+    #[error("policy {file}: {detail}")]
+    Syntax {
+        /// The file's name.
+        file: String,
+        /// The parser's words, with line, column and the line itself.
+        detail: String,
+    },
+    /// A value outside its limit.
+    #[error("policy {file}: {key}: {problem}")]
+    Value {
+        /// The file's name.
+        file: String,
+        /// The key, with dots for nesting.
+        key: &'static str,
+        /// What is wrong and what is allowed.
+        problem: String,
+    },
+}
+
+/// What jobs under this policy may do and spend: the ceiling.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    /// The file's name without `.toml`.
+    #[serde(skip)]
+    pub name: String,
+    /// SHA-256 of the file, in hex: what a stored plan was made from.
+    #[serde(skip)]
+    pub hash: String,
+    /// One line for `hotcell policy ls` and for whoever chooses one.
+    pub description: String,
+    /// Let the repository's own CLAUDE.md, skills, agents, commands and settings load natively. Its command
+    /// hooks and its permission rules never loosen the gate.
+    #[serde(default)]
+    pub project_settings: bool,
+    /// Where `project_settings` is off: hand the repository's CLAUDE.md over in the system prompt.
+    #[serde(default = "yes")]
+    pub hand_over_claude_md: bool,
+    /// Permission modes a job may choose; the first is the default.
+    pub permission_modes: Vec<PermissionMode>,
+    /// Models.
+    pub models: Models,
+    /// Images.
+    pub images: Images,
+    /// Tools.
+    #[serde(default)]
+    pub tools: Tools,
+    /// Workspaces.
+    pub workspace: Workspaces,
+    /// Environment variables.
+    #[serde(default)]
+    pub env: Env,
+    /// Ceilings, which are also the defaults.
+    pub limits: Limits,
+}
+
+/// Models a job may use.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Models {
+    /// Names, or beginnings of names with a final `*`. The CLI's side requests count too.
+    pub allow: Vec<String>,
+    /// What a job gets that names none; the daemon's default where absent.
+    #[serde(default)]
+    pub default: Option<String>,
+}
+
+/// Images a job may use.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Images {
+    /// References, or beginnings of references with a final `*`.
+    pub allow: Vec<String>,
+    /// What a job gets that names none; the daemon's default where absent.
+    #[serde(default)]
+    pub default: Option<String>,
+}
+
+/// Tools a job may call.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tools {
+    /// Names, or beginnings of names with a final `*`; `mcp__server__tool` for MCP.
+    #[serde(default = "every")]
+    pub allow: Vec<String>,
+    /// The same; wins over `allow`.
+    #[serde(default)]
+    pub deny: Vec<String>,
+}
+
+impl Default for Tools {
+    fn default() -> Self {
+        Self { allow: every(), deny: Vec::new() }
+    }
+}
+
+/// Workspaces a job may have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Workspaces {
+    /// Modes a job may choose; the first is the default for a job that names a directory.
+    pub modes: Vec<WorkspaceMode>,
+}
+
+/// Environment variables a job may set for its agent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Env {
+    /// Names, or beginnings of names with a final `*`. What steers the CLI or the way out is never allowed.
+    #[serde(default)]
+    pub allow: Vec<String>,
+}
+
+/// What a job may use up.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Money per job, in USD.
+    pub cost_usd: f64,
+    /// Turns of the model.
+    pub max_turns: u32,
+    /// Seconds from the start of the cell.
+    pub wall_s: u32,
+    /// Seconds without any output or request.
+    pub silence_s: u32,
+    /// Processor cores.
+    pub cpus: f64,
+    /// Memory, in MiB.
+    pub memory_mib: u32,
+    /// Processes and threads.
+    pub pids: u32,
+    /// Disk space for HOME and /tmp, in MiB.
+    pub disk_mib: u32,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn every() -> Vec<String> {
+    vec!["*".to_owned()]
+}
+
+impl Policy {
+    /// Parses and checks the text of the file `<name>.toml`.
+    ///
+    /// # Errors
+    /// [`PolicyError`], naming file, line and key.
+    pub fn parse(name: &str, text: &str) -> Result<Self, PolicyError> {
+        let file = format!("{name}.toml");
+        let mut policy: Self = toml::from_str(text)
+            .map_err(|e| PolicyError::Syntax { file: file.clone(), detail: e.to_string() })?;
+        name.clone_into(&mut policy.name);
+        policy.hash = Sha256::digest(text.as_bytes()).iter().map(|b| format!("{b:02x}")).collect();
+        policy.check().map_err(|(key, problem)| PolicyError::Value { file, key, problem })?;
+        Ok(policy)
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        let filled = [
+            ("permission_modes", self.permission_modes.is_empty()),
+            ("models.allow", self.models.allow.is_empty()),
+            ("images.allow", self.images.allow.is_empty()),
+            ("tools.allow", self.tools.allow.is_empty()),
+            ("workspace.modes", self.workspace.modes.is_empty()),
+        ];
+        if let Some((key, _)) = filled.into_iter().find(|(_, empty)| *empty) {
+            return Err((key, "is empty: no job could run".into()));
+        }
+        for (key, list) in [
+            ("models.allow", &self.models.allow),
+            ("images.allow", &self.images.allow),
+            ("tools.allow", &self.tools.allow),
+            ("tools.deny", &self.tools.deny),
+            ("env.allow", &self.env.allow),
+        ] {
+            if let Some(bad) = list.iter().find(|p| p.is_empty() || p[..p.len() - 1].contains('*')) {
+                return Err((key, format!("{bad:?}: a '*' may stand only at the end")));
+            }
+        }
+        if let Some(model) = &self.models.default
+            && !self.models.allow.iter().any(|p| super::matches(p, model))
+        {
+            return Err(("models.default", format!("{model} is not among models.allow")));
+        }
+        if let Some(image) = &self.images.default
+            && !self.images.allow.iter().any(|p| super::matches(p, image))
+        {
+            return Err(("images.default", format!("{image} is not among images.allow")));
+        }
+        self.limits.check()
+    }
+}
+
+impl Limits {
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        MicroUsd::from_usd(self.cost_usd).map_err(|e| ("limits.cost_usd", e.to_string()))?;
+        for (key, value, min) in [
+            ("limits.max_turns", self.max_turns, 1),
+            ("limits.wall_s", self.wall_s, 1),
+            ("limits.silence_s", self.silence_s, 1),
+            ("limits.memory_mib", self.memory_mib, 256),
+            ("limits.pids", self.pids, 32),
+            ("limits.disk_mib", self.disk_mib, 16),
+        ] {
+            if value < min {
+                return Err((key, format!("is {value}; the least that a job can run with is {min}")));
+            }
+        }
+        if !self.cpus.is_finite() || !(0.1..=1024.0).contains(&self.cpus) {
+            return Err(("limits.cpus", "must be from 0.1 to 1024".into()));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEFAULT: &str = include_str!("../../policies/default.toml");
+
+    #[test]
+    fn a_mistake_is_named_with_file_line_and_key() {
+        let text = DEFAULT.replace("max_turns", "max_turn");
+        let error = Policy::parse("mine", &text).expect_err("unknown key").to_string();
+        assert!(error.contains("policy mine.toml") && error.contains("max_turn"), "{error}");
+        assert!(error.contains("line"), "{error}");
+        let text = DEFAULT.replace("cost_usd = 1.0", "cost_usd = -1.0");
+        let error = Policy::parse("mine", &text).expect_err("negative").to_string();
+        assert!(error.contains("limits.cost_usd"), "{error}");
+        let text = DEFAULT.replace(r#"allow = ["claude-*"]"#, r#"allow = ["cl*de"]"#);
+        let error = Policy::parse("mine", &text).expect_err("star inside").to_string();
+        assert!(error.contains("models.allow"), "{error}");
+    }
+
+    #[test]
+    fn the_shipped_policies_load() {
+        assert!(!Policy::parse("default", DEFAULT).expect("default").project_settings);
+        let trusted = Policy::parse("trusted", include_str!("../../policies/trusted.toml")).expect("trusted");
+        assert!(trusted.project_settings);
+    }
+}

@@ -1,0 +1,346 @@
+//! A job's spec against its policy, once, at submit: what is within the policy becomes the [`Plan`] that
+//! is stored with the job; what is above it is an error that names the key, what was asked and the
+//! ceiling. Nothing is silently lowered.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Policy, matches};
+use crate::job::spec::{Effort, JobSpec, PermissionMode, WorkspaceMode};
+use crate::money::MicroUsd;
+
+/// Variables that steer the CLI, the loader or the way out: no job may set them, whatever its policy says.
+const ENV_RESERVED: [&str; 27] = [
+    "ANTHROPIC_*",
+    "CLAUDE_*",
+    "CLAUDECODE",
+    "AWS_*",
+    "GOOGLE_*",
+    "CLOUD_ML_*",
+    "VERTEX_*",
+    "AZURE_*",
+    "HOTCELL_*",
+    "LD_*",
+    "NODE_OPTIONS",
+    "NODE_EXTRA_CA_CERTS",
+    "NODE_TLS_REJECT_UNAUTHORIZED",
+    "NODE_USE_ENV_PROXY",
+    "BUN_*",
+    "SSL_CERT_FILE",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "all_proxy",
+    "no_proxy",
+    "HOME",
+    "IS_SANDBOX",
+    "OTEL_*",
+];
+
+/// A job that asks for more than its policy allows.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {asked} is not allowed by the policy {policy} ({allowed})")]
+pub struct NarrowError {
+    /// The key of the spec.
+    pub key: String,
+    /// What the job asked for.
+    pub asked: String,
+    /// The policy's name.
+    pub policy: String,
+    /// What it allows.
+    pub allowed: String,
+}
+
+/// What the daemon's configuration names where neither job nor policy does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Defaults {
+    /// The model.
+    pub model: String,
+    /// The image.
+    pub image: String,
+}
+
+/// Everything that a job may do and spend, with nothing left open: stored in its row.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// The policy's name.
+    pub policy: String,
+    /// SHA-256 of the policy file it was made from.
+    pub policy_hash: String,
+    /// The image's reference.
+    pub image: String,
+    /// The CLI's version, where the job asked for one.
+    pub agent: Option<String>,
+    /// The model.
+    pub model: String,
+    /// The model to fall back to.
+    pub fallback_model: Option<String>,
+    /// How hard the model thinks.
+    pub effort: Option<Effort>,
+    /// The CLI's permission mode.
+    pub permission_mode: PermissionMode,
+    /// Built-in tools that exist; all where absent.
+    pub tools: Option<Vec<String>>,
+    /// Tools that the CLI need not ask for in the modes that ask.
+    pub allowed_tools: Vec<String>,
+    /// Tools the job refuses.
+    pub disallowed_tools: Vec<String>,
+    /// The policy's patterns of tools allowed.
+    pub tools_allow: Vec<String>,
+    /// The policy's patterns of tools denied.
+    pub tools_deny: Vec<String>,
+    /// The policy's patterns of models allowed.
+    pub models_allow: Vec<String>,
+    /// Let the repository's own settings load.
+    pub project_settings: bool,
+    /// Hand CLAUDE.md over in the system prompt.
+    pub hand_over_claude_md: bool,
+    /// How the workspace is mounted.
+    pub workspace_mode: WorkspaceMode,
+    /// Environment variables of the agent.
+    pub env: BTreeMap<String, String>,
+    /// What it may use up.
+    pub limits: PlanLimits,
+}
+
+/// What a job may use up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanLimits {
+    /// Money, in micro-USD.
+    pub cost_micro_usd: MicroUsd,
+    /// Turns of the model.
+    pub max_turns: u32,
+    /// Milliseconds from the start of the cell.
+    pub wall_ms: u64,
+    /// Milliseconds without any output.
+    pub silence_ms: u64,
+    /// Thousandths of a processor core.
+    pub cpus_milli: u32,
+    /// Memory, in bytes.
+    pub memory_bytes: u64,
+    /// Processes and threads.
+    pub pids_max: u32,
+    /// Disk space for HOME and /tmp, in bytes.
+    pub disk_bytes: u64,
+}
+
+/// Narrows `spec` to `policy`.
+///
+/// # Errors
+/// [`NarrowError`] for the first key that asks for more than the policy allows.
+pub fn narrow(spec: &JobSpec, policy: &Policy, defaults: &Defaults) -> Result<Plan, NarrowError> {
+    let deny = |key: &str, asked: &str, allowed: String| NarrowError {
+        key: key.to_owned(),
+        asked: asked.to_owned(),
+        policy: policy.name.clone(),
+        allowed,
+    };
+    let one_of = |key: &str, asked: &str, patterns: &[String]| {
+        if patterns.iter().any(|p| matches(p, asked)) {
+            Ok(())
+        } else {
+            Err(deny(key, asked, patterns.join(", ")))
+        }
+    };
+
+    let model = spec
+        .model
+        .clone()
+        .or_else(|| policy.models.default.clone())
+        .unwrap_or_else(|| defaults.model.clone());
+    one_of("model", &model, &policy.models.allow)?;
+    if let Some(fallback) = &spec.fallback_model {
+        one_of("fallback_model", fallback, &policy.models.allow)?;
+    }
+    let image = spec
+        .image
+        .clone()
+        .or_else(|| policy.images.default.clone())
+        .unwrap_or_else(|| defaults.image.clone());
+    one_of("image", &image, &policy.images.allow)?;
+
+    let mode = spec.permission_mode.unwrap_or(policy.permission_modes[0]);
+    if !policy.permission_modes.contains(&mode) {
+        let allowed = policy.permission_modes.iter().map(|m| m.as_str()).collect::<Vec<_>>().join(", ");
+        return Err(deny("permission_mode", mode.as_str(), allowed));
+    }
+    for (index, tool) in spec.tools.iter().flatten().enumerate() {
+        let key = format!("tools[{index}]");
+        one_of(&key, tool, &policy.tools.allow)?;
+        if let Some(pattern) = policy.tools.deny.iter().find(|p| matches(p, tool)) {
+            return Err(deny(&key, tool, format!("tools.deny has {pattern}")));
+        }
+    }
+    for name in spec.env.keys() {
+        let key = format!("env.{name}");
+        if ENV_RESERVED.iter().any(|p| matches(p, name)) {
+            return Err(deny(
+                &key,
+                name,
+                "this variable steers the CLI or its way out and is the daemon's".into(),
+            ));
+        }
+        one_of(&key, name, &policy.env.allow)?;
+    }
+    Ok(Plan {
+        policy: policy.name.clone(),
+        policy_hash: policy.hash.clone(),
+        image,
+        agent: spec.agent.clone(),
+        model,
+        fallback_model: spec.fallback_model.clone(),
+        effort: spec.effort,
+        permission_mode: mode,
+        tools: spec.tools.clone(),
+        allowed_tools: spec.allowed_tools.clone(),
+        disallowed_tools: spec.disallowed_tools.clone(),
+        tools_allow: policy.tools.allow.clone(),
+        tools_deny: policy.tools.deny.clone(),
+        models_allow: policy.models.allow.clone(),
+        project_settings: policy.project_settings,
+        hand_over_claude_md: policy.hand_over_claude_md,
+        workspace_mode: workspace_mode(spec, policy)?,
+        env: spec.env.clone(),
+        limits: limits(spec, policy)?,
+    })
+}
+
+fn workspace_mode(spec: &JobSpec, policy: &Policy) -> Result<WorkspaceMode, NarrowError> {
+    let Some(workspace) = &spec.workspace else { return Ok(WorkspaceMode::None) };
+    // "none" as a policy's first mode is no default for a job that names a directory.
+    let first = policy.workspace.modes.iter().copied().find(|m| *m != WorkspaceMode::None);
+    let wanted = workspace.mode.or(first);
+    match wanted {
+        Some(mode) if policy.workspace.modes.contains(&mode) => Ok(mode),
+        Some(_) | None => {
+            let word = |m: WorkspaceMode| match m {
+                WorkspaceMode::Bind => "bind",
+                WorkspaceMode::ReadOnly => "read-only",
+                WorkspaceMode::None => "none",
+            };
+            Err(NarrowError {
+                key: "workspace.mode".into(),
+                asked: wanted.map_or("a directory", word).to_owned(),
+                policy: policy.name.clone(),
+                allowed: policy.workspace.modes.iter().map(|m| word(*m)).collect::<Vec<_>>().join(", "),
+            })
+        }
+    }
+}
+
+fn limits(spec: &JobSpec, policy: &Policy) -> Result<PlanLimits, NarrowError> {
+    let (asked, top) = (&spec.limits, &policy.limits);
+    let above = |key: &str, asked: String, top: String| NarrowError {
+        key: format!("limits.{key}"),
+        asked,
+        policy: policy.name.clone(),
+        allowed: format!("at most {top}"),
+    };
+    let whole = |key: &str, asked: Option<u32>, top: u32| match asked {
+        Some(value) if value > top => Err(above(key, value.to_string(), top.to_string())),
+        Some(value) => Ok(value),
+        None => Ok(top),
+    };
+    let real = |key: &str, asked: Option<f64>, top: f64| match asked {
+        Some(value) if value > top => Err(above(key, value.to_string(), top.to_string())),
+        Some(value) => Ok(value),
+        None => Ok(top),
+    };
+    let mib = |value: u32| u64::from(value) * 1024 * 1024;
+    let cost = real("cost_usd", asked.cost_usd, top.cost_usd)?;
+    Ok(PlanLimits {
+        cost_micro_usd: MicroUsd::from_usd(cost)
+            .map_err(|e| above("cost_usd", e.to_string(), top.cost_usd.to_string()))?,
+        max_turns: whole("max_turns", asked.max_turns, top.max_turns)?,
+        wall_ms: u64::from(whole("wall_s", asked.wall_s, top.wall_s)?) * 1000,
+        silence_ms: u64::from(whole("silence_s", asked.silence_s, top.silence_s)?) * 1000,
+        cpus_milli: (real("cpus", asked.cpus, top.cpus)? * 1000.0) as u32,
+        memory_bytes: mib(whole("memory_mib", asked.memory_mib, top.memory_mib)?),
+        pids_max: whole("pids", asked.pids, top.pids)?,
+        disk_bytes: mib(whole("disk_mib", asked.disk_mib, top.disk_mib)?),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::{Ask, decide};
+    use proptest::prelude::*;
+
+    fn policy(name: &str) -> Policy {
+        let text = if name == "trusted" {
+            include_str!("../../policies/trusted.toml")
+        } else {
+            include_str!("../../policies/default.toml")
+        };
+        Policy::parse(name, text).expect("shipped policy")
+    }
+
+    fn defaults() -> Defaults {
+        Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into() }
+    }
+
+    fn refused(json: &str) -> NarrowError {
+        let spec = JobSpec::parse(json.as_bytes()).expect("spec");
+        narrow(&spec, &policy("default"), &defaults()).expect_err("must be refused")
+    }
+
+    #[test]
+    fn asking_for_more_names_the_key_and_the_ceiling() {
+        let error = refused(r#"{"prompt":"x","limits":{"cost_usd":5}}"#);
+        assert_eq!(error.to_string(), "limits.cost_usd: 5 is not allowed by the policy default (at most 1)");
+        assert_eq!(
+            refused(r#"{"prompt":"x","workspace":{"path":"/w","mode":"bind"}}"#).key,
+            "workspace.mode"
+        );
+        assert_eq!(refused(r#"{"prompt":"x","model":"gpt"}"#).key, "model");
+        assert_eq!(refused(r#"{"prompt":"x","image":"evil"}"#).key, "image");
+        assert_eq!(refused(r#"{"prompt":"x","tools":["Read","WebFetch"]}"#).key, "tools[1]");
+        assert_eq!(
+            refused(r#"{"prompt":"x","env":{"ANTHROPIC_BASE_URL":"http://evil"}}"#).key,
+            "env.ANTHROPIC_BASE_URL"
+        );
+        assert_eq!(refused(r#"{"prompt":"x","env":{"FOO":"1"}}"#).key, "env.FOO");
+    }
+
+    #[test]
+    fn reserved_variables_stay_reserved_where_every_name_is_allowed() {
+        let spec = JobSpec::parse(br#"{"prompt":"x","env":{"LD_PRELOAD":"/tmp/x.so"}}"#).expect("spec");
+        assert!(narrow(&spec, &policy("trusted"), &defaults()).is_err());
+    }
+
+    #[test]
+    fn a_tool_that_nothing_names_is_denied() {
+        let spec = JobSpec::parse(br#"{"prompt":"x","tools":["Read"],"disallowed_tools":["mcp__a__*"]}"#)
+            .expect("spec");
+        let plan = narrow(&spec, &policy("default"), &defaults()).expect("plan");
+        assert!(decide(&plan, Ask::Tool { name: "Read" }).is_ok());
+        for denied in ["Bash", "WebFetch", "mcp__a__b"] {
+            assert!(decide(&plan, Ask::Tool { name: denied }).is_err(), "{denied}");
+        }
+        assert!(decide(&plan, Ask::Model { name: "gpt-9" }).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_plan_is_above_its_policy(cost in proptest::option::of(0.0f64..10.0), wall in proptest::option::of(1u32..100_000), turns in proptest::option::of(1u32..5_000)) {
+            let policy = policy("default");
+            let spec = serde_json::json!({"prompt":"x","limits":{"cost_usd":cost,"wall_s":wall,"max_turns":turns}}).to_string();
+            let spec = JobSpec::parse(spec.as_bytes()).expect("spec");
+            match narrow(&spec, &policy, &defaults()) {
+                Ok(plan) => {
+                    prop_assert!(plan.limits.cost_micro_usd.as_usd() <= policy.limits.cost_usd + 1e-6);
+                    prop_assert!(plan.limits.wall_ms <= u64::from(policy.limits.wall_s) * 1000);
+                    prop_assert!(plan.limits.max_turns <= policy.limits.max_turns);
+                }
+                Err(_) => prop_assert!(cost.unwrap_or(0.0) > 1.0 || wall.unwrap_or(0) > 1800 || turns.unwrap_or(0) > 100),
+            }
+        }
+    }
+}
