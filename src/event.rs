@@ -107,6 +107,17 @@ pub enum Body {
         /// Why.
         why: String,
     },
+    /// The cell's main process ended, as PID 1 reported it.
+    Exit {
+        /// Exit code; 128 + n for signal n.
+        code: i32,
+        /// Processes that the kernel killed for memory.
+        oom_kills: u64,
+        /// Most memory the cell used, in bytes.
+        peak_memory_bytes: u64,
+        /// CPU time of the cell, in microseconds.
+        cpu_us: u64,
+    },
     /// A limit was reached, or a stop was asked for.
     Stop {
         /// Which one.
@@ -197,6 +208,7 @@ impl Body {
             Self::State { .. }
             | Self::Sent { .. }
             | Self::Tool { .. }
+            | Self::Exit { .. }
             | Self::Stop { .. }
             | Self::Note { .. }
             | Self::Truncated { .. }

@@ -1,1 +1,407 @@
-//! (to come)
+//! Every Prometheus name in one place. Labels are closed lists, every series is there from the start at 0,
+//! and error text, job ids and paths are never labels.
+
+use prometheus::CounterVec;
+use prometheus::{
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use crate::event::Decision;
+use crate::job::outcome::Failure;
+use crate::job::{FailReason, Outcome, Phase, State, StopReason};
+use crate::money::MicroUsd;
+use crate::pricing::Usage;
+
+/// Label of a model that the price list does not name.
+pub const OTHER_MODEL: &str = "other";
+
+const TOKEN_TYPES: [&str; 5] = ["input", "output", "cache_read", "cache_write_5m", "cache_write_1h"];
+
+/// The daemon's metrics.
+pub struct Metrics {
+    registry: Registry,
+    models: Vec<String>,
+    /// 1 while the engine answers.
+    pub engine_up: IntGauge,
+    /// Slots in all.
+    pub slots: IntGauge,
+    /// Slots taken.
+    pub slots_used: IntGauge,
+    /// Seconds since the oldest queued job was submitted.
+    pub queue_age_s: Gauge,
+    jobs: IntGaugeVec,
+    jobs_total: IntCounterVec,
+    failures_total: IntCounterVec,
+    stops_total: IntCounterVec,
+    job_duration: Histogram,
+    queue_time: Histogram,
+    phase_time: HistogramVec,
+    cost_total: CounterVec,
+    job_cost: Histogram,
+    tokens_total: IntCounterVec,
+    turns_total: IntCounter,
+    tool_calls_total: IntCounterVec,
+    cost_difference: GaugeVec,
+    cost_difference_total: CounterVec,
+    orphans_total: IntCounterVec,
+    refused_total: IntCounter,
+}
+
+impl std::fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+/// What a sweep or a restart had to remove.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Orphan {
+    /// A container.
+    Container,
+    /// A mount, or the directory of a cell.
+    Directory,
+    /// A reservation of money.
+    Reservation,
+}
+
+impl Orphan {
+    const ALL: [Self; 3] = [Self::Container, Self::Directory, Self::Reservation];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Container => "container",
+            Self::Directory => "directory",
+            Self::Reservation => "reservation",
+        }
+    }
+}
+
+impl Metrics {
+    /// All series at 0. `models` are the names of the price list.
+    ///
+    /// # Errors
+    /// When two metrics have the same name, which only a change of this file can cause.
+    pub fn new(agent_version: &str, models: &[String]) -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let build = IntGaugeVec::new(
+            Opts::new("hotcell_build_info", "Versions of the daemon and of its default agent; always 1."),
+            &["version", "agent"],
+        )?;
+        registry.register(Box::new(build.clone()))?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION"), agent_version]).set(1);
+        let mut models = models.to_vec();
+        models.push(OTHER_MODEL.to_owned());
+        let duration =
+            vec![1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 10800.0, 36000.0];
+        let queue = vec![0.01, 0.05, 0.25, 1.0, 5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0];
+        let phase = vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 30.0, 120.0, 600.0, 3600.0];
+        let cost = vec![0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 100.0];
+        let metrics = Self {
+            engine_up: gauge(&registry, "hotcell_engine_up", "1 while the container engine answers.")?,
+            slots: gauge(&registry, "hotcell_slots", "Jobs that may run at once.")?,
+            slots_used: gauge(&registry, "hotcell_slots_used", "Jobs that hold a slot.")?,
+            queue_age_s: float_gauge(
+                &registry,
+                "hotcell_queue_age_seconds",
+                "Age of the oldest queued job.",
+            )?,
+            jobs: gauges(&registry, "hotcell_jobs", "Jobs by state.", &["state"])?,
+            jobs_total: counters(
+                &registry,
+                "hotcell_jobs_total",
+                "Jobs that ended, by outcome.",
+                &["outcome"],
+            )?,
+            failures_total: counters(
+                &registry,
+                "hotcell_failures_total",
+                "Failed jobs, by the phase they failed in and the reason.",
+                &["phase", "reason"],
+            )?,
+            stops_total: counters(&registry, "hotcell_stops_total", "Stopped jobs, by reason.", &["reason"])?,
+            job_duration: histogram(
+                &registry,
+                "hotcell_job_duration_seconds",
+                "From the slot to the end of a job.",
+                duration,
+            )?,
+            queue_time: histogram(&registry, "hotcell_job_queue_seconds", "From submit to the slot.", queue)?,
+            phase_time: {
+                let opts = HistogramOpts::new("hotcell_job_phase_seconds", "Time of each phase of a job.")
+                    .buckets(phase);
+                let vec = HistogramVec::new(opts, &["phase"])?;
+                registry.register(Box::new(vec.clone()))?;
+                vec
+            },
+            cost_total: float_counters(
+                &registry,
+                "hotcell_cost_usd_total",
+                "Charged, by model.",
+                &["model"],
+            )?,
+            job_cost: histogram(&registry, "hotcell_job_cost_usd", "Cost of a job.", cost)?,
+            tokens_total: counters(&registry, "hotcell_tokens_total", "Tokens billed.", &["model", "type"])?,
+            turns_total: counter(
+                &registry,
+                "hotcell_turns_total",
+                "Messages of models, subagents not counted.",
+            )?,
+            tool_calls_total: counters(
+                &registry,
+                "hotcell_tool_calls_total",
+                "Tool calls judged.",
+                &["decision"],
+            )?,
+            cost_difference: {
+                let name = "hotcell_last_job_cost_difference_usd";
+                let vec = GaugeVec::new(
+                    Opts::new(name, "Last job: the ledger's cost minus the CLI's own figure."),
+                    &[],
+                )?;
+                registry.register(Box::new(vec.clone()))?;
+                vec
+            },
+            cost_difference_total: float_counters(
+                &registry,
+                "hotcell_cost_difference_usd_total",
+                "Sum over jobs of what the ledger charged above or below the CLI's own figure.",
+                &["direction"],
+            )?,
+            orphans_total: counters(
+                &registry,
+                "hotcell_orphans_reaped_total",
+                "Left-overs removed.",
+                &["kind"],
+            )?,
+            refused_total: counter(
+                &registry,
+                "hotcell_gateway_refused_total",
+                "Requests the gateway turned away.",
+            )?,
+            registry,
+            models,
+        };
+        metrics.seed();
+        Ok(metrics)
+    }
+
+    fn seed(&self) {
+        for state in State::NAMES {
+            self.jobs.with_label_values(&[state]).set(0);
+        }
+        for outcome in Outcome::LABELS {
+            self.jobs_total.with_label_values(&[outcome]);
+        }
+        for phase in Phase::ALL {
+            self.phase_time.with_label_values(&[phase.as_str()]);
+            for reason in FailReason::ALL {
+                self.failures_total.with_label_values(&[phase.as_str(), reason.as_str()]);
+            }
+        }
+        for reason in StopReason::ALL {
+            self.stops_total.with_label_values(&[reason.as_str()]);
+        }
+        for model in &self.models {
+            self.cost_total.with_label_values(&[model]);
+            for kind in TOKEN_TYPES {
+                self.tokens_total.with_label_values(&[model.as_str(), kind]);
+            }
+        }
+        for decision in ["allow", "deny"] {
+            self.tool_calls_total.with_label_values(&[decision]);
+        }
+        for direction in ["above", "below"] {
+            self.cost_difference_total.with_label_values(&[direction]);
+        }
+        for kind in Orphan::ALL {
+            self.orphans_total.with_label_values(&[kind.as_str()]);
+        }
+        let none: [&str; 0] = [];
+        self.cost_difference.with_label_values(&none).set(0.0);
+    }
+
+    /// Sets the jobs-by-state gauges from counts of the store.
+    pub fn set_jobs(&self, counts: &[(String, u64)]) {
+        for state in State::NAMES {
+            let count = counts.iter().find(|(name, _)| name == state).map_or(0, |(_, n)| *n);
+            self.jobs.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// A job got its slot after this many seconds.
+    pub fn started(&self, queued_s: f64) {
+        self.queue_time.observe(queued_s);
+    }
+
+    /// A phase of a job took this many seconds.
+    pub fn phase(&self, phase: Phase, seconds: f64) {
+        self.phase_time.with_label_values(&[phase.as_str()]).observe(seconds);
+    }
+
+    /// A job is done.
+    pub fn ended(
+        &self,
+        outcome: &Outcome,
+        duration_s: Option<f64>,
+        charged: MicroUsd,
+        cli: Option<MicroUsd>,
+    ) {
+        self.jobs_total.with_label_values(&[outcome.label()]).inc();
+        match outcome {
+            Outcome::Failed(Failure { phase, reason, .. }) => {
+                self.failures_total.with_label_values(&[phase.as_str(), reason.as_str()]).inc();
+            }
+            Outcome::Stopped { reason } => self.stops_total.with_label_values(&[reason.as_str()]).inc(),
+            Outcome::Succeeded | Outcome::Lost => {}
+        }
+        if let Some(seconds) = duration_s {
+            self.job_duration.observe(seconds);
+            self.job_cost.observe(charged.as_usd());
+        }
+        if let Some(cli) = cli {
+            let difference = charged.as_usd() - cli.as_usd();
+            let none: [&str; 0] = [];
+            self.cost_difference.with_label_values(&none).set(difference);
+            let direction = if difference >= 0.0 { "above" } else { "below" };
+            self.cost_difference_total.with_label_values(&[direction]).inc_by(difference.abs());
+        }
+    }
+
+    /// A request was charged.
+    pub fn charged(&self, model: &str, usage: &Usage, charged: MicroUsd) {
+        let model = self.models.iter().find(|m| *m == model).map_or(OTHER_MODEL, String::as_str);
+        self.cost_total.with_label_values(&[model]).inc_by(charged.as_usd());
+        let counts =
+            [usage.input, usage.output, usage.cache_read, usage.cache_write_5m, usage.cache_write_1h];
+        for (kind, count) in TOKEN_TYPES.into_iter().zip(counts) {
+            self.tokens_total.with_label_values(&[model, kind]).inc_by(count);
+        }
+    }
+
+    /// The model said something.
+    pub fn turn(&self) {
+        self.turns_total.inc();
+    }
+
+    /// A tool call was judged.
+    pub fn tool(&self, decision: Decision) {
+        let label = match decision {
+            Decision::Allow => "allow",
+            Decision::Deny => "deny",
+        };
+        self.tool_calls_total.with_label_values(&[label]).inc();
+    }
+
+    /// The gateway turned a request away.
+    pub fn refused(&self) {
+        self.refused_total.inc();
+    }
+
+    /// Something was left over and is removed.
+    pub fn reaped(&self, orphan: Orphan, count: u64) {
+        self.orphans_total.with_label_values(&[orphan.as_str()]).inc_by(count);
+    }
+
+    /// The text format, version 0.0.4.
+    ///
+    /// # Errors
+    /// When a metric cannot be encoded, which the seeding at start rules out.
+    pub fn text(&self) -> Result<String, prometheus::Error> {
+        let mut buffer = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut buffer)?;
+        Ok(String::from_utf8_lossy(&buffer).into_owned())
+    }
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+    let metric = IntGauge::new(name, help)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn float_gauge(registry: &Registry, name: &str, help: &str) -> Result<Gauge, prometheus::Error> {
+    let metric = Gauge::new(name, help)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn gauges(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> Result<IntGaugeVec, prometheus::Error> {
+    let metric = IntGaugeVec::new(Opts::new(name, help), labels)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+    let metric = IntCounter::new(name, help)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn counters(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> Result<IntCounterVec, prometheus::Error> {
+    let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn float_counters(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> Result<CounterVec, prometheus::Error> {
+    let metric = CounterVec::new(Opts::new(name, help), labels)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn histogram(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    buckets: Vec<f64>,
+) -> Result<Histogram, prometheus::Error> {
+    let metric = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_series_is_there_from_the_start() {
+        let metrics = Metrics::new("2.1.197", &["claude-sonnet-4-6".into()]).expect("metrics");
+        let text = metrics.text().expect("text");
+        for line in [
+            "hotcell_jobs{state=\"queued\"} 0",
+            "hotcell_jobs_total{outcome=\"lost\"} 0",
+            "hotcell_failures_total{phase=\"boot\",reason=\"agent_start\"} 0",
+            "hotcell_cost_usd_total{model=\"claude-sonnet-4-6\"} 0",
+            "hotcell_tokens_total{model=\"other\",type=\"cache_read\"} 0",
+            "hotcell_orphans_reaped_total{kind=\"container\"} 0",
+            "hotcell_job_phase_seconds_count{phase=\"collect\"} 0",
+        ] {
+            assert!(text.contains(line), "missing {line}\n{text}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_model_is_counted_as_other() {
+        let metrics = Metrics::new("x", &["a".into()]).expect("metrics");
+        metrics.charged("from-the-agent\"} 1", &Usage { input: 3, ..Usage::default() }, MicroUsd(1_500_000));
+        let text = metrics.text().expect("text");
+        assert!(text.contains("hotcell_cost_usd_total{model=\"other\"} 1.5"), "{text}");
+    }
+}

@@ -1,6 +1,9 @@
 //! THE state machine of a job. One enum carries the state and its data, one function moves it.
 //!
 //! ```text
+//!         Requeue
+//!    ┌────────────┐
+//!    ▼            │
 //!  Queued ──► Preparing ──► Running ──► Collecting ──► Done(outcome)
 //!    │            │            │            ▲             ▲
 //!    │            └────┬───────┘            │             │
@@ -46,6 +49,8 @@ pub enum State {
 pub enum Input {
     /// The scheduler gave it a slot.
     Admit,
+    /// The daemon died before the agent had its task; whatever there was of a cell is gone.
+    Requeue,
     /// The agent answered `initialize`; its task is about to be sent.
     Booted,
     /// A stop was asked for or a limit was reached.
@@ -103,21 +108,26 @@ impl State {
             // A queued job has no cell: a stop ends it at once.
             (Self::Queued, Input::Stop(reason)) => Ok(Self::Done(Outcome::Stopped { reason: *reason })),
             (Self::Queued, Input::Finish(outcome)) => Ok(Self::Done(outcome.clone())),
-            (Self::Queued, Input::Booted | Input::CellEnded) => illegal(),
+            (Self::Queued, Input::Requeue | Input::Booted | Input::CellEnded) => illegal(),
 
+            (Self::Preparing, Input::Requeue) => Ok(Self::Queued),
             (Self::Preparing, Input::Booted) => Ok(Self::Running),
             (Self::Preparing | Self::Running, Input::Stop(reason)) => Ok(Self::Stopping { reason: *reason }),
             (Self::Preparing | Self::Running, Input::CellEnded) => Ok(Self::Collecting { stopped: None }),
             (Self::Preparing, Input::Admit | Input::Finish(_)) => illegal(),
-            (Self::Running, Input::Admit | Input::Booted | Input::Finish(_)) => illegal(),
+            (Self::Running, Input::Admit | Input::Requeue | Input::Booted | Input::Finish(_)) => illegal(),
 
             (Self::Stopping { reason }, Input::CellEnded) => Ok(Self::Collecting { stopped: Some(*reason) }),
             (Self::Stopping { reason }, Input::Stop(_)) => Ok(Self::Stopping { reason: *reason }),
-            (Self::Stopping { .. }, Input::Admit | Input::Booted | Input::Finish(_)) => illegal(),
+            (Self::Stopping { .. }, Input::Admit | Input::Requeue | Input::Booted | Input::Finish(_)) => {
+                illegal()
+            }
 
             (Self::Collecting { .. }, Input::Finish(outcome)) => Ok(Self::Done(outcome.clone())),
             (Self::Collecting { stopped }, Input::Stop(_)) => Ok(Self::Collecting { stopped: *stopped }),
-            (Self::Collecting { .. }, Input::Admit | Input::Booted | Input::CellEnded) => illegal(),
+            (Self::Collecting { .. }, Input::Admit | Input::Requeue | Input::Booted | Input::CellEnded) => {
+                illegal()
+            }
 
             (
                 Self::Done(_),
@@ -135,6 +145,7 @@ mod tests {
     fn any_input() -> impl Strategy<Value = Input> {
         prop_oneof![
             Just(Input::Admit),
+            Just(Input::Requeue),
             Just(Input::Booted),
             proptest::sample::select(StopReason::ALL.to_vec()).prop_map(Input::Stop),
             Just(Input::CellEnded),

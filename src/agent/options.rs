@@ -1,0 +1,129 @@
+//! How the CLI is started in a cell: its arguments and its whole environment, from the plan. The flags
+//! that make the gate hold are here and in no other place; each says why.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use crate::job::spec::PermissionMode;
+use crate::policy::Plan;
+
+/// Where the CLI is mounted in a cell.
+pub const CLI_PATH: &str = "/.hotcell-agent/claude";
+/// Port on the cell's loopback where init answers for the model API.
+pub const MODEL_PORT: u16 = 3129;
+/// HOME of the agent.
+pub const HOME: &str = "/home/agent";
+/// Where the workspace is mounted.
+pub const WORKSPACE: &str = "/workspace";
+/// Hook callback id of the gate in the modes that keep the CLI's own decisions.
+pub const GATE_CALLBACK: &str = "hotcell-gate";
+/// How long the CLI waits for the gate's answer before it denies, in seconds. The daemon may be restarted
+/// meanwhile; a pending callback is denied when it runs out and never allowed.
+pub const GATE_TIMEOUT_S: u32 = 3600;
+
+/// Tools that need a person, or a network that the cell does not have.
+const REMOVED_TOOLS: [&str; 5] =
+    ["AskUserQuestion", "EnterPlanMode", "ExitPlanMode", "WebFetch", "WebSearch"];
+
+/// The CLI's arguments, its path first.
+pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
+    let mut argv: Vec<String> = [
+        CLI_PATH,
+        "-p",
+        "--input-format=stream-json",
+        "--output-format=stream-json",
+        "--verbose",
+        // Every transcript entry also comes on stdout, so that the journal holds the conversation.
+        "--session-mirror",
+        // Prompts of the CLI come to us as `can_use_tool`, which fails closed.
+        "--permission-prompt-tool=stdio",
+        // No MCP server of the repository starts by itself.
+        "--strict-mcp-config",
+        // Hooks of settings and skills never run: a PermissionRequest hook would race the gate.
+        r#"--managed-settings={"allowManagedHooksOnly":true}"#,
+    ]
+    .map(str::to_owned)
+    .into();
+    argv.push(format!("--permission-mode={}", plan.permission_mode.as_str()));
+    // Never `user`: the agent can write its own HOME in mid-run.
+    argv.push(format!("--setting-sources={}", if plan.project_settings { "project" } else { "" }));
+    argv.push(format!("--session-id={session_id}"));
+    argv.push(format!("--model={}", plan.model));
+    argv.push(format!("--max-turns={}", plan.limits.max_turns));
+    if let Some(fallback) = &plan.fallback_model {
+        argv.push(format!("--fallback-model={fallback}"));
+    }
+    if let Some(tools) = &plan.tools {
+        argv.push(format!("--tools={}", tools.join(",")));
+    }
+    if !plan.allowed_tools.is_empty() {
+        argv.push(format!("--allowedTools={}", plan.allowed_tools.join(",")));
+    }
+    let mut refused: Vec<&str> = REMOVED_TOOLS.to_vec();
+    let exact = plan.tools_deny.iter().chain(&plan.disallowed_tools).map(String::as_str);
+    refused.extend(exact.filter(|p| !p.ends_with('*') && !REMOVED_TOOLS.contains(p)));
+    argv.push(format!("--disallowedTools={}", refused.join(",")));
+    argv
+}
+
+/// The agent's whole environment; nothing of the daemon's is inherited. `token` opens this cell's gateway
+/// socket and is worth nothing anywhere else.
+pub fn environment(plan: &Plan, image_path: Option<&str>, token: &str) -> BTreeMap<String, String> {
+    let path = image_path.unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    let base_url = format!("http://127.0.0.1:{MODEL_PORT}");
+    let mut env: BTreeMap<String, String> = plan.env.clone();
+    for (name, value) in [
+        ("PATH", path),
+        ("HOME", HOME),
+        ("TMPDIR", "/tmp"),
+        ("LANG", "C.UTF-8"),
+        ("USER", "agent"),
+        ("TERM", "dumb"),
+    ] {
+        env.entry(name.to_owned()).or_insert_with(|| value.to_owned());
+    }
+    for (name, value) in [
+        ("ANTHROPIC_BASE_URL", base_url.as_str()),
+        ("ANTHROPIC_API_KEY", token),
+        // Settings of the repository cannot redirect the provider.
+        ("CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST", "1"),
+        ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1"),
+        ("DISABLE_AUTOUPDATER", "1"),
+        ("IS_SANDBOX", "1"),
+        ("NO_PROXY", "127.0.0.1,localhost"),
+        ("no_proxy", "127.0.0.1,localhost"),
+        ("HOME", HOME),
+    ] {
+        env.insert(name.to_owned(), value.to_owned());
+    }
+    env
+}
+
+/// The `initialize` request: system prompts, and the gate's callback in the modes that need it.
+pub fn initialize(plan: &Plan, system_prompt: Option<&str>, append: &str) -> Value {
+    let mut request = json!({ "subtype": "initialize" });
+    if let Some(text) = system_prompt {
+        request["systemPrompt"] = json!([text]);
+    }
+    if !append.is_empty() {
+        request["appendSystemPrompt"] = json!(append);
+    }
+    if plan.permission_mode != PermissionMode::BypassPermissions {
+        request["hooks"] =
+            json!({ "PreToolUse": [{ "hookCallbackIds": [GATE_CALLBACK], "timeout": GATE_TIMEOUT_S }] });
+    }
+    request
+}
+
+/// The `apply_flag_settings` request: in `bypassPermissions` every call of every tool is asked for.
+pub fn flag_settings(plan: &Plan) -> Value {
+    let mut settings = json!({});
+    if plan.permission_mode == PermissionMode::BypassPermissions {
+        settings["permissions"] = json!({ "ask": ["*"] });
+    }
+    if let Some(effort) = plan.effort {
+        settings["effortLevel"] = json!(effort.as_str());
+    }
+    json!({ "subtype": "apply_flag_settings", "settings": settings })
+}

@@ -1,0 +1,191 @@
+//! The session against scripted lines: what it sends, and what it makes of an end.
+
+use super::*;
+use crate::job::JobSpec;
+use crate::policy::{Defaults, Policy, narrow};
+use proptest::prelude::*;
+
+fn plan(spec: &str) -> Plan {
+    let policy = Policy::parse("trusted", include_str!("../../policies/trusted.toml")).expect("policy");
+    let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into() };
+    narrow(&JobSpec::parse(spec.as_bytes()).expect("spec"), &policy, &defaults).expect("plan")
+}
+
+fn session(spec: &str) -> Session {
+    Session::new(plan(spec), "do it".into(), None, String::new())
+}
+
+fn ok(id: &str) -> String {
+    format!(
+        r#"{{"type":"control_response","response":{{"subtype":"success","request_id":"{id}","response":{{}}}}}}"#
+    )
+}
+
+fn sent(steps: &[Step]) -> Vec<serde_json::Value> {
+    let frames = steps.iter().filter_map(|s| if let Step::Send(f) = s { Some(f) } else { None });
+    frames.map(|f| serde_json::from_slice(f).expect("json")).collect()
+}
+
+fn booted(spec: &str) -> Session {
+    let mut session = session(spec);
+    session.on_line(ok(INITIALIZE).as_bytes());
+    let steps = session.on_line(ok(SETTINGS).as_bytes());
+    assert!(matches!(steps[0], Step::Booted));
+    session
+}
+
+const RESULT: &str =
+    r#"{"type":"result","subtype":"success","is_error":false,"result":"done","total_cost_usd":0.01}"#;
+
+#[test]
+fn the_task_is_sent_only_after_the_gate_stands() {
+    let mut session = session(r#"{"prompt":"x"}"#);
+    assert!(sent(&session.start()).iter().all(|f| f["type"] == "control_request"));
+    assert!(session.on_line(ok(SETTINGS).as_bytes()).is_empty());
+    assert!(session.on_line(ok(SETTINGS).as_bytes()).is_empty());
+    let steps = session.on_line(ok(INITIALIZE).as_bytes());
+    assert_eq!(sent(&steps)[0]["message"]["content"], "do it");
+}
+
+#[test]
+fn a_refused_gate_ends_the_cell_before_the_task_is_sent() {
+    let mut session = session(r#"{"prompt":"x"}"#);
+    session.on_line(ok(INITIALIZE).as_bytes());
+    let refused = r#"{"type":"control_response","response":{"subtype":"error","request_id":"hotcell-settings","error":"no"}}"#;
+    let steps = session.on_line(refused.as_bytes());
+    assert!(matches!(&steps[..], [Step::Broken(_)]));
+}
+
+#[test]
+fn every_tool_call_is_judged_and_a_denied_one_tells_the_agent_why() {
+    let mut session = booted(r#"{"prompt":"x","disallowed_tools":["Write"]}"#);
+    let ask = |tool: &str| {
+        format!(
+            r#"{{"type":"control_request","request_id":"q","request":{{"subtype":"can_use_tool","tool_name":"{tool}","input":{{}},"tool_use_id":"t"}}}}"#
+        )
+    };
+    let allowed = session.on_line(ask("Bash").as_bytes());
+    assert_eq!(sent(&allowed)[0]["response"]["response"]["behavior"], "allow");
+    let denied = session.on_line(ask("Write").as_bytes());
+    let answer = &sent(&denied)[0]["response"]["response"];
+    assert_eq!(answer["behavior"], "deny");
+    assert!(answer["message"].as_str().expect("text").contains("Write"));
+    assert_eq!(session.tool_counts(), (2, 1));
+}
+
+#[test]
+fn in_other_modes_the_hook_is_the_gate_and_nobody_can_be_asked() {
+    let mut session = booted(r#"{"prompt":"x","permission_mode":"default","disallowed_tools":["Write"]}"#);
+    let hook = |tool: &str, id: &str| {
+        format!(
+            r#"{{"type":"control_request","request_id":"q","request":{{"subtype":"hook_callback","callback_id":"{id}","input":{{"tool_name":"{tool}","tool_use_id":"t"}}}}}}"#
+        )
+    };
+    let pass = session.on_line(hook("Bash", options::GATE_CALLBACK).as_bytes());
+    assert_eq!(sent(&pass)[0]["response"]["response"], json!({}));
+    for (tool, id) in [("Write", options::GATE_CALLBACK), ("Bash", "somebody-else")] {
+        let steps = session.on_line(hook(tool, id).as_bytes());
+        let answer = sent(&steps)[0]["response"].clone();
+        assert_eq!(answer["subtype"], "success", "an error answer would let the tool run");
+        assert_eq!(answer["response"]["hookSpecificOutput"]["permissionDecision"], "deny");
+    }
+    let ask = r#"{"type":"control_request","request_id":"q","request":{"subtype":"can_use_tool","tool_name":"Bash","input":{},"tool_use_id":"t"}}"#;
+    assert_eq!(sent(&session.on_line(ask.as_bytes()))[0]["response"]["response"]["behavior"], "deny");
+}
+
+#[test]
+fn the_end_waits_for_background_agents() {
+    let mut session = booted(r#"{"prompt":"x"}"#);
+    session.on_line(br#"{"type":"system","subtype":"task_started","task_id":"a","task_type":"local_agent"}"#);
+    assert!(session.on_line(RESULT.as_bytes()).is_empty());
+    session.on_line(br#"{"type":"system","subtype":"task_notification","task_id":"a"}"#);
+    let steps = session.on_line(RESULT.as_bytes());
+    assert_eq!(sent(&steps)[0]["request"]["subtype"], "end_session");
+    assert!(session.on_line(RESULT.as_bytes()).is_empty(), "the end is asked for once");
+}
+
+#[test]
+fn turns_count_messages_of_the_main_agent_once() {
+    let mut session = booted(r#"{"prompt":"x"}"#);
+    for line in [
+        r#"{"type":"assistant","message":{"id":"m1","content":[]}}"#,
+        r#"{"type":"assistant","message":{"id":"m1","content":[]}}"#,
+        r#"{"type":"assistant","message":{"id":"s1","content":[]},"parent_tool_use_id":"t"}"#,
+        r#"{"type":"assistant","message":{"id":"m2","content":[]},"parent_tool_use_id":null}"#,
+    ] {
+        session.on_line(line.as_bytes());
+    }
+    assert_eq!(session.turns(), 2);
+}
+
+#[test]
+fn an_outcome_needs_both_the_exit_status_and_the_result() {
+    let exit = |code| AgentExit { code, oom_kills: 0, stderr_tail: "boom".into() };
+    let reason = |outcome: Outcome| match outcome {
+        Outcome::Failed(f) => (f.phase, f.reason, f.message),
+        other => panic!("{other:?}"),
+    };
+    let fresh = session(r#"{"prompt":"x"}"#);
+    let (phase, why, words) = reason(fresh.outcome(&exit(127), None));
+    assert_eq!((phase, why), (Phase::Boot, FailReason::AgentStart));
+    assert!(words.contains("boom") && words.contains("127"), "{words}");
+
+    let mut good = booted(r#"{"prompt":"x"}"#);
+    assert_eq!(reason(good.outcome(&exit(0), None)).1, FailReason::AgentError);
+    good.on_line(RESULT.as_bytes());
+    assert_eq!(good.outcome(&exit(0), None), Outcome::Succeeded);
+    assert_eq!(reason(good.outcome(&exit(1), None)).1, FailReason::AgentError);
+    assert_eq!(good.cli_cost(), Some(MicroUsd(10_000)));
+
+    for (status, expected) in [
+        (401, FailReason::ProviderAuth),
+        (429, FailReason::ProviderLimit),
+        (529, FailReason::ProviderLimit),
+        (500, FailReason::ProviderError),
+        (400, FailReason::ProviderRejected),
+    ] {
+        let mut bad = booted(r#"{"prompt":"x"}"#);
+        let line = format!(
+            r#"{{"type":"result","subtype":"success","is_error":true,"api_error_status":{status},"result":"API Error"}}"#
+        );
+        bad.on_line(line.as_bytes());
+        assert_eq!(reason(bad.outcome(&exit(1), None)).1, expected);
+    }
+    let mut cut = booted(r#"{"prompt":"x"}"#);
+    cut.on_line(br#"{"type":"result","subtype":"success","is_error":true,"result":"Unable to connect"}"#);
+    assert_eq!(reason(cut.outcome(&exit(1), Some(0))).1, FailReason::ProviderError);
+    let mut turns = booted(r#"{"prompt":"x"}"#);
+    turns.on_line(br#"{"type":"result","subtype":"error_max_turns","is_error":true}"#);
+    assert_eq!(turns.outcome(&exit(1), None), Outcome::Stopped { reason: StopReason::Turns });
+}
+
+proptest! {
+    #[test]
+    fn the_same_lines_give_the_same_bytes(picks in proptest::collection::vec(0usize..8, 0..40)) {
+        let initialized = ok(INITIALIZE);
+        let settled = ok(SETTINGS);
+        let lines = [
+            initialized.as_str(),
+            settled.as_str(),
+            r#"{"type":"control_request","request_id":"q","request":{"subtype":"can_use_tool","tool_name":"Bash","input":{},"tool_use_id":"t"}}"#,
+            r#"{"type":"control_request","request_id":"m","request":{"subtype":"mcp_message"}}"#,
+            r#"{"type":"assistant","message":{"id":"m1"}}"#,
+            RESULT,
+            "no json",
+            r#"{"type":"system","subtype":"task_started","task_id":"a","task_type":"local_agent"}"#,
+        ];
+        let run = || {
+            let mut session = session(r#"{"prompt":"x"}"#);
+            let mut bytes = Vec::new();
+            for pick in &picks {
+                for step in session.on_line(lines[*pick].as_bytes()) {
+                    if let Step::Send(frame) = step {
+                        bytes.extend(frame);
+                    }
+                }
+            }
+            bytes
+        };
+        prop_assert_eq!(run(), run());
+    }
+}
