@@ -131,7 +131,12 @@ impl State {
 
             (
                 Self::Done(_),
-                Input::Admit | Input::Booted | Input::Stop(_) | Input::CellEnded | Input::Finish(_),
+                Input::Admit
+                | Input::Requeue
+                | Input::Booted
+                | Input::Stop(_)
+                | Input::CellEnded
+                | Input::Finish(_),
             ) => illegal(),
         }
     }
