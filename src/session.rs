@@ -108,22 +108,22 @@ impl Session {
         ]
     }
 
-    /// Takes one line of the CLI's stdout, without its line feed. An empty answer allocates nothing.
-    pub fn on_line(&mut self, line: &[u8]) -> Vec<Step> {
-        match frames::parse(line) {
-            None | Some(Incoming::Other) => Vec::new(),
-            Some(Incoming::Answer(answer)) => self.on_answer(&answer),
-            Some(Incoming::CanUseTool(ask)) => self.on_tool(&ask),
-            Some(Incoming::Hook(call)) => self.on_hook(&call),
-            Some(Incoming::Foreign { request_id, subtype }) => {
+    /// Takes one frame of the CLI's stdout. An empty answer allocates nothing.
+    pub fn on_frame(&mut self, frame: Incoming<'_>) -> Vec<Step> {
+        match frame {
+            Incoming::Other => Vec::new(),
+            Incoming::Answer(answer) => self.on_answer(&answer),
+            Incoming::CanUseTool(ask) => self.on_tool(&ask),
+            Incoming::Hook(call) => self.on_hook(&call),
+            Incoming::Foreign { request_id, subtype } => {
                 vec![Step::Send(frames::answer_error(
                     &request_id,
                     &format!("{subtype} is not served in a cell"),
                 ))]
             }
-            Some(Incoming::Assistant { message_id, nested }) => self.on_message(&message_id, nested),
-            Some(Incoming::Result(result)) => self.on_result(*result),
-            Some(Incoming::TaskStarted { task_id, task_type }) => {
+            Incoming::Assistant { message_id, nested } => self.on_message(&message_id, nested),
+            Incoming::Result(result) => self.on_result(*result),
+            Incoming::TaskStarted { task_id, task_type } => {
                 if matches!(task_type.as_str(), "local_agent" | "local_workflow")
                     && self.background.len() < TASKS_MAX
                 {
@@ -131,7 +131,7 @@ impl Session {
                 }
                 Vec::new()
             }
-            Some(Incoming::TaskEnded { task_id }) => {
+            Incoming::TaskEnded { task_id } => {
                 self.background.remove(&task_id);
                 Vec::new()
             }

@@ -179,17 +179,19 @@ struct TaskFrame {
     task_type: String,
 }
 
-/// Reads one line. `None` when it is no JSON object with a `type`, or lacks what its type must have.
+/// Reads one line, without its line feed. `None` when it is no JSON object with a `type`, or lacks what its type must have.
 pub fn parse(line: &[u8]) -> Option<Incoming<'_>> {
-    let head: Head = serde_json::from_slice(line).ok()?;
+    // The whole line must be UTF-8: it is embedded in an event as it is.
+    let line = std::str::from_utf8(line).ok()?;
+    let head: Head = serde_json::from_str(line).ok()?;
     let subtype = head.subtype.as_deref().unwrap_or("");
     match head.kind.as_ref() {
         "control_request" => {
-            let Request { request_id, request } = serde_json::from_slice(line).ok()?;
+            let Request { request_id, request } = serde_json::from_str(line).ok()?;
             Some(incoming_request(request_id, request))
         }
         "control_response" => {
-            let Response { response } = serde_json::from_slice(line).ok()?;
+            let Response { response } = serde_json::from_str(line).ok()?;
             let error = match response.subtype.as_ref() {
                 "success" => None,
                 _ => Some(response.error.unwrap_or(Cow::Borrowed("refused without a reason"))),
@@ -197,13 +199,13 @@ pub fn parse(line: &[u8]) -> Option<Incoming<'_>> {
             Some(Incoming::Answer(Answer { request_id: response.request_id, error }))
         }
         "assistant" => {
-            let frame: AssistantFrame = serde_json::from_slice(line).ok()?;
+            let frame: AssistantFrame = serde_json::from_str(line).ok()?;
             let nested = frame.parent_tool_use_id.is_some();
             Some(Incoming::Assistant { message_id: frame.message.id, nested })
         }
-        "result" => Some(Incoming::Result(serde_json::from_slice(line).ok()?)),
+        "result" => Some(Incoming::Result(serde_json::from_str(line).ok()?)),
         "system" if matches!(subtype, "task_started" | "task_notification") => {
-            let task: TaskFrame = serde_json::from_slice(line).ok()?;
+            let task: TaskFrame = serde_json::from_str(line).ok()?;
             Some(if subtype == "task_started" {
                 Incoming::TaskStarted { task_id: task.task_id, task_type: task.task_type }
             } else {

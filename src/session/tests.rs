@@ -5,6 +5,12 @@ use crate::job::JobSpec;
 use crate::policy::{Defaults, Policy, narrow};
 use proptest::prelude::*;
 
+impl Session {
+    fn on_line(&mut self, line: &[u8]) -> Vec<Step> {
+        frames::parse(line).map_or_else(Vec::new, |frame| self.on_frame(frame))
+    }
+}
+
 fn plan(spec: &str) -> Plan {
     let policy = Policy::parse("trusted", include_str!("../../policies/trusted.toml")).expect("policy");
     let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into() };
