@@ -119,6 +119,8 @@ pub struct Held {
     pub started: bool,
 }
 
+/// No stream of a cell gets this long; sums with it cannot overflow.
+const OFFSET_MAX: u64 = 1 << 60;
 const HELD_BYTES: usize = 6 * 8 + 1;
 
 impl Held {
@@ -142,9 +144,10 @@ impl Held {
             output_end: [reader.u64()?, reader.u64()?],
             started: reader.flag()?,
         };
-        let ordered = held.stdin_taken <= held.stdin_received
-            && held.output_base[0] <= held.output_end[0]
-            && held.output_base[1] <= held.output_end[1];
+        let [out_base, err_base] = held.output_base;
+        let [out_end, err_end] = held.output_end;
+        let ordered = held.stdin_taken <= held.stdin_received && out_base <= out_end && err_base <= err_end;
+        let ordered = ordered && held.stdin_received.max(out_end).max(err_end) <= OFFSET_MAX;
         if ordered { Ok(held) } else { Err(WireError("offsets out of order")) }
     }
 }
