@@ -1,0 +1,223 @@
+//! The system calls that std does not wrap, one small function each. This is the only file of hotcell-init
+//! with `unsafe` outside of the spawn hook and the forwarder's epoll. It must never keep state.
+
+use std::ffi::CString;
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Milliseconds since boot, sleep of the machine included.
+pub(crate) fn now_ms() -> u64 {
+    // SAFETY: `timespec` is plain data, and the kernel writes one through a valid pointer.
+    let time = unsafe {
+        let mut time: libc::timespec = mem::zeroed();
+        libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut time);
+        time
+    };
+    time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
+}
+
+/// Fills an array with random bytes of the kernel.
+pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0u8; N];
+    // SAFETY: the pointer and length describe `bytes`. Up to 256 bytes come whole once the pool is seeded.
+    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) };
+    if count == N as isize { Ok(bytes) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Blocks every signal that can be blocked, in this thread and those it starts later.
+pub(crate) fn block_signals() {
+    // SAFETY: `set` is initialised by sigfillset before use.
+    unsafe {
+        let mut set: libc::sigset_t = mem::zeroed();
+        libc::sigfillset(&mut set);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+    }
+}
+
+/// Unblocks all signals. Async-signal-safe: it runs in the child between fork and exec.
+pub(crate) fn unblock_signals() {
+    // SAFETY: as above.
+    unsafe {
+        let mut set: libc::sigset_t = mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+    }
+}
+
+/// A descriptor that becomes readable when a child ends.
+pub(crate) fn child_signal() -> io::Result<OwnedFd> {
+    // SAFETY: `set` is initialised by sigemptyset; the returned descriptor is ours alone.
+    unsafe {
+        let mut set: libc::sigset_t = mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGCHLD);
+        let fd = check(libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Makes this process unreadable for others of its uid (memory, environment, descriptors), forbids it and
+/// its children new privileges, and makes it the parent of orphans where it is not PID 1.
+pub(crate) fn harden() {
+    // SAFETY: these prctl calls take integers only. Where one is refused, the engine's settings hold.
+    unsafe {
+        libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+        libc::umask(0o022);
+    }
+}
+
+/// Closes every descriptor above 2.
+pub(crate) fn close_inherited() {
+    // SAFETY: called first thing in main, when nothing in this process owns a descriptor above 2.
+    unsafe {
+        if libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) < 0 {
+            for fd in 3..1024 {
+                libc::close(fd);
+            }
+        }
+    }
+}
+
+/// Opens a session of its own. Async-signal-safe.
+pub(crate) fn new_session() -> io::Result<()> {
+    // SAFETY: no arguments.
+    check(unsafe { libc::setsid() }).map(|_| ())
+}
+
+/// Waits for one of `fds`, at most `timeout_ms`.
+pub(crate) fn poll(fds: &mut [libc::pollfd], timeout_ms: u64) {
+    let timeout = timeout_ms.min(60_000) as libc::c_int;
+    // SAFETY: pointer and length describe the slice. An error (EINTR) leaves `revents` 0: nothing is ready.
+    if unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) } < 0 {
+        fds.iter_mut().for_each(|fd| fd.revents = 0);
+    }
+}
+
+/// One entry for [`poll`].
+pub(crate) fn interest(fd: RawFd, events: libc::c_short) -> libc::pollfd {
+    libc::pollfd { fd, events, revents: 0 }
+}
+
+/// The outcome of one look for ended children.
+pub(crate) enum Reaped {
+    /// This child ended with this wait status.
+    Child(libc::pid_t, libc::c_int),
+    /// There are children, none has ended.
+    Running,
+    /// There are no children.
+    None,
+}
+
+/// Takes one ended child, without waiting.
+pub(crate) fn reap() -> Reaped {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` is a valid place for the wait status.
+        let pid = unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) };
+        match pid {
+            0 => return Reaped::Running,
+            pid if pid > 0 => return Reaped::Child(pid, status),
+            _ if io::Error::last_os_error().raw_os_error() == Some(libc::EINTR) => {}
+            _ => return Reaped::None,
+        }
+    }
+}
+
+/// Sends a signal to one process, or to a group where `pid` is negative. -1 is refused: see [`kill_cell`].
+pub(crate) fn kill(pid: libc::pid_t, signal: libc::c_int) {
+    if pid != -1 && pid != 0 {
+        // SAFETY: integers only.
+        unsafe { libc::kill(pid, signal) };
+    }
+}
+
+/// Whether this process is PID 1 of its namespace.
+pub(crate) fn is_pid_1() -> bool {
+    std::process::id() == 1
+}
+
+/// Kills every process of the pid namespace but this one, if this process is its PID 1; else returns false
+/// and kills nothing, since -1 would then mean every process of the machine.
+pub(crate) fn kill_cell() -> bool {
+    if !is_pid_1() {
+        return false;
+    }
+    // SAFETY: integers only.
+    unsafe { libc::kill(-1, libc::SIGKILL) };
+    true
+}
+
+/// CPU time of ended children in microseconds, and the largest one's memory in bytes.
+pub(crate) fn children_usage() -> (u64, u64) {
+    // SAFETY: `rusage` is plain data that the kernel fills.
+    let usage = unsafe {
+        let mut usage: libc::rusage = mem::zeroed();
+        libc::getrusage(libc::RUSAGE_CHILDREN, &mut usage);
+        usage
+    };
+    let us = |time: libc::timeval| time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64;
+    (us(usage.ru_utime) + us(usage.ru_stime), usage.ru_maxrss as u64 * 1024)
+}
+
+/// A unix stream socket connected to `path`, non-blocking from then on. A listener whose queue is full is
+/// waited for `wait_ms` (0: not at all).
+pub(crate) fn connect_unix(path: &Path, wait_ms: u32) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let path = path.as_bytes_with_nul();
+    // SAFETY: `address` is plain data, and the copy stays within `sun_path` by the check before it. The
+    // descriptor is owned from the moment it exists.
+    unsafe {
+        let mut address: libc::sockaddr_un = mem::zeroed();
+        address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+        if path.len() > address.sun_path.len() {
+            return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
+        }
+        for (slot, byte) in address.sun_path.iter_mut().zip(path) {
+            *slot = *byte as libc::c_char;
+        }
+        let blocking = if wait_ms == 0 { libc::SOCK_NONBLOCK } else { 0 };
+        let socket = libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | blocking, 0);
+        let socket = OwnedFd::from_raw_fd(check(socket)?);
+        if wait_ms > 0 {
+            let wait =
+                libc::timeval { tv_sec: 0, tv_usec: libc::suseconds_t::from(wait_ms.min(900)) * 1000 };
+            let len = mem::size_of::<libc::timeval>() as libc::socklen_t;
+            let wait = (&raw const wait).cast();
+            check(libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_SNDTIMEO, wait, len))?;
+        }
+        let len = mem::size_of::<libc::sockaddr_un>() as libc::socklen_t;
+        check(libc::connect(socket.as_raw_fd(), (&raw const address).cast(), len))?;
+        set_nonblocking(&socket)?;
+        Ok(socket)
+    }
+}
+
+/// Makes reads and writes of this descriptor return at once.
+pub(crate) fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    // SAFETY: fcntl with integers on a descriptor that is open.
+    unsafe {
+        let flags = check(libc::fcntl(fd.as_raw_fd(), libc::F_GETFL))?;
+        check(libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK)).map(|_| ())
+    }
+}
+
+/// The descriptor 0 of this process, as a borrowed one.
+pub(crate) fn stdin() -> BorrowedFd<'static> {
+    // SAFETY: descriptor 0 is never closed, only replaced.
+    unsafe { BorrowedFd::borrow_raw(0) }
+}
+
+/// Puts `fd` in the place of descriptor 0, which ends the use of the boot pipe.
+pub(crate) fn replace_stdin(fd: &OwnedFd) {
+    // SAFETY: both are open; std does not own descriptor 0.
+    unsafe { libc::dup2(fd.as_raw_fd(), 0) };
+}

@@ -1,0 +1,148 @@
+//! The key of a cell's `ctl.sock` and the boot message that hands it to PID 1. It must never print the key
+//! or the agent's environment.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use crate::job::CellId;
+
+use super::LinkError;
+use super::wire::{BOOT_BYTES_MAX, BootMessage, Forward, WireError};
+
+/// The secret that PID 1 of one cell and the daemon share. Kept in the cell's row, so that a restarted
+/// daemon can speak to cells that are still alive.
+#[derive(Clone, PartialEq, Eq)]
+pub struct CtlKey(pub(super) [u8; 32]);
+
+impl CtlKey {
+    /// A new random key. Fails where the system has no randomness.
+    pub fn generate() -> Result<Self, LinkError> {
+        Ok(Self(random()?))
+    }
+
+    /// The key as 64 hexadecimal digits, for the row.
+    pub fn to_hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Reads what [`CtlKey::to_hex`] wrote.
+    pub fn from_hex(text: &str) -> Result<Self, LinkError> {
+        let mut key = [0; 32];
+        if text.len() != 64 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(LinkError::Key);
+        }
+        for (byte, at) in key.iter_mut().zip((0..64).step_by(2)) {
+            *byte = u8::from_str_radix(&text[at..at + 2], 16).map_err(|_| LinkError::Key)?;
+        }
+        Ok(Self(key))
+    }
+}
+
+impl fmt::Debug for CtlKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("CtlKey(…)")
+    }
+}
+
+pub(super) fn random() -> Result<[u8; 32], LinkError> {
+    let mut bytes = [0; 32];
+    getrandom::fill(&mut bytes).map_err(|_| LinkError::Random)?;
+    Ok(bytes)
+}
+
+/// A local TCP port in the cell that init carries to one of the daemon's sockets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortForward {
+    /// Port on 127.0.0.1 in the cell.
+    pub port: u16,
+    /// The socket as the cell sees it, e.g. `/.hotcell/api.sock`.
+    pub socket: PathBuf,
+}
+
+/// Everything init is told at boot. The daemon writes [`Boot::encode`] to the container's stdin and closes it.
+#[derive(Clone)]
+pub struct Boot {
+    /// The cell.
+    pub cell: CellId,
+    /// Its key.
+    pub key: CtlKey,
+    /// The agent's command, a path or a name in the agent's PATH first.
+    pub argv: Vec<OsString>,
+    /// The agent's whole environment.
+    pub env: Vec<(OsString, OsString)>,
+    /// The agent's working directory in the cell.
+    pub cwd: PathBuf,
+    /// `ctl.sock` as the cell sees it.
+    pub ctl_socket: PathBuf,
+    /// From the agent's start to SIGTERM, in milliseconds; 0 is no limit.
+    pub wall_limit_ms: u64,
+    /// Time without a daemon after which init ends the agent, in milliseconds.
+    pub dead_man_ms: u64,
+    /// From SIGTERM to SIGKILL, in milliseconds.
+    pub kill_grace_ms: u64,
+    /// Output that init keeps per stream until it is acknowledged, in bytes; then it holds the agent.
+    pub buffer_bytes_max: u32,
+    /// Ports that init listens on.
+    pub forwards: Vec<PortForward>,
+    /// Start the agent at once; else [`super::LinkHandle::start`] does.
+    pub start_now: bool,
+}
+
+impl Boot {
+    /// A boot message with the cell's usual places and limits: `/workspace`, `/.hotcell/ctl.sock`, no wall
+    /// limit, 15 minutes without a daemon, 5 seconds of grace, 4 MiB of unacknowledged output per stream.
+    pub fn new(cell: CellId, key: CtlKey, argv: Vec<OsString>) -> Self {
+        Self {
+            cell,
+            key,
+            argv,
+            env: Vec::new(),
+            cwd: PathBuf::from("/workspace"),
+            ctl_socket: PathBuf::from("/.hotcell/ctl.sock"),
+            wall_limit_ms: 0,
+            dead_man_ms: 15 * 60 * 1000,
+            kill_grace_ms: 5_000,
+            buffer_bytes_max: 4 << 20,
+            forwards: Vec::new(),
+            start_now: true,
+        }
+    }
+
+    /// The bytes for init's stdin. Fails where init would refuse them ([`LinkError::Boot`]).
+    pub fn encode(&self) -> Result<Vec<u8>, LinkError> {
+        let bytes = |text: &OsString| text.clone().into_vec();
+        let path = |path: &PathBuf| path.clone().into_os_string().into_vec();
+        let message = BootMessage {
+            cell: self.cell.as_str().as_bytes().to_vec(),
+            key: self.key.0,
+            argv: self.argv.iter().map(bytes).collect(),
+            env: self.env.iter().map(|(name, value)| (bytes(name), bytes(value))).collect(),
+            cwd: path(&self.cwd),
+            ctl_path: path(&self.ctl_socket),
+            wall_limit_ms: self.wall_limit_ms,
+            dead_man_ms: self.dead_man_ms,
+            kill_grace_ms: self.kill_grace_ms,
+            buffer_bytes_max: self.buffer_bytes_max,
+            forwards: self
+                .forwards
+                .iter()
+                .map(|forward| Forward { port: forward.port, path: path(&forward.socket) })
+                .collect(),
+            start_now: self.start_now,
+        };
+        message.check().map_err(|WireError(what)| LinkError::Boot { what })?;
+        let encoded = message.encode();
+        if encoded.len() > BOOT_BYTES_MAX {
+            return Err(LinkError::Boot { what: "command and environment are over 4 MiB" });
+        }
+        Ok(encoded)
+    }
+}
+
+impl fmt::Debug for Boot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Boot").field("cell", &self.cell).field("argv", &self.argv).finish_non_exhaustive()
+    }
+}
