@@ -19,7 +19,7 @@ const BLOCK_BYTES: u32 = 4096;
 
 /// Others take free devices at the same time; each try takes another one.
 const TAKE_TRIES_MAX: u32 = 64;
-const DETACH_WAIT_MAX: Duration = Duration::from_secs(2);
+const DETACH_WAIT_MAX: Duration = Duration::from_secs(1);
 const DETACH_POLL: Duration = Duration::from_millis(2);
 const DEVICES_MAX: usize = 65_536;
 
@@ -82,6 +82,7 @@ fn configure(device: &OwnedFd, image: BorrowedFd<'_>) -> io::Result<()> {
     let mut config: LoopConfig = unsafe { std::mem::zeroed() };
     config.fd = image.as_raw_fd() as u32;
     config.block_size = BLOCK_BYTES;
+    // Not direct I/O: measured, it gains nothing here and makes fsync slower.
     config.info.flags = LO_FLAGS_AUTOCLEAR;
     // SAFETY: both descriptors are open, `config` is live and laid out as struct loop_config.
     let rc = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE as _, &raw const config) };

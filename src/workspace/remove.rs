@@ -178,4 +178,22 @@ mod tests {
         remove(root.path(), c"doomed").expect("removed");
         assert!(!doomed.exists());
     }
+
+    #[test]
+    fn a_mount_below_stops_the_removal_and_keeps_its_files() {
+        assert!(rustix::process::geteuid().is_root(), "this test mounts: run it as root");
+        let root = tempfile::tempdir().expect("tempdir");
+        let (precious, doomed) = (root.path().join("precious"), root.path().join("doomed"));
+        std::fs::create_dir_all(precious.join("src")).expect("mkdir");
+        std::fs::write(precious.join("src/work"), "mine").expect("write");
+        std::fs::create_dir_all(doomed.join("a/ws")).expect("mkdir");
+        for point in [doomed.join("a/ws"), doomed.clone()] {
+            rustix::mount::mount_bind(&precious, &point).expect("bind");
+            let stopped = remove(root.path(), c"doomed").map_err(|e| e.raw_os_error());
+            rustix::mount::unmount(&point, rustix::mount::UnmountFlags::DETACH).expect("umount");
+            assert_eq!(stopped, Err(Some(libc::EXDEV)), "{point:?}");
+            assert_eq!(std::fs::read_to_string(precious.join("src/work")).expect("still there"), "mine");
+        }
+        remove(root.path(), c"doomed").expect("removed");
+    }
 }
