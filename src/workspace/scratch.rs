@@ -1,0 +1,464 @@
+//! A cell's scratch space: its HOME and /tmp on disk, in a file system of their own with a hard limit on
+//! bytes and inodes. Must never take more from the host's disk than the limit, never be made when the
+//! host is nearly full, and never be called removed before the loop device is seen to be free.
+//!
+//! Made from a template: an empty ext4 of the right size is formatted once and its few data extents are
+//! copied into a sparse file for each cell. Where that cannot be had (not root, no loop devices, no
+//! mkfs.ext4) plain directories stand in, with `enforced() == false`: somebody must then watch `usage()`.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, SeekFrom, Uid};
+use rustix::io::Errno;
+use rustix::mount::MountFlags;
+
+use super::mounts::{self, Unmounted};
+use super::{loopdev, remove};
+
+const IMAGE: &str = "scratch.img";
+const MOUNT_POINT: &str = "scratch";
+const BYTES_MIN: u64 = 16 << 20;
+const MKFS_TIME_MAX: Duration = Duration::from_secs(30);
+const MKFS_POLL: Duration = Duration::from_millis(1);
+/// Entries counted by `usage()` where no file system counts for us.
+const WALK_ENTRIES_MAX: u64 = 500_000;
+const WALK_DEPTH_MAX: usize = 64;
+// linux/fs.h: FS_IOC_SHUTDOWN, and its "drop what is not written" argument.
+const FS_IOC_SHUTDOWN: libc::c_ulong = 0x8004_587d;
+static SHUTDOWN_DROP: u32 = 2;
+
+/// How scratch spaces are made on this host.
+#[derive(Debug, Clone)]
+pub struct ScratchPlan {
+    /// Size of the file system, bytes; at least 16 MiB. What the cell can use is a little less.
+    pub bytes_max: u64,
+    /// Files and directories, all together; the file system may round up.
+    pub inodes_max: u64,
+    /// No scratch is made when the host's disk has less than this free, bytes.
+    pub host_reserve_bytes: u64,
+    /// Where formatted templates are kept; a directory of the daemon's own.
+    pub template_dir: PathBuf,
+}
+
+/// What is used of a scratch space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes of disk.
+    pub bytes: u64,
+    /// Files and directories.
+    pub inodes: u64,
+    /// False if counting stopped at its own limit: then the figures are lower bounds.
+    pub complete: bool,
+}
+
+/// Why there is no scratch space, or why it is not gone.
+#[derive(Debug, thiserror::Error)]
+pub enum ScratchError {
+    /// The host's disk is nearly full.
+    #[error("only {free_bytes} bytes are free at {dir:?}, the reserve is {reserve_bytes}: free some space")]
+    HostFull {
+        /// Where.
+        dir: PathBuf,
+        /// Free for the daemon.
+        free_bytes: u64,
+        /// The plan's reserve.
+        reserve_bytes: u64,
+    },
+    /// A plan that no file system fits.
+    #[error(
+        "a scratch space of {bytes_max} bytes and {inodes_max} inodes cannot be made: at least 16 MiB and 64 inodes, and no more than one inode per 4 KiB"
+    )]
+    Plan {
+        /// As given.
+        bytes_max: u64,
+        /// As given.
+        inodes_max: u64,
+    },
+    /// There is one already.
+    #[error("{dir:?} has a scratch space already: sweep the cell first")]
+    Exists {
+        /// The cell's directory.
+        dir: PathBuf,
+    },
+    /// Something still uses it.
+    #[error("the scratch space of {dir:?} is still held ({what}): end its processes, then sweep")]
+    StillHeld {
+        /// The cell's directory.
+        dir: PathBuf,
+        /// Mount or loop device.
+        what: &'static str,
+    },
+    /// The kernel said no.
+    #[error("cannot {doing} {path:?}: {source}")]
+    Io {
+        /// The step.
+        doing: &'static str,
+        /// What on.
+        path: PathBuf,
+        /// The kernel's word.
+        source: io::Error,
+    },
+}
+
+fn io_at<E: Into<io::Error>>(doing: &'static str, path: &Path) -> impl FnOnce(E) -> ScratchError {
+    let path = path.to_owned();
+    move |source| ScratchError::Io { doing, path, source: source.into() }
+}
+
+/// A scratch space. Must be ended with [`Scratch::destroy`].
+#[derive(Debug)]
+pub struct Scratch {
+    dir: PathBuf,
+    /// Why the limit is not enforced.
+    fallback: Option<String>,
+}
+
+impl Scratch {
+    /// Makes a scratch space in `dir` (the cell's own directory, canonical, writable by the daemon only)
+    /// with `home` (0700) and `tmp` (1777) owned by the cell. Blocks; about 2 ms, and 5 ms
+    /// more the first time a size is used.
+    ///
+    /// # Errors
+    /// See [`ScratchError`]; nothing is left over, except after `Exists`.
+    pub fn create(
+        dir: &Path,
+        plan: &ScratchPlan,
+        cell_uid: u32,
+        cell_gid: u32,
+    ) -> Result<Self, ScratchError> {
+        check_plan(plan)?;
+        host_has_room(dir, plan)?;
+        if dir.join(IMAGE).exists() || dir.join(MOUNT_POINT).exists() {
+            return Err(ScratchError::Exists { dir: dir.to_owned() });
+        }
+        rustix::fs::mkdir(dir.join(MOUNT_POINT), Mode::RWXU | Mode::XGRP | Mode::XOTH)
+            .map_err(io_at("make", &dir.join(MOUNT_POINT)))?;
+        let fallback = match mount_image(dir, plan) {
+            Ok(()) => None,
+            Err(Failure::Unsupported(why)) => Some(why),
+            Err(Failure::Broken(error)) => {
+                cleaned_up(Self { dir: dir.to_owned(), fallback: None });
+                return Err(error);
+            }
+        };
+        let scratch = Self { dir: dir.to_owned(), fallback };
+        if let Err(error) = scratch.make_directories(cell_uid, cell_gid) {
+            cleaned_up(scratch);
+            return Err(error);
+        }
+        Ok(scratch)
+    }
+
+    /// The scratch space that an earlier daemon made in `dir`, if there is one.
+    ///
+    /// # Errors
+    /// [`ScratchError::Io`] if the mounts cannot be read.
+    pub fn adopt(dir: &Path) -> Result<Option<Self>, ScratchError> {
+        let point = dir.join(MOUNT_POINT);
+        if !point.join("home").is_dir() {
+            return Ok(None);
+        }
+        let mounted =
+            mounts::all().map_err(io_at("read the mounts for", dir))?.iter().any(|m| m.point == point);
+        let fallback = (!mounted).then(|| "made by an earlier daemon without a limit".to_owned());
+        Ok(Some(Self { dir: dir.to_owned(), fallback }))
+    }
+
+    /// What to bind as the cell's HOME.
+    pub fn home(&self) -> PathBuf {
+        self.root().join("home")
+    }
+
+    /// What to bind as the cell's /tmp.
+    pub fn tmp(&self) -> PathBuf {
+        self.root().join("tmp")
+    }
+
+    /// Whether the kernel holds the limit. If not, watch `usage()` and stop the job.
+    pub fn enforced(&self) -> bool {
+        self.fallback.is_none()
+    }
+
+    /// Why the limit is not enforced.
+    pub fn fallback_reason(&self) -> Option<&str> {
+        self.fallback.as_deref()
+    }
+
+    /// What is used now. Blocks: microseconds where enforced, else a walk of at most 500 000 entries.
+    ///
+    /// # Errors
+    /// [`ScratchError::Io`].
+    pub fn usage(&self) -> Result<Usage, ScratchError> {
+        let root = self.root();
+        if self.fallback.is_some() {
+            return walk_usage(&root).map_err(io_at("measure", &root));
+        }
+        let fs = rustix::fs::statvfs(&root).map_err(io_at("measure", &root))?;
+        Ok(Usage {
+            bytes: (fs.f_blocks - fs.f_bfree) * fs.f_frsize,
+            inodes: fs.f_files - fs.f_ffree,
+            complete: true,
+        })
+    }
+
+    /// Removes it with everything in it, and proves that mount and loop device are gone. Blocks.
+    ///
+    /// # Errors
+    /// [`ScratchError::StillHeld`] while a process still holds it; call [`super::sweep`] later.
+    pub fn destroy(self) -> Result<(), ScratchError> {
+        let root = self.root();
+        let held = |what| ScratchError::StillHeld { dir: self.dir.clone(), what };
+        unmount_image(&root).map_err(|_| held("mount"))?;
+        if !loopdev::detached_below(&self.dir.join(IMAGE))
+            .map_err(io_at("look for loop devices of", &root))?
+        {
+            return Err(held("loop device"));
+        }
+        let below = mounts::at_or_below(&root).map_err(io_at("read the mounts for", &root))?;
+        if !below.is_empty() {
+            return Err(held("mount"));
+        }
+        let dir = open_plain(&self.dir).map_err(io_at("open", &self.dir))?;
+        for name in [IMAGE, MOUNT_POINT] {
+            let c_name = CString::new(name).unwrap_or_default();
+            remove::remove_at(dir.as_fd(), &c_name).map_err(io_at("remove", &self.dir.join(name)))?;
+        }
+        Ok(())
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.join(MOUNT_POINT)
+    }
+
+    fn make_directories(&self, uid: u32, gid: u32) -> Result<(), ScratchError> {
+        let owned = rustix::process::geteuid().is_root();
+        let sticky = Mode::RWXU | Mode::RWXG | Mode::RWXO | Mode::SVTX;
+        for (path, mode) in [(self.home(), Mode::RWXU), (self.tmp(), sticky)] {
+            rustix::fs::mkdir(&path, Mode::RWXU).map_err(io_at("make", &path))?;
+            rustix::fs::chmod(&path, mode).map_err(io_at("set the mode of", &path))?;
+            if owned {
+                let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+                rustix::fs::chown(&path, Some(uid), Some(gid)).map_err(io_at("give away", &path))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn cleaned_up(scratch: Scratch) {
+    if let Err(error) = scratch.destroy() {
+        tracing::warn!(%error, "a scratch space that could not be made could not be removed either");
+    }
+}
+
+fn check_plan(plan: &ScratchPlan) -> Result<(), ScratchError> {
+    let ScratchPlan { bytes_max, inodes_max, .. } = *plan;
+    let fits = (BYTES_MIN..1 << 44).contains(&bytes_max);
+    if fits && (64..=bytes_max / 4096).contains(&inodes_max) {
+        return Ok(());
+    }
+    Err(ScratchError::Plan { bytes_max, inodes_max })
+}
+
+fn host_has_room(dir: &Path, plan: &ScratchPlan) -> Result<(), ScratchError> {
+    let fs = rustix::fs::statvfs(dir).map_err(io_at("measure the disk of", dir))?;
+    let free_bytes = fs.f_bavail.saturating_mul(fs.f_frsize);
+    if free_bytes >= plan.host_reserve_bytes {
+        return Ok(());
+    }
+    let reserve_bytes = plan.host_reserve_bytes;
+    Err(ScratchError::HostFull { dir: dir.to_owned(), free_bytes, reserve_bytes })
+}
+
+enum Failure {
+    /// This host cannot do it at all: fall back.
+    Unsupported(String),
+    /// It should have worked.
+    Broken(ScratchError),
+}
+
+fn mount_image(dir: &Path, plan: &ScratchPlan) -> Result<(), Failure> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(Failure::Unsupported("the daemon is not root".to_owned()));
+    }
+    let template = template(plan)?;
+    let path = dir.join(IMAGE);
+    let image = copy_sparse(&template, &path, plan.bytes_max)
+        .map_err(|e| Failure::Broken(io_at("make", &path)(e)))?;
+    let device = match loopdev::attach(image.as_fd()) {
+        Ok(device) => device,
+        Err(error) => {
+            rustix::fs::unlink(&path).map_err(|e| Failure::Broken(io_at("remove", &path)(e)))?;
+            return Err(Failure::Unsupported(format!("no loop device: {error}")));
+        }
+    };
+    let point = dir.join(MOUNT_POINT);
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
+    // noinit_itable: no background writes into the image; nobarrier: nothing here outlives the cell.
+    let options = c"noinit_itable,nobarrier,errors=remount-ro";
+    let Err(errno) = rustix::mount::mount(&device.path, &point, c"ext4", flags, options) else {
+        return Ok(());
+    };
+    // Should the template be the reason (a torn write), the next scratch starts from a fresh one.
+    let _ = rustix::fs::unlink(&template);
+    if matches!(errno, Errno::NODEV | Errno::PERM | Errno::ACCESS) {
+        rustix::fs::unlink(&path).map_err(|e| Failure::Broken(io_at("remove", &path)(e)))?;
+        return Err(Failure::Unsupported(format!("cannot mount ext4: {errno}")));
+    }
+    Err(Failure::Broken(io_at("mount", &point)(errno)))
+}
+
+/// The formatted template of this size, made if it is missing.
+fn template(plan: &ScratchPlan) -> Result<PathBuf, Failure> {
+    let dir = &plan.template_dir;
+    let path = dir.join(format!("ext4-1-{}-{}.img", plan.bytes_max, plan.inodes_max));
+    if path.exists() {
+        return Ok(path);
+    }
+    let broken = |doing, at: &Path, e: io::Error| Failure::Broken(io_at(doing, at)(e));
+    std::fs::create_dir_all(dir).map_err(|e| broken("make", dir, e))?;
+    let Some(mkfs) = mkfs_program() else {
+        return Err(Failure::Unsupported("no mkfs.ext4 (package e2fsprogs)".to_owned()));
+    };
+    let file = tempfile::NamedTempFile::new_in(dir).map_err(|e| broken("make a file in", dir, e))?;
+    file.as_file().set_len(plan.bytes_max).map_err(|e| broken("size", file.path(), e))?;
+    format_image(&mkfs, file.path(), plan.inodes_max)?;
+    file.as_file().sync_all().map_err(|e| broken("write", file.path(), e))?;
+    // Two daemons of one state directory do not exist; if they did, both files are the same.
+    file.persist(&path).map_err(|e| broken("keep", &path, e.error))?;
+    Ok(path)
+}
+
+fn mkfs_program() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let usual = ["/sbin", "/usr/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path).chain(usual).map(|d| d.join("mkfs.ext4")).find(|p| p.is_file())
+}
+
+fn format_image(mkfs: &Path, image: &Path, inodes: u64) -> Result<(), Failure> {
+    let failed = |e: io::Error| Failure::Broken(io_at("format", image)(e));
+    let mut child = Command::new(mkfs)
+        .args(["-q", "-F", "-b", "4096", "-I", "256", "-m", "0", "-N", &inodes.to_string()])
+        // No journal: a scratch space is never recovered. Few superblock copies: fewer extents to copy.
+        .args(["-O", "^has_journal,^resize_inode,sparse_super2"])
+        .args(["-E", "lazy_itable_init=1,nodiscard,num_backup_sb=0"])
+        .arg(image)
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(failed)?;
+    let end = Instant::now() + MKFS_TIME_MAX;
+    let status = loop {
+        if let Some(status) = child.try_wait().map_err(failed)? {
+            break status;
+        }
+        if Instant::now() >= end {
+            child.kill().map_err(failed)?;
+            child.wait().map_err(failed)?;
+            return Err(failed(io::Error::from(io::ErrorKind::TimedOut)));
+        }
+        std::thread::sleep(MKFS_POLL);
+    };
+    if status.success() {
+        return Ok(());
+    }
+    // An old e2fsprogs does not know the options: fall back rather than refuse every job.
+    Err(Failure::Unsupported(format!("mkfs.ext4 failed ({status})")))
+}
+
+/// Copies the data extents of `from` (tens of kilobytes) into a new file of `bytes` bytes.
+fn copy_sparse(from: &Path, to: &Path, bytes: u64) -> io::Result<OwnedFd> {
+    let source = rustix::fs::openat(CWD, from, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let image = rustix::fs::openat(CWD, to, flags, Mode::RUSR | Mode::WUSR)?;
+    rustix::fs::ftruncate(&image, bytes)?;
+    let mut buffer = vec![0_u8; 64 * 1024];
+    let mut at = 0;
+    loop {
+        let start = match rustix::fs::seek(&source, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(image),
+            Err(errno) => return Err(errno.into()),
+        };
+        let end = rustix::fs::seek(&source, SeekFrom::Hole(start))?;
+        at = start;
+        while at < end {
+            let want = buffer.len().min((end - at) as usize);
+            let got = rustix::io::pread(&source, &mut buffer[..want], at)?;
+            if got == 0 {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
+            }
+            write_all_at(&image, &buffer[..got], at)?;
+            at += got as u64;
+        }
+    }
+}
+
+fn write_all_at(file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let n = rustix::io::pwrite(file, bytes, at)?;
+        if n == 0 {
+            return Err(io::Error::from(io::ErrorKind::WriteZero));
+        }
+        bytes = &bytes[n..];
+        at += n as u64;
+    }
+    Ok(())
+}
+
+/// Unmounts a scratch file system after telling it to drop what is not written yet: nobody will read it
+/// (with 1 GB unwritten: 35 ms instead of 500 to 4500).
+pub(super) fn unmount_image(point: &Path) -> io::Result<Unmounted> {
+    let mounts = mounts::all()?;
+    if mounts.iter().any(|m| m.point == point && m.fs_type == "ext4") && point.ends_with(MOUNT_POINT) {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        if let Ok(fd) = rustix::fs::openat(CWD, point, flags, Mode::empty()) {
+            // SAFETY: the descriptor is open and the argument is a live u32. Failing only costs time.
+            unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_SHUTDOWN as _, &raw const SHUTDOWN_DROP) };
+        }
+    }
+    mounts::unmount(point)
+}
+
+fn open_plain(dir: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(CWD, dir, flags, Mode::empty())?)
+}
+
+/// Counts by walking, without following symlinks or entering mounts.
+fn walk_usage(root: &Path) -> io::Result<Usage> {
+    let mut usage = Usage { bytes: 0, inodes: 0, complete: true };
+    let mut todo = vec![(open_plain(root)?, 0)];
+    while let Some((dir, depth)) = todo.pop() {
+        for entry in Dir::read_from(&dir)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if name == c"." || name == c".." {
+                continue;
+            }
+            if usage.inodes >= WALK_ENTRIES_MAX {
+                return Ok(Usage { complete: false, ..usage });
+            }
+            // The cell is running: entries come and go.
+            let Ok(stat) = rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+            usage.inodes += 1;
+            usage.bytes += stat.st_blocks as u64 * 512;
+            if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+                continue;
+            }
+            if depth >= WALK_DEPTH_MAX || todo.len() >= 512 {
+                usage.complete = false;
+            } else if let Ok(below) = remove::open_dir(dir.as_fd(), name) {
+                todo.push((below, depth + 1));
+            }
+        }
+    }
+    Ok(usage)
+}
