@@ -256,7 +256,10 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`] when the last sync failed.
     pub async fn close(self) -> Result<(), StoreError> {
+        // No reader may be left when the lock is let go. An error means that another clone closed it before.
+        let readers = self.inner.reader_permits.acquire_many(READERS_MAX as u32).await;
         self.inner.reader_permits.close();
+        drop(readers);
         lock(&self.inner.idle_readers).clear();
         let inner = Arc::clone(&self.inner);
         blocking(move || inner.writer.close()).await

@@ -168,8 +168,10 @@ fn a_journal_over_its_limit_keeps_head_and_tail_and_says_so() {
     for n in 0..1000 {
         journal.push_frame(format!("\"{n:040}\"").as_bytes(), n, n);
         journal.commit().unwrap();
-        let total: u64 =
-            std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+        let total: u64 = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().len())
+            .sum();
         assert!(total <= SMALL.journal_bytes_max, "{total}");
     }
     runtime().block_on(async {

@@ -9,6 +9,7 @@ use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, 
 use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter};
 use serde::de::DeserializeOwned;
 
+use super::ledger::charge_open;
 use super::writer::Durability;
 use super::{Store, StoreError};
 use crate::event::Totals;
@@ -325,7 +326,8 @@ impl Store {
         .await
     }
 
-    /// Deletes a job that is over, with its cells and its ledger rows. Sums by model stay.
+    /// Deletes a job that is over, with its cells and its ledger rows. Sums by model stay; what was still
+    /// set aside is charged to them in full.
     ///
     /// # Errors
     /// [`StoreError::NotDone`], [`StoreError::CellsLeft`], [`StoreError::NoSuchJob`].
@@ -341,6 +343,7 @@ impl Store {
             if cells > 0 {
                 return Err(StoreError::CellsLeft);
             }
+            charge_open(db, &job, 0)?;
             db.prepare_cached("DELETE FROM jobs WHERE id = ?1")?.execute([job.as_str()])?;
             Ok(())
         })

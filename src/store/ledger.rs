@@ -121,25 +121,7 @@ impl Store {
     /// Those of SQLite.
     pub async fn release_open(&self, job: &JobId, now_ms: u64) -> Result<u64, StoreError> {
         let job = job.clone();
-        self.write(Durability::Now, move |db| {
-            let sql = "SELECT id, model, reserved_micro FROM ledger WHERE job = ?1 AND status = 'open'";
-            let mut statement = db.prepare_cached(sql)?;
-            let open = statement.query_map([job.as_str()], |row| {
-                Ok(Charge {
-                    id: ReservationId(row.get(0)?),
-                    job: job.as_str().to_owned(),
-                    model: row.get(1)?,
-                    usage: Usage::default(),
-                    charged: MicroUsd(int(row, 2)?),
-                })
-            })?;
-            let open = open.collect::<Result<Vec<_>, _>>()?;
-            for charge in &open {
-                put_charge(db, charge, None, now_ms)?;
-            }
-            Ok(open.len() as u64)
-        })
-        .await
+        self.write(Durability::Now, move |db| charge_open(db, &job, now_ms)).await
     }
 
     /// What a job has cost so far.
@@ -176,6 +158,26 @@ impl Store {
         })
         .await
     }
+}
+
+/// See [`Store::release_open`].
+pub(super) fn charge_open(db: &Connection, job: &JobId, now_ms: u64) -> Result<u64, StoreError> {
+    let sql = "SELECT id, model, reserved_micro FROM ledger WHERE job = ?1 AND status = 'open'";
+    let mut statement = db.prepare_cached(sql)?;
+    let open = statement.query_map([job.as_str()], |row| {
+        Ok(Charge {
+            id: ReservationId(row.get(0)?),
+            job: job.as_str().to_owned(),
+            model: row.get(1)?,
+            usage: Usage::default(),
+            charged: MicroUsd(int(row, 2)?),
+        })
+    })?;
+    let open = open.collect::<Result<Vec<_>, _>>()?;
+    for charge in &open {
+        put_charge(db, charge, None, now_ms)?;
+    }
+    Ok(open.len() as u64)
 }
 
 struct Charge {
