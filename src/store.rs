@@ -18,6 +18,7 @@
 pub mod cells;
 pub mod jobs;
 pub mod ledger;
+mod row;
 mod schema;
 mod writer;
 

@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
@@ -192,6 +194,32 @@ fn a_journal_over_its_limit_keeps_head_and_tail_and_says_so() {
         assert!(matches!(event.body, Body::Truncated { .. }));
         assert!(read_all(dir.path(), 1001, 1000).await.is_empty());
     });
+}
+
+#[test]
+fn a_closed_segment_that_lost_its_tail_in_a_power_loss_is_a_hole() {
+    let dir = TempDir::new().unwrap();
+    let mut journal = Journal::create(dir.path(), SMALL).unwrap();
+    for n in 0..30 {
+        journal.push_frame(format!("\"{n:0200}\"").as_bytes(), n, 1);
+        journal.commit().unwrap();
+    }
+    drop(journal);
+    let path = segment::path(dir.path(), 2);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let whole = bytes.len();
+    bytes[whole - 400..].fill(0);
+    for left in [whole, whole - 400, 200] {
+        std::fs::write(&path, &bytes[..left]).unwrap();
+        let all = lines(&runtime().block_on(read_all(dir.path(), 1, 4096)));
+        assert_eq!(all.iter().filter(|line| line["type"] == "truncated").count(), 1);
+        let mut expected = 1;
+        for line in &all {
+            assert_eq!(line["first"].as_u64().unwrap_or(line["seq"].as_u64().unwrap()), expected);
+            expected = line["seq"].as_u64().unwrap() + 1;
+        }
+        assert_eq!(expected, 31);
+    }
 }
 
 #[test]

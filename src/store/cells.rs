@@ -5,7 +5,7 @@ use std::fmt;
 
 use rusqlite::{OptionalExtension, Row, params};
 
-use super::jobs::{Int, int, maybe_int, parsed};
+use super::row::{Int, int, maybe_int, parsed};
 use super::writer::Durability;
 use super::{Store, StoreError};
 use crate::job::{CellId, JobId};

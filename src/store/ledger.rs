@@ -7,7 +7,7 @@ use std::fmt;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::jobs::{Int, int, text};
+use super::row::{Int, int, text};
 use super::writer::Durability;
 use super::{Store, StoreError};
 use crate::job::{CellId, JobId};
