@@ -1,0 +1,585 @@
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io::{BufRead, BufReader};
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::*;
+use crate::event::Totals;
+use crate::job::{CellId, Identity, Input, Outcome, StopReason};
+use crate::pricing::Usage;
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+fn new_job(n: u64, uid: u32) -> NewJob {
+    NewJob {
+        id: JobId::new(n, 0),
+        identity: Identity { uid, gid: uid, groups: vec![4, 24] },
+        priority: 0,
+        spec_json: r#"{"task":"x"}"#.to_owned(),
+        plan_json: "{}".to_owned(),
+        policy: "default".to_owned(),
+        model: "m".to_owned(),
+        labels: BTreeMap::new(),
+        idem: None,
+        created_ms: n,
+    }
+}
+
+fn cell_row(job: &JobId, random: u64) -> CellRow {
+    CellRow {
+        cell: CellId::new(random),
+        job: job.clone(),
+        attempt: 1,
+        container: None,
+        ctl_key: vec![1; 32],
+        token: "secret-token".to_owned(),
+        cell_uid: 0x6000_0001,
+        created_ms: 1,
+        gone_ms: None,
+    }
+}
+
+async fn open(dir: &TempDir) -> Store {
+    Store::open(dir.path()).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_job_goes_its_way_and_is_found_again_after_a_restart() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    let instance = store.instance().clone();
+    let mut job = new_job(1, 1000);
+    job.labels.insert("batch".to_owned(), "b1".to_owned());
+    let id = job.id.clone();
+    assert_eq!(store.submit(job.clone()).await.unwrap(), Submitted::New(id.clone()));
+    assert_eq!(store.oldest_queued_ms().await.unwrap(), Some(1));
+    let state = store.transition(&id, &State::Queued, &Input::Admit, Some(2), 10).await.unwrap();
+    let state = store.transition(&id, &state, &Input::Booted, None, 20).await.unwrap();
+    store.set_state_seq(&id, &state, 3).await.unwrap();
+    assert_eq!(store.job(&id).await.unwrap().unwrap().row.state_seq, Some(3));
+    let state = store.transition(&id, &state, &Input::CellEnded, Some(4), 30).await.unwrap();
+    let totals = Totals { turns: 3, ..Totals::default() };
+    let answer = Some("ä".repeat(jobs::RESULT_BYTES_MAX));
+    store.finish(&id, &state, Outcome::Succeeded, totals.clone(), answer, Some(5), 40).await.unwrap();
+    store.close().await.unwrap();
+
+    let store = open(&dir).await;
+    assert_eq!(store.instance(), &instance);
+    let found = store.job(&id).await.unwrap().unwrap();
+    assert_eq!(found.row.state, State::Done(Outcome::Succeeded));
+    assert_eq!((found.row.started_ms, found.row.ended_ms), (Some(10), Some(40)));
+    assert_eq!((found.row.state_seq, found.row.totals), (Some(5), Some(totals)));
+    assert_eq!((found.row.identity, found.row.labels), (job.identity, job.labels));
+    assert_eq!(found.spec_json, job.spec_json);
+    assert_eq!(found.result_text.map(|text| text.len()), Some(jobs::RESULT_BYTES_MAX));
+    assert_eq!(store.counts_by_state().await.unwrap()["done"], 1);
+    assert_eq!(store.oldest_queued_ms().await.unwrap(), None);
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_move_from_a_state_the_job_is_not_in_changes_nothing() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    let job = new_job(1, 1000);
+    store.submit(job.clone()).await.unwrap();
+    let moved = store.transition(&job.id, &State::Running, &Input::CellEnded, None, 1).await;
+    assert_eq!(moved, Err(StoreError::Conflict { actual: Box::new(State::Queued) }));
+    let illegal = store.transition(&job.id, &State::Queued, &Input::Booted, None, 1).await;
+    assert!(matches!(illegal, Err(StoreError::Illegal(_))));
+    let (before, after) = store.stop(&job.id, StopReason::Cancelled, 5).await.unwrap();
+    let ended = State::Done(Outcome::Stopped { reason: StopReason::Cancelled });
+    assert_eq!((before, &after), (State::Queued, &ended));
+    assert!(matches!(store.stop(&job.id, StopReason::Deadline, 6).await, Err(StoreError::Illegal(_))));
+    assert_eq!(store.job(&job.id).await.unwrap().unwrap().row.ended_ms, Some(5));
+    let nobody = JobId::new(9, 9);
+    let missing = store.stop(&nobody, StopReason::Cancelled, 1).await;
+    assert_eq!(missing, Err(StoreError::NoSuchJob { job: nobody.clone() }));
+    assert!(store.job(&nobody).await.unwrap().is_none());
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn of_many_admissions_at_once_one_wins() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    let job = new_job(1, 1000);
+    store.submit(job.clone()).await.unwrap();
+    let mut tries = tokio::task::JoinSet::new();
+    for _ in 0..100 {
+        let (store, id) = (store.clone(), job.id.clone());
+        tries.spawn(async move { store.transition(&id, &State::Queued, &Input::Admit, None, 1).await });
+    }
+    let results = tries.join_all().await;
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+    let lost = Err(StoreError::Conflict { actual: Box::new(State::Preparing) });
+    assert_eq!(results.iter().filter(|result| **result == lost).count(), 99);
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_idempotency_key_names_one_job_of_one_user() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    let with_key = |n, uid, hash| NewJob { idem: Some(("k".to_owned(), [hash; 32])), ..new_job(n, uid) };
+    let first = JobId::new(1, 0);
+    assert_eq!(store.submit(with_key(1, 1000, 7)).await, Ok(Submitted::New(first.clone())));
+    assert_eq!(store.submit(with_key(2, 1000, 7)).await, Ok(Submitted::Existing(first.clone())));
+    let conflict = Err(StoreError::IdempotencyConflict { existing: first });
+    assert_eq!(store.submit(with_key(3, 1000, 8)).await, conflict);
+    assert_eq!(store.submit(with_key(4, 1001, 8)).await, Ok(Submitted::New(JobId::new(4, 0))));
+    assert_eq!(store.jobs(Filter::default()).await.unwrap().rows.len(), 2);
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn pages_are_newest_first_and_stay_stable() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    for n in 0..50_u64 {
+        let mut job = new_job(n, 1000 + (n % 2) as u32);
+        job.labels.insert("batch".to_owned(), format!("b{}", n % 3));
+        job.labels.insert("owner's \"key\"".to_owned(), "v".to_owned());
+        if n % 5 == 0 {
+            job.policy = "trusted".to_owned();
+        }
+        store.submit(job).await.unwrap();
+    }
+    let mut seen = Vec::new();
+    let mut filter = Filter { uid: Some(1000), limit: 7, ..Filter::default() };
+    loop {
+        let page = store.jobs(filter.clone()).await.unwrap();
+        seen.extend(page.rows.iter().map(|row| row.created_ms));
+        // A job that comes in between belongs to none of the later pages.
+        store.submit(new_job(1000 + seen.len() as u64, 1000)).await.unwrap();
+        let Some(cursor) = page.next_cursor else { break };
+        filter.cursor = Some(cursor.to_string().parse().unwrap());
+    }
+    assert_eq!(seen, (0..50).rev().filter(|n| n % 2 == 0).collect::<Vec<u64>>());
+
+    let labels = vec![("batch".to_owned(), "b0".to_owned()), ("owner's \"key\"".to_owned(), "v".to_owned())];
+    let filter = Filter {
+        labels,
+        policy: Some("trusted".to_owned()),
+        model: Some("m".to_owned()),
+        states: Some(vec!["queued".to_owned(), "done".to_owned()]),
+        since_ms: Some(15),
+        until_ms: Some(45),
+        ..Filter::default()
+    };
+    let found = store.jobs(filter.clone()).await.unwrap();
+    assert_eq!(found.rows.iter().map(|row| row.created_ms).collect::<Vec<_>>(), [30, 15]);
+    assert_eq!(found.next_cursor, None);
+    let none = Filter { states: Some(vec!["running".to_owned()]), ..filter };
+    assert!(store.jobs(none).await.unwrap().rows.is_empty());
+    let fifo = store.open_jobs().await.unwrap();
+    assert!(fifo.windows(2).all(|pair| pair[0].id < pair[1].id));
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_cell_is_known_until_it_is_gone_and_keeps_its_job() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    let job = new_job(1, 1000);
+    store.submit(job.clone()).await.unwrap();
+    let row = cell_row(&job.id, 5);
+    assert!(!format!("{row:?}").contains("secret"));
+    store.put_cell(row.clone()).await.unwrap();
+    assert!(store.put_cell(row.clone()).await.is_err());
+    assert!(store.put_cell(cell_row(&JobId::new(77, 0), 6)).await.is_err(), "a cell of no job");
+    store.set_container(&row.cell, "abc").await.unwrap();
+    let with_container = CellRow { container: Some("abc".to_owned()), ..row.clone() };
+    assert_eq!(store.live_cells().await.unwrap(), std::slice::from_ref(&with_container));
+    assert_eq!(store.cell_of(&job.id).await.unwrap(), Some(with_container));
+    assert_eq!(store.delete(&job.id).await, Err(StoreError::NotDone { state: "queued".to_owned() }));
+    store.stop(&job.id, StopReason::Cancelled, 1).await.unwrap();
+    assert_eq!(store.delete(&job.id).await, Err(StoreError::CellsLeft));
+    store.cell_gone(&row.cell, 9).await.unwrap();
+    store.cell_gone(&row.cell, 10).await.unwrap();
+    assert_eq!(store.cell_of(&job.id).await.unwrap().unwrap().gone_ms, Some(9));
+    assert!(store.live_cells().await.unwrap().is_empty());
+    store.delete(&job.id).await.unwrap();
+    assert!(store.job(&job.id).await.unwrap().is_none());
+    assert!(store.cell_of(&job.id).await.unwrap().is_none());
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_budget_is_a_bound_and_nothing_is_charged_too_little() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    let job = new_job(1, 1000);
+    store.submit(job.clone()).await.unwrap();
+    let cell = CellId::new(5);
+    let limit = Some(MicroUsd(100));
+    let first = store.reserve(&job.id, &cell, "m", MicroUsd(60), limit, 1).await.unwrap();
+    let refused = store.reserve(&job.id, &cell, "m", MicroUsd(41), limit, 1).await;
+    let (settled, reserved) = (MicroUsd::ZERO, MicroUsd(60));
+    assert_eq!(refused, Err(StoreError::OverBudget { settled, reserved, limit: MicroUsd(100) }));
+    let usage = Usage { input: 3, output: 4, ..Usage::default() };
+    assert_eq!(store.settle(first, usage, MicroUsd(20), 200, 2).await, Ok(MicroUsd::ZERO));
+    assert_eq!(store.settle(first, usage, MicroUsd(20), 200, 2).await, Err(StoreError::NotReserved(first)));
+    store.reserve(&job.id, &cell, "n", MicroUsd(80), limit, 3).await.unwrap();
+    store.close().await.unwrap();
+
+    // The daemon died with a request under way: its reservation is charged whole.
+    let store = open(&dir).await;
+    let spend = store.spend(&job.id).await.unwrap();
+    assert_eq!((spend.charged, spend.reserved_open, spend.requests), (MicroUsd(20), MicroUsd(80), 1));
+    assert_eq!(store.release_open(&job.id, 4).await, Ok(1));
+    assert_eq!(store.release_open(&job.id, 4).await, Ok(0));
+    let spend = store.spend(&job.id).await.unwrap();
+    assert_eq!((spend.charged, spend.reserved_open, spend.usage), (MicroUsd(100), MicroUsd::ZERO, usage));
+    let over = store.reserve(&job.id, &cell, "m", MicroUsd(5), None, 5).await.unwrap();
+    assert_eq!(store.settle(over, usage, MicroUsd(7), 200, 5).await, Ok(MicroUsd(2)));
+
+    store.reserve(&job.id, &cell, "n", MicroUsd(6), None, 6).await.unwrap();
+    store.stop(&job.id, StopReason::Cancelled, 6).await.unwrap();
+    store.delete(&job.id).await.unwrap();
+    let totals = store.cost_totals().await.unwrap();
+    let by_model: Vec<_> = totals.iter().map(|cost| (&*cost.model, cost.charged.0, cost.requests)).collect();
+    assert_eq!(by_model, [("m", 27, 2), ("n", 86, 2)], "sums by model outlive the job");
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_second_daemon_is_told_who_is_there() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    let path = dir.path().join(LOCK_NAME);
+    let locked = StoreError::Locked { path, pid: Some(std::process::id()) };
+    assert_eq!(Store::open(dir.path()).await.unwrap_err(), locked);
+    assert_eq!(Store::set_aside(dir.path(), 1).await, Err(locked));
+    let clone = store.clone();
+    store.close().await.unwrap();
+    assert_eq!(clone.open_jobs().await, Err(StoreError::Closed));
+    assert_eq!(clone.submit(new_job(1, 1)).await, Err(StoreError::Closed));
+    open(&dir).await.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn files_that_are_not_ours_or_not_whole_are_refused_and_can_be_set_aside() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join(FILE_NAME);
+    let store = open(&dir).await;
+    let instance = store.instance().clone();
+    for n in 0..200 {
+        store.submit(new_job(n, 1000)).await.unwrap();
+    }
+    store.close().await.unwrap();
+    let good = std::fs::read(&path).unwrap();
+
+    let mut bad = good.clone();
+    let middle = bad.len() / 2;
+    bad[middle..middle + 4096].fill(0xff);
+    std::fs::write(&path, &bad).unwrap();
+    let error = Store::open(dir.path()).await.unwrap_err();
+    assert!(matches!(&error, StoreError::Corrupt { path: named, .. } if *named == path), "{error}");
+    std::fs::write(&path, b"this is no database, it only has its name").unwrap();
+    let error = Store::open(dir.path()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
+    let aside = Store::set_aside(dir.path(), 42).await.unwrap();
+    assert!(aside.is_file() && !path.exists());
+    let store = open(&dir).await;
+    assert_ne!(store.instance(), &instance);
+    store.close().await.unwrap();
+
+    std::fs::write(&path, &good).unwrap();
+    Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
+    let error = Store::open(dir.path()).await.unwrap_err();
+    assert!(matches!(error, StoreError::TooNew { found: 99, .. }), "{error}");
+    std::fs::remove_file(&path).unwrap();
+    Connection::open(&path).unwrap().execute_batch("CREATE TABLE theirs (x)").unwrap();
+    let error = Store::open(dir.path()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Foreign { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn one_failed_request_takes_no_other_along() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    let mut requests = tokio::task::JoinSet::new();
+    for n in 0..300_u64 {
+        let store = store.clone();
+        // Every third id is used twice: one of the two fails, in the middle of a batch.
+        requests.spawn(async move { store.submit(new_job(n - n % 3 / 2, 1000)).await });
+    }
+    let results = requests.join_all().await;
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 200);
+    assert_eq!(store.open_jobs().await.unwrap().len(), 200);
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_store_without_space_refuses_and_goes_on_after() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    let pages = |count: i64| {
+        store.write(Durability::Soon, move |db| {
+            Ok(db.pragma_update_and_check(None, "max_page_count", count, |row| row.get::<_, i64>(0))?)
+        })
+    };
+    pages(60).await.unwrap();
+    let big = |n| NewJob { spec_json: "x".repeat(100_000), ..new_job(n, 1) };
+    let mut stored = Vec::new();
+    let mut requests = tokio::task::JoinSet::new();
+    for n in 0..20 {
+        let (store, job) = (store.clone(), big(n));
+        requests.spawn(async move { (n, store.submit(job).await) });
+    }
+    let mut full = 0;
+    for (n, result) in requests.join_all().await {
+        match result {
+            Ok(_) => stored.push(JobId::new(n, 0)),
+            Err(error) => {
+                assert_eq!(error, StoreError::Full);
+                full += 1;
+            }
+        }
+    }
+    assert!(full > 0);
+    let found: BTreeSet<_> = store.open_jobs().await.unwrap().into_iter().map(|job| job.id).collect();
+    assert_eq!(found, stored.into_iter().collect(), "what was acknowledged is there, and nothing else");
+    pages(1_000_000).await.unwrap();
+    store.submit(big(100)).await.unwrap();
+    store.close().await.unwrap();
+}
+
+/// Submits for ever and prints each id once the store said that it is stored.
+fn child_that_submits(dir: &Path) {
+    runtime().block_on(async {
+        let store = Store::open(dir).await.unwrap();
+        for n in 0_u64.. {
+            let Submitted::New(id) = store.submit(new_job(n, 1000)).await.unwrap() else { return };
+            store.transition(&id, &State::Queued, &Input::Admit, None, 1).await.unwrap();
+            println!("\nstored {id}");
+        }
+    });
+}
+
+#[test]
+fn what_was_acknowledged_survives_kill_9() {
+    if let Some(dir) = std::env::var_os("HOTCELL_TEST_STORE_DIR") {
+        return child_that_submits(Path::new(&dir));
+    }
+    let dir = TempDir::new().unwrap();
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "store::tests::what_was_acknowledged_survives_kill_9", "--nocapture"])
+        .env("HOTCELL_TEST_STORE_DIR", dir.path())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut acknowledged = BTreeSet::new();
+    let mut killed = false;
+    for line in BufReader::new(child.stdout.take().unwrap()).lines() {
+        let line = line.unwrap();
+        // A last line may be cut by the kill.
+        if let Some(Ok(id)) = line.strip_prefix("stored ").map(str::parse::<JobId>) {
+            acknowledged.insert(id);
+        }
+        if acknowledged.len() >= 200 && !killed {
+            child.kill().unwrap();
+            killed = true;
+        }
+    }
+    child.wait().unwrap();
+    assert!(killed);
+    runtime().block_on(async {
+        let store = Store::open(dir.path()).await.unwrap();
+        let rows = store.open_jobs().await.unwrap();
+        let preparing: BTreeSet<_> =
+            rows.into_iter().filter(|job| job.state == State::Preparing).map(|job| job.id).collect();
+        assert!(acknowledged.is_subset(&preparing));
+        store.close().await.unwrap();
+    });
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Submit { uid: u32, key: Option<u8>, hash: u8 },
+    Move { job: usize, stale: bool, input: Input },
+    Stop { job: usize },
+    Reserve { job: usize, amount: u64 },
+    Settle { reservation: usize, part_percent: u64 },
+    Release { job: usize },
+    Delete { job: usize },
+    Reopen,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let input = prop_oneof![
+        3 => Just(Input::Admit),
+        2 => Just(Input::Booted),
+        2 => Just(Input::CellEnded),
+        1 => Just(Input::Stop(StopReason::Deadline)),
+        2 => Just(Input::Finish(Outcome::Succeeded)),
+    ];
+    let job = 0_usize..100;
+    prop_oneof![
+        4 => (1000_u32..1003, proptest::option::of(0_u8..3), 0_u8..2)
+            .prop_map(|(uid, key, hash)| Op::Submit { uid, key, hash }),
+        8 => (job.clone(), prop::bool::weighted(0.2), input)
+            .prop_map(|(job, stale, input)| Op::Move { job, stale, input }),
+        1 => job.clone().prop_map(|job| Op::Stop { job }),
+        5 => (job.clone(), 0_u64..60).prop_map(|(job, amount)| Op::Reserve { job, amount }),
+        4 => (0_usize..100, 0_u64..=100)
+            .prop_map(|(reservation, part_percent)| Op::Settle { reservation, part_percent }),
+        1 => job.clone().prop_map(|job| Op::Release { job }),
+        1 => job.prop_map(|job| Op::Delete { job }),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+const LIMIT: MicroUsd = MicroUsd(100);
+
+#[derive(Default)]
+struct Model {
+    jobs: BTreeMap<JobId, State>,
+    keys: HashMap<(u32, u8), (JobId, u8)>,
+    open: BTreeMap<ReservationId, (JobId, u64)>,
+    charged: BTreeMap<JobId, u64>,
+    submits: u64,
+}
+
+impl Model {
+    fn pick(&self, index: usize) -> Option<(JobId, State)> {
+        let (id, state) = self.jobs.iter().nth(index % self.jobs.len().max(1))?;
+        Some((id.clone(), state.clone()))
+    }
+
+    fn reserved(&self, job: &JobId) -> u64 {
+        self.open.values().filter(|(owner, _)| owner == job).map(|(_, amount)| amount).sum()
+    }
+
+    async fn submit(&mut self, store: &Store, uid: u32, key: Option<u8>, hash: u8) {
+        self.submits += 1;
+        let mut job = new_job(self.submits, uid);
+        job.idem = key.map(|key| (key.to_string(), [hash; 32]));
+        let id = job.id.clone();
+        let known = key.and_then(|key| self.keys.get(&(uid, key)).cloned());
+        let expected = match known {
+            None => Ok(Submitted::New(id.clone())),
+            Some((existing, old)) if old == hash => Ok(Submitted::Existing(existing)),
+            Some((existing, _)) => Err(StoreError::IdempotencyConflict { existing }),
+        };
+        assert_eq!(store.submit(job).await, expected);
+        if matches!(expected, Ok(Submitted::New(_))) {
+            self.jobs.insert(id.clone(), State::Queued);
+            self.keys.extend(key.map(|key| ((uid, key), (id, hash))));
+        }
+    }
+
+    async fn step(&mut self, store: &Store, op: Op) {
+        match op {
+            Op::Submit { uid, key, hash } => self.submit(store, uid, key, hash).await,
+            Op::Move { job, stale, input } => {
+                let Some((id, state)) = self.pick(job) else { return };
+                let guess = if stale { State::Done(Outcome::Lost) } else { state.clone() };
+                let expected = if stale {
+                    Err(StoreError::Conflict { actual: Box::new(state) })
+                } else {
+                    state.next(&input).map_err(StoreError::Illegal)
+                };
+                assert_eq!(store.transition(&id, &guess, &input, None, 1).await, expected);
+                if let Ok(next) = expected {
+                    self.jobs.insert(id, next);
+                }
+            }
+            Op::Stop { job } => {
+                let Some((id, state)) = self.pick(job) else { return };
+                let next = state.next(&Input::Stop(StopReason::Budget));
+                let expected = next.clone().map(|next| (state, next)).map_err(StoreError::Illegal);
+                assert_eq!(store.stop(&id, StopReason::Budget, 1).await, expected);
+                if let Ok(next) = next {
+                    self.jobs.insert(id, next);
+                }
+            }
+            Op::Reserve { job, amount } => {
+                let Some((id, _)) = self.pick(job) else { return };
+                let spent = self.charged.get(&id).copied().unwrap_or(0) + self.reserved(&id);
+                let cell = CellId::new(1);
+                let got = store.reserve(&id, &cell, "m", MicroUsd(amount), Some(LIMIT), 1).await;
+                assert_eq!(got.is_ok(), spent + amount <= LIMIT.0);
+                if let Ok(reservation) = got {
+                    assert!(self.open.insert(reservation, (id, amount)).is_none());
+                }
+            }
+            Op::Settle { reservation, part_percent } => {
+                let Some(id) = self.open.keys().copied().nth(reservation % self.open.len().max(1)) else {
+                    return;
+                };
+                let Some((job, amount)) = self.open.remove(&id) else { return };
+                let charge = amount * part_percent / 100;
+                store.settle(id, Usage::default(), MicroUsd(charge), 200, 1).await.unwrap();
+                *self.charged.entry(job).or_default() += charge;
+            }
+            Op::Release { job } => {
+                let Some((id, _)) = self.pick(job) else { return };
+                let (reserved, before) = (self.reserved(&id), self.open.len());
+                self.open.retain(|_, (owner, _)| *owner != id);
+                let released = (before - self.open.len()) as u64;
+                assert_eq!(store.release_open(&id, 1).await, Ok(released));
+                *self.charged.entry(id).or_default() += reserved;
+            }
+            Op::Delete { job } => {
+                let Some((id, state)) = self.pick(job) else { return };
+                let expected = if state.is_done() {
+                    Ok(())
+                } else {
+                    Err(StoreError::NotDone { state: state.name().to_owned() })
+                };
+                assert_eq!(store.delete(&id).await, expected);
+                if state.is_done() {
+                    self.jobs.remove(&id);
+                    self.keys.retain(|_, (owner, _)| *owner != id);
+                    self.open.retain(|_, (owner, _)| *owner != id);
+                    self.charged.remove(&id);
+                }
+            }
+            Op::Reopen => {}
+        }
+    }
+
+    async fn compare(&self, store: &Store) {
+        let rows = store.jobs(Filter::default()).await.unwrap().rows;
+        let found: BTreeMap<_, _> = rows.into_iter().map(|row| (row.id, row.state)).collect();
+        assert_eq!(found, self.jobs);
+        let counts = store.counts_by_state().await.unwrap();
+        assert_eq!(counts.values().sum::<u64>(), self.jobs.len() as u64);
+        for id in self.jobs.keys() {
+            let spend = store.spend(id).await.unwrap();
+            assert_eq!(spend.charged.0, self.charged.get(id).copied().unwrap_or(0));
+            assert_eq!(spend.reserved_open.0, self.reserved(id));
+            assert!(spend.charged.plus(spend.reserved_open) <= LIMIT);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_life_of_a_store_matches_its_model(ops in proptest::collection::vec(op(), 1..120)) {
+        let dir = TempDir::new().unwrap();
+        runtime().block_on(async {
+            let mut store = open(&dir).await;
+            let mut model = Model::default();
+            for op in ops {
+                if matches!(op, Op::Reopen) {
+                    store.close().await.unwrap();
+                    store = open(&dir).await;
+                    model.compare(&store).await;
+                }
+                model.step(&store, op).await;
+            }
+            model.compare(&store).await;
+            store.close().await.unwrap();
+        });
+    }
+}
