@@ -4,7 +4,7 @@
 //! it) and `bundle.json`. Never runs the CLI, never changes an installed one, never lets a version be used that has
 //! not passed its self-test, never leaves a half-installed one under a final name.
 
-mod files;
+pub(crate) mod files;
 mod install;
 
 use std::fmt;
@@ -266,7 +266,12 @@ impl Bundles {
         if !bundles.iter().any(|bundle| matches!(bundle.state, Qualification::Qualified { .. })) {
             return refuse("it has not passed its self-test yet".to_owned());
         }
-        write_whole(&self.dir.join("active"), format!("{version}\n").as_bytes())
+        let path = self.dir.join("active");
+        write_whole(&path, format!("{version}\n").as_bytes()).map_err(|source| BundleError::Io {
+            doing: "write",
+            path,
+            source,
+        })
     }
 
     /// Records the outcome of a self-test of one bundle. Blocking.

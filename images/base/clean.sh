@@ -1,7 +1,7 @@
 #!/bin/sh
-# Last step of mmdebstrap, run on the host: $1 is the directory that becomes the image, $2 (from the environment:
-# HOTCELL_SOURCES) the public package sources. Takes out what tells about the machine that built it (mirror, proxy,
-# names, logs) and what differs from run to run.
+# Last step of mmdebstrap, run on the host. $1 is the directory that becomes the image; HOTCELL_SOURCES is a file
+# with the public package sources. Takes out what tells about the machine that built it (mirror, proxy, names,
+# logs) and what differs from run to run.
 set -eu
 root=$1
 test -n "$root" && test "$root" != / && test -d "$root/etc/apt"

@@ -27,21 +27,22 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, BundleErr
 pub(super) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), BundleError> {
     let text = serde_json::to_vec_pretty(value)
         .map_err(|error| BundleError::Damaged { path: path.to_owned(), why: error.to_string() })?;
-    write_whole(path, &text)
+    write_whole(path, &text).map_err(|source| BundleError::Io {
+        doing: "write",
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Writes a new file beside `path`, syncs it and renames it over `path`.
-pub(super) fn write_whole(path: &Path, content: &[u8]) -> Result<(), BundleError> {
+pub(crate) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
-    let write = || -> io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(TEMP_PREFIX).tempfile_in(dir)?;
-        file.write_all(content)?;
-        file.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        sync_dir(dir)
-    };
-    write().map_err(|source| BundleError::Io { doing: "write", path: path.to_owned(), source })
+    let mut file = tempfile::Builder::new().prefix(TEMP_PREFIX).tempfile_in(dir)?;
+    file.write_all(content)?;
+    file.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    sync_dir(dir)
 }
 
 pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
