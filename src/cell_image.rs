@@ -1,1 +1,252 @@
-//! (to come)
+//! The image that cells run in: builds the default one, finds any one by digest, says what an image offers.
+//!
+//! Works through the engine only (and `mmdebstrap` where there is no registry). Never puts a credential, a mirror or
+//! a certificate of this machine into an image, never runs anything from one, never trusts a name where a digest is
+//! known.
+
+mod apt;
+mod base;
+mod context;
+mod debian;
+mod facts;
+mod recipe;
+mod types;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+pub use facts::{ImageFacts, Shell};
+pub use types::{
+    BaseSource, Build, BuildRequest, Built, EngineFault, EngineFuture, ImageEngine, ImageError, ImageInfo,
+    OnLine, OnProgress, Progress,
+};
+
+use crate::agent_bundle::files::write_whole;
+use crate::agent_bundle::{Arch, Bundle, Bundles, Libc, Platform, Version};
+use crate::npm::Npm;
+use base::{BUILD_SILENCE, Ear};
+use context::TarWriter;
+
+/// Name of the default image.
+pub const DEFAULT_IMAGE: &str = "hotcell/cell:latest";
+
+/// The images of one state directory, by one engine.
+pub struct Images<'a> {
+    engine: &'a dyn ImageEngine,
+    bundles: Bundles,
+    dir: PathBuf,
+    prefix: String,
+}
+
+impl std::fmt::Debug for Images<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Images").field("dir", &self.dir).field("prefix", &self.prefix).finish()
+    }
+}
+
+impl<'a> Images<'a> {
+    /// Images recorded below `state_dir`. Touches nothing.
+    pub fn new(engine: &'a dyn ImageEngine, state_dir: &Path) -> Self {
+        let (bundles, dir) = (Bundles::new(state_dir), state_dir.join("images"));
+        Self { engine, bundles, dir, prefix: "hotcell".to_owned() }
+    }
+
+    /// The same with another first part of all names than `hotcell`, for tests beside a working installation.
+    #[must_use]
+    pub fn with_prefix(mut self, prefix: &str) -> Self {
+        prefix.clone_into(&mut self.prefix);
+        self
+    }
+
+    /// Builds the default image, or finds that it is there already. Records its digest as the default.
+    pub async fn build(
+        &self,
+        npm: &Npm,
+        request: &BuildRequest,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Built, ImageError> {
+        let started = Instant::now();
+        let arch: Arch = self.engine.arch().await?.parse()?;
+        let bundle = self.bundle(npm, request, arch, on_progress).await?;
+        let recipe = recipe::cell_hash(&bundle.version, arch);
+        let tag = format!("{}/cell:{}-{recipe}", self.prefix, bundle.version);
+        let (info, reused) = match self.present(&tag, &recipe, request, arch).await? {
+            Some(info) => (info, true),
+            None => (self.build_cell(npm, request, &bundle, &recipe, &tag, on_progress).await?, false),
+        };
+        self.engine.tag(&info.id, &self.latest()).await?;
+        let built = Built {
+            base: info.labels.get("hotcell.base").cloned().unwrap_or_default(),
+            id: info.id,
+            tag,
+            size_bytes: info.size_bytes,
+            agent: bundle.version.to_string(),
+            recipe,
+            reused,
+            duration_ms: started.elapsed().as_millis() as u64,
+            built_at_ms: crate::clock::wall_ms(),
+        };
+        self.record(&built)?;
+        Ok(built)
+    }
+
+    /// The image behind `reference`. The default's name means the recorded digest, whatever the name points to now.
+    pub async fn resolve_image(&self, reference: &str) -> Result<ImageInfo, ImageError> {
+        let latest = self.latest();
+        let is_default = reference == latest || Some(reference) == latest.strip_suffix(":latest");
+        if is_default {
+            if let Some(built) = self.recorded() {
+                let info = self.engine.image(&built.id).await?;
+                return info.ok_or(ImageError::Gone { id: built.id });
+            }
+            // Built by another state directory of this engine, or loaded from a file.
+            let info = self.engine.image(&latest).await?.filter(is_cell);
+            return info.ok_or(ImageError::NotBuilt);
+        }
+        let info = self.engine.image(reference).await?;
+        info.ok_or_else(|| ImageError::NotPresent { reference: reference.chars().take(300).collect() })
+    }
+
+    /// What an image (from [`Images::resolve_image`]) offers an agent. Cached by digest. An image for another
+    /// processor than the engine's, and one without a shell, are named errors.
+    pub async fn suitability(&self, image: &ImageInfo) -> Result<ImageFacts, ImageError> {
+        facts::suitability(self.engine, image, &self.dir).await
+    }
+
+    /// The recorded default image, if one was built here. A damaged record counts as none. Blocking.
+    pub fn recorded(&self) -> Option<Built> {
+        let text = std::fs::read(self.dir.join("cell.json")).ok()?;
+        serde_json::from_slice(&text)
+            .inspect_err(|error| tracing::warn!(%error, "images/cell.json is damaged; taken as absent"))
+            .ok()
+    }
+
+    fn latest(&self) -> String {
+        format!("{}/cell:latest", self.prefix)
+    }
+
+    async fn bundle(
+        &self,
+        npm: &Npm,
+        request: &BuildRequest,
+        arch: Arch,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Bundle, ImageError> {
+        let version = match &request.agent {
+            Some(version) => version.clone(),
+            None => self.bundles.active()?.to_string(),
+        };
+        on_progress(Progress::Step("fetching the agent"));
+        let platform = Platform { arch, libc: Libc::Gnu };
+        let on_bytes = |done, total| on_progress(Progress::Bytes { what: platform.package(), done, total });
+        Ok(self.bundles.install(npm, &version, platform, &on_bytes).await?)
+    }
+
+    async fn present(
+        &self,
+        tag: &str,
+        recipe: &str,
+        request: &BuildRequest,
+        arch: Arch,
+    ) -> Result<Option<ImageInfo>, ImageError> {
+        if request.force {
+            return Ok(None);
+        }
+        let same = |info: &ImageInfo| {
+            is_cell(info)
+                && info.labels.get("hotcell.recipe").is_some_and(|label| label == recipe)
+                && info.arch.parse::<Arch>().is_ok_and(|found| found == arch)
+        };
+        Ok(self.engine.image(tag).await?.filter(same))
+    }
+
+    async fn build_cell(
+        &self,
+        npm: &Npm,
+        request: &BuildRequest,
+        bundle: &Bundle,
+        recipe: &str,
+        tag: &str,
+        on_progress: OnProgress<'_>,
+    ) -> Result<ImageInfo, ImageError> {
+        let arch = bundle.platform.arch;
+        let work = work_dir(&self.dir)?;
+        let base = self.base(npm, request, arch, work.path(), on_progress).await?;
+        on_progress(Progress::Step("building the cell image"));
+        let context = work.path().join("cell.tar");
+        let agent = self.bundles.path_for(&bundle.version, bundle.platform)?;
+        let write = {
+            let context = context.clone();
+            move || write_context(&context, &agent)
+        };
+        let written = tokio::task::spawn_blocking(write).await.map_err(std::io::Error::other);
+        written.and_then(|result| result).map_err(ImageError::io("write", &context))?;
+        let build = Build {
+            context,
+            dockerfile: "Dockerfile",
+            tag: tag.to_owned(),
+            args: vec![("BASE", base.tag)],
+            labels: vec![
+                ("hotcell.image", "cell".to_owned()),
+                ("hotcell.agent", bundle.version.to_string()),
+                ("hotcell.recipe", recipe.to_owned()),
+                ("hotcell.base", base.source),
+            ],
+        };
+        let ear = Ear::new(on_progress);
+        let on_line = |line: &str| ear.line(line);
+        ear.watch(BUILD_SILENCE, self.engine.build(&build, &on_line)).await?;
+        let path = work.path().to_owned();
+        work.close().map_err(ImageError::io("remove", &path))?;
+        let info = self.engine.image(tag).await?;
+        info.ok_or_else(|| ImageError::NotPresent { reference: tag.to_owned() })
+    }
+
+    fn record(&self, built: &Built) -> Result<(), ImageError> {
+        let path = self.dir.join("cell.json");
+        let io = ImageError::io("write", &path);
+        std::fs::create_dir_all(&self.dir).map_err(io.clone())?;
+        let text = serde_json::to_vec_pretty(built).map_err(|error| io(error.into()))?;
+        write_whole(&path, &text).map_err(io)
+    }
+}
+
+/// Whether the image says that it is a cell image of ours.
+fn is_cell(info: &ImageInfo) -> bool {
+    info.labels.get("hotcell.image").is_some_and(|kind| kind == "cell")
+}
+
+/// A private directory for one build; what an earlier, killed build left is removed once it is an hour old.
+fn work_dir(images_dir: &Path) -> Result<tempfile::TempDir, ImageError> {
+    const PREFIX: &str = ".work-";
+    let io = |doing| ImageError::io(doing, images_dir);
+    std::fs::create_dir_all(images_dir).map_err(io("create"))?;
+    for entry in std::fs::read_dir(images_dir).map_err(io("read"))?.take(10_000).flatten() {
+        let ours = entry.file_name().to_string_lossy().starts_with(PREFIX);
+        let modified = entry.metadata().and_then(|meta| meta.modified());
+        let age = modified.ok().and_then(|time| time.elapsed().ok());
+        if ours && age.is_some_and(|age| age.as_secs() > 3600) {
+            std::fs::remove_dir_all(entry.path()).map_err(io("clean"))?;
+        }
+    }
+    tempfile::Builder::new().prefix(PREFIX).tempdir_in(images_dir).map_err(io("create a directory in"))
+}
+
+/// The context of `images/cell/Dockerfile`.
+fn write_context(path: &Path, agent: &Path) -> std::io::Result<()> {
+    let mut tar = TarWriter::create(path)?;
+    tar.text("Dockerfile", recipe::CELL_DOCKERFILE, 0o644)?;
+    for dir in ["", "/usr", "/usr/local", "/usr/local/bin", "/home", "/home/agent", "/workspace"] {
+        tar.dir(&format!("rootfs{dir}"))?;
+    }
+    tar.dir("rootfs/.hotcell")?;
+    tar.dir("rootfs/.hotcell-agent")?;
+    tar.text("rootfs/.hotcell-init", "", 0o755)?;
+    tar.file("rootfs/usr/local/bin/claude", agent, 0o711)?;
+    tar.finish()
+}
+
+/// The version of the CLI in a cell image of ours.
+pub fn agent_version(info: &ImageInfo) -> Option<Version> {
+    is_cell(info).then(|| info.labels.get("hotcell.agent")?.parse().ok()).flatten()
+}
