@@ -1,3 +1,139 @@
-//! The HTTP API on the unix socket (to come).
+//! The HTTP API on the unix socket. Who asks is told by the kernel (SO_PEERCRED); nothing in a request can
+//! change it. A job is visible to its owner and to the admin uids, and to everybody else it does not exist.
+//! Every error has the one shape of [`wire::ErrorBody`].
 
+pub mod events;
+pub mod jobs;
+pub mod openapi;
+pub mod peer;
+pub mod submit;
 pub mod wire;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, RwLock};
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use tokio_util::sync::CancellationToken;
+
+use crate::cell::Parts;
+use crate::driver::{self, Handle};
+use crate::job::spec::SPEC_BYTES_MAX;
+use crate::policy::{Defaults, Policy};
+use wire::{ErrorBody, ErrorCode, ErrorInfo, Health};
+
+/// What the handlers need.
+#[derive(Debug)]
+pub struct Api {
+    /// The hands.
+    pub parts: Arc<Parts>,
+    /// The loop.
+    pub driver: Handle,
+    /// Policies by name.
+    pub policies: BTreeMap<String, Policy>,
+    /// The policy of a job that names none.
+    pub default_policy: String,
+    /// Model and image where neither job nor policy names one.
+    pub defaults: Defaults,
+    /// Users who see all jobs.
+    pub admin_uids: Vec<u32>,
+    /// Most jobs that wait.
+    pub queued_jobs_max: u64,
+    /// The engine's address, for people.
+    pub engine_address: String,
+    /// What does not work at the moment, in words.
+    pub problems: RwLock<Vec<String>>,
+    /// Fires when the daemon is going down.
+    pub shutdown: CancellationToken,
+}
+
+/// An error answer.
+#[derive(Debug)]
+pub struct ApiError(pub ErrorInfo);
+
+impl ApiError {
+    /// An error with its words.
+    pub fn new(code: ErrorCode, message: impl ToString) -> Self {
+        Self(ErrorInfo { code, blame: code.blame(), message: message.to_string(), hint: None })
+    }
+
+    /// What to do next.
+    #[must_use]
+    pub fn hint(mut self, hint: impl ToString) -> Self {
+        self.0.hint = Some(hint.to_string());
+        self
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.0.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, axum::Json(ErrorBody { error: self.0 })).into_response()
+    }
+}
+
+impl From<crate::store::StoreError> for ApiError {
+    fn from(error: crate::store::StoreError) -> Self {
+        tracing::error!(%error, "the store failed a request");
+        Self::new(ErrorCode::Internal, error)
+    }
+}
+
+/// All routes.
+pub fn router(api: Arc<Api>) -> Router {
+    Router::new()
+        .route("/v1/jobs", post(submit::submit).get(jobs::list))
+        .route("/v1/jobs/{id}", get(jobs::show).delete(jobs::delete))
+        .route("/v1/jobs/{id}/events", get(events::events))
+        .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
+        .route("/v1/openapi.json", get(openapi::document))
+        .route("/healthz", get(health))
+        .route("/metrics", get(metrics))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_route)
+        // A little more than the largest spec, so that the spec's own error can name its size.
+        .layer(DefaultBodyLimit::max(SPEC_BYTES_MAX + 64 * 1024))
+        .with_state(api)
+}
+
+/// Routes for a TCP address: metrics and health, nothing of anybody's jobs.
+pub fn metrics_router(api: Arc<Api>) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(health))
+        .fallback(no_route)
+        .with_state(api)
+}
+
+async fn no_route(method: axum::http::Method, uri: axum::http::Uri) -> ApiError {
+    ApiError::new(ErrorCode::NoRoute, format!("there is no {method} {}", uri.path()))
+        .hint("GET /v1/openapi.json lists what there is")
+}
+
+async fn health(State(api): State<Arc<Api>>) -> Response {
+    let mut problems = api.problems.read().map(|p| p.clone()).unwrap_or_default();
+    if api.parts.metrics.engine_up.get() == 0 {
+        problems.push(format!("the engine at {} does not answer", api.engine_address));
+    }
+    if api.shutdown.is_cancelled() {
+        problems.push("the daemon is going down".to_owned());
+    }
+    let status = if problems.is_empty() { "ok" } else { "degraded" }.to_owned();
+    axum::Json(Health {
+        status,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        instance: api.parts.store.instance().to_string(),
+        engine: api.engine_address.clone(),
+        problems,
+    })
+    .into_response()
+}
+
+async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, ApiError> {
+    driver::refresh_gauges(&api.parts).await?;
+    let text = api.parts.metrics.text().map_err(|e| ApiError::new(ErrorCode::Internal, e))?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
+}

@@ -1,1 +1,318 @@
-//! (to come)
+//! One cell's life: a job that has a slot is prepared, lived and collected here, and whatever happens on
+//! the way, what there was of its cell is destroyed before the job is done.
+//!
+//! *Invariant*: the row of a cell is written before anything of the cell exists and is closed only when
+//! container, mounts, sockets and directory are proven gone. *Invariant*: only the task in here moves a
+//! job that has a slot; everybody else asks it to stop.
+//!
+//! Read in this order: [`prepare`], [`live`], `collect` below, [`record`] (journal and row together).
+
+pub mod live;
+pub mod prepare;
+pub mod record;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::agent_bundle::Bundles;
+use crate::clock;
+use crate::engine::{ContainerId, Engine, EngineError, container_name};
+use crate::event::{Body, Totals};
+use crate::gateway::Gateway;
+use crate::job::outcome::Failure;
+use crate::job::{CellId, FailReason, Input, JobId, Outcome, Phase, State, StopReason};
+use crate::journal;
+use crate::metrics::Metrics;
+use crate::policy::Plan;
+use crate::session::{AgentExit, Session};
+use crate::store::Store;
+use crate::workspace::{self, WorkspaceRecord};
+
+use self::live::{Ended, Live};
+use self::record::{Feeds, Record, RecordError};
+
+/// What stays the same for all cells of a daemon.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The daemon's state directory, canonical, 0700.
+    pub state_dir: PathBuf,
+    /// The static `hotcell-init`.
+    pub init_binary: PathBuf,
+    /// Longest wait for the answer to `initialize`.
+    pub boot_max: Duration,
+    /// From a stop to the kill.
+    pub cancel_grace: Duration,
+    /// Bounds of a job's journal.
+    pub journal: journal::Limits,
+    /// Free space that the host keeps, in bytes.
+    pub disk_reserve_bytes: u64,
+}
+
+impl Settings {
+    /// Where the cells' directories are.
+    pub fn cells_dir(&self) -> PathBuf {
+        self.state_dir.join("cells")
+    }
+
+    /// Where the jobs' journals are.
+    pub fn journal_dir(&self, job: &JobId) -> PathBuf {
+        self.state_dir.join("jobs").join(job.as_str())
+    }
+}
+
+/// The hands that a cell's life needs.
+pub struct Parts {
+    /// What stays the same.
+    pub settings: Settings,
+    /// Rows and money.
+    pub store: Store,
+    /// Containers.
+    pub engine: Arc<dyn Engine>,
+    /// The way to the model.
+    pub gateway: Gateway,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// The CLI's binaries.
+    pub bundles: Bundles,
+    /// Who follows which job.
+    pub feeds: Feeds,
+}
+
+impl std::fmt::Debug for Parts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parts").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// What was accepted at submit beside the spec: stored with the job.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Accepted {
+    /// What it may do and spend.
+    pub plan: Plan,
+    /// The directory it works on, as it was at submit.
+    pub workspace: Option<WorkspaceRecord>,
+}
+
+/// A wish to stop, with words for the journal.
+pub type StopWish = Option<(StopReason, String)>;
+
+/// How a job comes to its slot.
+#[derive(Debug, Clone)]
+pub enum Start {
+    /// From the queue.
+    Fresh,
+    /// Its cell outlived an earlier daemon.
+    Adopt {
+        /// The cell.
+        cell: CellId,
+        /// The engine's id.
+        container: ContainerId,
+    },
+    /// Its cell did not: clean up and close the job.
+    Close,
+}
+
+/// Runs a job that has a slot to its end. Returns when nothing of its cell is left, or when the sweeper
+/// has to see to what is.
+pub async fn run(parts: Arc<Parts>, job: JobId, start: Start, stop: watch::Receiver<StopWish>) {
+    let mut record = match Record::open(&parts, &job).await {
+        Ok(record) => record,
+        Err(error) => {
+            tracing::error!(%job, %error, "cannot open the record of a job; it stays as it is");
+            return;
+        }
+    };
+    let begun = Instant::now();
+    if let Err(error) = walk(&parts, &mut record, start, stop).await {
+        tracing::error!(%job, %error, "a job's record cannot be written; closing it as a fault of the host");
+        record.close_after_fault(&parts, &error).await;
+    }
+    if let State::Done(outcome) = record.state() {
+        let cli = record.totals.cli_micro_usd;
+        let seconds = begun.elapsed().as_secs_f64();
+        parts.metrics.ended(outcome, Some(seconds), record.totals.charged_micro_usd, cli);
+        tracing::info!(%job, outcome = outcome.label(), seconds, "job done");
+    }
+    record.finish(&parts);
+}
+
+async fn walk(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    start: Start,
+    mut stop: watch::Receiver<StopWish>,
+) -> Result<(), RecordError> {
+    let ended = match start {
+        Start::Fresh => {
+            record.step(parts, Input::Admit).await?;
+            let waited = clock::wall_ms().saturating_sub(record.created_ms);
+            parts.metrics.started(waited as f64 / 1000.0);
+            let begun = Instant::now();
+            match prepare::prepare(parts, record, &mut stop).await {
+                Ok(prepared) => {
+                    parts.metrics.phase(Phase::Prepare, begun.elapsed().as_secs_f64());
+                    Live::new(parts, record, prepared, stop).run().await?
+                }
+                Err(prepare::PrepareError::Failed(failure)) => Ended::failed(failure),
+                Err(prepare::PrepareError::Stopped(reason, detail)) => {
+                    record.push(&Body::Stop { reason, detail })?;
+                    record.step(parts, Input::Stop(reason)).await?;
+                    Ended::failed(Failure::new(Phase::Prepare, FailReason::Internal, "stopped"))
+                }
+                Err(prepare::PrepareError::Record(error)) => return Err(error),
+            }
+        }
+        Start::Adopt { cell, container } => match prepare::adopt(parts, record, cell, container).await? {
+            Some(prepared) => Live::new(parts, record, prepared, stop).run().await?,
+            None => replayed(record).await?,
+        },
+        Start::Close => replayed(record).await?,
+    };
+    collect(parts, record, ended).await
+}
+
+/// What the journal alone says of how a job ended, when no daemon saw its end.
+async fn replayed(record: &Record) -> Result<Ended, RecordError> {
+    let replay = record.replay().await?;
+    Ok(match replay.exit {
+        Some(exit) => Ended { session: Some(replay.session), exit: Some(exit), failure: None, provider_status: None },
+        None => Ended::unseen(replay.session),
+    })
+}
+
+/// From the end of the cell's processes to `Done`.
+async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Result<(), RecordError> {
+    let begun = Instant::now();
+    if !matches!(record.state(), State::Collecting { .. }) {
+        record.step(parts, Input::CellEnded).await?;
+    }
+    destroy(parts, &record.job).await;
+    let left_open = parts.store.release_open(&record.job, clock::wall_ms()).await?;
+    if left_open > 0 {
+        parts.metrics.reaped(crate::metrics::Orphan::Reservation, left_open);
+    }
+    let totals = totals(parts, record, &ended).await?;
+    let outcome = match record.state() {
+        State::Collecting { stopped: Some(reason) } => Outcome::Stopped { reason: *reason },
+        State::Collecting { stopped: None }
+        | State::Queued
+        | State::Preparing
+        | State::Running
+        | State::Stopping { .. }
+        | State::Done(_) => ended.outcome(),
+    };
+    let answer = ended.session.as_ref().and_then(Session::answer).map(str::to_owned);
+    parts.metrics.phase(Phase::Collect, begun.elapsed().as_secs_f64());
+    record.done(parts, outcome, totals, answer).await
+}
+
+async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<Totals, RecordError> {
+    let spend = parts.store.spend(&record.job).await?;
+    let (tool_calls, tool_denials) = ended.session.as_ref().map_or((0, 0), Session::tool_counts);
+    let exit = record.exit.unwrap_or_default();
+    Ok(Totals {
+        charged_micro_usd: spend.charged,
+        cli_micro_usd: ended.session.as_ref().and_then(Session::cli_cost),
+        turns: ended.session.as_ref().map_or(0, Session::turns),
+        usage: spend.usage,
+        requests: spend.requests,
+        tool_calls,
+        tool_denials,
+        peak_memory_bytes: exit.peak_memory_bytes,
+        cpu_us: exit.cpu_us,
+    })
+}
+
+/// Removes all there is of a job's cell and closes its row: container first, since it holds the mounts.
+/// Tries for about a minute; what is left then is the sweeper's, and its row stays open.
+pub async fn destroy(parts: &Arc<Parts>, job: &JobId) {
+    const TRIES: u32 = 8;
+    for attempt in 0..TRIES {
+        match destroy_once(parts, job).await {
+            Ok(()) => return,
+            Err(left) if attempt + 1 == TRIES => {
+                tracing::error!(%job, %left, "something of a cell is left; the sweeper goes on");
+            }
+            Err(left) => {
+                tracing::warn!(%job, %left, attempt, "something of a cell is left; trying again");
+                tokio::time::sleep(Duration::from_millis(250 << attempt)).await;
+            }
+        }
+    }
+}
+
+/// Why a cell is not gone yet.
+#[derive(Debug, thiserror::Error)]
+pub enum LeftOver {
+    /// Its container.
+    #[error(transparent)]
+    Container(#[from] EngineError),
+    /// Its mounts or its directory.
+    #[error("{path:?} is left: {why}")]
+    Directory {
+        /// What.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// The cells' directory cannot be read.
+    #[error("the directory of cells cannot be swept: {0}")]
+    Sweep(std::io::Error),
+    /// Its row.
+    #[error(transparent)]
+    Store(#[from] crate::store::StoreError),
+}
+
+async fn destroy_once(parts: &Arc<Parts>, job: &JobId) -> Result<(), LeftOver> {
+    let Some(row) = parts.store.cell_of(job).await? else { return Ok(()) };
+    let container = match &row.container {
+        Some(id) => ContainerId::new(id.clone()),
+        None => container_name(parts.store.instance(), &row.cell),
+    };
+    parts.engine.remove(&container).await?;
+    sweep_one(parts, &row.cell).await?;
+    parts.store.cell_gone(&row.cell, clock::wall_ms()).await?;
+    Ok(())
+}
+
+async fn sweep_one(parts: &Arc<Parts>, cell: &CellId) -> Result<(), LeftOver> {
+    let (dir, gone) = (parts.settings.cells_dir(), cell.clone());
+    let swept = tokio::task::spawn_blocking(move || workspace::sweep(&dir, &|cell| *cell != gone)).await;
+    let report = swept.unwrap_or_else(|e| Err(std::io::Error::other(e))).map_err(LeftOver::Sweep)?;
+    let mine = parts.settings.cells_dir().join(cell.as_str());
+    match report.left.into_iter().find(|left| left.path.starts_with(&mine)) {
+        Some(left) => Err(LeftOver::Directory { path: left.path, why: left.why }),
+        None => Ok(()),
+    }
+}
+
+impl Ended {
+    /// Ended before its CLI had anything to say.
+    pub fn failed(failure: Failure) -> Self {
+        Self { session: None, exit: None, failure: Some(failure), provider_status: None }
+    }
+
+    /// No daemon saw the end.
+    fn unseen(session: Session) -> Self {
+        Self { session: Some(session), exit: None, failure: None, provider_status: None }
+    }
+
+    /// How the job ended, when no stop was decided.
+    fn outcome(&self) -> Outcome {
+        match (&self.failure, &self.session, &self.exit) {
+            (Some(failure), _, _) => Outcome::Failed(failure.clone()),
+            (None, Some(session), Some(exit)) => session.outcome(exit, self.provider_status),
+            (None, _, _) => Outcome::Lost,
+        }
+    }
+}
+
+/// The exit as the session wants it.
+pub(crate) fn agent_exit(code: i32, oom_kills: u64, stderr_tail: String) -> AgentExit {
+    AgentExit { code, oom_kills, stderr_tail }
+}

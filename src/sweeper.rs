@@ -1,1 +1,86 @@
-//! (to come)
+//! Looks from time to time for what no job owns: containers of this instance without an open cell row, and
+//! cells' directories, mounts and loop devices without one. A cell whose row is open is never touched here;
+//! one whose removal failed before is tried again.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::cell::{self, Parts};
+use crate::job::CellId;
+use crate::metrics::Orphan;
+use crate::workspace;
+
+/// Time between two sweeps, and between two looks at the engine.
+const EVERY: Duration = Duration::from_secs(60);
+/// Time between two looks at the engine.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// Sweeps until `shutdown`.
+pub async fn run(parts: Arc<Parts>, shutdown: CancellationToken) {
+    let mut sweep = tokio::time::interval(EVERY);
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // The first sweep is the start's own.
+    sweep.tick().await;
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = look.tick() => {
+                let up = parts.engine.info().await.is_ok();
+                parts.metrics.engine_up.set(i64::from(up));
+            }
+            _ = sweep.tick() => {
+                if let Err(error) = once(&parts).await {
+                    tracing::warn!(%error, "the sweep could not be finished; the next one goes on");
+                }
+            }
+        }
+    }
+}
+
+/// Why a sweep could not be finished.
+#[derive(Debug, thiserror::Error)]
+pub enum SweepError {
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] crate::store::StoreError),
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] crate::engine::EngineError),
+    /// The directory of cells.
+    #[error("the directory of cells cannot be swept: {0}")]
+    Directory(#[from] std::io::Error),
+}
+
+/// One sweep: cells of jobs that are over first, then containers, then directories.
+///
+/// # Errors
+/// [`SweepError`]; what was removed until then stays removed.
+pub async fn once(parts: &Arc<Parts>) -> Result<(), SweepError> {
+    // Containers are listed before the rows are read: a cell made in between has a row by then.
+    let found = parts.engine.list(parts.store.instance()).await?;
+    for row in parts.store.live_cells().await? {
+        let job = parts.store.job(&row.job).await?;
+        if job.is_none_or(|job| job.row.state.is_done()) {
+            cell::destroy(parts, &row.job).await;
+        }
+    }
+    let open: HashSet<CellId> = parts.store.live_cells().await?.into_iter().map(|row| row.cell).collect();
+    for orphan in found.iter().filter(|f| f.cell.as_ref().is_some_and(|cell| !open.contains(cell))) {
+        parts.engine.remove(&orphan.container).await?;
+        parts.metrics.reaped(Orphan::Container, 1);
+        tracing::info!(container = %orphan.container, "removed a container that no job owns");
+    }
+    let dir = parts.settings.cells_dir();
+    let report = tokio::task::spawn_blocking(move || workspace::sweep(&dir, &|cell| open.contains(cell))).await;
+    let report = report.unwrap_or_else(|e| Err(std::io::Error::other(e)))?;
+    parts.metrics.reaped(Orphan::Directory, report.removed.len() as u64);
+    for left in report.left {
+        tracing::warn!(path = %left.path.display(), why = left.why, "something is left in the directory of cells");
+    }
+    Ok(())
+}

@@ -21,7 +21,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use idmap::{CELL_IDS, MapError};
-pub use peer::{WorkspaceRecord, open_as, reopen_as};
+pub use peer::{WorkspaceRecord, open_as, read_text, reopen_as};
 pub use rules::Guard;
 pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage};
 pub use stage::{CellIds, Mode, Staged, StagedIds, stage, unstage};

@@ -23,6 +23,17 @@ impl CtlKey {
     }
 
     /// The key as 64 hexadecimal digits, for the row.
+    /// The key's bytes, for the cell's row.
+    pub fn to_bytes(&self) -> [u8; 32] {
+        self.0
+    }
+
+    /// A key from the cell's row.
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// The key as hexadecimal digits, for tests and people who debug.
     pub fn to_hex(&self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
     }

@@ -238,7 +238,7 @@ impl Store {
         let (job, expected, input) = (job.clone(), expected.clone(), input.clone());
         let durability = match input {
             Input::Finish(_) | Input::Stop(_) => Durability::Now,
-            Input::Admit | Input::Booted | Input::CellEnded => Durability::Soon,
+            Input::Admit | Input::Requeue | Input::Booted | Input::CellEnded => Durability::Soon,
         };
         self.write(durability, move |db| {
             let actual = state_of(db, &job)?;

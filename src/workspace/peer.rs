@@ -95,6 +95,38 @@ pub fn reopen_as(
     }
 }
 
+/// The text of the regular file `name` in `dir`, read as `identity`; `None` where there is none that this
+/// person can read, or it is longer than `bytes_max`, or no UTF-8. Never follows a symlink. Blocks.
+///
+/// # Errors
+/// [`WorkspaceError::Unresponsive`], [`WorkspaceError::TooManyOpening`], [`WorkspaceError::CannotSwitch`].
+pub fn read_text(
+    identity: &Identity,
+    record: &WorkspaceRecord,
+    dir: &OwnedFd,
+    name: &'static str,
+    bytes_max: u64,
+) -> Result<Option<String>, WorkspaceError> {
+    let dir = dir.try_clone().map_err(io_at("open", &record.path))?;
+    as_peer(identity, &record.path, move || Ok(text_of(&dir, name, bytes_max)))
+}
+
+fn text_of(dir: &OwnedFd, name: &str, bytes_max: u64) -> Option<String> {
+    use std::io::Read;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    // NONBLOCK: a FIFO of that name must not hold the thread.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = rustix::fs::openat2(dir, name, flags, Mode::empty(), resolve).ok()?;
+    let stat = rustix::fs::fstat(&file).ok()?;
+    let regular = FileType::from_raw_mode(stat.st_mode).is_file();
+    if !regular || stat.st_size as u64 > bytes_max {
+        return None;
+    }
+    let mut text = String::new();
+    std::fs::File::from(file).take(bytes_max).read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
 fn difference(then: &WorkspaceRecord, now: &WorkspaceRecord) -> Option<&'static str> {
     let checks = [
         (then.uid == now.uid, "submitter"),

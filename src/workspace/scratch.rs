@@ -110,7 +110,7 @@ fn io_at<E: Into<io::Error>>(doing: &'static str, path: &Path) -> impl FnOnce(E)
     move |source| ScratchError::Io { doing, path, source: source.into() }
 }
 
-/// A scratch space. Must be ended with [`Scratch::destroy`].
+/// A scratch space. Must be ended with [`Scratch::destroy`], or by [`super::sweep`] with the whole cell.
 #[derive(Debug)]
 pub struct Scratch {
     dir: PathBuf,
@@ -179,6 +179,11 @@ impl Scratch {
         self.root().join("tmp")
     }
 
+    /// What to bind as the workspace of a job that has none: empty, owned by the cell.
+    pub fn work(&self) -> PathBuf {
+        self.root().join("work")
+    }
+
     /// Whether the kernel holds the limit. If not, watch `usage()` and stop the job.
     pub fn enforced(&self) -> bool {
         self.fallback.is_none()
@@ -238,7 +243,7 @@ impl Scratch {
     fn make_directories(&self, uid: u32, gid: u32) -> Result<(), ScratchError> {
         let owned = rustix::process::geteuid().is_root();
         let sticky = Mode::RWXU | Mode::RWXG | Mode::RWXO | Mode::SVTX;
-        for (path, mode) in [(self.home(), Mode::RWXU), (self.tmp(), sticky)] {
+        for (path, mode) in [(self.home(), Mode::RWXU), (self.work(), Mode::RWXU), (self.tmp(), sticky)] {
             rustix::fs::mkdir(&path, Mode::RWXU).map_err(io_at("make", &path))?;
             rustix::fs::chmod(&path, mode).map_err(io_at("set the mode of", &path))?;
             if owned {

@@ -65,7 +65,8 @@ pub enum StagedIds {
     },
 }
 
-/// A workspace ready to be bound into a cell. Must be ended with [`Staged::destroy`].
+/// A workspace ready to be bound into a cell. Must be ended with [`Staged::destroy`], or by [`super::sweep`]
+/// with the whole cell.
 #[derive(Debug)]
 pub struct Staged {
     path: PathBuf,

@@ -1,0 +1,60 @@
+# hotcell: everything a newcomer or CI needs. `make demo` and `make test` work on a fresh machine with a
+# Rust toolchain; each target installs what it lacks, or says what to install.
+
+CARGO  ?= cargo
+HOST   := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
+INIT   := target/init/$(HOST)/init/hotcell-init
+PREFIX ?= /usr/local
+# The engine's address, once `make engine` has found or started one.
+ENGINE  = $(shell .ci/engine address 2>/dev/null)
+
+.PHONY: help tools engine engine-stop image build init demo test test-full lint bench install clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+tools: ## Install the build's own needs (a C compiler, git, mmdebstrap, e2fsprogs, promtool) where missing.
+	@.ci/tools
+
+engine: ## Find a container engine, or install and start one; the last line is its address.
+	@.ci/engine start
+
+engine-stop: ## Stop the engine that `make engine` started.
+	@.ci/engine stop
+
+init: ## Build hotcell-init, the static PID 1 of a cell.
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --quiet --profile init --no-default-features \
+	  --bin hotcell-init --target $(HOST) --target-dir target/init
+	@mkdir -p target/release target/debug
+	@install -m 755 $(INIT) target/release/hotcell-init
+
+build: tools init ## Build hotcell and hotcell-init into target/release.
+	$(CARGO) build --release --bin hotcell
+
+image: build engine ## Build the cell image (Node, the Claude Code CLI, git, ripgrep, common tools).
+	HOTCELL_ENGINE=$(ENGINE) target/release/hotcell image build
+
+demo: image ## Run one real job from start to clean-up and show everything that happens.
+	@HOTCELL_ENGINE=$(ENGINE) tests/demo
+
+test: image ## Run all tests, those with the real engine and the real CLI too.
+	HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --no-fail-fast
+
+test-full: test ## The tests, and the longer ones.
+	HOTCELL_ENGINE=$(ENGINE) HOTCELL_TEST_FULL=1 $(CARGO) test --release --no-fail-fast
+
+lint: tools ## Format, clippy, docs, shell scripts: no warning is let through.
+	$(CARGO) fmt --check
+	$(CARGO) clippy --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --lib --locked --quiet
+	bash -n .ci/engine && bash -n .ci/tools && bash -n .ci/run && bash -n tests/demo
+
+bench: image ## Measure side by side, print ratios, write target/bench.json.
+	HOTCELL_ENGINE=$(ENGINE) $(CARGO) run --release --quiet --example bench
+
+install: build ## Install both binaries below PREFIX (default /usr/local).
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 target/release/hotcell target/release/hotcell-init $(DESTDIR)$(PREFIX)/bin/
+
+clean: ## Remove what was built. Engine, images and state stay.
+	$(CARGO) clean

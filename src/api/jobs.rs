@@ -1,0 +1,214 @@
+//! Listing, showing, cancelling and deleting jobs.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{ConnectInfo, Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+
+use super::peer::Peer;
+use super::submit::identity;
+use super::wire::{ErrorCode, JobList, JobView};
+use super::{Api, ApiError};
+use crate::cell::Accepted;
+use crate::clock;
+use crate::driver::StopError;
+use crate::event::Totals;
+use crate::job::{Identity, JobId, JobSpec, State as JobState, StopReason};
+use crate::store::{Filter, Job, StoreError};
+
+/// Jobs of a page where none is asked for.
+const PAGE_DEFAULT: usize = 100;
+/// Most jobs of a page.
+const PAGE_MAX: usize = 1000;
+/// Longest title, in characters.
+const TITLE_CHARS_MAX: usize = 80;
+
+/// A job as its owner sees it.
+///
+/// # Errors
+/// When the store fails or holds what this version cannot read.
+pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
+    let corrupt = |e: serde_json::Error| ApiError::new(ErrorCode::Internal, format!("the stored job does not parse: {e}"));
+    let spec: JobSpec = serde_json::from_str(&job.spec_json).map_err(corrupt)?;
+    let accepted: Accepted = serde_json::from_str(&job.plan_json).map_err(corrupt)?;
+    let row = &job.row;
+    let totals = match &row.totals {
+        Some(totals) => totals.clone(),
+        None => {
+            let spend = api.parts.store.spend(&row.id).await?;
+            Totals { charged_micro_usd: spend.charged, usage: spend.usage, requests: spend.requests, ..Totals::default() }
+        }
+    };
+    Ok(JobView {
+        id: row.id.clone(),
+        state: row.state.clone(),
+        uid: row.identity.uid,
+        title: title(&spec.prompt),
+        policy: row.policy.clone(),
+        model: row.model.clone(),
+        image: accepted.plan.image.clone(),
+        workspace: accepted.workspace.map(|record| record.path.display().to_string()),
+        workspace_mode: accepted.plan.workspace_mode,
+        labels: row.labels.clone(),
+        priority: row.priority,
+        cell: api.parts.store.last_cell_of(&row.id).await?.map(|cell| cell.to_string()),
+        created_at: clock::rfc3339(row.created_ms),
+        started_at: row.started_ms.map(clock::rfc3339),
+        ended_at: row.ended_ms.map(clock::rfc3339),
+        last_seq: row.state_seq.unwrap_or(0),
+        cost_limit_usd: accepted.plan.limits.cost_micro_usd.as_usd(),
+        cost_usd: totals.charged_micro_usd.as_usd(),
+        totals,
+        result: job.result_text.clone(),
+    })
+}
+
+fn title(prompt: &str) -> String {
+    let line = prompt.lines().map(str::trim).find(|l| !l.is_empty()).unwrap_or("");
+    let mut title: String = line.chars().take(TITLE_CHARS_MAX).collect();
+    if title.len() < line.len() {
+        title.push('…');
+    }
+    title
+}
+
+impl Api {
+    fn sees_all(&self, who: &Identity) -> bool {
+        self.admin_uids.contains(&who.uid)
+    }
+
+    /// A job that the peer may see. Somebody else's job is answered like one that is not there.
+    ///
+    /// # Errors
+    /// `not_found`, and what the store says.
+    pub async fn own_job(&self, peer: &Peer, id: &str) -> Result<Job, ApiError> {
+        let who = identity(peer)?;
+        let missing = || {
+            let shown: String = id.chars().take(64).collect();
+            ApiError::new(ErrorCode::NotFound, format!("there is no job {shown:?} of yours")).hint("`hotcell ls` lists your jobs")
+        };
+        let id: JobId = id.parse().map_err(|_| missing())?;
+        let job = self.parts.store.job(&id).await?.ok_or_else(missing)?;
+        if job.row.identity.uid != who.uid && !self.sees_all(&who) {
+            return Err(missing());
+        }
+        Ok(job)
+    }
+}
+
+/// `GET /v1/jobs/{id}`
+pub async fn show(
+    State(api): State<Arc<Api>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(id): Path<String>,
+) -> Result<Json<JobView>, ApiError> {
+    let job = api.own_job(&peer, &id).await?;
+    Ok(Json(view(&api, &job).await?))
+}
+
+/// `GET /v1/jobs`
+pub async fn list(
+    State(api): State<Arc<Api>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Result<Json<JobList>, ApiError> {
+    let who = identity(&peer)?;
+    let filter = filter(&api, &who, query)?;
+    let page = api.parts.store.jobs(filter).await?;
+    let mut jobs = Vec::with_capacity(page.rows.len());
+    for row in &page.rows {
+        // A job deleted between the two reads is left out.
+        if let Some(job) = api.parts.store.job(&row.id).await? {
+            jobs.push(view(&api, &job).await?);
+        }
+    }
+    Ok(Json(JobList { jobs, next_cursor: page.next_cursor.map(|c| c.to_string()) }))
+}
+
+fn filter(api: &Api, who: &Identity, query: Vec<(String, String)>) -> Result<Filter, ApiError> {
+    let bad = |key: &str, problem: String| ApiError::new(ErrorCode::InvalidRequest, format!("{key}: {problem}"));
+    let mut filter = Filter { uid: Some(who.uid), limit: PAGE_DEFAULT, ..Filter::default() };
+    for (key, value) in query {
+        match key.as_str() {
+            "state" => {
+                let states: Vec<String> = value.split(',').map(str::to_owned).collect();
+                if let Some(wrong) = states.iter().find(|s| !JobState::NAMES.contains(&s.as_str())) {
+                    let known = JobState::NAMES.join(", ");
+                    return Err(bad("state", format!("{wrong:?} is none of {known}")));
+                }
+                filter.states = Some(states);
+            }
+            "label" => match value.split_once('=') {
+                Some((name, value)) => filter.labels.push((name.to_owned(), value.to_owned())),
+                None => return Err(bad("label", "must be name=value".into())),
+            },
+            "policy" => filter.policy = Some(value),
+            "model" => filter.model = Some(value),
+            "since_ms" | "until_ms" => {
+                let ms = Some(value.parse().map_err(|_| bad(&key, "must be milliseconds since 1970".into()))?);
+                if key == "since_ms" { filter.since_ms = ms } else { filter.until_ms = ms }
+            }
+            "limit" => {
+                let limit = value.parse().ok().filter(|n| (1..=PAGE_MAX).contains(n));
+                filter.limit = limit.ok_or_else(|| bad("limit", format!("must be from 1 to {PAGE_MAX}")))?;
+            }
+            "cursor" => filter.cursor = Some(value.parse().map_err(|_| bad("cursor", "is none that was given".into()))?),
+            "all" => {
+                if !api.sees_all(who) {
+                    return Err(bad("all", "only an admin sees the jobs of all users".into()));
+                }
+                filter.uid = None;
+            }
+            _ => return Err(bad(&key, "is no parameter of this path".into())),
+        }
+    }
+    Ok(filter)
+}
+
+/// `POST /v1/jobs/{id}/cancel`: 202 while it is being stopped, 200 when it is over.
+pub async fn cancel(
+    State(api): State<Arc<Api>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    let job = api.own_job(&peer, &id).await?;
+    let who = identity(&peer)?;
+    let id = job.row.id;
+    match api.driver.stop(id.clone(), StopReason::Cancelled, format!("by uid {}", who.uid)).await {
+        // A job that is over stays as it is: cancelling twice is no mistake.
+        Ok(()) | Err(StopError::Over) => {}
+        Err(StopError::Draining) => return Err(ApiError::new(ErrorCode::Draining, "the daemon is going down")),
+        Err(StopError::Record(error)) => return Err(ApiError::new(ErrorCode::Internal, error)),
+    }
+    let job = api.own_job(&peer, id.as_str()).await?;
+    let status = if job.row.state.is_done() { StatusCode::OK } else { StatusCode::ACCEPTED };
+    Ok((status, Json(view(&api, &job).await?)).into_response())
+}
+
+/// `DELETE /v1/jobs/{id}`: row, journal and all; only of a job that is over.
+pub async fn delete(
+    State(api): State<Arc<Api>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let job = api.own_job(&peer, &id).await?;
+    let id = job.row.id;
+    match api.parts.store.delete(&id).await {
+        Ok(()) => {}
+        Err(StoreError::NotDone { state }) => {
+            let words = format!("{id} is {state}; only a job that is over can be deleted");
+            return Err(ApiError::new(ErrorCode::NotDone, words).hint(format!("`hotcell cancel {id}` ends it")));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    let dir = api.parts.settings.journal_dir(&id);
+    match tokio::fs::remove_dir_all(&dir).await {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(ApiError::new(ErrorCode::Internal, format!("the job's row is deleted, its events are not: {error}")))
+        }
+        _ => Ok(StatusCode::NO_CONTENT),
+    }
+}

@@ -1,0 +1,187 @@
+//! `POST /v1/jobs`: raw JSON → spec → plan → workspace opened as the peer → row. What is refused leaves
+//! nothing behind; what is accepted is on the disk before its id is told.
+
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use axum::extract::{ConnectInfo, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use sha2::{Digest, Sha256};
+
+use super::jobs::view;
+use super::peer::Peer;
+use super::wire::ErrorCode;
+use super::{Api, ApiError};
+use crate::cell::Accepted;
+use crate::clock;
+use crate::event::Body;
+use crate::job::spec::{SPEC_BYTES_MAX, SpecError, WorkspaceMode};
+use crate::job::{Identity, JobId, JobSpec, State as JobState};
+use crate::journal::Journal;
+use crate::policy::{Plan, narrow};
+use crate::store::{NewJob, StoreError, Submitted};
+use crate::workspace::{self, Access, Guard, WorkspaceRecord};
+
+/// Longest idempotency key, in bytes.
+const KEY_BYTES_MAX: usize = 255;
+
+/// Submits a job.
+pub async fn submit(
+    State(api): State<Arc<Api>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    headers: HeaderMap,
+    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+) -> Result<Response, ApiError> {
+    let identity = identity(&peer)?;
+    if api.shutdown.is_cancelled() {
+        return Err(ApiError::new(ErrorCode::Draining, "the daemon is going down and takes no new jobs"));
+    }
+    let body = body.map_err(|rejection| {
+        let code = if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE { ErrorCode::TooLarge } else { ErrorCode::InvalidRequest };
+        let words = format!("the body cannot be read: {}; a spec may have at most {SPEC_BYTES_MAX} bytes", rejection.body_text());
+        ApiError::new(code, words)
+    })?;
+    let idem = idempotency(&headers, &body)?;
+    let spec = JobSpec::parse(&body).map_err(|error| {
+        let code = match &error {
+            SpecError::Field { key, .. } if key == "(whole spec)" => ErrorCode::TooLarge,
+            SpecError::Field { .. } | SpecError::Syntax(_) => ErrorCode::InvalidSpec,
+        };
+        ApiError::new(code, error).hint("`hotcell schema` prints the JSON Schema of a job spec")
+    })?;
+    let plan = plan(&api, &spec)?;
+    if api.parts.metrics.engine_up.get() == 0 {
+        let words = format!("the container engine at {} does not answer", api.engine_address);
+        return Err(ApiError::new(ErrorCode::EngineUnavailable, words).hint("start it (`make engine`) and submit again"));
+    }
+    room(&api).await?;
+    let record = open_workspace(&api, &identity, &spec, &plan).await?;
+    let accepted = Accepted { plan, workspace: record };
+    let (id, fresh) = store(&api, &identity, &spec, &accepted, &body, idem).await?;
+    let job = api.parts.store.job(&id).await?.ok_or_else(|| ApiError::new(ErrorCode::Internal, "the new job has no row"))?;
+    if fresh {
+        api.driver.submitted(id, identity.uid, spec.priority).await;
+    }
+    let status = if fresh { StatusCode::CREATED } else { StatusCode::OK };
+    Ok((status, axum::Json(view(&api, &job).await?)).into_response())
+}
+
+/// Who asks.
+///
+/// # Errors
+/// When the kernel would not tell.
+pub fn identity(peer: &Peer) -> Result<Identity, ApiError> {
+    peer.0.clone().ok_or_else(|| ApiError::new(ErrorCode::Internal, "the kernel does not tell who you are"))
+}
+
+fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<(String, [u8; 32])>, ApiError> {
+    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    let key = value.to_str().ok().filter(|k| !k.is_empty() && k.len() <= KEY_BYTES_MAX);
+    let key = key.ok_or_else(|| {
+        let words = format!("Idempotency-Key must be 1 to {KEY_BYTES_MAX} visible ASCII characters");
+        ApiError::new(ErrorCode::InvalidRequest, words)
+    })?;
+    Ok(Some((key.to_owned(), Sha256::digest(body).into())))
+}
+
+fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
+    let name = spec.policy.as_deref().unwrap_or(&api.default_policy);
+    let policy = api.policies.get(name).ok_or_else(|| {
+        let known = api.policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        ApiError::new(ErrorCode::UnknownPolicy, format!("policy: there is no policy {name:?} (there are: {known})"))
+            .hint("`hotcell policy ls` lists them")
+    })?;
+    let plan = narrow(spec, policy, &api.defaults).map_err(|error| {
+        ApiError::new(ErrorCode::AbovePolicy, error).hint(format!("`hotcell policy show {name}` shows its limits"))
+    })?;
+    if api.parts.gateway.knows_model(&plan.model) {
+        return Ok(plan);
+    }
+    let words = format!("model: {:?} has no price, so its cost could not be bounded", plan.model);
+    Err(ApiError::new(ErrorCode::InvalidSpec, words).hint("name a model of prices.toml, or add it there"))
+}
+
+async fn room(api: &Api) -> Result<(), ApiError> {
+    let counts = api.parts.store.counts_by_state().await?;
+    let queued = counts.iter().find(|(name, _)| **name == "queued").map_or(0, |(_, n)| *n);
+    if queued < api.queued_jobs_max {
+        return Ok(());
+    }
+    let words = format!("{queued} jobs are queued, which is the limit");
+    Err(ApiError::new(ErrorCode::QueueFull, words).hint("submit again later, with the same Idempotency-Key"))
+}
+
+async fn open_workspace(
+    api: &Api,
+    identity: &Identity,
+    spec: &JobSpec,
+    plan: &Plan,
+) -> Result<Option<WorkspaceRecord>, ApiError> {
+    let need = match plan.workspace_mode {
+        WorkspaceMode::Bind => Access::Write,
+        WorkspaceMode::ReadOnly => Access::Read,
+        WorkspaceMode::None => return Ok(None),
+    };
+    let Some(workspace) = &spec.workspace else { return Ok(None) };
+    let (identity, path) = (identity.clone(), workspace.path.clone());
+    let state_dir = api.parts.settings.state_dir.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        let guard = Guard::for_user(&state_dir, identity.uid);
+        workspace::open_as(&identity, &path, need, &guard).map(|(_, record)| record)
+    });
+    let opened = opened.await.map_err(|e| ApiError::new(ErrorCode::Internal, e))?;
+    opened.map(Some).map_err(|e| ApiError::new(ErrorCode::Workspace, format!("workspace.path: {e}")))
+}
+
+async fn store(
+    api: &Api,
+    identity: &Identity,
+    spec: &JobSpec,
+    accepted: &Accepted,
+    body: &[u8],
+    idem: Option<(String, [u8; 32])>,
+) -> Result<(JobId, bool), ApiError> {
+    let internal = |e: &dyn std::fmt::Display| ApiError::new(ErrorCode::Internal, e);
+    let mut random = [0u8; 8];
+    getrandom::fill(&mut random).map_err(|e| internal(&e))?;
+    let now = clock::wall_ms();
+    let id = JobId::new(now, u64::from_le_bytes(random));
+    let job = NewJob {
+        id: id.clone(),
+        identity: identity.clone(),
+        priority: spec.priority,
+        spec_json: String::from_utf8_lossy(body).into_owned(),
+        plan_json: serde_json::to_string(accepted).map_err(|e| internal(&e))?,
+        policy: accepted.plan.policy.clone(),
+        model: accepted.plan.model.clone(),
+        labels: spec.labels.clone(),
+        idem,
+        created_ms: now,
+    };
+    // The journal's first event is written when somebody opens the record, here or after a crash.
+    match api.parts.store.submit(job).await {
+        Ok(Submitted::New(id)) => {
+            begin_journal(api, &id)?;
+            Ok((id, true))
+        }
+        Ok(Submitted::Existing(id)) => Ok((id, false)),
+        Err(StoreError::IdempotencyConflict { existing }) => {
+            let words = format!("this Idempotency-Key was used for {existing} with another spec");
+            Err(ApiError::new(ErrorCode::IdempotencyConflict, words).hint("use a new key for a new spec"))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn begin_journal(api: &Api, id: &JobId) -> Result<(), ApiError> {
+    let begun = Journal::create(api.parts.settings.journal_dir(id), api.parts.settings.journal).and_then(|mut journal| {
+        journal.push(&Body::State { state: JobState::Queued }, clock::wall_ms())?;
+        journal.commit()
+    });
+    if let Err(error) = begun {
+        // The row stands; the event is written when the job gets its slot.
+        tracing::warn!(job = %id, %error, "cannot begin the journal of a new job");
+    }
+    Ok(())
+}

@@ -1,0 +1,555 @@
+//! From a slot to a started cell: image and agent found, the cell's row written, directory, workspace,
+//! scratch space, link and lease made, container created and started. What fails here says whose fault it
+//! is; what was made until then is found by the row and destroyed by the caller.
+
+use std::ffi::OsString;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::live::CELL_BUFFER_BYTES_MAX;
+use super::record::{Record, RecordError};
+use super::{Parts, StopWish};
+use crate::agent::options;
+use crate::agent_bundle::{Bundles, Platform, Version};
+use crate::cell_image::{ImageError, Images};
+use crate::clock;
+use crate::engine::{BindMount, CellLimits, CellSpec, ContainerId, EngineError};
+use crate::event::Body;
+use crate::gateway::{Lease, LeaseSpec};
+use crate::job::outcome::Failure;
+use crate::job::spec::WorkspaceMode;
+use crate::job::{CellId, FailReason, Phase, StopReason};
+use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
+use crate::policy::PlanLimits;
+use crate::session::{Session, Step};
+use crate::store::CellRow;
+use crate::workspace::{self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, WorkspaceError};
+
+/// Most open files of a process in a cell.
+const NOFILE_MAX: u32 = 65_536;
+/// Files and directories that a scratch space can hold, per MiB of its size.
+const INODES_PER_MIB: u64 = 128;
+/// How long init lets the agent live without a daemon, in milliseconds.
+const DEAD_MAN_MS: u64 = 15 * 60 * 1000;
+/// What init adds to the wall limit, so that the daemon's own deadline comes first, in milliseconds.
+const WALL_SLACK_MS: u64 = 10_000;
+/// Longest CLAUDE.md that is handed over, in bytes.
+const CLAUDE_MD_BYTES_MAX: u64 = 64 * 1024;
+
+/// A started cell.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The conversation.
+    pub session: Session,
+    /// The way to PID 1.
+    pub link: Link,
+    /// The way to the model.
+    pub lease: Lease,
+    /// The engine's id.
+    pub container: ContainerId,
+    /// Steps that are due at once.
+    pub pending: Vec<Step>,
+    /// Frames that an earlier daemon journaled as sent.
+    pub sent: Vec<(u64, Vec<u8>)>,
+    /// True when the task was sent before.
+    pub booted: bool,
+}
+
+/// Why there is no cell.
+#[derive(Debug)]
+pub enum PrepareError {
+    /// The job failed.
+    Failed(Failure),
+    /// A stop was asked for meanwhile.
+    Stopped(StopReason, String),
+    /// The record cannot be written.
+    Record(RecordError),
+}
+
+impl From<RecordError> for PrepareError {
+    fn from(error: RecordError) -> Self {
+        Self::Record(error)
+    }
+}
+
+impl From<crate::store::StoreError> for PrepareError {
+    fn from(error: crate::store::StoreError) -> Self {
+        Self::Record(error.into())
+    }
+}
+
+fn failed(reason: FailReason, message: impl ToString) -> PrepareError {
+    PrepareError::Failed(Failure::new(Phase::Prepare, reason, message.to_string()))
+}
+
+/// Makes and starts a cell for a job.
+///
+/// # Errors
+/// [`PrepareError`]; the caller destroys by the row what was made.
+pub async fn prepare(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    stop: &mut watch::Receiver<StopWish>,
+) -> Result<Prepared, PrepareError> {
+    let found = tokio::select! {
+        found = find_image(parts, record) => found?,
+        Some((reason, detail)) = wish(stop) => return Err(PrepareError::Stopped(reason, detail)),
+    };
+    let names = Names::new(parts, record)?;
+    parts.store.put_cell(names.row(record)).await?;
+    let (dirs, session, staged) = make_directories(parts, record, &names).await?;
+    let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), staged.owner())
+        .await
+        .map_err(|e| failed(FailReason::Internal, e))?;
+    let lease = open_lease(parts, record, &names.cell, &names.token, &dirs.run, staged.owner()).await?;
+    let spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
+    let boot = boot(record, &names, &found, staged.wall_ms(record))?;
+    let container = parts.engine.create(&spec).await.map_err(|e| engine_failure(FailReason::ContainerCreate, &e))?;
+    parts.store.set_container(&names.cell, container.as_str()).await?;
+    parts.engine.start(&container, &boot).await.map_err(|e| engine_failure(FailReason::ContainerStart, &e))?;
+    let pending = session.start();
+    Ok(Prepared { session, link, lease, container, pending, sent: Vec::new(), booted: false })
+}
+
+/// Takes over a cell that outlived an earlier daemon. `None` when its conversation cannot be rebuilt.
+///
+/// # Errors
+/// [`RecordError`].
+pub async fn adopt(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    cell: CellId,
+    container: ContainerId,
+) -> Result<Option<Prepared>, RecordError> {
+    let replay = match record.replay().await {
+        Ok(replay) => replay,
+        Err(RecordError::Cut) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if replay.exit.is_some() {
+        return Ok(None);
+    }
+    let Some(row) = parts.store.cell_of(&record.job).await?.filter(|row| row.cell == cell) else { return Ok(None) };
+    let Ok(key) = <[u8; 32]>::try_from(row.ctl_key.as_slice()).map(CtlKey::from_bytes) else { return Ok(None) };
+    record.push(&Body::Note { text: "the daemon was restarted and took the cell over".to_owned() })?;
+    record.commit()?;
+    let run = parts.settings.cells_dir().join(cell.as_str()).join("run");
+    let owner = (row.cell_uid, row.cell_uid);
+    let resume = Resume { stdout: record.recovered.stdout_end, stderr: record.recovered.stderr_end };
+    let link = match Link::bind(&run, &cell, key, resume, owner).await {
+        Ok(link) => link,
+        Err(error) => {
+            tracing::warn!(job = %record.job, %error, "cannot take the cell over");
+            return Ok(None);
+        }
+    };
+    let lease = match open_lease(parts, record, &cell, &row.token, &run, owner).await {
+        Ok(lease) => lease,
+        Err(PrepareError::Record(error)) => return Err(error),
+        Err(PrepareError::Failed(_) | PrepareError::Stopped(..)) => return Ok(None),
+    };
+    let (session, pending, sent) = (replay.session, replay.pending, replay.sent);
+    Ok(Some(Prepared { session, link, lease, container, pending, sent, booted: true }))
+}
+
+async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
+    match stop.wait_for(Option::is_some).await {
+        Ok(wish) => wish.clone(),
+        // Nobody can wish any more.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// What the image gives.
+struct Image {
+    id: String,
+    path_env: Option<String>,
+    claude: PathBuf,
+    shell: &'static str,
+    volumes: Vec<String>,
+}
+
+async fn find_image(parts: &Arc<Parts>, record: &Record) -> Result<Image, PrepareError> {
+    let reference = &record.accepted.plan.image;
+    let images = Images::new(parts.engine.clone(), parts.store.instance().clone(), &parts.settings.state_dir);
+    let info = images.obtain(reference).await.map_err(|e| image_failure(&e))?;
+    let facts = images.suitability(&info).await.map_err(|e| image_failure(&e))?;
+    let Some(libc) = facts.libc else {
+        let words = format!("the image {reference} has neither glibc nor musl, so the CLI cannot run in it");
+        return Err(failed(FailReason::ImageUnsuitable, words));
+    };
+    let platform = Platform { arch: facts.arch, libc };
+    let wanted = record.accepted.plan.agent.clone();
+    let bundles = parts.bundles.clone();
+    let claude = tokio::task::spawn_blocking(move || bundle_path(&bundles, wanted.as_deref(), platform))
+        .await
+        .map_err(|e| failed(FailReason::Internal, e))?
+        .map_err(|e| failed(FailReason::AgentMissing, e))?;
+    Ok(Image { id: info.id, path_env: info.path_env, claude, shell: facts.shell.path(), volumes: info.volumes })
+}
+
+fn bundle_path(
+    bundles: &Bundles,
+    wanted: Option<&str>,
+    platform: Platform,
+) -> Result<PathBuf, crate::agent_bundle::BundleError> {
+    let version: Version = match wanted {
+        Some(text) => text.parse()?,
+        None => bundles.active()?,
+    };
+    bundles.path_for(&version, platform)
+}
+
+/// What a cell is called and how its ends know each other.
+struct Names {
+    cell: CellId,
+    key: CtlKey,
+    token: String,
+    uid: u32,
+    session_id: String,
+}
+
+impl Names {
+    fn new(parts: &Parts, record: &Record) -> Result<Self, PrepareError> {
+        let random = |bytes: &mut [u8]| getrandom::fill(bytes).map_err(|e| failed(FailReason::Internal, e));
+        let mut bytes = [0u8; 64];
+        random(&mut bytes)?;
+        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
+        let hex = |range: std::ops::Range<usize>| bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let _ = (parts, record);
+        Ok(Self {
+            cell: CellId::new(word(0)),
+            key: CtlKey::generate().map_err(|e| failed(FailReason::Internal, e))?,
+            token: format!("hotcell-{}", hex(16..48)),
+            uid: workspace::CELL_IDS.start + (word(8) % u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start)) as u32,
+            session_id: {
+                let h = hex(48..64);
+                // A random UUID, version 4.
+                let variant = char::from(b"89ab"[usize::from(bytes[56] & 3)]);
+                format!("{}-{}-4{}-{variant}{}-{}", &h[..8], &h[8..12], &h[13..16], &h[17..20], &h[20..32])
+            },
+        })
+    }
+
+    fn row(&self, record: &Record) -> CellRow {
+        CellRow {
+            cell: self.cell.clone(),
+            job: record.job.clone(),
+            attempt: record.attempt,
+            container: None,
+            ctl_key: self.key.to_bytes().to_vec(),
+            token: self.token.clone(),
+            cell_uid: self.uid,
+            created_ms: clock::wall_ms(),
+            gone_ms: None,
+        }
+    }
+}
+
+/// Where the cell's parts lie on the host.
+struct Dirs {
+    run: PathBuf,
+    etc: PathBuf,
+    home: PathBuf,
+    tmp: PathBuf,
+    workspace: PathBuf,
+}
+
+/// Whom the cell runs as.
+struct Who {
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+    read_only: bool,
+}
+
+impl Who {
+    fn owner(&self) -> (u32, u32) {
+        (self.uid, self.gid)
+    }
+
+    fn wall_ms(&self, record: &Record) -> u64 {
+        record.accepted.plan.limits.wall_ms + WALL_SLACK_MS
+    }
+}
+
+/// What the blocking part of the preparation gives back.
+struct Made {
+    dirs: Dirs,
+    who: Who,
+    notes: Vec<String>,
+    claude_md: Option<String>,
+}
+
+async fn make_directories(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    names: &Names,
+) -> Result<(Dirs, Session, Who), PrepareError> {
+    let settings = parts.settings.clone();
+    let (accepted, identity, uid) = (record.accepted.clone(), record.identity.clone(), names.uid);
+    let dir = settings.cells_dir().join(names.cell.as_str());
+    let made = tokio::task::spawn_blocking(move || {
+        let staged = stage(&settings, &accepted, &identity, uid, &dir)?;
+        finish_directories(&settings, &accepted.plan.limits, &dir, staged)
+    });
+    let made = made.await.map_err(|e| failed(FailReason::Internal, e))??;
+    for text in made.notes {
+        record.push(&Body::Note { text })?;
+    }
+    record.commit()?;
+    let plan = record.accepted.plan.clone();
+    let append = append_prompt(record, made.claude_md.as_deref());
+    let session = Session::new(plan, record.spec.prompt.clone(), record.spec.system_prompt.clone(), append);
+    Ok((made.dirs, session, made.who))
+}
+
+/// The workspace, and whom the cell must run as for it.
+struct StagedDir {
+    path: Option<PathBuf>,
+    who: Who,
+    notes: Vec<String>,
+    claude_md: Option<String>,
+}
+
+fn stage(
+    settings: &super::Settings,
+    accepted: &super::Accepted,
+    identity: &crate::job::Identity,
+    uid: u32,
+    dir: &Path,
+) -> Result<StagedDir, PrepareError> {
+    make_dir(&settings.cells_dir(), 0o711)?;
+    make_dir(dir, 0o711)?;
+    let plan = &accepted.plan;
+    let read_only = plan.workspace_mode == WorkspaceMode::ReadOnly;
+    let record = match (&accepted.workspace, plan.workspace_mode) {
+        (Some(record), WorkspaceMode::Bind | WorkspaceMode::ReadOnly) => record,
+        (_, WorkspaceMode::None) | (None, _) => {
+            let own = rustix::process::geteuid().as_raw();
+            let (uid, gid) = if own == 0 { (uid, uid) } else { (own, rustix::process::getegid().as_raw()) };
+            let who = Who { uid, gid, groups: Vec::new(), read_only: false };
+            return Ok(StagedDir { path: None, who, notes: Vec::new(), claude_md: None });
+        }
+    };
+    let guard = Guard::for_user(&settings.state_dir, identity.uid);
+    let fd = workspace::reopen_as(identity, record, &guard).map_err(|e| workspace_failure(&e))?;
+    // Private ids of the submitter's groups follow the cell's own.
+    let count = identity.groups.len().min(40) as u32;
+    let groups: Vec<u32> = (1..=count).map(|n| uid.wrapping_add(n)).collect();
+    let ids =
+        CellIds { submitter: identity, cell_uid: uid, cell_gid: uid, cell_groups: &groups, runtime_maps_ids: true };
+    let mode = if read_only { Mode::ReadOnly } else { Mode::Bind };
+    let staged = workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
+    let who = match staged.ids().clone() {
+        StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
+            Who { uid, gid, groups, read_only }
+        }
+    };
+    let notes = staged.note().map(str::to_owned).into_iter().collect();
+    let hand_over = plan.hand_over_claude_md && !plan.project_settings;
+    let claude_md = match hand_over {
+        true => workspace::read_text(identity, record, &fd, "CLAUDE.md", CLAUDE_MD_BYTES_MAX)
+            .map_err(|e| workspace_failure(&e))?,
+        false => None,
+    };
+    // Taken down by the sweep of the cell's directory, like everything else in it.
+    let path = staged.path().to_owned();
+    Ok(StagedDir { path: Some(path), who, notes, claude_md })
+}
+
+fn finish_directories(
+    settings: &super::Settings,
+    limits: &PlanLimits,
+    dir: &Path,
+    staged: StagedDir,
+) -> Result<Made, PrepareError> {
+    let StagedDir { path, who, mut notes, claude_md } = staged;
+    let plan = ScratchPlan {
+        bytes_max: limits.disk_bytes,
+        inodes_max: limits.disk_bytes / (1024 * 1024) * INODES_PER_MIB,
+        host_reserve_bytes: settings.disk_reserve_bytes,
+        template_dir: settings.state_dir.join("scratch-templates"),
+    };
+    make_dir(&plan.template_dir, 0o700)?;
+    let scratch = Scratch::create(dir, &plan, who.uid, who.gid).map_err(|e| scratch_failure(&e))?;
+    if let Some(why) = scratch.fallback_reason() {
+        notes.push(format!("the disk limit is not enforced by the kernel here: {why}"));
+    }
+    let run = dir.join("run");
+    make_dir(&run, 0o711)?;
+    let etc = dir.join("etc");
+    make_dir(&etc, 0o711)?;
+    write_users(&etc, &who)?;
+    // A job without a directory works in an empty one on its scratch space.
+    let workspace = path.unwrap_or_else(|| scratch.work());
+    let dirs = Dirs { run, etc, home: scratch.home(), tmp: scratch.tmp(), workspace };
+    Ok(Made { dirs, who, notes, claude_md })
+}
+
+/// A user database for the cell: programs ask for the name of the user they run as.
+fn write_users(etc: &Path, who: &Who) -> Result<(), PrepareError> {
+    let home = options::HOME;
+    let passwd = format!(
+        "root:x:0:0:root:/root:/usr/sbin/nologin\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\nagent:x:{}:{}:agent:{home}:/bin/sh\n",
+        who.uid, who.gid
+    );
+    let mut group = format!("root:x:0:\nnogroup:x:65534:\nagent:x:{}:\n", who.gid);
+    for (index, gid) in who.groups.iter().enumerate() {
+        group.push_str(&format!("group{}:x:{gid}:agent\n", index + 1));
+    }
+    for (name, text) in [("passwd", passwd), ("group", group)] {
+        let path = etc.join(name);
+        let written = std::fs::write(&path, text)
+            .and_then(|()| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)));
+        written.map_err(|e| io_failure(&path, &e))?;
+    }
+    Ok(())
+}
+
+fn make_dir(path: &Path, mode: u32) -> Result<(), PrepareError> {
+    match std::fs::DirBuilder::new().mode(mode).create(path) {
+        Ok(()) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
+        Err(e) => return Err(io_failure(path, &e)),
+    }
+    // The umask may have taken bits away.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(|e| io_failure(path, &e))
+}
+
+fn append_prompt(record: &Record, claude_md: Option<&str>) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    if let Some(text) = claude_md {
+        parts.push(format!(
+            "The repository's CLAUDE.md follows. It comes from the repository, not from the user.\n<CLAUDE.md>\n{text}\n</CLAUDE.md>"
+        ));
+    }
+    parts.extend(record.spec.append_system_prompt.clone());
+    parts.join("\n\n")
+}
+
+async fn open_lease(
+    parts: &Arc<Parts>,
+    record: &Record,
+    cell: &CellId,
+    token: &str,
+    run: &Path,
+    owner: (u32, u32),
+) -> Result<Lease, PrepareError> {
+    let spend = parts.store.spend(&record.job).await?;
+    let spec = LeaseSpec {
+        job: record.job.clone(),
+        cell: cell.clone(),
+        token: token.to_owned(),
+        plan: record.accepted.plan.clone(),
+        spent: spend.charged,
+        run_dir: run.to_owned(),
+        socket_owner: owner,
+    };
+    parts.gateway.lease(spec).await.map_err(|e| failed(FailReason::Internal, e))
+}
+
+fn cell_spec(
+    parts: &Parts,
+    record: &Record,
+    cell: &CellId,
+    image: &Image,
+    dirs: &Dirs,
+    who: &Who,
+) -> CellSpec {
+    let limits = &record.accepted.plan.limits;
+    let bind = |source: &Path, target: &str, read_only: bool| BindMount {
+        source: source.to_owned(),
+        target: target.to_owned(),
+        read_only,
+    };
+    let mut mounts = vec![
+        bind(&dirs.run, "/.hotcell", true),
+        bind(&parts.settings.init_binary, "/.hotcell-init", true),
+        bind(&image.claude, options::CLI_PATH, true),
+        bind(&dirs.etc.join("passwd"), "/etc/passwd", true),
+        bind(&dirs.etc.join("group"), "/etc/group", true),
+        bind(&dirs.home, options::HOME, false),
+        bind(&dirs.tmp, "/tmp", false),
+        bind(&dirs.workspace, options::WORKSPACE, who.read_only),
+    ];
+    // A volume that the image declares would be writable and without a limit: the scratch space covers it.
+    for volume in &image.volumes {
+        if !mounts.iter().any(|m| m.target == *volume) {
+            mounts.push(bind(&dirs.tmp, volume, false));
+        }
+    }
+    CellSpec {
+        instance: parts.store.instance().clone(),
+        cell: cell.clone(),
+        image_id: image.id.clone(),
+        user: who.owner(),
+        groups: who.groups.clone(),
+        limits: CellLimits {
+            memory_bytes: limits.memory_bytes,
+            cpus_milli: limits.cpus_milli,
+            pids_max: limits.pids_max,
+            nofile_max: NOFILE_MAX,
+        },
+        mounts,
+        runtime: None,
+        working_dir: options::WORKSPACE.to_owned(),
+        argv: vec!["/.hotcell-init".to_owned()],
+        env: Vec::new(),
+    }
+}
+
+fn boot(record: &Record, names: &Names, image: &Image, wall_limit_ms: u64) -> Result<Vec<u8>, PrepareError> {
+    let plan = &record.accepted.plan;
+    let argv = options::argv(plan, &names.session_id).into_iter().map(OsString::from).collect();
+    let mut env = options::environment(plan, image.path_env.as_deref(), &names.token);
+    env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
+    let mut boot = Boot::new(names.cell.clone(), names.key.clone(), argv);
+    boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
+    boot.cwd = PathBuf::from(options::WORKSPACE);
+    boot.ctl_socket = PathBuf::from("/.hotcell/ctl.sock");
+    boot.wall_limit_ms = wall_limit_ms;
+    boot.dead_man_ms = DEAD_MAN_MS;
+    boot.buffer_bytes_max = CELL_BUFFER_BYTES_MAX;
+    boot.forwards =
+        vec![PortForward { port: options::MODEL_PORT, socket: PathBuf::from("/.hotcell/api.sock") }];
+    boot.encode().map_err(|e| failed(FailReason::Internal, e))
+}
+
+fn engine_failure(reason: FailReason, error: &EngineError) -> PrepareError {
+    let reason = match error {
+        EngineError::Unavailable { .. } | EngineError::Timeout { .. } => FailReason::EngineUnavailable,
+        _ => reason,
+    };
+    failed(reason, error)
+}
+
+fn image_failure(error: &ImageError) -> PrepareError {
+    let reason = match error {
+        ImageError::NoShell { .. } => FailReason::ImageUnsuitable,
+        ImageError::Engine(EngineError::Unavailable { .. } | EngineError::Timeout { .. }) => {
+            FailReason::EngineUnavailable
+        }
+        _ => FailReason::ImageUnavailable,
+    };
+    failed(reason, error)
+}
+
+fn workspace_failure(error: &WorkspaceError) -> PrepareError {
+    let reason = match error {
+        WorkspaceError::Moved { .. } => FailReason::WorkspaceMoved,
+        _ => FailReason::WorkspaceSetup,
+    };
+    failed(reason, error)
+}
+
+fn scratch_failure(error: &ScratchError) -> PrepareError {
+    failed(FailReason::WorkspaceSetup, error)
+}
+
+fn io_failure(path: &Path, error: &std::io::Error) -> PrepareError {
+    failed(FailReason::Internal, format!("cannot write {}: {error}", path.display()))
+}

@@ -1,0 +1,321 @@
+//! The record of one job: its row and its journal, moved together. Each transition is stored with the
+//! number of the event that tells of it; an event missing after a crash is written again.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::watch;
+
+use super::{Accepted, Parts};
+use crate::agent::frames;
+use crate::clock;
+use crate::event::{Body, Event, Totals};
+use crate::job::outcome::Failure;
+use crate::job::{FailReason, Identity, Input, JobId, JobSpec, Outcome, Phase, State};
+use crate::journal::{Feed, Journal, JournalError, Reader, Recovered};
+use crate::session::{AgentExit, Session, Step};
+use crate::store::{Store, StoreError};
+
+/// How much of a journal is read at a time, in bytes.
+const REPLAY_CHUNK_BYTES: usize = 1024 * 1024;
+
+/// The record cannot be read or written: a fault of the host.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The row.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// There is no such job.
+    #[error("there is no job {0}")]
+    Missing(JobId),
+    /// A stored text does not parse: another version wrote it, or the disk lies.
+    #[error("the stored {what} of the job does not parse: {detail}")]
+    Corrupt {
+        /// Which text.
+        what: &'static str,
+        /// The parser's words.
+        detail: String,
+    },
+    /// The journal was cut to its limit in the middle, so the conversation cannot be rebuilt.
+    #[error("the journal was cut to its limit; the conversation cannot be taken up again")]
+    Cut,
+}
+
+/// What PID 1 reported.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ExitFigures {
+    /// Most memory the cell used, in bytes.
+    pub peak_memory_bytes: u64,
+    /// CPU time of the cell, in microseconds.
+    pub cpu_us: u64,
+}
+
+/// The record of a job that has a slot.
+#[derive(Debug)]
+pub struct Record {
+    /// Which job.
+    pub job: JobId,
+    /// Whose it is.
+    pub identity: Identity,
+    /// What was asked.
+    pub spec: JobSpec,
+    /// What was accepted.
+    pub accepted: Accepted,
+    /// When it was submitted.
+    pub created_ms: u64,
+    /// Which try this is.
+    pub attempt: u32,
+    /// What PID 1 reported, once it has.
+    pub exit: Option<ExitFigures>,
+    /// Totals, once it is done.
+    pub totals: Totals,
+    /// Where the streams were left, as the journal knows it.
+    pub recovered: Recovered,
+    /// The journal.
+    pub journal: Journal,
+    state: State,
+    dir: std::path::PathBuf,
+}
+
+/// A conversation rebuilt from the journal.
+#[derive(Debug)]
+pub struct Replay {
+    /// The session, as it was after the last journaled line.
+    pub session: Session,
+    /// Frames that were journaled as sent: their end offset in stdin, and the bytes with the line feed.
+    pub sent: Vec<(u64, Vec<u8>)>,
+    /// Steps that the session gave and that no event tells of.
+    pub pending: Vec<Step>,
+    /// How the CLI ended, where that was journaled.
+    pub exit: Option<AgentExit>,
+}
+
+impl Record {
+    /// Opens the record of a job, and writes the state's event again where a crash lost it.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub async fn open(parts: &Parts, job: &JobId) -> Result<Self, RecordError> {
+        let row = parts.store.job(job).await?.ok_or_else(|| RecordError::Missing(job.clone()))?;
+        let corrupt = |what| move |e: serde_json::Error| RecordError::Corrupt { what, detail: e.to_string() };
+        let spec = serde_json::from_str(&row.spec_json).map_err(corrupt("spec"))?;
+        let accepted = serde_json::from_str(&row.plan_json).map_err(corrupt("plan"))?;
+        let dir = parts.settings.journal_dir(job);
+        let (journal, recovered) = Journal::open(&dir, parts.settings.journal)?;
+        parts.feeds.publish(job, journal.feed());
+        let mut record = Self {
+            job: job.clone(),
+            identity: row.row.identity,
+            spec,
+            accepted,
+            created_ms: row.row.created_ms,
+            attempt: row.row.attempt,
+            exit: None,
+            totals: row.row.totals.unwrap_or_default(),
+            state: row.row.state,
+            recovered,
+            journal,
+            dir,
+        };
+        if record.recovered.last_state.as_ref() != Some(&record.state) {
+            record.push(&Body::State { state: record.state.clone() })?;
+            record.commit()?;
+        }
+        Ok(record)
+    }
+
+    /// Where the job stands.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Adds an event to the buffer.
+    ///
+    /// # Errors
+    /// [`RecordError::Journal`].
+    pub fn push(&mut self, body: &Body) -> Result<u64, RecordError> {
+        Ok(self.journal.push(body, clock::wall_ms())?)
+    }
+
+    /// Writes the buffer out and shows it to followers.
+    ///
+    /// # Errors
+    /// [`RecordError::Journal`].
+    pub fn commit(&mut self) -> Result<(), RecordError> {
+        self.journal.commit()?;
+        Ok(())
+    }
+
+    /// Moves the job: the row first, then its event.
+    ///
+    /// # Errors
+    /// [`RecordError`]; a conflict would mean that somebody else moved a job that has a slot.
+    pub async fn step(&mut self, parts: &Parts, input: Input) -> Result<(), RecordError> {
+        self.commit()?;
+        let seq = self.journal.next_seq();
+        let now = clock::wall_ms();
+        self.state = parts.store.transition(&self.job, &self.state, &input, Some(seq), now).await?;
+        self.journal.push(&Body::State { state: self.state.clone() }, now)?;
+        self.commit()
+    }
+
+    /// The last move, with totals and answer.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub async fn done(
+        &mut self,
+        parts: &Parts,
+        outcome: Outcome,
+        totals: Totals,
+        answer: Option<String>,
+    ) -> Result<(), RecordError> {
+        self.totals = totals.clone();
+        let summary = Body::Summary { outcome: outcome.clone(), totals: totals.clone(), result: answer.clone() };
+        self.push(&summary)?;
+        self.commit()?;
+        self.journal.sync().await?;
+        let seq = Some(self.journal.next_seq());
+        let now = clock::wall_ms();
+        let done = parts.store.finish(&self.job, &self.state, outcome, totals, answer, seq, now);
+        self.state = done.await?;
+        self.journal.push(&Body::State { state: self.state.clone() }, now)?;
+        self.commit()
+    }
+
+    /// Ends a job whose record could not be written on the way: cleans up, then closes the row without
+    /// the journal. Best effort: when even that fails, the next start of the daemon tries again.
+    pub async fn close_after_fault(&mut self, parts: &Arc<Parts>, error: &RecordError) {
+        self.journal.discard();
+        super::destroy(parts, &self.job).await;
+        let reason = match error {
+            RecordError::Journal(JournalError::Full { .. }) | RecordError::Store(StoreError::Full { .. }) => {
+                FailReason::DiskFull
+            }
+            RecordError::Store(_)
+            | RecordError::Journal(_)
+            | RecordError::Missing(_)
+            | RecordError::Corrupt { .. }
+            | RecordError::Cut => FailReason::Internal,
+        };
+        let failure = Failure::new(Phase::Collect, reason, error.to_string());
+        if let Err(error) = force_done(&parts.store, &self.job, failure, &mut self.state).await {
+            tracing::error!(job = %self.job, %error, "the row of a failed job cannot be closed");
+        }
+    }
+
+    /// Tells followers that nothing more comes.
+    pub fn finish(self, parts: &Parts) {
+        let job = self.job.clone();
+        drop(self);
+        parts.feeds.close(&job);
+    }
+
+    /// Rebuilds the conversation from the journal.
+    ///
+    /// # Errors
+    /// [`RecordError::Cut`] where the journal lost its middle.
+    pub async fn replay(&self) -> Result<Replay, RecordError> {
+        let plan = self.accepted.plan.clone();
+        let session = Session::new(plan, self.spec.prompt.clone(), self.spec.system_prompt.clone(), String::new());
+        let mut replay = Replay { pending: session.start(), session, sent: Vec::new(), exit: None };
+        let mut reader = Reader::open(&self.dir, 1, None);
+        while let Some(chunk) = reader.next_chunk(REPLAY_CHUNK_BYTES).await? {
+            for line in chunk.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
+                let event: Event = serde_json::from_slice(line)
+                    .map_err(|e| RecordError::Corrupt { what: "journal", detail: e.to_string() })?;
+                replay.take(event.body)?;
+            }
+        }
+        Ok(replay)
+    }
+}
+
+impl Replay {
+    fn take(&mut self, body: Body) -> Result<(), RecordError> {
+        match body {
+            Body::Frame { frame, .. } => {
+                if let Some(incoming) = frames::parse(frame.get().as_bytes()) {
+                    self.pending.extend(self.session.on_frame(incoming));
+                }
+            }
+            Body::Sent { end, frame } => {
+                let mut bytes = frame.get().as_bytes().to_vec();
+                bytes.push(b'\n');
+                self.sent.push((end, bytes));
+                // The journaled frame is what the session gave, in the same order; stops are sent beside it.
+                let next = self.pending.iter().position(|step| matches!(step, Step::Send(_)));
+                if let Some(next) = next.filter(|_| !frame.get().contains("hotcell-interrupt")) {
+                    self.pending.remove(next);
+                }
+            }
+            Body::Tool { .. } => {
+                let next = self.pending.iter().position(|step| matches!(step, Step::Event(Body::Tool { .. })));
+                if let Some(next) = next {
+                    self.pending.remove(next);
+                }
+            }
+            Body::Exit { code, oom_kills, .. } => {
+                self.exit = Some(AgentExit { code, oom_kills, stderr_tail: String::new() });
+            }
+            Body::Truncated { .. } => return Err(RecordError::Cut),
+            Body::State { .. }
+            | Body::Output { .. }
+            | Body::Request { .. }
+            | Body::Charge { .. }
+            | Body::Refused { .. }
+            | Body::Stop { .. }
+            | Body::Note { .. }
+            | Body::Summary { .. } => {}
+        }
+        Ok(())
+    }
+}
+
+/// Walks a row to `Done` from wherever it stands.
+async fn force_done(store: &Store, job: &JobId, failure: Failure, state: &mut State) -> Result<(), StoreError> {
+    let now = clock::wall_ms();
+    if let Some(row) = store.job(job).await? {
+        *state = row.row.state;
+    }
+    if matches!(state, State::Preparing | State::Running | State::Stopping { .. }) {
+        *state = store.transition(job, state, &Input::CellEnded, None, now).await?;
+    }
+    if !state.is_done() {
+        *state = store.transition(job, state, &Input::Finish(Outcome::Failed(failure)), None, now).await?;
+    }
+    Ok(())
+}
+
+/// Where followers find the live end of a job's journal. An entry lives while somebody writes or follows.
+#[derive(Debug, Clone, Default)]
+pub struct Feeds {
+    jobs: Arc<Mutex<HashMap<JobId, watch::Sender<Option<Feed>>>>>,
+}
+
+impl Feeds {
+    /// The feed of a job, now and whenever it changes: none while nobody writes.
+    pub fn follow(&self, job: &JobId) -> watch::Receiver<Option<Feed>> {
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        // Entries that nobody follows any more and nobody writes to are not worth keeping.
+        jobs.retain(|_, sender| sender.receiver_count() > 0 || sender.borrow().is_some());
+        jobs.entry(job.clone()).or_insert_with(|| watch::Sender::new(None)).subscribe()
+    }
+
+    /// A writer has begun.
+    pub fn publish(&self, job: &JobId, feed: Feed) {
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.entry(job.clone()).or_insert_with(|| watch::Sender::new(None)).send_replace(Some(feed));
+    }
+
+    /// The writer has ended; followers look at the row again.
+    pub fn close(&self, job: &JobId) {
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sender) = jobs.remove(job) {
+            sender.send_replace(None);
+        }
+    }
+}
