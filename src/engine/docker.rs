@@ -6,30 +6,31 @@
 //! after the start; a removal answers before it has happened, or with "already in progress" or "busy", so it
 //! is repeated until inspect says 404; engines serialise creates and removes, so each has a limit of its own.
 
+mod images;
+
 use std::collections::HashMap;
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use bollard::container::LogOutput;
-use bollard::errors::Error as ApiError;
-use bollard::models::{
-    BuildInfo, ContainerCreateBody, ContainerInspectResponse, CreateImageInfo, ImageInspect,
-};
-use bollard::query_parameters as query;
-use bytes::Bytes;
-use futures_util::{Stream, StreamExt};
-use serde_json::{Value, json};
+// The submodule says `client`, so that this file stays the only one to name the library.
+use bollard as client;
+use client::container::LogOutput;
+use client::errors::Error as ApiError;
+use client::models::{ContainerCreateBody, ContainerInspectResponse};
+use client::query_parameters as query;
+use futures_util::StreamExt;
+use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
+use self::images::IMAGE_MS_MAX;
 use super::{
-    BOOT_BYTES_MAX, BuildContext, BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit,
-    Found, ImageInfo, LABEL_CELL, LABEL_INSTANCE, Progress, Reply, address, config, container_name,
-    normalise_arch, tail,
+    BOOT_BYTES_MAX, BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Found,
+    ImageInfo, LABEL_CELL, LABEL_INSTANCE, Progress, Reply, address, config, container_name, normalise_arch,
+    tail,
 };
 use crate::job::InstanceId;
 
@@ -49,24 +50,16 @@ const REMOVE_MS_MAX: u64 = 30_000;
 const REMOVE_PAUSE_MS: (u64, u64) = (20, 1_000);
 /// One long poll of `wait`; then the state is read afresh, so that a lost event costs no more than this.
 const WAIT_POLL_MS_MAX: u64 = 300_000;
-/// An image removal may delete gigabytes.
-const IMAGE_REMOVE_MS_MAX: u64 = 120_000;
-/// Pull, build or import of one image.
-const IMAGE_MS_MAX: u64 = 45 * 60_000;
 /// Reading what a dead PID 1 left on its standard error.
 const TAIL_MS_MAX: u64 = 1_000;
 /// Creates at one time.
 const CREATES_MAX: usize = 4;
 /// Removals at one time: parallel ones push creates over 10 s.
 const REMOVES_MAX: usize = 2;
-/// Symlinks followed by `probe_paths`.
-const LINKS_MAX: usize = 8;
-/// One line of progress, in characters.
-const PROGRESS_CHARS_MAX: usize = 2_000;
 
 /// A connection to a Docker-compatible engine. Requests connect anew, so it outlives restarts of the engine.
 pub struct Docker {
-    api: bollard::Docker,
+    api: client::Docker,
     address: String,
     creates: Semaphore,
     removes: Semaphore,
@@ -81,9 +74,9 @@ impl Docker {
     /// `UnsupportedAddress`, `Unavailable`, `Timeout`.
     pub async fn connect(address: &str) -> Result<Self, EngineError> {
         let path = address::socket_path(address)?;
-        // bollard's own limit covers response headers alone; each call here has a tighter one.
+        // The client's own limit covers response headers alone; each call here has a tighter one.
         let limit_s = IMAGE_MS_MAX / 1_000;
-        let api = bollard::Docker::connect_with_unix(path, limit_s, bollard::API_DEFAULT_VERSION)
+        let api = client::Docker::connect_with_unix(path, limit_s, client::API_DEFAULT_VERSION)
             .map_err(|e| translate(address, "connect", e))?;
         let api = timeout(Duration::from_millis(ASK_MS_MAX), api.negotiate_version())
             .await
@@ -136,174 +129,6 @@ impl Docker {
             cgroup_version: info.cgroup_version.map(|v| v.to_string()).unwrap_or_default(),
             root_dir: info.docker_root_dir.unwrap_or_default().into(),
         })
-    }
-
-    async fn find_image(&self, reference: &str) -> Result<Option<ImageInfo>, EngineError> {
-        check_reference(reference)?;
-        match self.call("inspect an image", ASK_MS_MAX, self.api.inspect_image(reference)).await {
-            Ok(found) => image_info(found).map(Some),
-            Err(EngineError::NotFound { .. }) => Ok(None),
-            Err(e) => Err(e),
-        }
-    }
-
-    async fn made_image(&self, reference: &str) -> Result<ImageInfo, EngineError> {
-        let missing = || EngineError::ImageMissing { image: reference.to_owned() };
-        self.find_image(reference).await?.ok_or_else(missing)
-    }
-
-    /// Follows a pull, build or import to its end.
-    async fn follow<T: Step>(
-        &self,
-        what: String,
-        mut steps: impl Stream<Item = Result<T, ApiError>> + Unpin,
-        progress: &Progress,
-    ) -> Result<(), EngineError> {
-        let deadline = Instant::now() + Duration::from_millis(IMAGE_MS_MAX);
-        loop {
-            let Ok(step) = tokio::time::timeout_at(deadline, steps.next()).await else {
-                return Err(EngineError::Timeout { what: "make the image", after_ms: IMAGE_MS_MAX });
-            };
-            let step = match step {
-                None => return Ok(()),
-                Some(Ok(step)) => step,
-                Some(Err(ApiError::DockerStreamError { error: message })) => {
-                    return Err(EngineError::ImageFailed { what, message });
-                }
-                Some(Err(e)) => return Err(translate(&self.address, "make the image", e)),
-            };
-            if let Some(message) = step.failure() {
-                return Err(EngineError::ImageFailed { what, message });
-            }
-            for line in step.text().lines().filter(|line| !line.trim().is_empty()) {
-                // Full or closed: whoever watches is not to slow this down.
-                let _ = progress.try_send(line.chars().take(PROGRESS_CHARS_MAX).collect());
-            }
-        }
-    }
-
-    async fn pull_image(&self, reference: &str, progress: &Progress) -> Result<ImageInfo, EngineError> {
-        check_reference(reference)?;
-        // Without a tag the engine would fetch every tag there is.
-        let reference = with_tag(reference);
-        let options = query::CreateImageOptionsBuilder::new().from_image(&reference).build();
-        let steps = self.api.create_image(Some(options), None, None);
-        self.follow(format!("pull {reference}"), steps, progress).await?;
-        self.made_image(&reference).await
-    }
-
-    async fn build_image(&self, spec: &BuildSpec, progress: &Progress) -> Result<ImageInfo, EngineError> {
-        check_reference(&spec.tag)?;
-        let body = match &spec.context {
-            BuildContext::Bytes(bytes) => bollard::body_full(bytes.clone()),
-            BuildContext::File(path) => file_body(path).await?,
-        };
-        let labels: HashMap<String, String> = spec.labels.clone().into_iter().collect();
-        let args: HashMap<String, String> = spec.build_args.clone().into_iter().collect();
-        let options = query::BuildImageOptionsBuilder::new()
-            .dockerfile(&spec.dockerfile)
-            .t(&spec.tag)
-            .labels(&labels)
-            .buildargs(&args)
-            .rm(true)
-            .forcerm(true)
-            .build();
-        let steps = self.api.build_image(options, None, Some(body));
-        self.follow(format!("build {}", spec.tag), Box::pin(steps), progress).await?;
-        self.made_image(&spec.tag).await
-    }
-
-    async fn import_image(
-        &self,
-        rootfs_tar: &Path,
-        tag: &str,
-        changes: &[String],
-        progress: &Progress,
-    ) -> Result<ImageInfo, EngineError> {
-        check_reference(tag)?;
-        let body = file_body(rootfs_tar).await?;
-        let (repo, label) = split_tag(tag);
-        let options = query::CreateImageOptionsBuilder::new()
-            .from_src("-")
-            .repo(repo)
-            .tag(label)
-            .changes(changes.to_vec())
-            .build();
-        let steps = self.api.create_image(Some(options), Some(body), None);
-        self.follow(format!("import {tag}"), steps, progress).await?;
-        self.made_image(tag).await
-    }
-
-    async fn tag_image(&self, image: &str, reference: &str) -> Result<(), EngineError> {
-        check_reference(image)?;
-        check_reference(reference)?;
-        let (repo, tag) = split_tag(reference);
-        let options = query::TagImageOptionsBuilder::new().repo(repo).tag(tag).build();
-        self.call("tag an image", ASK_MS_MAX, self.api.tag_image(image, Some(options))).await
-    }
-
-    async fn forget_image(&self, reference: &str) -> Result<(), EngineError> {
-        check_reference(reference)?;
-        let options = query::RemoveImageOptionsBuilder::new().build();
-        let call = self.api.remove_image(reference, Some(options), None);
-        match self.call("remove an image", IMAGE_REMOVE_MS_MAX, call).await {
-            Ok(_) | Err(EngineError::NotFound { .. }) => Ok(()),
-            Err(e) => Err(e),
-        }
-    }
-
-    async fn probe(
-        &self,
-        instance: &InstanceId,
-        image_id: &str,
-        paths: &[&str],
-    ) -> Result<Vec<bool>, EngineError> {
-        config::check_image_id(image_id)?;
-        let body = parse_body(json!({
-            "Image": image_id,
-            "Entrypoint": ["/.hotcell-never-started"],
-            "Labels": { LABEL_INSTANCE: instance.as_str() },
-            "HostConfig": { "NetworkMode": "none", "ReadonlyRootfs": true, "CapDrop": ["ALL"] },
-        }))?;
-        let helper = {
-            let _permit = self.creates.acquire().await.map_err(closed)?;
-            let call = self.api.create_container(None, body);
-            match self.call("create a container", CREATE_MS_MAX, call).await {
-                Ok(made) => ContainerId::new(made.id),
-                Err(EngineError::NotFound { .. }) => {
-                    return Err(EngineError::ImageMissing { image: image_id.to_owned() });
-                }
-                Err(e) => return Err(e),
-            }
-        };
-        let mut found = Vec::with_capacity(paths.len());
-        let mut failure = None;
-        for path in paths {
-            match self.path_exists(&helper, path).await {
-                Ok(exists) => found.push(exists),
-                Err(e) => {
-                    failure = Some(e);
-                    break;
-                }
-            }
-        }
-        self.remove_container(&helper).await?;
-        failure.map_or(Ok(found), Err)
-    }
-
-    async fn path_exists(&self, container: &ContainerId, path: &str) -> Result<bool, EngineError> {
-        let mut path = path.to_owned();
-        for _ in 0..LINKS_MAX {
-            let options = query::ContainerArchiveInfoOptionsBuilder::new().path(&path).build();
-            let call = self.api.get_container_archive_info(container.as_str(), Some(options));
-            match self.call("look for a path", ASK_MS_MAX, call).await {
-                Ok(stat) if stat.link_target.is_empty() || stat.link_target == path => return Ok(true),
-                Ok(stat) => path = stat.link_target,
-                Err(EngineError::NotFound { .. }) => return Ok(false),
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(false)
     }
 
     async fn create_cell(&self, spec: &CellSpec) -> Result<ContainerId, EngineError> {
@@ -375,7 +200,13 @@ impl Docker {
         };
         match timeout(Duration::from_millis(BOOT_MS_MAX), deliver).await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(e)) => Err(EngineError::StartFailed { message: format!("boot bytes not delivered: {e}") }),
+            Ok(Err(e)) => {
+                // PID 1 ended before it read them; the runtime may have said why.
+                let tail = self.take_tail(container).await;
+                let message =
+                    tail::exec_failure(&tail).unwrap_or_else(|| format!("PID 1 took no boot bytes: {e}"));
+                Err(EngineError::StartFailed { message })
+            }
             Err(_) => Err(EngineError::Timeout { what: "deliver the boot bytes", after_ms: BOOT_MS_MAX }),
         }
     }
@@ -425,7 +256,7 @@ impl Docker {
             let options = query::WaitContainerOptionsBuilder::new().condition("not-running").build();
             let mut replies = Box::pin(self.api.wait_container(container.as_str(), Some(options)));
             match timeout(Duration::from_millis(WAIT_POLL_MS_MAX), replies.next()).await {
-                // The state below tells all; bollard reports exit codes other than 0 as errors.
+                // The state below tells all; the client reports exit codes other than 0 as errors.
                 Ok(Some(Ok(_)) | Some(Err(ApiError::DockerContainerWaitError { .. })) | None) | Err(_) => {}
                 Ok(Some(Err(e))) => return Err(translate(&self.address, "wait for a container", e)),
             }
@@ -546,38 +377,6 @@ impl Engine for Docker {
     fn state_pid<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, Option<u32>> { Box::pin(self.pid_of(container)) }
 }
 
-/// One step of a pull, build or import, as the engine reports it.
-trait Step {
-    fn failure(&self) -> Option<String>;
-    fn text(&self) -> String;
-}
-
-impl Step for CreateImageInfo {
-    fn failure(&self) -> Option<String> {
-        self.error_detail.as_ref().map(|detail| detail.message.clone().unwrap_or_default())
-    }
-    fn text(&self) -> String {
-        let part = |text: &Option<String>| text.clone().unwrap_or_default();
-        // Byte counts of a layer come many times a second and say little.
-        let counting = self.progress_detail.as_ref().is_some_and(|p| p.current.is_some());
-        if counting {
-            String::new()
-        } else {
-            format!("{} {}", part(&self.id), part(&self.status)).trim().to_owned()
-        }
-    }
-}
-
-impl Step for BuildInfo {
-    fn failure(&self) -> Option<String> {
-        self.error_detail.as_ref().map(|detail| detail.message.clone().unwrap_or_default())
-    }
-    fn text(&self) -> String {
-        let status = self.status.clone().filter(|_| self.progress_detail.is_none());
-        self.stream.clone().or(status).unwrap_or_default()
-    }
-}
-
 fn parse_body(body: Value) -> Result<ContainerCreateBody, EngineError> {
     serde_json::from_value(body)
         .map_err(|e| EngineError::Protocol { what: "create a container", detail: e.to_string() })
@@ -594,62 +393,6 @@ fn is_same_cell(found: &ContainerInspectResponse, spec: &CellSpec) -> bool {
     let labels = found.config.as_ref().and_then(|config| config.labels.as_ref());
     let is = |name: &str, value: &str| labels.and_then(|l| l.get(name)).is_some_and(|v| v == value);
     is(LABEL_INSTANCE, spec.instance.as_str()) && is(LABEL_CELL, spec.cell.as_str())
-}
-
-fn image_info(found: ImageInspect) -> Result<ImageInfo, EngineError> {
-    let incomplete = || EngineError::Protocol { what: "inspect an image", detail: "it has no id".to_owned() };
-    let config = found.config.unwrap_or_default();
-    let path_env =
-        config.env.unwrap_or_default().iter().find_map(|v| v.strip_prefix("PATH=").map(str::to_owned));
-    Ok(ImageInfo {
-        id: found.id.ok_or_else(incomplete)?,
-        arch: normalise_arch(&found.architecture.unwrap_or_default()),
-        os: found.os.unwrap_or_default(),
-        labels: config.labels.unwrap_or_default().into_iter().collect(),
-        path_env,
-        volumes: config.volumes.unwrap_or_default(),
-    })
-}
-
-/// The request body of bollard, which gives it no public name.
-type Body = http_body_util::Either<http_body_util::Full<Bytes>, http_body_util::StreamBody<Frames>>;
-type Frames = Pin<Box<dyn Stream<Item = Result<hyper::body::Frame<Bytes>, std::io::Error>> + Send>>;
-
-/// A file as a request body, read as it is sent.
-async fn file_body(path: &Path) -> Result<Body, EngineError> {
-    let unreadable = |e: std::io::Error| EngineError::File { path: path.to_owned(), detail: e.to_string() };
-    let file = tokio::fs::File::open(path).await.map_err(unreadable)?;
-    Ok(bollard::body_try_stream(tokio_util::io::ReaderStream::with_capacity(file, 256 * 1024)))
-}
-
-/// References go into request paths: only what a reference may hold.
-fn check_reference(reference: &str) -> Result<(), EngineError> {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/' | b':' | b'@');
-    let bad = reference.is_empty()
-        || reference.len() > 512
-        || !reference.bytes().all(plain)
-        || reference.contains("..");
-    if bad || reference.starts_with(['/', '-', '.']) {
-        let shown: String = reference.chars().take(80).collect();
-        return Err(EngineError::BadSpec { reason: format!("{shown:?} is no image reference") });
-    }
-    Ok(())
-}
-
-/// Name and tag; no tag for a digest, `latest` where there is none.
-fn split_tag(reference: &str) -> (&str, &str) {
-    match reference.rsplit_once(':') {
-        _ if reference.contains('@') => (reference, ""),
-        Some((name, tag)) if !tag.contains('/') => (name, tag),
-        _ => (reference, "latest"),
-    }
-}
-
-fn with_tag(reference: &str) -> String {
-    match split_tag(reference) {
-        (name, "") => name.to_owned(),
-        (name, tag) => format!("{name}:{tag}"),
-    }
 }
 
 fn closed(_: tokio::sync::AcquireError) -> EngineError {
@@ -683,4 +426,28 @@ fn with_causes(error: &dyn std::error::Error) -> String {
         next = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_client_library_sends_the_whole_configuration() {
+        let asked = config::container_config(&config::tests::spec()).unwrap();
+        let sent = serde_json::to_value(parse_body(asked.clone()).unwrap()).unwrap();
+        assert_eq!(sent, asked);
+    }
+
+    #[test]
+    fn errors_become_what_a_caller_branches_on() {
+        let answer =
+            |status_code| ApiError::DockerResponseServerError { status_code, message: "m".to_owned() };
+        let told = |status_code| translate("unix:///x", "ask", answer(status_code));
+        assert!(matches!(told(404), EngineError::NotFound { .. }));
+        assert!(matches!(told(409), EngineError::Conflict { .. }));
+        assert!(matches!(told(500), EngineError::Refused { status: 500, .. }));
+        let gone = ApiError::SocketNotFoundError("/x".to_owned());
+        assert!(matches!(translate("unix:///x", "ask", gone), EngineError::Unavailable { .. }));
+    }
 }

@@ -344,7 +344,7 @@ async fn a_program_that_cannot_run_is_named() {
         spec.mounts[0].source = garbage;
         let id = b.engine.create(&spec).await.unwrap();
         // runc finds this out only when the container runs already; others may at the start.
-        let said = match b.engine.start(&id, b"").await {
+        let said = match b.engine.start(&id, &[b'x'; BOOT_BYTES_MAX]).await {
             Err(EngineError::StartFailed { message }) => message,
             Ok(()) => soon(b.engine.wait(&id)).await.unwrap().error.unwrap_or_default(),
             Err(other) => panic!("{other}"),
