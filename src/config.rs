@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 pub use policies::{PolicyFileError, PolicyOrigin, PolicySource, policy_sources};
 pub use settings::{SETTINGS, Setting};
 
-use raw::{Layers, RawConfig};
+use raw::Layers;
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -305,12 +305,7 @@ fn limits(layers: &Layers<'_>, raw: &raw::RawLimits, cores: u32) -> Result<Limit
     let small = |key, value, range, default: u64| number(key, value, range, default).map(|n| n as u32);
     Ok(Limits {
         slots: small("limits.slots", &raw.slots, 1..=4096, u64::from(cores.clamp(1, 4096)))?,
-        queued_jobs_max: small(
-            "limits.queued_jobs_max",
-            &raw.queued_jobs_max,
-            1..=1_000_000,
-            10_000,
-        )?,
+        queued_jobs_max: small("limits.queued_jobs_max", &raw.queued_jobs_max, 1..=1_000_000, 10_000)?,
         journal_bytes_max: number(
             "limits.journal_bytes_max",
             &raw.journal_bytes_max,
@@ -372,7 +367,9 @@ fn parse_base_url(text: &str) -> Result<String, String> {
     let host = rest.split('/').next().unwrap_or("");
     // The text of a URL that holds a password must not be repeated.
     if host.contains('@') {
-        return Err("the URL holds a user name; a credential belongs into api_key_env, _file or _command".into());
+        return Err(
+            "the URL holds a user name; a credential belongs into api_key_env, _file or _command".into()
+        );
     }
     if host.is_empty() || rest.contains(|c: char| c.is_whitespace() || c.is_control() || "?#".contains(c)) {
         return Err(format!("{text:?} is not the base of a URL, such as https://api.anthropic.com"));

@@ -132,8 +132,7 @@ impl<'a> Layers<'a> {
     }
 
     fn wrong(&self, key: &'static str, problem: String, origin: &Origin) -> ConfigError {
-        let (variable, flag) =
-            Setting::of(key).map_or_else(Default::default, |s| (s.variable(), s.flag()));
+        let (variable, flag) = Setting::of(key).map_or_else(Default::default, |s| (s.variable(), s.flag()));
         let origin = match origin {
             Origin::Flag => format!("--{flag}"),
             Origin::Variable => variable.clone(),

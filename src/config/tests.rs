@@ -1,5 +1,6 @@
 //! The configuration: what wins over what, and what its errors say.
 
+use super::raw::RawConfig;
 use super::*;
 
 fn machine(vars: &[(&str, &str)], root: bool) -> Machine {
@@ -24,7 +25,8 @@ fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
 
 fn error_of(text: &str, vars: &[(&str, &str)], values: &[(&'static str, &str)]) -> String {
     let (dir, path) = file(text);
-    let error = Config::load(&flags(Some(&path), values), &machine(vars, false)).expect_err("must be refused");
+    let error =
+        Config::load(&flags(Some(&path), values), &machine(vars, false)).expect_err("must be refused");
     error.to_string().replace(&*dir.path().to_string_lossy(), "DIR")
 }
 
