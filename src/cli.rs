@@ -1,1 +1,222 @@
-//! (to come)
+//! The command line: one file per command, one table of exit codes ([`ExitCode`]), one place that prints
+//! (`render.rs`). Commands talk to a daemon through `client.rs` only; `serve`, `image`, `agent`, `model` and
+//! `policy` run in this process. A client holds nothing that a job needs: when it dies, the job goes on.
+
+mod agent;
+mod args;
+mod cancel;
+mod client;
+mod completions;
+mod fail;
+mod follow;
+mod health;
+mod image;
+mod logs;
+mod ls;
+mod model;
+mod policy;
+mod render;
+mod rm;
+mod run;
+mod schema;
+mod serve;
+mod show;
+mod version;
+
+use std::ffi::OsString;
+use std::future::Future;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Flags, Machine, client_socket};
+use crate::job::JobId;
+use client::{Client, Filter};
+pub use fail::ExitCode;
+use fail::{CliError, EXIT_CODES_HELP};
+use render::Out;
+
+/// Runs coding agents in disposable, locked-down containers.
+#[derive(Debug, Parser)]
+#[command(name = "hotcell", version, after_help = EXIT_CODES_HELP, max_term_width = 110)]
+#[command(propagate_version = false, disable_help_subcommand = true, subcommand_required = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(Box<run::RunArgs>),
+    Ls(ls::LsArgs),
+    Show(show::ShowArgs),
+    Logs(logs::LogsArgs),
+    Cancel(cancel::CancelArgs),
+    Rm(rm::RmArgs),
+    Serve(serve::ServeArgs),
+    Image(image::ImageArgs),
+    Agent(agent::AgentArgs),
+    Model(model::ModelArgs),
+    Policy(policy::PolicyArgs),
+    Health(health::HealthArgs),
+    Schema(schema::SchemaArgs),
+    Completions(completions::CompletionsArgs),
+    Version(version::VersionArgs),
+}
+
+/// Which daemon to talk to.
+#[derive(Debug, Clone, Default, Args)]
+struct Connection {
+    /// The daemon's socket [env: HOTCELL_SOCKET; default: as configured, else the usual places]
+    #[arg(long, value_name = "PATH", help_heading = "Daemon")]
+    socket: Option<PathBuf>,
+    /// The configuration that names the socket [env: HOTCELL_CONFIG]
+    #[arg(long, value_name = "FILE", help_heading = "Daemon")]
+    config: Option<PathBuf>,
+}
+
+impl Connection {
+    fn client(&self, machine: &Machine) -> Result<Client, CliError> {
+        let socket = self.socket.as_ref().map(|path| ("socket", path.to_string_lossy().into_owned()));
+        let flags = Flags { config: self.config.clone(), values: socket.into_iter().collect() };
+        Ok(Client::new(client_socket(&flags, machine)?))
+    }
+}
+
+/// What a command works with.
+struct Context {
+    out: Out,
+    machine: Machine,
+}
+
+/// Runs one command line and answers the process's exit code.
+pub fn main(args: impl Iterator<Item = OsString>) -> std::process::ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) if render::clap_says(&error) => return ExitCode::Succeeded.into(),
+        Err(_) => return ExitCode::Usage.into(),
+    };
+    let machine = Machine::current();
+    let out = Out::stdio(&machine);
+    let mut context = Context { out, machine };
+    execute(cli.command, &mut context).into()
+}
+
+fn execute(command: Command, context: &mut Context) -> ExitCode {
+    context.out.json_errors(command.json());
+    let result = dispatch(command, context);
+    context.out.end_status();
+    // Output that cannot be written is an error of the command too.
+    match result.and_then(|code| context.out.flush().map(|()| code)) {
+        Ok(code) => code,
+        Err(error) => {
+            context.out.error(&error);
+            error.exit_code()
+        }
+    }
+}
+
+fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliError> {
+    match command {
+        Command::Run(args) => run::run(*args, context),
+        Command::Ls(args) => wait(ls::ls(&args, context)),
+        Command::Show(args) => wait(show::show(&args, context)),
+        Command::Logs(args) => wait(logs::logs(&args, context)),
+        Command::Cancel(args) => wait(cancel::cancel(&args, context)),
+        Command::Rm(args) => wait(rm::rm(&args, context)),
+        Command::Serve(args) => serve::serve(&args, context),
+        Command::Image(args) => image::image(&args, context),
+        Command::Agent(args) => agent::agent(&args, context),
+        Command::Model(args) => model::model(&args, context),
+        Command::Policy(args) => policy::policy(&args, context),
+        Command::Health(args) => wait(health::health(&args, context)),
+        Command::Schema(_) => schema::schema(context),
+        Command::Completions(args) => completions::completions(&args, context),
+        Command::Version(args) => version::version(&args, context),
+    }
+}
+
+impl Command {
+    fn json(&self) -> bool {
+        match self {
+            Self::Run(args) => args.json,
+            Self::Ls(args) => args.json,
+            Self::Show(args) => args.json,
+            Self::Logs(args) => args.json,
+            Self::Cancel(args) => args.json,
+            Self::Rm(args) => args.json,
+            Self::Image(args) => args.json(),
+            Self::Agent(args) => args.json(),
+            Self::Policy(args) => args.json(),
+            Self::Health(args) => args.json,
+            Self::Version(args) => args.json,
+            Self::Serve(_) | Self::Model(_) | Self::Schema(_) | Self::Completions(_) => false,
+        }
+    }
+}
+
+/// Runs a client command: one thread is enough for one connection.
+fn wait<T>(future: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|e| CliError::Local(e.into()))?.block_on(future)
+}
+
+/// Most jobs that are searched for one whose id is abbreviated.
+const PREFIX_SEARCH_MAX: usize = 1000;
+
+/// The job that `text` names: an id, or the beginning of exactly one id among the newest jobs.
+async fn find_job(client: &Client, text: &str) -> Result<JobId, CliError> {
+    if let Ok(id) = text.parse() {
+        return Ok(id);
+    }
+    let digits = text.strip_prefix('j').unwrap_or("");
+    if digits.is_empty() || digits.len() > 15 || !digits.bytes().all(|b| b.is_ascii_alphanumeric()) {
+        let hint = "an id is 'j' and 15 letters and digits, or its beginning; `hotcell ls` shows them";
+        return Err(CliError::usage_hint(format!("{text:?} is not the id of a job"), hint));
+    }
+    let (jobs, _) = client.list(&Filter::default(), PREFIX_SEARCH_MAX).await?;
+    let found: Vec<JobId> =
+        jobs.into_iter().map(|job| job.id).filter(|id| id.as_str().starts_with(text)).collect();
+    match found.as_slice() {
+        [one] => Ok(one.clone()),
+        [] => Err(CliError::usage_hint(
+            format!("no job's id begins with {text}"),
+            format!("the newest {PREFIX_SEARCH_MAX} jobs were searched; give the whole id of an older one"),
+        )),
+        many => {
+            let shown: Vec<&str> = many.iter().take(5).map(JobId::as_str).collect();
+            let what = format!("{text} begins the ids of {} jobs: {} …", many.len(), shown.join(", "));
+            Err(CliError::usage_hint(what, "give more of it"))
+        }
+    }
+}
+
+/// Does `one` for each named job; errors are told one by one and do not keep the others from being done.
+async fn for_each_job(
+    context: &mut Context,
+    client: &Client,
+    names: &[String],
+    mut one: impl AsyncFnMut(&mut Context, JobId) -> Result<(), CliError>,
+) -> Result<ExitCode, CliError> {
+    let mut codes = Vec::new();
+    for name in names {
+        let done = match find_job(client, name).await {
+            Ok(id) => one(context, id).await,
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(()) => codes.push(ExitCode::Succeeded),
+            Err(error) if error.is_broken_pipe() => return Err(error),
+            Err(error) => {
+                context.out.error(&error);
+                codes.push(error.exit_code());
+            }
+        }
+    }
+    Ok(ExitCode::of_all(&codes))
+}
+
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,250 @@
+//! The daemon's API as a client sees it: HTTP/1.1 on a unix socket, one connection per request. Every wait
+//! and every body has a limit, but for following events, which waits as long as the job runs. Never retries
+//! by itself and never prints.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::{Method, Request, Response};
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::fail::{ApiError, CliError};
+use crate::api::wire::{Health, JobList, JobView};
+use crate::job::JobId;
+
+/// How long connecting may take.
+const CONNECT_MAX: Duration = Duration::from_secs(5);
+/// How long the daemon may take to answer a request.
+const ANSWER_MAX: Duration = Duration::from_secs(60);
+/// Largest answer that is no stream of events, in bytes.
+const BODY_BYTES_MAX: usize = 64 << 20;
+/// Longest event, in bytes.
+const LINE_BYTES_MAX: usize = 64 << 20;
+
+/// A client of one daemon.
+#[derive(Debug, Clone)]
+pub(crate) struct Client {
+    socket: PathBuf,
+}
+
+/// Which jobs to list.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Filter {
+    /// Only jobs in this state.
+    pub(crate) state: Option<String>,
+    /// Only jobs with all of these labels, each `key=value`.
+    pub(crate) labels: Vec<String>,
+    /// Only jobs under this policy.
+    pub(crate) policy: Option<String>,
+    /// Jobs of all users (for admins).
+    pub(crate) all_users: bool,
+}
+
+/// An answer whose connection lives as long as it does.
+struct Answer {
+    response: Response<Incoming>,
+    connection: AbortOnDropHandle<()>,
+}
+
+impl Client {
+    /// A client of the daemon behind `socket`; connects to nothing yet.
+    pub(crate) fn new(socket: PathBuf) -> Self {
+        Self { socket }
+    }
+
+    /// Submits a job. The same key with the same spec is the same job, however often it is sent.
+    pub(crate) async fn submit(&self, spec: Bytes, idempotency_key: &str) -> Result<JobView, CliError> {
+        let request = Request::post("/v1/jobs")
+            .header("content-type", "application/json")
+            .header("idempotency-key", idempotency_key);
+        self.read(request.body(Full::new(spec))).await
+    }
+
+    /// One page of jobs, newest first.
+    async fn page(&self, filter: &Filter, limit: usize, cursor: Option<&str>) -> Result<JobList, CliError> {
+        let mut path = format!("/v1/jobs?limit={limit}");
+        let mut add = |key: &str, value: &str| path += &format!("&{key}={}", encode(value));
+        filter.state.iter().for_each(|state| add("state", state));
+        filter.labels.iter().for_each(|label| add("label", label));
+        filter.policy.iter().for_each(|policy| add("policy", policy));
+        cursor.iter().for_each(|cursor| add("cursor", cursor));
+        if filter.all_users {
+            add("all", "1");
+        }
+        self.get(&path).await
+    }
+
+    /// At most `limit` jobs, newest first, and whether there are more.
+    pub(crate) async fn list(&self, filter: &Filter, limit: usize) -> Result<(Vec<JobView>, bool), CliError> {
+        let mut jobs: Vec<JobView> = Vec::new();
+        let mut cursor: Option<String> = None;
+        loop {
+            let wanted = (limit - jobs.len()).min(100);
+            let page = self.page(filter, wanted, cursor.as_deref()).await?;
+            let empty = page.jobs.is_empty();
+            jobs.extend(page.jobs);
+            let more = page.next_cursor.is_some() || jobs.len() > limit;
+            jobs.truncate(limit);
+            // A page without jobs that promises more would make this loop endless.
+            if !more || empty || jobs.len() == limit {
+                return Ok((jobs, more));
+            }
+            cursor = page.next_cursor;
+        }
+    }
+
+    /// One job.
+    pub(crate) async fn job(&self, id: &JobId) -> Result<JobView, CliError> {
+        self.get(&format!("/v1/jobs/{id}")).await
+    }
+
+    /// Asks for a stop.
+    pub(crate) async fn cancel(&self, id: &JobId) -> Result<JobView, CliError> {
+        let request = Request::post(format!("/v1/jobs/{id}/cancel"));
+        self.read(request.body(Full::default())).await
+    }
+
+    /// Deletes a job that is done, with its events.
+    pub(crate) async fn remove(&self, id: &JobId) -> Result<(), CliError> {
+        let request = Request::delete(format!("/v1/jobs/{id}"));
+        let answer = self.send(request.body(Full::default())).await?;
+        self.whole(answer).await.map(|_| ())
+    }
+
+    /// How the daemon is.
+    pub(crate) async fn health(&self) -> Result<Health, CliError> {
+        self.get("/healthz").await
+    }
+
+    /// Events from number `from` on; with `follow` until the job is done.
+    pub(crate) async fn events(&self, id: &JobId, from: u64, follow: bool) -> Result<Events, CliError> {
+        let follow = u8::from(follow);
+        let request = Request::get(format!("/v1/jobs/{id}/events?from={from}&follow={follow}"))
+            .header("accept", "application/x-ndjson");
+        let answer = self.send(request.body(Full::default())).await?;
+        if !answer.response.status().is_success() {
+            self.whole(answer).await?;
+            return Err(CliError::Protocol { what: "neither events nor an error".into() });
+        }
+        let body = answer.response.into_body();
+        Ok(Events { body, buffer: BytesMut::new(), searched: 0, _connection: answer.connection })
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, CliError> {
+        let request = Request::builder().method(Method::GET).uri(path);
+        self.read(request.body(Full::default())).await
+    }
+
+    async fn read<T: DeserializeOwned>(
+        &self,
+        request: hyper::http::Result<Request<Full<Bytes>>>,
+    ) -> Result<T, CliError> {
+        let answer = self.send(request).await?;
+        let bytes = self.whole(answer).await?;
+        serde_json::from_slice(&bytes).map_err(|e| CliError::Protocol { what: e.to_string() })
+    }
+
+    async fn send(&self, request: hyper::http::Result<Request<Full<Bytes>>>) -> Result<Answer, CliError> {
+        // The parts that come from outside are encoded: what is left cannot be wrong in a header or path.
+        let mut request = request.map_err(|e| CliError::usage(format!("cannot be sent: {e}")))?;
+        request.headers_mut().insert("host", hyper::header::HeaderValue::from_static("hotcell"));
+        let stream = connect(&self.socket).await?;
+        let lost = |e: hyper::Error| CliError::ConnectionLost { what: e.to_string() };
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
+        let connection = AbortOnDropHandle::new(tokio::spawn(async move {
+            // The error of a connection reaches whoever waits for its answer or body.
+            let _ = connection.await;
+        }));
+        match tokio::time::timeout(ANSWER_MAX, sender.send_request(request)).await {
+            Ok(Ok(response)) => Ok(Answer { response, connection }),
+            Ok(Err(e)) => Err(lost(e)),
+            Err(_) => {
+                Err(CliError::ConnectionLost { what: format!("no answer within {} s", ANSWER_MAX.as_secs()) })
+            }
+        }
+    }
+
+    /// The whole body of an answer; an error where the status is one.
+    async fn whole(&self, answer: Answer) -> Result<Bytes, CliError> {
+        let status = answer.response.status();
+        let body = Limited::new(answer.response.into_body(), BODY_BYTES_MAX);
+        let bytes = match tokio::time::timeout(ANSWER_MAX, body.collect()).await {
+            Ok(Ok(bytes)) => bytes.to_bytes(),
+            Ok(Err(e)) => return Err(CliError::ConnectionLost { what: e.to_string() }),
+            Err(_) => return Err(CliError::ConnectionLost { what: "its answer did not end".into() }),
+        };
+        if status.is_success() {
+            return Ok(bytes);
+        }
+        Err(CliError::Api(Box::new(ApiError::read(status.as_u16(), &bytes))))
+    }
+}
+
+async fn connect(socket: &Path) -> Result<tokio::net::UnixStream, CliError> {
+    let fail = |source| CliError::NoDaemon { socket: socket.to_owned(), source };
+    match tokio::time::timeout(CONNECT_MAX, tokio::net::UnixStream::connect(socket)).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(e)) => Err(fail(e)),
+        Err(_) => Err(fail(std::io::ErrorKind::TimedOut.into())),
+    }
+}
+
+/// A stream of events.
+pub(crate) struct Events {
+    body: Incoming,
+    buffer: BytesMut,
+    /// Bytes of `buffer` known to hold no line feed.
+    searched: usize,
+    _connection: AbortOnDropHandle<()>,
+}
+
+impl Events {
+    /// Waits for data and adds the complete lines in it to `lines`; false at the end of the stream.
+    /// Can be dropped while waiting without losing anything.
+    pub(crate) async fn next(&mut self, lines: &mut Vec<Bytes>) -> Result<bool, CliError> {
+        match self.body.frame().await {
+            // A last line without its line feed is torn: it comes again after reconnecting.
+            None => return Ok(false),
+            Some(Err(e)) => return Err(CliError::ConnectionLost { what: e.to_string() }),
+            Some(Ok(frame)) => {
+                if let Ok(data) = frame.into_data() {
+                    self.buffer.extend_from_slice(&data);
+                }
+            }
+        }
+        while let Some(at) = self.buffer[self.searched..].iter().position(|b| *b == b'\n') {
+            let mut line = self.buffer.split_to(self.searched + at + 1).freeze();
+            self.searched = 0;
+            line.truncate(line.len() - 1);
+            // Empty lines keep a quiet connection alive.
+            if !line.is_empty() {
+                lines.push(line);
+            }
+        }
+        self.searched = self.buffer.len();
+        if self.searched > LINE_BYTES_MAX {
+            return Err(CliError::Protocol {
+                what: format!("an event has more than {LINE_BYTES_MAX} bytes"),
+            });
+        }
+        Ok(true)
+    }
+}
+
+/// Percent-encodes a query value.
+fn encode(text: &str) -> String {
+    let mut out = String::new();
+    for b in text.bytes() {
+        match b {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => out.push(char::from(b)),
+            _ => out.push_str(&format!("%{b:02X}")),
+        }
+    }
+    out
+}

@@ -1,0 +1,83 @@
+//! `hotcell policy`: the policies that a daemon with this configuration has. Reads files only; a job's own
+//! copy of its policy is in its row.
+
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use super::Context;
+use super::fail::{CliError, ExitCode};
+use super::render::{Text, tables};
+use super::serve::ConfigFlags;
+use crate::config::{Config, PolicyOrigin, PolicySource, policy_sources};
+
+/// Show the policies that jobs can run under
+#[derive(Debug, Args)]
+pub(super) struct PolicyArgs {
+    #[command(subcommand)]
+    command: PolicyCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum PolicyCommand {
+    /// List them
+    Ls {
+        /// Print a JSON array
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        config: ConfigFlags,
+    },
+    /// Print one
+    Show {
+        /// Its name
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        config: ConfigFlags,
+    },
+}
+
+impl PolicyArgs {
+    pub(super) fn json(&self) -> bool {
+        match &self.command {
+            PolicyCommand::Ls { json, .. } | PolicyCommand::Show { json, .. } => *json,
+        }
+    }
+}
+
+pub(super) fn policy(args: &PolicyArgs, context: &mut Context) -> Result<ExitCode, CliError> {
+    let (PolicyCommand::Ls { config, .. } | PolicyCommand::Show { config, .. }) = &args.command;
+    let config = Config::load(&config.flags(), &context.machine)?;
+    let all = policy_sources(&config.policy_dirs)?;
+    match &args.command {
+        PolicyCommand::Ls { json: true, .. } => {
+            context.out.json(&all.iter().map(|(name, source)| as_json(name, source)).collect::<Vec<_>>())?;
+        }
+        PolicyCommand::Ls { .. } => {
+            context.out.print(&tables::policies(context.out.paint, all.iter()))?;
+        }
+        PolicyCommand::Show { name, json, .. } => {
+            let source = all.get(name).ok_or_else(|| {
+                let names = all.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+                CliError::usage_hint(format!("there is no policy {name}"), format!("there are: {names}"))
+            })?;
+            if *json {
+                context.out.json(&as_json(name, source))?;
+            } else {
+                context.out.print(&Text::new(context.out.paint).plain(&source.text))?;
+            }
+        }
+    }
+    Ok(ExitCode::Succeeded)
+}
+
+fn as_json(name: &str, source: &PolicySource) -> serde_json::Value {
+    let file = match &source.origin {
+        PolicyOrigin::BuiltIn => None,
+        PolicyOrigin::File(path) => Some(path),
+    };
+    json!({ "name": name, "hash": source.policy.hash, "file": file, "policy": source.policy })
+}

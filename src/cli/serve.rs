@@ -1,0 +1,94 @@
+//! `hotcell serve`: builds the configuration and hands it to the daemon.
+
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
+
+use super::Context;
+use super::fail::{CliError, ExitCode};
+use crate::config::{Config, Flags, SETTINGS, Setting};
+
+/// Run the daemon
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Every setting is a key of the TOML file, a variable and a flag: `slots` in `[limits]`, HOTCELL_LIMITS_SLOTS and
+--limits-slots. A flag wins over a variable, that over the file, that over the default.
+The file is --config, else $HOTCELL_CONFIG, else /etc/hotcell/config.toml as root and
+$XDG_CONFIG_HOME/hotcell/config.toml otherwise. `--help` shows all settings, `-h` the everyday ones.")]
+pub(super) struct ServeArgs {
+    #[command(flatten)]
+    config: ConfigFlags,
+}
+
+/// Flags of all settings, made from their table.
+#[derive(Debug, Clone, Default)]
+pub(super) struct ConfigFlags {
+    flags: Flags,
+}
+
+/// The flags' names: clap keeps references to them.
+static NAMES: LazyLock<Vec<String>> = LazyLock::new(|| SETTINGS.iter().map(Setting::flag).collect());
+
+impl ConfigFlags {
+    pub(super) fn flags(&self) -> Flags {
+        self.flags.clone()
+    }
+}
+
+impl Args for ConfigFlags {
+    fn augment_args(command: Command) -> Command {
+        let file = Arg::new("config")
+            .long("config")
+            .value_name("FILE")
+            .value_parser(clap::value_parser!(PathBuf))
+            .help("The configuration file [env: HOTCELL_CONFIG]");
+        let command = command.next_help_heading("Settings").arg(file);
+        SETTINGS.iter().zip(NAMES.iter()).fold(command, |command, (setting, name)| {
+            let arg = Arg::new(setting.key)
+                .long(name.as_str())
+                .value_name(setting.value_name)
+                .allow_hyphen_values(true)
+                .hide_short_help(!setting.everyday)
+                .help(setting.help)
+                .long_help(format!("{} [env: {}]", setting.help, setting.variable()));
+            command.arg(arg)
+        })
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for ConfigFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut all = Self::default();
+        all.update_from_arg_matches(matches)?;
+        Ok(all)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        self.flags.config = matches.get_one::<PathBuf>("config").cloned();
+        for setting in &SETTINGS {
+            if let Some(value) = matches.get_one::<String>(setting.key) {
+                self.flags.values.insert(setting.key, value.clone());
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn serve(args: &ServeArgs, context: &mut Context) -> Result<ExitCode, CliError> {
+    let config = Config::load(&args.config.flags(), &context.machine)?;
+    daemon_serve(config).map_err(CliError::Local)?;
+    Ok(ExitCode::Succeeded)
+}
+
+// LEAD: replace by `crate::daemon::serve`, which is to have this signature.
+fn daemon_serve(config: Config) -> anyhow::Result<()> {
+    anyhow::bail!(
+        "the daemon is not part of this build (its state would be in {})",
+        config.state_dir.display()
+    )
+}
