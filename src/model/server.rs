@@ -238,7 +238,7 @@ fn response(answer: Answer) -> Response<Body> {
             wait(wait_ms).await;
             return Some((Ok(Frame::data(bytes)), (steps, end)));
         }
-        // Let what was written so far reach the client before the connection breaks.
+        // Pending once, so that hyper writes out what it holds before it drops the connection.
         tokio::task::yield_now().await;
         end.take().map(|end| (end, (steps, None)))
     });
