@@ -1,0 +1,278 @@
+//! A cell's lease on the model: its socket, its token, and every request that is under way for it. Once revoked
+//! it must not accept or keep a connection; a request that was forwarded must be settled even so.
+
+use std::fmt;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::fs::{AtFlags, Mode, OFlags};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::credentials::Secret;
+use super::ledger::Ledger;
+use super::messages;
+use super::{Gateway, GatewayEvent};
+use crate::job::{CellId, JobId};
+use crate::money::MicroUsd;
+use crate::pricing::names_model;
+
+/// Name of the socket in the cell's run directory.
+pub const SOCKET: &str = "api.sock";
+/// Events that wait for [`Lease::next_event`]; of more, refusals are dropped first.
+const EVENTS_MAX: usize = 1024;
+/// How long requests may take to settle once they were told to stop.
+const SETTLE_WAIT: Duration = Duration::from_secs(10);
+/// Bodies are counted in pieces of this many bytes.
+pub(super) const BODY_UNIT: usize = 1024;
+
+/// Which models a lease may use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelRule {
+    /// All that have a price.
+    Any,
+    /// These (a name also means its dated variants; a trailing `*` makes a prefix).
+    Names(Vec<String>),
+}
+
+impl ModelRule {
+    /// Whether `model` may be used.
+    pub fn allows(&self, model: &str) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Names(names) => names.iter().any(|name| names_model(name, model)),
+        }
+    }
+}
+
+/// What a cell gets.
+#[derive(Clone)]
+pub struct LeaseSpec {
+    /// The job that pays.
+    pub job: JobId,
+    /// The cell, for logs.
+    pub cell: CellId,
+    /// The only credential that the socket accepts.
+    pub token: String,
+    /// The models that may be used.
+    pub models: ModelRule,
+    /// The job's cost limit; what was spent before is in the ledger.
+    pub cost_limit: Option<MicroUsd>,
+    /// `max_tokens` of a request is lowered to this.
+    pub output_tokens_max: Option<u64>,
+    /// The directory in which `api.sock` is made.
+    pub run_dir: PathBuf,
+    /// Host uid and gid that may connect, beside root; `None`: the daemon's own.
+    pub socket_owner: Option<(u32, u32)>,
+}
+
+impl fmt::Debug for LeaseSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LeaseSpec").field("job", &self.job).field("cell", &self.cell).finish_non_exhaustive()
+    }
+}
+
+/// A live lease. It ends with [`Lease::destroy`].
+#[derive(Debug)]
+pub struct Lease {
+    shared: Arc<Shared>,
+    events: mpsc::Receiver<GatewayEvent>,
+    acceptor: JoinHandle<()>,
+    socket: PathBuf,
+    destroyed: bool,
+}
+
+/// What the requests of a lease share.
+pub(super) struct Shared {
+    pub(super) gateway: Arc<Gateway>,
+    pub(super) ledger: Arc<dyn Ledger>,
+    pub(super) job: JobId,
+    pub(super) cell: CellId,
+    pub(super) token: Secret,
+    pub(super) models: ModelRule,
+    pub(super) cost_limit: Option<MicroUsd>,
+    pub(super) output_tokens_max: Option<u64>,
+    /// No connections any more.
+    revoked: CancellationToken,
+    /// Requests under way stop and settle with what they have.
+    pub(super) cut: CancellationToken,
+    /// Told at each settlement, for requests that wait for room.
+    pub(super) settled: Notify,
+    pub(super) requests: Arc<Semaphore>,
+    pub(super) bodies: Arc<Semaphore>,
+    pub(super) tasks: TaskTracker,
+    events: mpsc::Sender<GatewayEvent>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("job", &self.job).field("cell", &self.cell).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// Hands an event over; never waits. A cell that floods us with bad requests loses its refusals first.
+    pub(super) fn event(&self, event: GatewayEvent) {
+        let refusal = matches!(event, GatewayEvent::Refused { .. });
+        if refusal && self.events.capacity() < EVENTS_MAX / 2 {
+            return;
+        }
+        if self.events.try_send(event).is_err() {
+            tracing::warn!(job = %self.job, "a gateway event is dropped: nobody reads them");
+        }
+    }
+}
+
+impl Lease {
+    pub(super) async fn open(
+        gateway: Arc<Gateway>,
+        spec: LeaseSpec,
+        ledger: Arc<dyn Ledger>,
+    ) -> io::Result<Self> {
+        let (run_dir, owner) = (spec.run_dir.clone(), spec.socket_owner);
+        let listener = tokio::task::spawn_blocking(move || bind(&run_dir, owner)).await??;
+        let listener = UnixListener::from_std(listener)?;
+        let (sender, events) = mpsc::channel(EVENTS_MAX);
+        let limits = &gateway.limits;
+        let shared = Arc::new(Shared {
+            ledger,
+            job: spec.job,
+            cell: spec.cell,
+            token: Secret::new(spec.token),
+            models: spec.models,
+            cost_limit: spec.cost_limit,
+            output_tokens_max: spec.output_tokens_max,
+            revoked: CancellationToken::new(),
+            cut: CancellationToken::new(),
+            settled: Notify::new(),
+            requests: Arc::new(Semaphore::new(limits.requests_max)),
+            bodies: Arc::new(Semaphore::new(limits.bodies_bytes_max / BODY_UNIT)),
+            tasks: TaskTracker::new(),
+            events: sender,
+            gateway,
+        });
+        let acceptor = tokio::spawn(accept(Arc::clone(&shared), listener));
+        Ok(Self { shared, events, acceptor, socket: spec.run_dir.join(SOCKET), destroyed: false })
+    }
+
+    /// The next event. Cancel-safe. Does not return while nothing happens.
+    pub async fn next_event(&mut self) -> GatewayEvent {
+        match self.events.recv().await {
+            Some(event) => event,
+            // Not while `shared` lives, which holds a sender.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Stops accepting and closes all connections, at once. Requests that were forwarded are read on (for a
+    /// limited time) and settled.
+    pub fn revoke(&self) {
+        self.shared.revoked.cancel();
+    }
+
+    /// Whether it was revoked.
+    pub fn is_revoked(&self) -> bool {
+        self.shared.revoked.is_cancelled()
+    }
+
+    /// Revokes, waits for the requests under way to settle (at most [`super::Limits::drain`], then they stop
+    /// and settle with what they saw), removes the socket, and gives the events that nobody read yet.
+    pub async fn destroy(mut self) -> Vec<GatewayEvent> {
+        self.destroyed = true;
+        self.revoke();
+        if let Err(error) = (&mut self.acceptor).await {
+            tracing::error!(%error, cell = %self.shared.cell, "the model socket's task ended badly");
+        }
+        self.shared.tasks.close();
+        let drain = self.shared.gateway.limits.drain;
+        if tokio::time::timeout(drain, self.shared.tasks.wait()).await.is_err() {
+            self.shared.cut.cancel();
+            if tokio::time::timeout(SETTLE_WAIT, self.shared.tasks.wait()).await.is_err() {
+                let open = self.shared.tasks.len();
+                tracing::error!(job = %self.shared.job, open, "requests are not settled: reservations stay");
+            }
+        }
+        if let Err(error) = tokio::fs::remove_file(&self.socket).await {
+            if error.kind() != io::ErrorKind::NotFound {
+                tracing::warn!(%error, socket = %self.socket.display(), "cannot remove a model socket");
+            }
+        }
+        std::iter::from_fn(|| self.events.try_recv().ok()).collect()
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if !self.destroyed {
+            tracing::error!(job = %self.shared.job, "a lease was dropped, not destroyed: its socket file stays");
+            // Not clean-up, but a door that nobody watches must not stay open.
+            self.shared.revoked.cancel();
+        }
+    }
+}
+
+async fn accept(shared: Arc<Shared>, listener: UnixListener) {
+    let mut connections = JoinSet::new();
+    loop {
+        let full = connections.len() >= shared.gateway.limits.connections_max;
+        tokio::select! {
+            () = shared.revoked.cancelled() => break,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept(), if !full => match accepted {
+                Ok((stream, _)) => { connections.spawn(connection(Arc::clone(&shared), stream)); }
+                Err(error) => {
+                    tracing::warn!(%error, cell = %shared.cell, "cannot accept a connection to the model");
+                    // Out of descriptors, most likely: give others the time to close some.
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            },
+        }
+    }
+    connections.shutdown().await;
+}
+
+async fn connection(shared: Arc<Shared>, stream: UnixStream) {
+    let service = service_fn(|request| {
+        let shared = Arc::clone(&shared);
+        async move { Ok::<_, std::convert::Infallible>(messages::answer(shared, request).await) }
+    });
+    // No limit on the time between requests: the CLI keeps connections, and a cell that opens idle ones only
+    // takes its own places.
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(None)
+        .serve_connection(TokioIo::new(stream), service);
+    if let Err(error) = served.await {
+        tracing::debug!(%error, cell = %shared.cell, "a connection to the model ended");
+    }
+}
+
+/// Makes the socket under a temporary name, sets owner and mode, then renames it, so that it is never there
+/// with the wrong ones. By descriptor: the path of a state directory may be longer than a socket address.
+fn bind(run_dir: &Path, owner: Option<(u32, u32)>) -> io::Result<std::os::unix::net::UnixListener> {
+    let new = format!("{SOCKET}.new");
+    let dir = rustix::fs::open(run_dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    match rustix::fs::unlinkat(&dir, &new, AtFlags::empty()) {
+        Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let address = format!("/proc/self/fd/{}/{new}", dir.as_raw_fd());
+    let listener = std::os::unix::net::UnixListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    rustix::fs::chmodat(&dir, &new, Mode::RUSR | Mode::WUSR, AtFlags::empty())?;
+    if let Some((uid, gid)) = owner {
+        let (uid, gid) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
+        rustix::fs::chownat(&dir, &new, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+    }
+    rustix::fs::renameat(&dir, &new, &dir, SOCKET)?;
+    Ok(listener)
+}

@@ -1,0 +1,338 @@
+//! Reads what a reply was billed for out of its bytes while they pass by: SSE events or one JSON message.
+//! Pure: bytes in, a [`Reading`] out. It must give the same reading however the bytes are cut into chunks,
+//! keep a bounded part of them, and never fail: what cannot be read is no usage.
+
+use serde_json::Value;
+
+use crate::pricing::Usage;
+
+/// Longest SSE event that is looked into, in bytes. The events that carry usage have a few hundred.
+const EVENT_BYTES_MAX: usize = 1 << 20;
+/// Longest JSON reply that is looked into, in bytes.
+const JSON_BYTES_MAX: usize = 32 << 20;
+/// An event of this kind carries no usage; told by its first bytes, since most events are of it.
+const DELTA_PREFIX: &[u8] = b"{\"type\":\"content_block_delta\"";
+
+/// What a reply said about its cost.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// The last usage seen; `None` when there was none.
+    pub usage: Option<Usage>,
+    /// Whether the final usage was seen (`message_delta` with a stop reason, or a whole JSON message).
+    pub complete: bool,
+    /// Why the model stopped.
+    pub stop_reason: Option<String>,
+    /// `error.type` of an error event or body.
+    pub error: Option<String>,
+    /// Bytes of events after `message_start`: no fewer than the output tokens they brought.
+    pub output_bytes: u64,
+    /// Whether a thinking block was begun: its tokens may not be visible in the stream.
+    pub thinking: bool,
+}
+
+impl Reading {
+    /// The usage to charge. When the stream broke off before its final usage, the output is bounded by
+    /// what was seen (a token is at least one byte on the wire) and by `output_tokens_max`; by the latter
+    /// alone when hidden thinking may have been going on.
+    pub fn billable(&self, output_tokens_max: u64) -> Option<Usage> {
+        let mut usage = self.usage?;
+        if !self.complete {
+            let seen = if self.thinking { u64::MAX } else { self.output_bytes };
+            usage.output = usage.output.max(seen.min(output_tokens_max));
+        }
+        Some(usage)
+    }
+}
+
+/// A meter for one reply.
+#[derive(Debug)]
+pub enum Meter {
+    /// `text/event-stream`.
+    Sse(SseMeter),
+    /// `application/json`.
+    Json(Vec<u8>),
+    /// Anything else: nothing is read.
+    Blind,
+}
+
+impl Meter {
+    /// The meter for a content type.
+    pub fn for_content_type(content_type: &str) -> Self {
+        let essence = content_type.split(';').next().unwrap_or_default().trim();
+        if essence.eq_ignore_ascii_case("text/event-stream") {
+            Self::Sse(SseMeter::default())
+        } else if essence.eq_ignore_ascii_case("application/json") {
+            Self::Json(Vec::new())
+        } else {
+            Self::Blind
+        }
+    }
+
+    /// Takes the next bytes of the body.
+    pub fn push(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Sse(meter) => meter.push(bytes),
+            Self::Json(body) if body.len() + bytes.len() <= JSON_BYTES_MAX => body.extend_from_slice(bytes),
+            Self::Json(_) => *self = Self::Blind,
+            Self::Blind => {}
+        }
+    }
+
+    /// The reading after the last byte.
+    pub fn finish(self) -> Reading {
+        match self {
+            Self::Sse(meter) => meter.finish(),
+            Self::Json(body) => json_reading(&body),
+            Self::Blind => Reading::default(),
+        }
+    }
+}
+
+fn json_reading(body: &[u8]) -> Reading {
+    let Ok(message) = serde_json::from_slice::<Value>(body) else { return Reading::default() };
+    let mut raw = RawUsage::default();
+    raw.update(&message["usage"]);
+    Reading {
+        usage: raw.usage(),
+        complete: raw.usage().is_some(),
+        stop_reason: text(&message["stop_reason"]),
+        error: text(&message["error"]["type"]),
+        ..Reading::default()
+    }
+}
+
+/// Incremental reader of an event stream: lines end in LF, CR or CRLF, `data:` lines of an event are joined.
+#[derive(Debug, Default)]
+pub struct SseMeter {
+    line: Vec<u8>,
+    data: Vec<u8>,
+    /// The event has more than [`EVENT_BYTES_MAX`] bytes and is skipped.
+    overlong: bool,
+    after_cr: bool,
+    event_bytes: u64,
+    started: bool,
+    raw: RawUsage,
+    reading: Reading,
+}
+
+impl SseMeter {
+    fn push(&mut self, mut bytes: &[u8]) {
+        if self.after_cr && !bytes.is_empty() {
+            self.after_cr = false;
+            bytes = bytes.strip_prefix(b"\n").unwrap_or(bytes);
+        }
+        while let Some(end) = bytes.iter().position(|byte| matches!(byte, b'\n' | b'\r')) {
+            self.keep(&bytes[..end]);
+            self.end_line();
+            let ended_by_cr = bytes[end] == b'\r';
+            bytes = &bytes[end + 1..];
+            if ended_by_cr {
+                self.after_cr = bytes.is_empty();
+                bytes = bytes.strip_prefix(b"\n").unwrap_or(bytes);
+            }
+        }
+        self.keep(bytes);
+    }
+
+    fn keep(&mut self, part: &[u8]) {
+        self.event_bytes += part.len() as u64;
+        if self.overlong || self.line.len() + self.data.len() + part.len() > EVENT_BYTES_MAX {
+            self.overlong = true;
+            self.data.clear();
+            if !part.is_empty() {
+                // Short, yet not empty: an empty line would end the event.
+                self.line.clear();
+                self.line.push(b':');
+            }
+            return;
+        }
+        self.line.extend_from_slice(part);
+    }
+
+    fn end_line(&mut self) {
+        if self.line.is_empty() {
+            self.dispatch();
+            return;
+        }
+        if let Some(value) = self.line.strip_prefix(b"data:") {
+            if !self.data.is_empty() {
+                self.data.push(b'\n');
+            }
+            self.data.extend_from_slice(value.strip_prefix(b" ").unwrap_or(value));
+        }
+        self.line.clear();
+    }
+
+    fn dispatch(&mut self) {
+        let event_bytes = std::mem::take(&mut self.event_bytes);
+        if self.started {
+            self.reading.output_bytes = self.reading.output_bytes.saturating_add(event_bytes);
+        }
+        self.overlong = false;
+        if !self.data.is_empty() && !self.data.starts_with(DELTA_PREFIX) {
+            if let Ok(event) = serde_json::from_slice::<Value>(&self.data) {
+                self.event(&event);
+            }
+        }
+        self.data.clear();
+    }
+
+    fn event(&mut self, event: &Value) {
+        match event["type"].as_str() {
+            Some("message_start") => {
+                self.started = true;
+                self.raw.update(&event["message"]["usage"]);
+            }
+            Some("content_block_start") => {
+                let kind = event["content_block"]["type"].as_str().unwrap_or_default();
+                self.reading.thinking |= kind.ends_with("thinking");
+            }
+            Some("message_delta") => {
+                self.raw.update(&event["usage"]);
+                self.reading.stop_reason = text(&event["delta"]["stop_reason"]);
+                self.reading.complete = event["usage"].is_object() && self.reading.stop_reason.is_some();
+            }
+            Some("error") => {
+                let kind = text(&event["error"]["type"]);
+                self.reading.error = kind.or_else(|| Some("api_error".to_owned()));
+            }
+            _ => {}
+        }
+    }
+
+    fn finish(mut self) -> Reading {
+        // A last event without its empty line: a client would not see it, but it was billed.
+        if !self.line.is_empty() {
+            self.end_line();
+        }
+        self.dispatch();
+        self.reading.usage = self.raw.usage();
+        self.reading.complete &= self.reading.usage.is_some();
+        self.reading
+    }
+}
+
+fn text(value: &Value) -> Option<String> {
+    value.as_str().map(|text| text.chars().take(100).collect())
+}
+
+/// Usage as the API says it: cumulative, each part overwritten by a later event that has it.
+#[derive(Debug, Default)]
+struct RawUsage {
+    input: Option<u64>,
+    output: Option<u64>,
+    cache_read: Option<u64>,
+    cache_write: Option<u64>,
+    cache_write_5m: Option<u64>,
+    cache_write_1h: Option<u64>,
+}
+
+impl RawUsage {
+    fn update(&mut self, usage: &Value) {
+        let take = |slot: &mut Option<u64>, value: &Value| *slot = value.as_u64().or(*slot);
+        take(&mut self.input, &usage["input_tokens"]);
+        take(&mut self.output, &usage["output_tokens"]);
+        take(&mut self.cache_read, &usage["cache_read_input_tokens"]);
+        take(&mut self.cache_write, &usage["cache_creation_input_tokens"]);
+        take(&mut self.cache_write_5m, &usage["cache_creation"]["ephemeral_5m_input_tokens"]);
+        take(&mut self.cache_write_1h, &usage["cache_creation"]["ephemeral_1h_input_tokens"]);
+    }
+
+    /// `None` unless input and output were both said. Cache writes whose duration was not said are charged
+    /// as one-hour ones, the dearer.
+    fn usage(&self) -> Option<Usage> {
+        let (Some(input), Some(output)) = (self.input, self.output) else { return None };
+        let (short, long) = (self.cache_write_5m.unwrap_or(0), self.cache_write_1h.unwrap_or(0));
+        let total = self.cache_write.unwrap_or(0);
+        let cache_write_1h = long.max(total.saturating_sub(short));
+        let cache_read = self.cache_read.unwrap_or(0);
+        Some(Usage { input, output, cache_read, cache_write_5m: short, cache_write_1h })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const STREAM: &str = "event: message_start\r\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":10,\
+        \"cache_creation_input_tokens\":7,\"cache_read_input_tokens\":5,\"cache_creation\":{\"ephemeral_5m_input_tokens\":3,\
+        \"ephemeral_1h_input_tokens\":4},\"output_tokens\":1}}}\r\n\r\nevent: content_block_start\ndata: {\"type\":\"content_block_start\",\
+        \"index\":0,\"content_block\":{\"type\":\"text\",\"text\":\"\"}}\n\n: comment\n\nevent: content_block_delta\rdata: {\"type\":\
+        \"content_block_delta\",\"index\":0,\"delta\":{\"type\":\"text_delta\",\"text\":\"h\u{e9}\"}}\r\revent: message_delta\ndata: {\"type\":\
+        \"message_delta\",\ndata: \"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{\"output_tokens\":42}}\n\ndata: {\"type\":\"message_stop\"}\n\n";
+
+    fn read(chunks: impl IntoIterator<Item = impl AsRef<[u8]>>) -> Reading {
+        let mut meter = Meter::for_content_type("text/event-stream; charset=utf-8");
+        chunks.into_iter().for_each(|chunk| meter.push(chunk.as_ref()));
+        meter.finish()
+    }
+
+    #[test]
+    fn the_whole_stream_gives_the_usage() {
+        let reading = read([STREAM]);
+        let usage = Usage { input: 10, output: 42, cache_read: 5, cache_write_5m: 3, cache_write_1h: 4 };
+        assert_eq!((reading.usage, reading.complete), (Some(usage), true));
+        assert_eq!(reading.stop_reason.as_deref(), Some("end_turn"));
+        assert_eq!(reading.billable(1_000), Some(usage));
+    }
+
+    #[test]
+    fn a_stream_cut_early_is_charged_for_no_less_than_was_seen() {
+        let end = STREAM.find("event: message_delta").unwrap();
+        let reading = read([&STREAM[..end]]);
+        assert!(!reading.complete && reading.output_bytes >= 2);
+        assert_eq!(reading.billable(20).map(|usage| usage.output), Some(20));
+        let thinking = Reading { thinking: true, ..reading };
+        assert_eq!(thinking.billable(9_000).map(|usage| usage.output), Some(9_000));
+        assert_eq!(read(["event: ping\ndata: {}\n\n"]).billable(9), None);
+    }
+
+    #[test]
+    fn an_overlong_event_is_skipped_and_the_next_is_read() {
+        let long = format!("data: {}\ndata: x\n\n", "x".repeat(EVENT_BYTES_MAX + 1));
+        let reading = read([long.as_str(), STREAM]);
+        assert_eq!(reading.usage.map(|usage| usage.output), Some(42));
+    }
+
+    #[test]
+    fn a_json_message_and_an_error_event_are_read() {
+        let mut meter = Meter::for_content_type("application/json");
+        meter.push(b"{\"usage\":{\"input_tokens\":1,\"output_tokens\":2,\"cache_creation_input_tokens\":9}}");
+        let usage = Usage { input: 1, output: 2, cache_write_1h: 9, ..Usage::default() };
+        assert_eq!(meter.finish().usage, Some(usage), "cache writes of unknown duration at the dearer price");
+        let error = read(["data: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n"]);
+        assert_eq!(error.error.as_deref(), Some("overloaded_error"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_chunking_gives_the_same_reading(cuts in prop::collection::vec(0..STREAM.len(), 0..40)) {
+            let mut cuts = cuts;
+            cuts.sort_unstable();
+            let mut from = 0;
+            let mut chunks = Vec::new();
+            for cut in cuts.into_iter().chain([STREAM.len()]) {
+                chunks.push(&STREAM.as_bytes()[from..cut]);
+                from = cut;
+            }
+            prop_assert_eq!(read(chunks), read([STREAM]));
+        }
+
+        #[test]
+        fn garbage_never_panics(
+            chunks in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..200), 0..20), json in any::<bool>()
+        ) {
+            let mut meter = Meter::for_content_type(if json { "application/json" } else { "text/event-stream" });
+            chunks.iter().for_each(|chunk| meter.push(chunk));
+            meter.finish();
+        }
+
+        #[test]
+        fn garbled_events_never_panic(at in 0..STREAM.len(), byte in any::<u8>()) {
+            let mut bytes = STREAM.as_bytes().to_vec();
+            bytes[at] = byte;
+            read([bytes]);
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The way to the provider: pooled connections, TLS with the machine's certificate authorities, no redirects.
+//! A credential must never go over plain HTTP but to a loopback address.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::{HeaderMap, Method, Request, Response, Uri};
+use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::{Client, Error, connect::HttpConnector};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+
+use super::GatewayError;
+
+/// Longest wait for a TCP connection.
+const CONNECT_WAIT: Duration = Duration::from_secs(10);
+/// An idle connection is kept this long: shorter than providers do, so that we close first.
+const POOL_IDLE: Duration = Duration::from_secs(50);
+
+/// What is asked of the provider.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Target {
+    /// `POST /v1/messages`.
+    Messages,
+    /// `POST /v1/messages/count_tokens`.
+    CountTokens,
+}
+
+#[derive(Debug)]
+pub(super) struct Upstream {
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    messages: [Uri; 2],
+    count_tokens: [Uri; 2],
+}
+
+impl Upstream {
+    pub(super) fn new(provider: &str, base_url: &str) -> Result<Self, GatewayError> {
+        let bad =
+            |why| GatewayError::BaseUrl { provider: provider.to_owned(), url: base_url.to_owned(), why };
+        let base: Uri = base_url.parse().map_err(|_| bad("is no URL"))?;
+        let host = base.host().unwrap_or_default();
+        if base.authority().is_none_or(|authority| authority.as_str().contains('@')) {
+            return Err(bad("must name a host, without a user"));
+        }
+        if base.query().is_some() {
+            return Err(bad("must not have a query"));
+        }
+        let secure = match base.scheme_str() {
+            Some("https") => true,
+            Some("http") if is_loopback(host) => false,
+            Some("http") => {
+                return Err(bad("must be https: a credential goes over plain http to loopback only"));
+            }
+            _ => return Err(bad("must begin with https://")),
+        };
+        let path = |path: &str| -> Result<[Uri; 2], GatewayError> {
+            let url = format!("{}{path}", base_url.trim_end_matches('/'));
+            let parse = |url: String| url.parse::<Uri>().map_err(|_| bad("is no URL"));
+            Ok([parse(url.clone())?, parse(format!("{url}?beta=true"))?])
+        };
+        let mut http = HttpConnector::new();
+        http.enforce_http(false);
+        http.set_nodelay(true);
+        http.set_connect_timeout(Some(CONNECT_WAIT));
+        let tls =
+            rustls::ClientConfig::builder_with_provider(rustls::crypto::ring::default_provider().into())
+                .with_safe_default_protocol_versions()
+                .map_err(|_| bad("cannot be used: no TLS version in common"))?;
+        let tls = if secure {
+            tls.with_native_roots().map_err(GatewayError::Roots)?
+        } else {
+            tls.with_root_certificates(rustls::RootCertStore::empty())
+        };
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls.with_no_client_auth())
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(http);
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(POOL_IDLE)
+            .build(connector);
+        Ok(Self { client, messages: path("/v1/messages")?, count_tokens: path("/v1/messages/count_tokens")? })
+    }
+
+    /// Sends a request; returns at the answer's head. Never follows a redirect.
+    pub(super) async fn send(
+        &self,
+        target: Target,
+        beta: bool,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, Error> {
+        let uris = match target {
+            Target::Messages => &self.messages,
+            Target::CountTokens => &self.count_tokens,
+        };
+        let mut request = Request::new(Full::new(body));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = uris[usize::from(beta)].clone();
+        *request.headers_mut() = headers;
+        self.client.request(request).await
+    }
+}
+
+fn is_loopback(host: &str) -> bool {
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || address.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_credential_goes_over_plain_http_to_loopback_only() {
+        for good in ["http://127.0.0.1:1", "http://localhost/p/", "http://[::1]:9", "https://api.example.com"]
+        {
+            assert!(Upstream::new("p", good).is_ok(), "{good}");
+        }
+        for bad in [
+            "http://example.com",
+            "http://127.0.0.1.example.com",
+            "ftp://a",
+            "/x",
+            "",
+            "https://u:p@h",
+            "https://h?a=b",
+        ] {
+            assert!(matches!(Upstream::new("p", bad), Err(GatewayError::BaseUrl { .. })), "{bad}");
+        }
+        let upstream = Upstream::new("p", "https://h/prefix/").unwrap();
+        assert_eq!(upstream.messages[1].to_string(), "https://h/prefix/v1/messages?beta=true");
+    }
+}
