@@ -223,6 +223,37 @@ fn a_closed_segment_that_lost_its_tail_in_a_power_loss_is_a_hole() {
 }
 
 #[test]
+fn a_follower_never_sees_bytes_behind_the_last_commit() {
+    runtime().block_on(async {
+        let dir = TempDir::new().unwrap();
+        let mut journal = Journal::create(dir.path(), SMALL).unwrap();
+        journal.push_frame(b"1", 1, 1);
+        journal.commit().unwrap();
+        // A write that is under way: its lines are in the file, its commit is not complete.
+        let path = segment::path(dir.path(), 1);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes.extend_from_slice(b"{\"seq\":2,\"at_ms\":1,\"origin\":\"agent\",\"half\":1}\n");
+        std::fs::write(&path, bytes).unwrap();
+        let mut reader = Reader::open(dir.path(), 1, Some(journal.feed()));
+        assert_eq!(seqs(&reader.next_chunk(10_000).await.unwrap().unwrap()), [1]);
+        drop(journal);
+        assert!(reader.next_chunk(10_000).await.unwrap().is_none());
+    });
+}
+
+#[test]
+fn the_head_ends_at_a_hole_however_small_what_follows_is() {
+    let of = |numbers: &[(u64, u64)]| {
+        let segments =
+            numbers.iter().map(|(number, bytes)| Segment { number: *number, bytes: *bytes, header_bytes: 0 });
+        segment::head_count(&segments.collect::<Vec<_>>(), 100)
+    };
+    assert_eq!(of(&[(1, 500), (2, 1)]), 1, "the first one stays whatever its size");
+    assert_eq!(of(&[(1, 40), (2, 40), (3, 40)]), 2);
+    assert_eq!(of(&[(1, 40), (3, 40), (4, 10)]), 1);
+}
+
+#[test]
 fn what_was_not_committed_can_be_discarded() {
     let dir = TempDir::new().unwrap();
     let mut journal = Journal::create(dir.path(), SMALL).unwrap();
