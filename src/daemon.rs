@@ -1,1 +1,328 @@
-//! (to come)
+//! The daemon's composition root: configuration → parts → run → drain. The caller owns socket, engine and
+//! stop ([`run`]); [`serve`] is the caller for `hotcell serve`.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent_bundle::Bundles;
+use crate::api::{self, Api, peer::PeerListener};
+use crate::cell::record::Feeds;
+use crate::cell::{Parts, Settings};
+use crate::config::{ApiKeySource, Config, policy_sources};
+use crate::driver::Driver;
+use crate::engine::docker::Docker;
+use crate::engine::{Engine, find_address};
+use crate::gateway::{AuthStyle, CredentialSource, Gateway, Provider};
+use crate::journal;
+use crate::metrics::Metrics;
+use crate::policy::{Defaults, Policy};
+use crate::pricing::Prices;
+use crate::store::Store;
+use crate::sweeper;
+
+/// Longest wait for `initialize`: a cold disk reads 245 MB first.
+const BOOT_MAX: Duration = Duration::from_secs(60);
+/// Time for open connections to end after the jobs have.
+const CLOSE_MAX: Duration = Duration::from_secs(5);
+
+/// Two stops: the first lets jobs end, the second stops them.
+#[derive(Debug, Clone, Default)]
+pub struct Shutdown {
+    /// No new jobs; running ones may end.
+    pub drain: CancellationToken,
+    /// Running jobs are stopped as well.
+    pub hurry: CancellationToken,
+}
+
+/// What the caller of [`run`] listens on.
+#[derive(Debug)]
+pub struct Listeners {
+    /// The API.
+    pub api: UnixListener,
+    /// Metrics over TCP, where asked for.
+    pub metrics: Option<TcpListener>,
+}
+
+/// `hotcell serve`: owns socket, signals and runtime.
+///
+/// # Errors
+/// Whatever keeps the daemon from starting, in words for the person who started it.
+pub fn serve(config: Config) -> anyhow::Result<()> {
+    start_log(&config.log)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    runtime.block_on(async move {
+        let shutdown = Shutdown::default();
+        watch_signals(shutdown.clone())?;
+        let address = find_address(config.engine.as_deref())?;
+        let engine: Arc<dyn Engine> = Arc::new(Docker::connect(&address).await?);
+        let listeners = Listeners {
+            api: listen(&config.socket, config.socket_mode)?,
+            metrics: match config.metrics {
+                Some(at) => Some(TcpListener::bind(at).await.with_context(|| format!("cannot listen on {at}"))?),
+                None => None,
+            },
+        };
+        let socket = config.socket.clone();
+        let ended = run(config, listeners, engine, address, shutdown).await;
+        match std::fs::remove_file(&socket) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, "cannot remove the socket");
+            }
+            _ => {}
+        }
+        ended
+    })
+}
+
+/// Runs a daemon until `shutdown`.
+///
+/// # Errors
+/// Whatever keeps it from starting; once it serves, it ends well.
+pub async fn run(
+    config: Config,
+    listeners: Listeners,
+    engine: Arc<dyn Engine>,
+    engine_address: String,
+    shutdown: Shutdown,
+) -> anyhow::Result<()> {
+    let (parts, policies) = build(&config, engine).await?;
+    let slots = usize::try_from(config.limits.slots).unwrap_or(1);
+    let (mut driver, handle) = Driver::new(parts.clone(), slots, Duration::from_secs(config.limits.drain_s.into()));
+    parts.metrics.engine_up.set(1);
+    driver.recover().await.context("cannot take up what an earlier daemon left")?;
+    sweeper::once(&parts).await.context("cannot clean up what an earlier daemon left")?;
+
+    // Ends after the driver: clients can follow their jobs to the end.
+    let close = CancellationToken::new();
+    let api = Arc::new(Api {
+        parts: parts.clone(),
+        driver: handle,
+        policies,
+        default_policy: config.defaults.policy.clone(),
+        defaults: Defaults { model: config.defaults.model.clone(), image: config.defaults.image.clone() },
+        admin_uids: config.admin_uids.clone(),
+        queued_jobs_max: config.limits.queued_jobs_max.into(),
+        engine_address,
+        problems: RwLock::new(problems(&parts)),
+        shutdown: shutdown.drain.clone(),
+    });
+    let mut tasks: JoinSet<&'static str> = JoinSet::new();
+    let router = api::router(api.clone()).into_make_service_with_connect_info::<api::peer::Peer>();
+    let closing = close.clone();
+    tasks.spawn(async move {
+        let served = axum::serve(PeerListener(listeners.api), router).with_graceful_shutdown(closing.cancelled_owned());
+        if let Err(error) = served.await {
+            tracing::error!(%error, "the API ended");
+        }
+        "api"
+    });
+    if let Some(listener) = listeners.metrics {
+        let (router, closing) = (api::metrics_router(api.clone()), close.clone());
+        tasks.spawn(async move {
+            if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned()).await {
+                tracing::error!(%error, "the metrics listener ended");
+            }
+            "metrics"
+        });
+    }
+    let (swept, closing) = (parts.clone(), close.clone());
+    tasks.spawn(async move {
+        sweeper::run(swept, closing).await;
+        "sweeper"
+    });
+    let (drain, hurry) = (shutdown.drain.clone(), shutdown.hurry.clone());
+    tasks.spawn(async move {
+        driver.run(drain, hurry).await;
+        "driver"
+    });
+    tracing::info!(socket = %config.socket.display(), slots, "hotcell serves");
+
+    // The first task that ends is the driver after a drain; any other one, or a panic, ends the daemon.
+    let mut failed = None;
+    match tasks.join_next().await {
+        Some(Ok("driver")) if shutdown.drain.is_cancelled() => {}
+        Some(Ok(name)) => failed = Some(format!("the {name} task ended by itself")),
+        Some(Err(error)) => failed = Some(format!("a task of the daemon died: {error}")),
+        None => {}
+    }
+    shutdown.drain.cancel();
+    close.cancel();
+    let finish = async { while tasks.join_next().await.is_some() {} };
+    let limit = if failed.is_some() { BOOT_MAX } else { CLOSE_MAX };
+    if tokio::time::timeout(limit, finish).await.is_err() {
+        tasks.shutdown().await;
+    }
+    drop(api);
+    match Arc::try_unwrap(parts) {
+        Ok(parts) => parts.store.close().await?,
+        Err(_) => tracing::warn!("somebody still holds the store; it is closed by the end of the process"),
+    }
+    match failed {
+        Some(words) => bail!(words),
+        None => Ok(()),
+    }
+}
+
+async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<Parts>, BTreeMap<String, Policy>)> {
+    let state_dir = make_state_dir(&config.state_dir)?;
+    check_init(&config.init_binary)?;
+    let sources = policy_sources(&config.policy_dirs)?;
+    let policies: BTreeMap<String, Policy> = sources.into_iter().map(|(name, source)| (name, source.policy)).collect();
+    if !policies.contains_key(&config.defaults.policy) {
+        let known = policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        bail!("defaults.policy: there is no policy {:?} (there are: {known})", config.defaults.policy);
+    }
+    let prices = Arc::new(prices(config.prices_file.as_deref())?);
+    let bundles = Bundles::new(&state_dir);
+    let agent = match &config.defaults.agent {
+        Some(version) => version.clone(),
+        None => bundles.active()?.to_string(),
+    };
+    let models: Vec<String> = prices.names().map(str::to_owned).collect();
+    let metrics = Arc::new(Metrics::new(&agent, &models)?);
+    let store = Store::open(&state_dir).await?;
+    let provider = Provider {
+        name: "anthropic".to_owned(),
+        base_url: config.provider.base_url.clone(),
+        credential: credential(&config.provider.api_key),
+        style: AuthStyle::ApiKey,
+    };
+    let gateway = Gateway::open(provider, prices, crate::gateway::Limits::default()).await?;
+    let settings = Settings {
+        state_dir,
+        init_binary: config.init_binary.canonicalize().context("init_binary")?,
+        boot_max: BOOT_MAX,
+        cancel_grace: Duration::from_secs(config.limits.cancel_grace_s.into()),
+        journal: journal::Limits { journal_bytes_max: config.limits.journal_bytes_max, ..journal::Limits::default() },
+        disk_reserve_bytes: u64::from(config.limits.disk_reserve_mib) * 1024 * 1024,
+        agent: config.defaults.agent.clone(),
+    };
+    let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds: Feeds::default() };
+    Ok((Arc::new(parts), policies))
+}
+
+fn credential(source: &ApiKeySource) -> CredentialSource {
+    match source {
+        ApiKeySource::Env(name) => CredentialSource::Env(name.clone()),
+        ApiKeySource::File(path) => CredentialSource::File(path.clone()),
+        ApiKeySource::Command(command) => {
+            CredentialSource::Command(vec!["/bin/sh".to_owned(), "-c".to_owned(), command.clone()])
+        }
+    }
+}
+
+fn prices(file: Option<&Path>) -> anyhow::Result<Prices> {
+    match file {
+        None => Ok(Prices::built_in()?),
+        Some(path) => {
+            let text = std::fs::read_to_string(path).with_context(|| format!("prices_file: cannot read {}", path.display()))?;
+            Ok(Prices::parse(&text, &path.display().to_string())?)
+        }
+    }
+}
+
+/// The state directory, canonical, of our own and closed to everybody else: it holds tokens and keys of cells.
+fn make_state_dir(path: &Path) -> anyhow::Result<PathBuf> {
+    let shown = path.display();
+    if !path.exists() {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).with_context(|| format!("state_dir: cannot create {shown}"))?;
+    }
+    let path = path.canonicalize().with_context(|| format!("state_dir: cannot resolve {shown}"))?;
+    let meta = std::fs::metadata(&path).with_context(|| format!("state_dir: cannot read {shown}"))?;
+    if !meta.is_dir() {
+        bail!("state_dir: {shown} is not a directory");
+    }
+    // Others may pass through (cells' mounts lie below), but neither list nor write.
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o711)).with_context(|| format!("state_dir: {shown} is not ours"))?;
+    for name in ["jobs", "cells", "images", "agents"] {
+        let dir = path.join(name);
+        if !dir.exists() {
+            let mode = if name == "jobs" { 0o700 } else { 0o711 };
+            std::fs::DirBuilder::new().mode(mode).create(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        }
+    }
+    Ok(path)
+}
+
+/// A PID 1 that needs a loader would not run in another image.
+fn check_init(path: &Path) -> anyhow::Result<()> {
+    let shown = path.display();
+    let bytes = std::fs::read(path)
+        .with_context(|| format!("init_binary: cannot read {shown}; `make build` puts hotcell-init beside hotcell"))?;
+    if !bytes.starts_with(b"\x7fELF") {
+        bail!("init_binary: {shown} is no program of this system");
+    }
+    if bytes.windows(7).any(|w| w == b"/ld-lin" || w == b"/ld-mus") {
+        bail!("init_binary: {shown} is linked dynamically; build it with `make init`");
+    }
+    Ok(())
+}
+
+fn problems(parts: &Parts) -> Vec<String> {
+    match parts.bundles.ls() {
+        Ok(bundles) if bundles.is_empty() => vec!["no agent is installed: run `hotcell image build`".to_owned()],
+        Ok(_) => Vec::new(),
+        Err(error) => vec![error.to_string()],
+    }
+}
+
+/// Takes the socket's path over from a daemon that died; a live one is left alone.
+fn listen(path: &Path, mode: u32) -> anyhow::Result<UnixListener> {
+    let shown = path.display();
+    if let Some(dir) = path.parent().filter(|d| !d.exists()) {
+        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(dir).with_context(|| format!("socket: cannot create {}", dir.display()))?;
+    }
+    match std::fs::symlink_metadata(path) {
+        Ok(meta) if !meta.file_type().is_socket() => bail!("socket: {shown} is there and is not a socket"),
+        Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
+            bail!("socket: a daemon already serves on {shown}; stop it first, or choose another --socket and --state-dir")
+        }
+        Ok(_) => std::fs::remove_file(path).with_context(|| format!("socket: cannot replace {shown}"))?,
+        Err(_) => {}
+    }
+    let fresh = path.with_extension("new");
+    let _ = std::fs::remove_file(&fresh);
+    let listener = UnixListener::bind(&fresh).with_context(|| format!("socket: cannot listen on {shown}"))?;
+    // The mode is there before the name is: nobody connects in between.
+    std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(mode))?;
+    std::fs::rename(&fresh, path).with_context(|| format!("socket: cannot listen on {shown}"))?;
+    Ok(listener)
+}
+
+/// SIGTERM or SIGINT drains; the second one hurries.
+fn watch_signals(shutdown: Shutdown) -> anyhow::Result<()> {
+    let mut term = signal(SignalKind::terminate()).context("cannot watch SIGTERM")?;
+    let mut int = signal(SignalKind::interrupt()).context("cannot watch SIGINT")?;
+    // Lives as long as the process: there is nothing to wait for at its end.
+    drop(tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+            if shutdown.drain.is_cancelled() {
+                shutdown.hurry.cancel();
+            }
+            shutdown.drain.cancel();
+        }
+    }));
+    Ok(())
+}
+
+fn start_log(filter: &str) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).context("log")?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false);
+    // A second daemon in one process (a test) keeps the first one's log.
+    let _ = log.try_init();
+    Ok(())
+}

@@ -12,7 +12,7 @@ use crate::money::MicroUsd;
 const BUILT_IN: &str = include_str!("../policies/prices.toml");
 
 /// Tokens that one request was billed for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Usage {
     /// Input tokens that were neither read from nor written to the cache.

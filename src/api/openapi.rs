@@ -1,0 +1,158 @@
+//! `GET /v1/openapi.json`: the API's own description, OpenAPI 3.1, its schemas made from the wire types.
+
+use axum::Json;
+use serde_json::{Value, json};
+
+use super::wire::{ErrorBody, Health, JobList, JobView};
+use crate::job::JobSpec;
+
+/// Answers with the document.
+pub async fn document() -> Json<Value> {
+    Json(openapi())
+}
+
+/// The JSON Schema of a job spec, as `hotcell schema` prints it.
+pub fn job_spec_schema() -> Value {
+    schemars::schema_for!(JobSpec).to_value()
+}
+
+/// The document.
+pub fn openapi() -> Value {
+    let mut generator = schemars::generate::SchemaSettings::openapi3()
+        .with(|s| s.definitions_path = "/components/schemas".into())
+        .into_generator();
+    for _ in [
+        generator.subschema_for::<JobSpec>(),
+        generator.subschema_for::<JobView>(),
+        generator.subschema_for::<JobList>(),
+        generator.subschema_for::<Health>(),
+        generator.subschema_for::<ErrorBody>(),
+    ] {}
+    let schemas = generator.take_definitions(true);
+    json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "hotcell",
+            "version": env!("CARGO_PKG_VERSION"),
+            "description": "Coding agents in disposable containers. HTTP/1.1 on a unix socket; who asks is told by the kernel.",
+        },
+        "paths": paths(),
+        "components": { "schemas": schemas },
+    })
+}
+
+fn content(name: &str) -> Value {
+    json!({ "application/json": { "schema": { "$ref": format!("#/components/schemas/{name}") } } })
+}
+
+fn answer(description: &str, name: &str) -> Value {
+    json!({ "description": description, "content": content(name) })
+}
+
+fn query(name: &str, description: &str) -> Value {
+    json!({ "name": name, "in": "query", "required": false, "description": description, "schema": { "type": "string" } })
+}
+
+fn paths() -> Value {
+    let id = json!({ "name": "id", "in": "path", "required": true, "schema": { "type": "string" } });
+    let error = answer("What went wrong, whose fault it is, and what to do", "ErrorBody");
+    json!({
+        "/v1/jobs": {
+            "post": {
+                "operationId": "submitJob",
+                "summary": "Submit a job",
+                "parameters": [{
+                    "name": "Idempotency-Key", "in": "header", "required": false,
+                    "description": "Counts per user: the same key with the same spec is the same job, with another spec a conflict.",
+                    "schema": { "type": "string", "maxLength": 255 },
+                }],
+                "requestBody": { "required": true, "content": content("JobSpec") },
+                "responses": {
+                    "201": answer("The new job", "JobView"),
+                    "200": answer("The job that this key submitted before", "JobView"),
+                    "default": error,
+                },
+            },
+            "get": {
+                "operationId": "listJobs",
+                "summary": "List jobs, newest first",
+                "parameters": [
+                    query("state", "queued, preparing, running, stopping, collecting or done; several with commas"),
+                    query("label", "name=value; may be given more than once"),
+                    query("policy", "name of the policy"),
+                    query("model", "name of the model"),
+                    query("since_ms", "submitted at or after, in milliseconds since 1970"),
+                    query("until_ms", "submitted before, in milliseconds since 1970"),
+                    query("limit", "jobs of a page, 1 to 1000"),
+                    query("cursor", "next_cursor of the page before"),
+                    query("all", "1: jobs of all users, for admins"),
+                ],
+                "responses": { "200": answer("A page of jobs", "JobList"), "default": error },
+            },
+        },
+        "/v1/jobs/{id}": {
+            "get": {
+                "operationId": "showJob", "summary": "Show a job", "parameters": [id],
+                "responses": { "200": answer("The job", "JobView"), "default": error },
+            },
+            "delete": {
+                "operationId": "deleteJob", "summary": "Delete a job that is over, with its events",
+                "parameters": [id],
+                "responses": { "204": { "description": "It is gone" }, "default": error },
+            },
+        },
+        "/v1/jobs/{id}/cancel": {
+            "post": {
+                "operationId": "cancelJob", "summary": "Stop a job; harmless when it is over", "parameters": [id],
+                "responses": {
+                    "202": answer("It is being stopped", "JobView"),
+                    "200": answer("It is over", "JobView"),
+                    "default": error,
+                },
+            },
+        },
+        "/v1/jobs/{id}/events": {
+            "get": {
+                "operationId": "followJob",
+                "summary": "A job's events as NDJSON, or as server-sent events where Accept says text/event-stream",
+                "parameters": [id, query("from", "first number wanted"), query("follow", "1: wait for more until the job is over")],
+                "responses": {
+                    "200": { "description": "One event a line: seq, at_ms, origin, type and what belongs to it",
+                             "content": { "application/x-ndjson": {}, "text/event-stream": {} } },
+                    "default": error,
+                },
+            },
+        },
+        "/v1/openapi.json": { "get": {
+            "operationId": "openapi", "summary": "This document", "responses": { "200": { "description": "OpenAPI 3.1" } },
+        } },
+        "/healthz": { "get": {
+            "operationId": "health", "summary": "What works and what does not",
+            "responses": { "200": answer("Health", "Health") },
+        } },
+        "/metrics": { "get": {
+            "operationId": "metrics", "summary": "Prometheus metrics, text format 0.0.4",
+            "responses": { "200": { "description": "Metrics", "content": { "text/plain": {} } } },
+        } },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reference_has_its_schema() {
+        let document = openapi();
+        let text = document.to_string();
+        for part in text.split("#/components/schemas/").skip(1) {
+            let name: String = part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            assert!(document["components"]["schemas"].get(&name).is_some(), "no schema {name}");
+        }
+    }
+
+    #[test]
+    fn the_schema_of_a_spec_refuses_unknown_keys() {
+        assert_eq!(job_spec_schema()["additionalProperties"], false);
+    }
+}
