@@ -207,7 +207,7 @@ impl Bundles {
                 Err(error) => tracing::warn!(%error, "left out a damaged agent bundle"),
             }
         }
-        bundles.sort_by(|a, b| (a.version.order(), a.platform).cmp(&(b.version.order(), b.platform)));
+        bundles.sort_by_key(|bundle| (bundle.version.order(), bundle.platform));
         Ok(bundles)
     }
 

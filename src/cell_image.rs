@@ -10,6 +10,7 @@ mod context;
 mod debian;
 mod facts;
 mod recipe;
+mod tree;
 mod types;
 
 use std::path::{Path, PathBuf};

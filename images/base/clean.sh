@@ -13,6 +13,9 @@ rm -f "$root"/etc/apt/trusted.gpg "$root"/etc/apt/keyrings/*
 cp "$HOTCELL_SOURCES" "$root/etc/apt/sources.list.d/debian.sources"
 chmod 0644 "$root/etc/apt/sources.list.d/debian.sources"
 
+# Nothing in a cell changes its user.
+find "$root" -xdev -type f -perm /6000 -exec chmod a-s {} +
+
 # The engine writes these into each container.
 for name in resolv.conf hostname hosts; do
     rm -f "$root/etc/$name"

@@ -38,10 +38,10 @@ impl Images<'_> {
     ) -> Result<Base, ImageError> {
         let hash = recipe::base_hash(arch);
         let tag = format!("{}/base:{hash}", self.prefix);
-        if !request.force {
-            if let Some(source) = self.usable_base(&tag, &hash, request.base).await? {
-                return Ok(Base { tag, source });
-            }
+        if !request.force
+            && let Some(source) = self.usable_base(&tag, &hash, request.base).await?
+        {
+            return Ok(Base { tag, source });
         }
         if request.base != BaseSource::Debian {
             match self.registry_base(&tag, &hash, arch, work, on_progress).await {

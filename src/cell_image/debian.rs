@@ -5,7 +5,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -14,12 +13,11 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::context::TarWriter;
-use super::{ImageError, OnProgress, Progress, apt, recipe};
+use super::{ImageError, OnProgress, Progress, apt, recipe, tree};
 use crate::agent_bundle::Arch;
 use crate::npm::{Npm, UnpackLimits, unpack};
 
 const MMDEBSTRAP_DEADLINE: Duration = Duration::from_secs(20 * 60);
-const STOP_GRACE: Duration = Duration::from_secs(20);
 const NODE_BYTES_MAX: u64 = 256 << 20;
 const UNPACK: UnpackLimits = UnpackLimits { bytes_max: 512 << 20, entries_max: 50_000 };
 const LINES_KEPT: usize = 15;
@@ -49,15 +47,13 @@ pub(super) async fn make_base(
     on_progress(Progress::Step("unpacking Debian packages (mmdebstrap)"));
     let settings = apt::HostSettings::read().await;
     write_inputs(work, &settings).map_err(ImageError::io("write the inputs of mmdebstrap in", work))?;
-    // apt's unprivileged download user must reach the tree, which it cannot below a private state directory.
-    let tree = tempfile::Builder::new().prefix("hotcell-image-").tempdir_in("/var/tmp");
-    let tree = tree.map_err(ImageError::io("create a directory in", Path::new("/var/tmp")))?;
-    std::fs::set_permissions(tree.path(), std::fs::Permissions::from_mode(0o711))
-        .map_err(ImageError::io("open up", tree.path()))?;
-    let command = mmdebstrap(&program, arch, work, tree.path());
-    let result = run(command, on_progress).await;
-    remove_tree(tree)?;
+    let tree =
+        tree::Tree::create().map_err(ImageError::io("prepare a directory in", Path::new(tree::PLACE)))?;
+    let result = run(mmdebstrap(&program, arch, work, tree.path()), on_progress).await;
+    let path = tree.path().to_owned();
+    let removed = tree.remove();
     result?;
+    removed.map_err(ImageError::io("remove", &path))?;
     Ok(work.join("base.tar"))
 }
 
@@ -106,7 +102,7 @@ fn skipped_of_npm(name: &str) -> bool {
 fn write_inputs(work: &Path, settings: &apt::HostSettings) -> io::Result<()> {
     let put = |name: &str, content: &str, mode: u32| {
         std::fs::write(work.join(name), content)?;
-        std::fs::set_permissions(work.join(name), std::fs::Permissions::from_mode(mode))
+        std::fs::set_permissions(work.join(name), std::os::unix::fs::PermissionsExt::from_mode(mode))
     };
     put("dpkg.cfg", recipe::DPKG_CFG, 0o644)?;
     put("public.sources", recipe::DEBIAN_SOURCES, 0o644)?;
@@ -117,8 +113,14 @@ fn write_inputs(work: &Path, settings: &apt::HostSettings) -> io::Result<()> {
 }
 
 fn mmdebstrap(program: &Path, arch: Arch, work: &Path, tree: &Path) -> Command {
-    let mut command = Command::new(program);
+    // In mount and process namespaces of its own: on TERM mmdebstrap leaves its mounts and some children behind, and
+    // signals its whole process group. So it is killed, and the kernel ends all of it: children, then mounts. The
+    // same happens when hotcell itself is killed (pdeathsig).
+    let mut command = Command::new("setpriv");
     command
+        .args(["--pdeathsig", "KILL", "--", "unshare"])
+        .args(["--mount", "--propagation=private", "--pid", "--mount-proc", "--kill-child=KILL", "--"])
+        .arg(program)
         .args(["--mode=root", "--variant=minbase", "--format=tar"])
         .arg(format!("--architectures={}", arch.engine_name()))
         .arg(format!("--include={}", recipe::packages().join(",")))
@@ -138,6 +140,7 @@ fn mmdebstrap(program: &Path, arch: Arch, work: &Path, tree: &Path) -> Command {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
+        .process_group(0)
         .kill_on_drop(true);
     command
 }
@@ -149,30 +152,29 @@ fn path_option(option: &str, path: &Path) -> std::ffi::OsString {
 }
 
 async fn run(mut command: Command, on_progress: OnProgress<'_>) -> Result<(), ImageError> {
-    let mut child = command.spawn().map_err(|source| ImageError::Io {
-        doing: "start",
-        path: PathBuf::from("mmdebstrap"),
-        source,
-    })?;
+    let io = |doing| ImageError::io(doing, Path::new("mmdebstrap"));
+    let mut child = command.spawn().map_err(io("start"))?;
     let mut last = VecDeque::new();
     let read = read_lines(&mut child, &mut last, on_progress);
     let ended = tokio::time::timeout(MMDEBSTRAP_DEADLINE, read).await;
-    let failed = |why: String, last: VecDeque<String>| ImageError::Mmdebstrap {
-        why,
-        last: Vec::from(last).join("\n"),
-    };
-    match ended {
-        Err(_) => {
-            stop(&mut child).await;
-            let why = format!("not done after {} minutes", MMDEBSTRAP_DEADLINE.as_secs() / 60);
-            Err(failed(why, last))
-        }
+    let why = match ended {
+        Ok(Ok(status)) if status.success() => return Ok(()),
+        Ok(Ok(status)) => status.to_string(),
         Ok(Err(source)) => {
             stop(&mut child).await;
-            Err(ImageError::Io { doing: "follow", path: PathBuf::from("mmdebstrap"), source })
+            return Err(io("follow")(source));
         }
-        Ok(Ok(status)) if status.success() => Ok(()),
-        Ok(Ok(status)) => Err(failed(status.to_string(), last)),
+        Err(_) => {
+            stop(&mut child).await;
+            format!("not done after {} minutes", MMDEBSTRAP_DEADLINE.as_secs() / 60)
+        }
+    };
+    Err(ImageError::Mmdebstrap { why, last: Vec::from(last).join("\n") })
+}
+
+async fn stop(child: &mut Child) {
+    if let Err(error) = child.kill().await {
+        tracing::warn!(%error, "cannot kill mmdebstrap");
     }
 }
 
@@ -204,33 +206,6 @@ async fn read_lines(
         }
     }
     child.wait().await
-}
-
-/// TERM first: mmdebstrap then unmounts and removes what it made.
-async fn stop(child: &mut Child) {
-    let pid = child.id().and_then(|id| rustix::process::Pid::from_raw(id as i32));
-    if let Some(pid) = pid {
-        if let Err(error) = rustix::process::kill_process(pid, rustix::process::Signal::TERM) {
-            tracing::warn!(%error, "cannot stop mmdebstrap");
-        }
-    }
-    if tokio::time::timeout(STOP_GRACE, child.wait()).await.is_err() {
-        if let Err(error) = child.kill().await {
-            tracing::warn!(%error, "cannot kill mmdebstrap");
-        }
-    }
-}
-
-/// Removes the unpacked tree, but not while anything of it is a mount: removing would go through it.
-fn remove_tree(tree: tempfile::TempDir) -> Result<(), ImageError> {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let prefix = format!("{}/", tree.path().display());
-    if mounts.lines().any(|line| line.split(' ').nth(4).is_some_and(|place| place.starts_with(&prefix))) {
-        let path = tree.keep();
-        return Err(ImageError::StillMounted(path));
-    }
-    let path = tree.path().to_owned();
-    tree.close().map_err(ImageError::io("remove", &path))
 }
 
 fn find_program(name: &str) -> Option<PathBuf> {

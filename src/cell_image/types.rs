@@ -208,9 +208,6 @@ pub enum ImageError {
         /// What the engine gave.
         id: String,
     },
-    /// Something below the tree to remove is mounted.
-    #[error("{0} still holds mounts; unmount them, then remove it")]
-    StillMounted(PathBuf),
     /// The engine.
     #[error("the engine failed: {0}")]
     Engine(#[from] EngineFault),

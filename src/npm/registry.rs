@@ -167,8 +167,8 @@ mod tests {
         let etc = ("/etc/npmrc", Some("registry=https://${PLACE}/\n".to_owned()));
         let all = [("HOTCELL_NPM_REGISTRY", "https://own.test"), ("npm_config_registry", "https://npm.test")];
         let url = |result: Result<Registry, NpmError>| result.map(|registry| registry.url("x")).unwrap();
-        assert_eq!(url(with(&all, &[home.clone()])), "https://own.test/x");
-        assert_eq!(url(with(&all[1..], &[home.clone()])), "https://npm.test/x");
+        assert_eq!(url(with(&all, std::slice::from_ref(&home))), "https://own.test/x");
+        assert_eq!(url(with(&all[1..], std::slice::from_ref(&home))), "https://npm.test/x");
         assert_eq!(url(with(&[], &[home, etc.clone()])), "https://home.test/npm/x");
         assert_eq!(url(with(&[("PLACE", "etc.test")], &[etc])), "https://etc.test/x");
         assert_eq!(url(with(&[], &[])), format!("{DEFAULT_REGISTRY}x"));
