@@ -2,20 +2,21 @@
 //! credential that the cell never sees, and the ledger. It must never forward a request that was not authorised
 //! and paid for beforehand, never let a credential out, and never forget to settle what it forwarded.
 //!
-//! The road of one request, in the order of the code: `messages` authorises, checks method and path, reads the
-//! body ([`body`]), reserves its worst case ([`ledger`]), injects the credential ([`credentials`]), forwards
-//! (`upstream`), passes the answer on while metering it ([`meter`]), and settles. [`lease`] holds a cell's
-//! socket and everything that is under way for it.
+//! The road of one request is `messages`: admit it (`admit`: credential, path, [`body`], model), reserve its worst
+//! case ([`ledger`]), inject the credential ([`credentials`]), forward (`upstream`), pass the answer on while
+//! metering it (`relay`, [`meter`]), settle. [`lease`] holds a cell's socket and what is under way for it.
 //!
 //! **Invariant**: Σ billed ≤ Σ charged + what the input estimate was short of; and once a limit is reached, no
 //! byte goes upstream. The estimate is bytes/3 for now, so spend can pass a limit by one request's input at most.
 
+mod admit;
 pub mod body;
 pub mod credentials;
 pub mod lease;
 pub mod ledger;
 mod messages;
 pub mod meter;
+mod relay;
 mod upstream;
 
 #[cfg(test)]

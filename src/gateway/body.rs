@@ -128,18 +128,13 @@ impl BodyFacts {
         if let Some(at) = &self.max_tokens_at {
             edits.push((at, tokens.to_string()));
         }
-        if let (Some(at), Some(budget)) = (&self.thinking_at, self.thinking_budget) {
-            if budget >= tokens {
-                let half = tokens / 2;
-                edits.push((
-                    at,
-                    if half >= THINKING_TOKENS_MIN {
-                        format!("{{\"type\":\"enabled\",\"budget_tokens\":{half}}}")
-                    } else {
-                        "{\"type\":\"disabled\"}".to_owned()
-                    },
-                ));
-            }
+        if let (Some(at), Some(budget)) = (&self.thinking_at, self.thinking_budget)
+            && budget >= tokens
+        {
+            let half = tokens / 2;
+            let enabled = format!("{{\"type\":\"enabled\",\"budget_tokens\":{half}}}");
+            let fits = half >= THINKING_TOKENS_MIN;
+            edits.push((at, if fits { enabled } else { "{\"type\":\"disabled\"}".to_owned() }));
         }
         edits.sort_by_key(|(at, _)| at.start);
         let mut out = BytesMut::with_capacity(body.len() + 64);

@@ -201,10 +201,10 @@ impl Lease {
                 tracing::error!(job = %self.shared.job, open, "requests are not settled: reservations stay");
             }
         }
-        if let Err(error) = tokio::fs::remove_file(&self.socket).await {
-            if error.kind() != io::ErrorKind::NotFound {
-                tracing::warn!(%error, socket = %self.socket.display(), "cannot remove a model socket");
-            }
+        if let Err(error) = tokio::fs::remove_file(&self.socket).await
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, socket = %self.socket.display(), "cannot remove a model socket");
         }
         std::iter::from_fn(|| self.events.try_recv().ok()).collect()
     }

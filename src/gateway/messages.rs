@@ -1,69 +1,37 @@
-//! The road of one request, from top to bottom: admit (authorise, path, body, model) → reserve → forward →
-//! pass on and meter → settle. Nothing goes upstream before its reservation; after the first byte upstream
-//! the request lives in a task of its own, which settles whatever becomes of the client.
+//! The road of one request, from top to bottom: admit → reserve → forward → pass on and meter → settle. Nothing
+//! goes upstream before its reservation; from admission on the request lives in a task of its own, which
+//! settles whatever becomes of the client.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
-use futures_util::stream;
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full, StreamBody};
-use hyper::body::{Body as _, Frame, Incoming};
-use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode, Uri};
-use subtle::ConstantTimeEq;
+use bytes::Bytes;
+use hyper::body::Incoming;
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::timeout;
 
-use super::body::{BodyError, BodyFacts};
-use super::credentials::Secret;
-use super::lease::{BODY_UNIT, Shared};
+use super::admit::{Refused, admit};
+use super::body::BodyFacts;
+use super::lease::Shared;
 use super::ledger::{Ask, Grant, LedgerError};
 use super::meter::{Meter, Reading};
+use super::relay::{Body, Ended, Pump, Waiting, error_response, passed_on, whole};
 use super::upstream::Target;
-use super::{GatewayEvent, Limits, Refusal};
+use super::{GatewayEvent, Refusal};
 use crate::money::MicroUsd;
 use crate::pricing::{Price, Usage};
 
-/// The least `max_tokens` that a request is lowered to; less is not worth asking for.
-const OUTPUT_TOKENS_FLOOR: u64 = 4_096;
 /// Pieces of an answer that wait for the client.
 const PIECES_MAX: usize = 16;
+/// The least `max_tokens` that a request is lowered to; less is not worth asking for.
+const OUTPUT_TOKENS_FLOOR: u64 = 4_096;
 /// How often a request that waits for room asks again, besides at each settlement of its own lease.
 const ROOM_POLL: Duration = Duration::from_millis(500);
 /// Tries to settle, and the time between them.
 const SETTLE_TRIES: (u32, Duration) = (5, Duration::from_millis(300));
-/// Request headers that go upstream, besides those that begin with one of [`REQUEST_PREFIXES`].
-const REQUEST_HEADERS: [HeaderName; 2] = [header::ACCEPT, header::USER_AGENT];
-/// What the API and its clients call their own.
-const REQUEST_PREFIXES: [&str; 4] = ["anthropic-", "x-stainless-", "x-claude-", "x-app"];
-/// Answer headers that do not come back: those of the hop, and those that tell of the account or set state.
-const ANSWER_HEADERS_DROPPED: &[&str] = &[
-    "alt-svc",
-    "anthropic-organization-id",
-    "connection",
-    "keep-alive",
-    "location",
-    "proxy-authenticate",
-    "proxy-connection",
-    "set-cookie",
-    "set-cookie2",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "www-authenticate",
-];
-
-pub(super) type Body = UnsyncBoxBody<Bytes, BrokenOff>;
-
-/// An answer that ended before its end; the client sees its connection break.
-#[derive(Debug, thiserror::Error)]
-#[error("the answer broke off")]
-pub(super) struct BrokenOff;
-
 /// Answers one request of a cell.
 pub(super) async fn answer(lease: Arc<Shared>, request: Request<Incoming>) -> Response<Body> {
     if request.method() == Method::HEAD && request.uri().path() == "/" {
@@ -93,73 +61,24 @@ pub(super) async fn answer(lease: Arc<Shared>, request: Request<Incoming>) -> Re
     response
 }
 
-/// A refusal with its words.
-struct Refused {
-    why: Refusal,
-    message: String,
-}
-
-impl Refused {
-    fn new(why: Refusal, message: impl Into<String>) -> Self {
-        Self { why, message: message.into() }
-    }
-
-    /// Statuses that the CLI does not retry (403, 400, 413), where trying again gives the same.
-    fn status(&self) -> (StatusCode, &'static str) {
-        match self.why {
-            Refusal::Transport => (StatusCode::PAYLOAD_TOO_LARGE, "request_too_large"),
-            Refusal::Malformed => (StatusCode::BAD_REQUEST, "invalid_request_error"),
-            Refusal::Busy => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error"),
-            Refusal::Ledger | Refusal::Provider => (StatusCode::SERVICE_UNAVAILABLE, "api_error"),
-            Refusal::Credential
-            | Refusal::Path
-            | Refusal::Content
-            | Refusal::Model
-            | Refusal::Price
-            | Refusal::Budget => (StatusCode::FORBIDDEN, "permission_error"),
-        }
-    }
-
-    fn response(self, lease: &Shared) -> Response<Body> {
-        let (status, kind) = self.status();
-        lease.event(GatewayEvent::Refused { status: status.as_u16(), why: self.why });
-        let mut response = error_response(status, kind, &format!("hotcell: {}", self.message));
-        if self.why == Refusal::Busy {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-        }
-        response
-    }
-}
-
-fn error_response(status: StatusCode, kind: &str, message: &str) -> Response<Body> {
-    let body = serde_json::json!({ "type": "error", "error": { "type": kind, "message": message } });
-    let mut response = Response::new(whole(body.to_string().into()));
-    *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response
-}
-
-fn whole(bytes: Bytes) -> Body {
-    Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
-}
-
 /// One admitted request on its road.
-struct Call {
-    lease: Arc<Shared>,
-    arrived: Instant,
-    target: Target,
-    beta: bool,
-    headers: HeaderMap,
-    body: Bytes,
-    facts: BodyFacts,
-    price: Price,
+pub(super) struct Call {
+    pub(super) lease: Arc<Shared>,
+    pub(super) arrived: Instant,
+    pub(super) target: Target,
+    pub(super) beta: bool,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Bytes,
+    pub(super) facts: BodyFacts,
+    pub(super) price: Price,
     /// `max_tokens` as it goes upstream.
-    output_tokens_max: u64,
+    pub(super) output_tokens_max: u64,
     /// Whether the cost limit lowered it.
-    clamped: bool,
+    pub(super) clamped: bool,
     /// Given back when the body is upstream.
-    body_memory: Option<OwnedSemaphorePermit>,
-    _place: OwnedSemaphorePermit,
+    pub(super) body_memory: Option<OwnedSemaphorePermit>,
+    /// A place among the requests under way.
+    pub(super) _place: OwnedSemaphorePermit,
 }
 
 /// What came of forwarding.
@@ -171,143 +90,6 @@ struct Relayed {
     ended: Ended,
     retry_after_s: Option<u64>,
     ttfb_ms: u64,
-}
-
-/// Everything that is decided before money is involved.
-async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Result<Call, Refused> {
-    let arrived = Instant::now();
-    let limits = &lease.gateway.limits;
-    authorise(request.headers(), &lease.token)?;
-    let (target, beta) = route(request.method(), request.uri())?;
-    let busy = |_| Refused::new(Refusal::Busy, "too many requests at a time");
-    let place = Arc::clone(&lease.requests).try_acquire_owned().map_err(busy)?;
-    let headers = forwarded(request.headers());
-    let late = |_| Refused::new(Refusal::Transport, "the request body did not arrive in time");
-    let read = timeout(limits.body_wait, read_body(lease, request));
-    let (body, body_memory) = read.await.map_err(late)??;
-    let facts = BodyFacts::read(&body).map_err(|error| {
-        let malformed = matches!(error, BodyError::Malformed(_));
-        Refused::new(if malformed { Refusal::Malformed } else { Refusal::Content }, error.to_string())
-    })?;
-    if !lease.models.allows(&facts.model) {
-        let message = format!("this job may not use the model {}", shown(&facts.model));
-        return Err(Refused::new(Refusal::Model, message));
-    }
-    let price = *lease.gateway.prices.of(&facts.model).ok_or_else(|| {
-        let message = format!("the model {} has no price: add it to prices.toml", shown(&facts.model));
-        Refused::new(Refusal::Price, message)
-    })?;
-    let output_tokens_max = match (target, facts.output_tokens_max) {
-        (Target::CountTokens, asked) => asked.unwrap_or(0),
-        (Target::Messages, None | Some(0)) => {
-            return Err(Refused::new(Refusal::Malformed, "max_tokens: a number above 0 is required"));
-        }
-        (Target::Messages, Some(asked)) => asked.min(lease.output_tokens_max.unwrap_or(u64::MAX).max(1)),
-    };
-    Ok(Call {
-        lease: Arc::clone(lease),
-        arrived,
-        target,
-        beta,
-        headers,
-        body,
-        facts,
-        price,
-        output_tokens_max,
-        clamped: false,
-        body_memory: Some(body_memory),
-        _place: place,
-    })
-}
-
-fn shown(text: &str) -> String {
-    format!("{:?}", text.chars().take(80).collect::<String>())
-}
-
-/// Exactly one credential, and it is the lease's. Another one would be somebody's key on its way out.
-fn authorise(headers: &HeaderMap, token: &Secret) -> Result<(), Refused> {
-    let refused = || Refused::new(Refusal::Credential, "this is not the credential of this job");
-    let keys = headers.get_all("x-api-key").iter().map(HeaderValue::as_bytes);
-    let bearers = headers.get_all(header::AUTHORIZATION).iter().map(|value| {
-        let value = value.as_bytes();
-        match value.split_at_checked(7) {
-            Some((scheme, token)) if scheme.eq_ignore_ascii_case(b"bearer ") => token,
-            _ => b"",
-        }
-    });
-    let mut offered = keys.chain(bearers);
-    match (offered.next(), offered.next()) {
-        (Some(one), None) if bool::from(one.ct_eq(token.bytes())) => Ok(()),
-        _ => Err(refused()),
-    }
-}
-
-/// Method, path and query, compared as they are: nothing is decoded, so nothing can mean something else later.
-fn route(method: &Method, uri: &Uri) -> Result<(Target, bool), Refused> {
-    let refused =
-        || Refused::new(Refusal::Path, "only POST /v1/messages and /v1/messages/count_tokens are served");
-    if method != Method::POST || uri.scheme().is_some() || uri.authority().is_some() {
-        return Err(refused());
-    }
-    let target = match uri.path() {
-        "/v1/messages" => Target::Messages,
-        "/v1/messages/count_tokens" => Target::CountTokens,
-        _ => return Err(refused()),
-    };
-    match uri.query() {
-        None => Ok((target, false)),
-        Some("beta=true") => Ok((target, true)),
-        Some(_) => Err(refused()),
-    }
-}
-
-/// The headers that go upstream. `accept-encoding` does not: a compressed answer could not be metered.
-fn forwarded(headers: &HeaderMap) -> HeaderMap {
-    let mut out = HeaderMap::with_capacity(headers.len() + 4);
-    for (name, value) in headers {
-        let known = REQUEST_HEADERS.contains(name)
-            || REQUEST_PREFIXES.iter().any(|prefix| name.as_str().starts_with(prefix));
-        if known {
-            out.append(name.clone(), value.clone());
-        }
-    }
-    out.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    out
-}
-
-/// Reads the body, within the lease's share of memory.
-async fn read_body(
-    lease: &Shared,
-    request: Request<Incoming>,
-) -> Result<(Bytes, OwnedSemaphorePermit), Refused> {
-    let bytes_max = lease.gateway.limits.body_bytes_max;
-    let too_large =
-        || Refused::new(Refusal::Transport, format!("the request body has more than {bytes_max} bytes"));
-    let coding = request.headers().get(header::CONTENT_ENCODING);
-    if coding.is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity")) {
-        return Err(Refused::new(Refusal::Transport, "compressed request bodies are not accepted"));
-    }
-    let mut body = request.into_body();
-    let declared = body.size_hint().exact().map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
-    if declared.is_some_and(|bytes| bytes > bytes_max) {
-        return Err(too_large());
-    }
-    let units = declared.unwrap_or(bytes_max).div_ceil(BODY_UNIT).max(1);
-    let closed = |_| Refused::new(Refusal::Busy, "the lease is closed");
-    let memory = Arc::clone(&lease.bodies)
-        .acquire_many_owned(u32::try_from(units).unwrap_or(u32::MAX))
-        .await
-        .map_err(closed)?;
-    let mut bytes = BytesMut::with_capacity(declared.unwrap_or(0));
-    while let Some(frame) = body.frame().await {
-        let broken = |_| Refused::new(Refusal::Transport, "the request body broke off");
-        let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
-        if bytes.len() + data.len() > bytes_max {
-            return Err(too_large());
-        }
-        bytes.extend_from_slice(&data);
-    }
-    Ok((bytes.freeze(), memory))
 }
 
 impl Call {
@@ -535,106 +317,4 @@ fn dollars(amount: MicroUsd) -> String {
 async fn left_for(head: &mut oneshot::Sender<Response<Body>>, limit: Duration) {
     head.closed().await;
     tokio::time::sleep(limit).await;
-}
-
-/// The pieces of an answer on their way to the client.
-struct Waiting {
-    pieces: mpsc::Receiver<Bytes>,
-    /// Set before the sender goes if the client has got everything; else it sees the answer break off.
-    whole: Arc<AtomicBool>,
-}
-
-/// The answer as the cell gets it: all headers but those of the hop, and none that holds the credential.
-fn passed_on(status: StatusCode, headers: &HeaderMap, secret: &Secret, waiting: Waiting) -> Response<Body> {
-    let pieces = stream::unfold(Some(waiting), |waiting| async move {
-        let mut waiting = waiting?;
-        match waiting.pieces.recv().await {
-            Some(bytes) => Some((Ok(Frame::data(bytes)), Some(waiting))),
-            None if waiting.whole.load(Ordering::Acquire) => None,
-            None => {
-                // Pending once, so that hyper writes out what it holds before it drops the connection.
-                tokio::task::yield_now().await;
-                Some((Err(BrokenOff), None))
-            }
-        }
-    });
-    let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(pieces)));
-    *response.status_mut() = status;
-    for (name, value) in headers {
-        if !ANSWER_HEADERS_DROPPED.contains(&name.as_str()) && !secret.is_in(value.as_bytes()) {
-            response.headers_mut().append(name.clone(), value.clone());
-        }
-    }
-    response
-}
-
-/// Who ended an answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ended {
-    /// It came to its end.
-    Whole,
-    /// The provider broke off or fell silent.
-    ByProvider,
-    /// We stopped reading: the client had left, or time was up.
-    ByUs,
-}
-
-/// Carries an answer from the provider to meter and client.
-struct Pump<'a> {
-    lease: &'a Shared,
-    limits: &'a Limits,
-    pieces: mpsc::Sender<Bytes>,
-    whole: Arc<AtomicBool>,
-}
-
-impl Pump<'_> {
-    async fn run(self, mut body: Incoming, meter: &mut Meter) -> Ended {
-        let end = tokio::time::Instant::now() + self.limits.total;
-        let deadline = tokio::time::sleep_until(end);
-        tokio::pin!(deadline);
-        let drained_by = || end.min(tokio::time::Instant::now() + self.limits.drain);
-        let mut client_here = true;
-        loop {
-            let frame = tokio::select! {
-                biased;
-                () = self.lease.cut.cancelled() => return Ended::ByUs,
-                () = &mut deadline => return Ended::ByUs,
-                () = self.pieces.closed(), if client_here => {
-                    client_here = false;
-                    deadline.as_mut().reset(drained_by());
-                    continue;
-                }
-                frame = timeout(self.limits.idle, body.frame()) => frame,
-            };
-            match frame {
-                Ok(Some(Ok(frame))) => {
-                    let Ok(data) = frame.into_data() else { continue };
-                    meter.push(&data);
-                    if client_here && !self.deliver(data).await {
-                        client_here = false;
-                        deadline.as_mut().reset(drained_by());
-                    }
-                }
-                Ok(None) => {
-                    self.whole.store(client_here, Ordering::Release);
-                    return Ended::Whole;
-                }
-                Ok(Some(Err(_))) | Err(_) => return Ended::ByProvider,
-            }
-        }
-    }
-
-    /// Whether the client still takes data.
-    async fn deliver(&self, data: Bytes) -> bool {
-        let data = match self.pieces.try_send(data) {
-            Ok(()) => return true,
-            Err(mpsc::error::TrySendError::Full(data)) => data,
-            Err(mpsc::error::TrySendError::Closed(_)) => return false,
-        };
-        tokio::select! {
-            sent = self.pieces.send(data) => sent.is_ok(),
-            () = tokio::time::sleep(self.limits.idle) => false,
-            () = self.lease.cut.cancelled() => false,
-        }
-    }
 }

@@ -48,7 +48,7 @@ impl Reading {
 #[derive(Debug)]
 pub enum Meter {
     /// `text/event-stream`.
-    Sse(SseMeter),
+    Sse(Box<SseMeter>),
     /// `application/json`.
     Json(Vec<u8>),
     /// Anything else: nothing is read.
@@ -60,7 +60,7 @@ impl Meter {
     pub fn for_content_type(content_type: &str) -> Self {
         let essence = content_type.split(';').next().unwrap_or_default().trim();
         if essence.eq_ignore_ascii_case("text/event-stream") {
-            Self::Sse(SseMeter::default())
+            Self::Sse(Box::default())
         } else if essence.eq_ignore_ascii_case("application/json") {
             Self::Json(Vec::new())
         } else {
@@ -81,7 +81,7 @@ impl Meter {
     /// The reading after the last byte.
     pub fn finish(self) -> Reading {
         match self {
-            Self::Sse(meter) => meter.finish(),
+            Self::Sse(mut meter) => meter.finish(),
             Self::Json(body) => json_reading(&body),
             Self::Blind => Reading::default(),
         }
@@ -169,10 +169,11 @@ impl SseMeter {
             self.reading.output_bytes = self.reading.output_bytes.saturating_add(event_bytes);
         }
         self.overlong = false;
-        if !self.data.is_empty() && !self.data.starts_with(DELTA_PREFIX) {
-            if let Ok(event) = serde_json::from_slice::<Value>(&self.data) {
-                self.event(&event);
-            }
+        if !self.data.is_empty()
+            && !self.data.starts_with(DELTA_PREFIX)
+            && let Ok(event) = serde_json::from_slice::<Value>(&self.data)
+        {
+            self.event(&event);
         }
         self.data.clear();
     }
@@ -200,7 +201,7 @@ impl SseMeter {
         }
     }
 
-    fn finish(mut self) -> Reading {
+    fn finish(&mut self) -> Reading {
         // A last event without its empty line: a client would not see it, but it was billed.
         if !self.line.is_empty() {
             self.end_line();
@@ -208,7 +209,7 @@ impl SseMeter {
         self.dispatch();
         self.reading.usage = self.raw.usage();
         self.reading.complete &= self.reading.usage.is_some();
-        self.reading
+        std::mem::take(&mut self.reading)
     }
 }
 

@@ -1,0 +1,165 @@
+//! The way back: an answer of the provider, passed on to the cell as it comes and metered on the way. When the
+//! client leaves, the answer is read on for its usage; an answer that broke off must look so to the client.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use futures_util::stream;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::{Response, StatusCode};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::Limits;
+use super::credentials::Secret;
+use super::lease::Shared;
+use super::meter::Meter;
+
+/// Answer headers that do not come back: those of the hop, and those that tell of the account or set state.
+const ANSWER_HEADERS_DROPPED: &[&str] = &[
+    "alt-svc",
+    "anthropic-organization-id",
+    "connection",
+    "keep-alive",
+    "location",
+    "proxy-authenticate",
+    "proxy-connection",
+    "set-cookie",
+    "set-cookie2",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "www-authenticate",
+];
+
+/// The body of every answer to a cell.
+pub(super) type Body = UnsyncBoxBody<Bytes, BrokenOff>;
+
+/// An answer that ended before its end; the client sees its connection break.
+#[derive(Debug, thiserror::Error)]
+#[error("the answer broke off")]
+pub(super) struct BrokenOff;
+
+pub(super) fn error_response(status: StatusCode, kind: &str, message: &str) -> Response<Body> {
+    let body = serde_json::json!({ "type": "error", "error": { "type": kind, "message": message } });
+    let mut response = Response::new(whole(body.to_string().into()));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+pub(super) fn whole(bytes: Bytes) -> Body {
+    Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// The pieces of an answer on their way to the client.
+pub(super) struct Waiting {
+    pub(super) pieces: mpsc::Receiver<Bytes>,
+    /// Set before the sender goes if the client has got everything; else it sees the answer break off.
+    pub(super) whole: Arc<AtomicBool>,
+}
+
+/// The answer as the cell gets it: all headers but those of the hop, and none that holds the credential.
+pub(super) fn passed_on(
+    status: StatusCode,
+    headers: &HeaderMap,
+    secret: &Secret,
+    waiting: Waiting,
+) -> Response<Body> {
+    let pieces = stream::unfold(Some(waiting), |waiting| async move {
+        let mut waiting = waiting?;
+        match waiting.pieces.recv().await {
+            Some(bytes) => Some((Ok(Frame::data(bytes)), Some(waiting))),
+            None if waiting.whole.load(Ordering::Acquire) => None,
+            None => {
+                // Pending once, so that hyper writes out what it holds before it drops the connection.
+                tokio::task::yield_now().await;
+                Some((Err(BrokenOff), None))
+            }
+        }
+    });
+    let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(pieces)));
+    *response.status_mut() = status;
+    for (name, value) in headers {
+        if !ANSWER_HEADERS_DROPPED.contains(&name.as_str()) && !secret.is_in(value.as_bytes()) {
+            response.headers_mut().append(name.clone(), value.clone());
+        }
+    }
+    response
+}
+
+/// Who ended an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// It came to its end.
+    Whole,
+    /// The provider broke off or fell silent.
+    ByProvider,
+    /// We stopped reading: the client had left, or time was up.
+    ByUs,
+}
+
+/// Carries an answer from the provider to meter and client.
+pub(super) struct Pump<'a> {
+    pub(super) lease: &'a Shared,
+    pub(super) limits: &'a Limits,
+    pub(super) pieces: mpsc::Sender<Bytes>,
+    pub(super) whole: Arc<AtomicBool>,
+}
+
+impl Pump<'_> {
+    pub(super) async fn run(self, mut body: Incoming, meter: &mut Meter) -> Ended {
+        let end = tokio::time::Instant::now() + self.limits.total;
+        let deadline = tokio::time::sleep_until(end);
+        tokio::pin!(deadline);
+        let drained_by = || end.min(tokio::time::Instant::now() + self.limits.drain);
+        let mut client_here = true;
+        loop {
+            let frame = tokio::select! {
+                biased;
+                () = self.lease.cut.cancelled() => return Ended::ByUs,
+                () = &mut deadline => return Ended::ByUs,
+                () = self.pieces.closed(), if client_here => {
+                    client_here = false;
+                    deadline.as_mut().reset(drained_by());
+                    continue;
+                }
+                frame = timeout(self.limits.idle, body.frame()) => frame,
+            };
+            match frame {
+                Ok(Some(Ok(frame))) => {
+                    let Ok(data) = frame.into_data() else { continue };
+                    meter.push(&data);
+                    if client_here && !self.deliver(data).await {
+                        client_here = false;
+                        deadline.as_mut().reset(drained_by());
+                    }
+                }
+                Ok(None) => {
+                    self.whole.store(client_here, Ordering::Release);
+                    return Ended::Whole;
+                }
+                Ok(Some(Err(_))) | Err(_) => return Ended::ByProvider,
+            }
+        }
+    }
+
+    /// Whether the client still takes data.
+    async fn deliver(&self, data: Bytes) -> bool {
+        let data = match self.pieces.try_send(data) {
+            Ok(()) => return true,
+            Err(mpsc::error::TrySendError::Full(data)) => data,
+            Err(mpsc::error::TrySendError::Closed(_)) => return false,
+        };
+        tokio::select! {
+            sent = self.pieces.send(data) => sent.is_ok(),
+            () = tokio::time::sleep(self.limits.idle) => false,
+            () = self.lease.cut.cancelled() => false,
+        }
+    }
+}
