@@ -50,6 +50,8 @@ pub struct Settings {
     pub journal: journal::Limits,
     /// Free space that the host keeps, in bytes.
     pub disk_reserve_bytes: u64,
+    /// The version of the CLI for jobs that name none; the active bundle where absent.
+    pub agent: Option<String>,
 }
 
 impl Settings {
@@ -73,7 +75,7 @@ pub struct Parts {
     /// Containers.
     pub engine: Arc<dyn Engine>,
     /// The way to the model.
-    pub gateway: Gateway,
+    pub gateway: Arc<Gateway>,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// The CLI's binaries.
@@ -177,8 +179,13 @@ async fn walk(
 }
 
 /// What the journal alone says of how a job ended, when no daemon saw its end.
-async fn replayed(record: &Record) -> Result<Ended, RecordError> {
-    let replay = record.replay().await?;
+async fn replayed(record: &mut Record) -> Result<Ended, RecordError> {
+    let replay = match record.replay().await {
+        Ok(replay) => replay,
+        Err(RecordError::Cut) => return Ok(Ended { session: None, exit: None, failure: None, provider_status: None }),
+        Err(error) => return Err(error),
+    };
+    record.exit = replay.figures;
     Ok(match replay.exit {
         Some(exit) => Ended { session: Some(replay.session), exit: Some(exit), failure: None, provider_status: None },
         None => Ended::unseen(replay.session),
@@ -269,7 +276,7 @@ pub enum LeftOver {
 }
 
 async fn destroy_once(parts: &Arc<Parts>, job: &JobId) -> Result<(), LeftOver> {
-    let Some(row) = parts.store.cell_of(job).await? else { return Ok(()) };
+    let Some(row) = parts.store.cell_of(job).await?.filter(|row| row.gone_ms.is_none()) else { return Ok(()) };
     let container = match &row.container {
         Some(id) => ContainerId::new(id.clone()),
         None => container_name(parts.store.instance(), &row.cell),

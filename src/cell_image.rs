@@ -11,12 +11,14 @@ mod debian;
 mod facts;
 mod recipe;
 mod tree;
+mod through;
 mod types;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use facts::{ImageFacts, Shell};
+pub use through::EngineImages;
 pub use types::{
     BaseSource, Build, BuildRequest, Built, EngineFault, EngineFuture, ImageEngine, ImageError, ImageInfo,
     OnLine, OnProgress, Progress,

@@ -107,7 +107,7 @@ impl Driver {
         for open in self.parts.store.open_jobs().await? {
             let cell = match open.state {
                 State::Queued => None,
-                _ => self.parts.store.cell_of(&open.id).await?.map(|row| row.cell),
+                _ => self.parts.store.cell_of(&open.id).await?.filter(|row| row.gone_ms.is_none()).map(|row| row.cell),
             };
             rows.push(recover::Row { job: open.id, uid: open.uid, priority: open.priority, state: open.state, cell });
         }

@@ -122,6 +122,8 @@ pub struct ImageInfo {
     pub os: String,
     /// The image's labels.
     pub labels: BTreeMap<String, String>,
+    /// Size of all layers, in bytes.
+    pub size_bytes: u64,
     /// `PATH` of the image's environment.
     pub path_env: Option<String>,
     /// Paths the image declares as volumes. The engine puts a writable directory of its own at each, which

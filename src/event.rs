@@ -185,8 +185,9 @@ pub struct Totals {
     pub cpu_us: u64,
 }
 
-/// One event as clients read it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// One event as clients read it. Written only: [`Line`] reads back what the daemon needs, since serde cannot
+/// take a raw frame out of a flattened enum.
+#[derive(Debug, Clone, Serialize)]
 pub struct Event {
     /// Number within the job: from 1, without gaps.
     pub seq: u64,
@@ -197,6 +198,34 @@ pub struct Event {
     /// What happened.
     #[serde(flatten)]
     pub body: Body,
+}
+
+/// What a restarted daemon reads back from a line of the journal.
+#[derive(Debug, Deserialize)]
+pub struct Line<'a> {
+    /// Number within the job.
+    pub seq: u64,
+    /// The event's type, as in [`Body`].
+    #[serde(rename = "type")]
+    pub kind: &'a str,
+    /// Offset in its stream, for frames and output.
+    #[serde(default)]
+    pub end: u64,
+    /// The frame, unchanged.
+    #[serde(borrow, default)]
+    pub frame: Option<&'a RawValue>,
+    /// Exit code, for `exit`.
+    #[serde(default)]
+    pub code: i32,
+    /// Processes killed for memory, for `exit`.
+    #[serde(default)]
+    pub oom_kills: u64,
+    /// Most memory used, for `exit`.
+    #[serde(default)]
+    pub peak_memory_bytes: u64,
+    /// CPU time, for `exit`.
+    #[serde(default)]
+    pub cpu_us: u64,
 }
 
 impl Body {
@@ -214,5 +243,25 @@ impl Body {
             | Self::Truncated { .. }
             | Self::Summary { .. } => Origin::Daemon,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_reads_back() {
+        let frame = RawValue::from_string(r#"{"type":"assistant","x":[1, 2]}"#.to_owned()).expect("json");
+        let body = Body::Frame { end: 9, frame };
+        let event = Event { seq: 3, at_ms: 4, origin: body.origin(), body };
+        let text = serde_json::to_string(&event).expect("json");
+        let line: Line = serde_json::from_str(&text).expect("line");
+        assert_eq!((line.seq, line.kind, line.end), (3, "frame", 9));
+        assert_eq!(line.frame.map(RawValue::get), Some(r#"{"type":"assistant","x":[1, 2]}"#));
+        let body = Body::Exit { code: 7, oom_kills: 1, peak_memory_bytes: 2, cpu_us: 3 };
+        let text = serde_json::to_string(&Event { seq: 1, at_ms: 1, origin: body.origin(), body }).expect("json");
+        let line: Line = serde_json::from_str(&text).expect("line");
+        assert_eq!((line.kind, line.code, line.oom_kills, line.cpu_us), ("exit", 7, 1, 3));
     }
 }

@@ -28,8 +28,8 @@ use std::time::Duration;
 use serde::Serialize;
 
 pub use credentials::{AuthStyle, CredentialError, CredentialSource};
-pub use lease::{Lease, LeaseSpec, ModelRule};
-pub use ledger::{Ask, Grant, Ledger, LedgerError, MemoryLedger, ReservationId};
+pub use lease::{Lease, LeaseSpec};
+pub use ledger::{Ask, Grant, Ledger, LedgerError, MemoryLedger, ReservationId, StoreLedger};
 
 use crate::money::MicroUsd;
 use crate::pricing::{Prices, Usage};
@@ -260,6 +260,11 @@ impl Gateway {
             .await
             .map_err(|source| GatewayError::Credential { provider: provider.name, source })?;
         Ok(Arc::new(Self { credential, upstream, prices, limits }))
+    }
+
+    /// Whether a model has a price, without which no request for it is forwarded.
+    pub fn knows_model(&self, model: &str) -> bool {
+        self.prices.of(model).is_some()
     }
 
     /// Opens a cell's socket, `<run_dir>/api.sock`, in place of one that a former daemon left there.

@@ -50,6 +50,41 @@ impl MicroUsd {
     }
 }
 
+/// Why nothing can be set aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoRoom {
+    /// What is settled leaves less than the floor, whatever becomes of other reservations.
+    Exhausted,
+    /// There will be room when other reservations are settled for less.
+    Busy,
+}
+
+/// How much of `want` to set aside under a limit, given what is settled and what is set aside already: all
+/// of it, or what is left (at least `floor`) when no other reservation is open. Waiting for others is better
+/// than a short grant, since an answer that is cut short ends the job.
+///
+/// # Errors
+/// [`NoRoom`].
+pub fn grant(
+    limit: Option<MicroUsd>,
+    settled: MicroUsd,
+    reserved: MicroUsd,
+    want: MicroUsd,
+    floor: MicroUsd,
+) -> Result<MicroUsd, NoRoom> {
+    let Some(limit) = limit else { return Ok(want) };
+    if settled.plus(reserved).plus(want) <= limit {
+        return Ok(want);
+    }
+    if settled.plus(floor) > limit {
+        return Err(NoRoom::Exhausted);
+    }
+    if reserved > MicroUsd::ZERO {
+        return Err(NoRoom::Busy);
+    }
+    Ok(limit.minus(settled).min(want))
+}
+
 impl fmt::Display for MicroUsd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{:06}", self.0 / 1_000_000, self.0 % 1_000_000)

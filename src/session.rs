@@ -78,6 +78,8 @@ pub struct Session {
     result: Option<TurnResult>,
 }
 
+/// Request id of an interrupt, which is sent beside what the session gives.
+pub const INTERRUPT: &str = "hotcell-interrupt";
 const INITIALIZE: &str = "hotcell-initialize";
 const SETTINGS: &str = "hotcell-settings";
 
@@ -140,7 +142,7 @@ impl Session {
 
     /// Asks the CLI to end the running turn.
     pub fn interrupt() -> Vec<u8> {
-        frames::control_request("hotcell-interrupt", &json!({ "subtype": "interrupt" }))
+        frames::control_request(INTERRUPT, &json!({ "subtype": "interrupt" }))
     }
 
     /// Messages of the model so far, subagents not counted.

@@ -151,6 +151,14 @@ pub enum StoreError {
         /// The limit.
         limit: MicroUsd,
     },
+    /// There will be room when other reservations are settled.
+    #[error("{reserved} USD are set aside for other requests, {settled} USD are charged")]
+    BudgetBusy {
+        /// Charged so far.
+        settled: MicroUsd,
+        /// Set aside by other open reservations.
+        reserved: MicroUsd,
+    },
     /// The reservation does not exist or was settled before.
     #[error("reservation {0} is not open")]
     NotReserved(ReservationId),

@@ -1,6 +1,5 @@
 //! Listing, showing, cancelling and deleting jobs.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -54,7 +53,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         workspace_mode: accepted.plan.workspace_mode,
         labels: row.labels.clone(),
         priority: row.priority,
-        cell: api.parts.store.last_cell_of(&row.id).await?.map(|cell| cell.to_string()),
+        cell: api.parts.store.cell_of(&row.id).await?.map(|row| row.cell.to_string()),
         created_at: clock::rfc3339(row.created_ms),
         started_at: row.started_ms.map(clock::rfc3339),
         ended_at: row.ended_ms.map(clock::rfc3339),

@@ -90,7 +90,7 @@ pub struct Live<'a> {
 
 enum Next {
     Link(LinkEvent),
-    Gateway(Option<GatewayEvent>),
+    Gateway(GatewayEvent),
     Wish,
     Timer,
     ContainerEnded(Result<crate::engine::Exit, EngineError>),
@@ -409,24 +409,14 @@ impl<'a> Live<'a> {
         Ok(())
     }
 
-    async fn on_gateway(&mut self, event: Option<GatewayEvent>) -> Result<(), RecordError> {
-        let Some(event) = event else {
-            // A gateway that died would leave the agent waiting for the silence limit.
-            if self.failure.is_none() && matches!(self.ending, Ending::NotYet) {
-                self.fail(Phase::Run, FailReason::Internal, "the gateway of this cell ended".to_owned());
-                self.to_cell.kill();
-                self.ending = Ending::Killed { until: Instant::now() + KILL_GRACE };
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            return Ok(());
-        };
+    async fn on_gateway(&mut self, event: GatewayEvent) -> Result<(), RecordError> {
         self.activity = Instant::now();
         self.note_gateway(&event)?;
         self.record.commit()?;
         match event {
-            GatewayEvent::BudgetExhausted => {
-                let limit = self.record.accepted.plan.limits.cost_micro_usd;
-                self.end(StopReason::Budget, format!("{limit} USD")).await
+            GatewayEvent::BudgetExhausted { spent, limit } => {
+                let detail = format!("{spent} USD of {limit} USD are spent, and the next request needs more than is left");
+                self.end(StopReason::Budget, detail).await
             }
             GatewayEvent::Requested { .. }
             | GatewayEvent::Charged { .. }
@@ -521,13 +511,13 @@ fn note_gateway(
         }
         GatewayEvent::Refused { status, why } => {
             parts.metrics.refused();
-            Body::Refused { status: *status, why: why.clone() }
+            Body::Refused { status: *status, why: why.as_str().to_owned() }
         }
         GatewayEvent::ProviderFault { status, .. } => {
-            *provider_status = Some(*status);
+            *provider_status = Some(status.unwrap_or(0));
             return Ok(());
         }
-        GatewayEvent::BudgetExhausted => return Ok(()),
+        GatewayEvent::BudgetExhausted { .. } => return Ok(()),
     };
     record.push(&body)?;
     Ok(())

@@ -14,11 +14,11 @@ use super::record::{Record, RecordError};
 use super::{Parts, StopWish};
 use crate::agent::options;
 use crate::agent_bundle::{Bundles, Platform, Version};
-use crate::cell_image::{ImageError, Images};
+use crate::cell_image::{EngineImages, ImageError, Images};
 use crate::clock;
 use crate::engine::{BindMount, CellLimits, CellSpec, ContainerId, EngineError};
 use crate::event::Body;
-use crate::gateway::{Lease, LeaseSpec};
+use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::job::outcome::Failure;
 use crate::job::spec::WorkspaceMode;
 use crate::job::{CellId, FailReason, Phase, StopReason};
@@ -156,8 +156,9 @@ pub async fn adopt(
 }
 
 async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
-    match stop.wait_for(Option::is_some).await {
-        Ok(wish) => wish.clone(),
+    let wish = stop.wait_for(Option::is_some).await.map(|wish| wish.clone());
+    match wish {
+        Ok(wish) => wish,
         // Nobody can wish any more.
         Err(_) => std::future::pending().await,
     }
@@ -174,21 +175,33 @@ struct Image {
 
 async fn find_image(parts: &Arc<Parts>, record: &Record) -> Result<Image, PrepareError> {
     let reference = &record.accepted.plan.image;
-    let images = Images::new(parts.engine.clone(), parts.store.instance().clone(), &parts.settings.state_dir);
-    let info = images.obtain(reference).await.map_err(|e| image_failure(&e))?;
+    let port = EngineImages::new(parts.engine.clone(), parts.store.instance().clone());
+    let images = Images::new(&port, &parts.settings.state_dir);
+    let info = match images.resolve_image(reference).await {
+        Err(ImageError::NotPresent { .. }) => {
+            let (progress, _) = tokio::sync::mpsc::channel(1);
+            parts.engine.pull(reference, &progress).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+            images.resolve_image(reference).await
+        }
+        found => found,
+    };
+    let info = info.map_err(|e| image_failure(&e))?;
     let facts = images.suitability(&info).await.map_err(|e| image_failure(&e))?;
+    let details = parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+    let details = details.ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
     let Some(libc) = facts.libc else {
         let words = format!("the image {reference} has neither glibc nor musl, so the CLI cannot run in it");
         return Err(failed(FailReason::ImageUnsuitable, words));
     };
     let platform = Platform { arch: facts.arch, libc };
-    let wanted = record.accepted.plan.agent.clone();
+    let wanted = record.accepted.plan.agent.clone().or_else(|| parts.settings.agent.clone());
     let bundles = parts.bundles.clone();
     let claude = tokio::task::spawn_blocking(move || bundle_path(&bundles, wanted.as_deref(), platform))
         .await
         .map_err(|e| failed(FailReason::Internal, e))?
         .map_err(|e| failed(FailReason::AgentMissing, e))?;
-    Ok(Image { id: info.id, path_env: info.path_env, claude, shell: facts.shell.path(), volumes: info.volumes })
+    let (path_env, volumes) = (details.path_env, details.volumes);
+    Ok(Image { id: info.id, path_env, claude, shell: facts.shell.path(), volumes })
 }
 
 fn bundle_path(
@@ -439,17 +452,18 @@ async fn open_lease(
     run: &Path,
     owner: (u32, u32),
 ) -> Result<Lease, PrepareError> {
-    let spend = parts.store.spend(&record.job).await?;
     let spec = LeaseSpec {
         job: record.job.clone(),
         cell: cell.clone(),
         token: token.to_owned(),
-        plan: record.accepted.plan.clone(),
-        spent: spend.charged,
+        plan: Arc::new(record.accepted.plan.clone()),
+        cost_limit: Some(record.accepted.plan.limits.cost_micro_usd),
+        output_tokens_max: None,
         run_dir: run.to_owned(),
-        socket_owner: owner,
+        socket_owner: Some(owner),
     };
-    parts.gateway.lease(spec).await.map_err(|e| failed(FailReason::Internal, e))
+    let ledger = Arc::new(StoreLedger { store: parts.store.clone(), cell: cell.clone() });
+    parts.gateway.lease(spec, ledger).await.map_err(|e| failed(FailReason::Internal, e))
 }
 
 fn cell_spec(
@@ -530,9 +544,7 @@ fn engine_failure(reason: FailReason, error: &EngineError) -> PrepareError {
 fn image_failure(error: &ImageError) -> PrepareError {
     let reason = match error {
         ImageError::NoShell { .. } => FailReason::ImageUnsuitable,
-        ImageError::Engine(EngineError::Unavailable { .. } | EngineError::Timeout { .. }) => {
-            FailReason::EngineUnavailable
-        }
+        ImageError::Engine(fault) if fault.away => FailReason::EngineUnavailable,
         _ => FailReason::ImageUnavailable,
     };
     failed(reason, error)

@@ -9,11 +9,11 @@ use tokio::sync::watch;
 use super::{Accepted, Parts};
 use crate::agent::frames;
 use crate::clock;
-use crate::event::{Body, Event, Totals};
+use crate::event::{Body, Line, Totals};
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Identity, Input, JobId, JobSpec, Outcome, Phase, State};
 use crate::journal::{Feed, Journal, JournalError, Reader, Recovered};
-use crate::session::{AgentExit, Session, Step};
+use crate::session::{AgentExit, INTERRUPT, Session, Step};
 use crate::store::{Store, StoreError};
 
 /// How much of a journal is read at a time, in bytes.
@@ -91,6 +91,8 @@ pub struct Replay {
     pub pending: Vec<Step>,
     /// How the CLI ended, where that was journaled.
     pub exit: Option<AgentExit>,
+    /// What PID 1 reported beside it.
+    pub figures: Option<ExitFigures>,
 }
 
 impl Record {
@@ -221,13 +223,13 @@ impl Record {
     pub async fn replay(&self) -> Result<Replay, RecordError> {
         let plan = self.accepted.plan.clone();
         let session = Session::new(plan, self.spec.prompt.clone(), self.spec.system_prompt.clone(), String::new());
-        let mut replay = Replay { pending: session.start(), session, sent: Vec::new(), exit: None };
+        let mut replay = Replay { pending: session.start(), session, sent: Vec::new(), exit: None, figures: None };
         let mut reader = Reader::open(&self.dir, 1, None);
         while let Some(chunk) = reader.next_chunk(REPLAY_CHUNK_BYTES).await? {
             for line in chunk.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
-                let event: Event = serde_json::from_slice(line)
+                let line: Line = serde_json::from_slice(line)
                     .map_err(|e| RecordError::Corrupt { what: "journal", detail: e.to_string() })?;
-                replay.take(event.body)?;
+                replay.take(&line)?;
             }
         }
         Ok(replay)
@@ -235,43 +237,40 @@ impl Record {
 }
 
 impl Replay {
-    fn take(&mut self, body: Body) -> Result<(), RecordError> {
-        match body {
-            Body::Frame { frame, .. } => {
+    fn take(&mut self, line: &Line<'_>) -> Result<(), RecordError> {
+        match (line.kind, line.frame) {
+            ("frame", Some(frame)) => {
                 if let Some(incoming) = frames::parse(frame.get().as_bytes()) {
                     self.pending.extend(self.session.on_frame(incoming));
                 }
             }
-            Body::Sent { end, frame } => {
+            ("sent", Some(frame)) => {
                 let mut bytes = frame.get().as_bytes().to_vec();
                 bytes.push(b'\n');
-                self.sent.push((end, bytes));
-                // The journaled frame is what the session gave, in the same order; stops are sent beside it.
-                let next = self.pending.iter().position(|step| matches!(step, Step::Send(_)));
-                if let Some(next) = next.filter(|_| !frame.get().contains("hotcell-interrupt")) {
-                    self.pending.remove(next);
+                self.sent.push((line.end, bytes));
+                // The journaled frame is what the session gave, in the same order; an interrupt is sent beside it.
+                if !frame.get().contains(INTERRUPT) {
+                    self.done(|step| matches!(step, Step::Send(_)));
                 }
             }
-            Body::Tool { .. } => {
-                let next = self.pending.iter().position(|step| matches!(step, Step::Event(Body::Tool { .. })));
-                if let Some(next) = next {
-                    self.pending.remove(next);
-                }
-            }
-            Body::Exit { code, oom_kills, .. } => {
+            ("tool", _) => self.done(|step| matches!(step, Step::Event(Body::Tool { .. }))),
+            ("exit", _) => {
+                let (code, oom_kills) = (line.code, line.oom_kills);
+                self.figures =
+                    Some(ExitFigures { peak_memory_bytes: line.peak_memory_bytes, cpu_us: line.cpu_us });
                 self.exit = Some(AgentExit { code, oom_kills, stderr_tail: String::new() });
             }
-            Body::Truncated { .. } => return Err(RecordError::Cut),
-            Body::State { .. }
-            | Body::Output { .. }
-            | Body::Request { .. }
-            | Body::Charge { .. }
-            | Body::Refused { .. }
-            | Body::Stop { .. }
-            | Body::Note { .. }
-            | Body::Summary { .. } => {}
+            ("truncated", _) => return Err(RecordError::Cut),
+            _ => {}
         }
         Ok(())
+    }
+
+    /// Takes the first step of a kind off the list: an event tells that it was done.
+    fn done(&mut self, kind: impl Fn(&Step) -> bool) {
+        if let Some(at) = self.pending.iter().position(kind) {
+            self.pending.remove(at);
+        }
     }
 }
 

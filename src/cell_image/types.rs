@@ -72,6 +72,8 @@ pub struct EngineFault {
     pub operation: String,
     /// The engine's words.
     pub message: String,
+    /// The engine does not answer at all.
+    pub away: bool,
 }
 
 /// One piece of news of a build.

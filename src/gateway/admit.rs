@@ -20,6 +20,7 @@ use super::messages::Call;
 use super::relay::{Body, error_response};
 use super::upstream::Target;
 use super::{GatewayEvent, Refusal};
+use crate::policy::{Ask, decide};
 
 /// Request headers that go upstream, besides those that begin with one of [`REQUEST_PREFIXES`].
 const REQUEST_HEADERS: [HeaderName; 2] = [header::ACCEPT, header::USER_AGENT];
@@ -79,10 +80,8 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
         let malformed = matches!(error, BodyError::Malformed(_));
         Refused::new(if malformed { Refusal::Malformed } else { Refusal::Content }, error.to_string())
     })?;
-    if !lease.models.allows(&facts.model) {
-        let message = format!("this job may not use the model {}", shown(&facts.model));
-        return Err(Refused::new(Refusal::Model, message));
-    }
+    let permit = decide(&lease.plan, Ask::Model { name: &facts.model })
+        .map_err(|denial| Refused::new(Refusal::Model, denial.reason))?;
     let price = *lease.gateway.prices.of(&facts.model).ok_or_else(|| {
         let message = format!("the model {} has no price: add it to prices.toml", shown(&facts.model));
         Refused::new(Refusal::Price, message)
@@ -104,6 +103,7 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
         facts,
         price,
         output_tokens_max,
+        permit,
         clamped: false,
         body_memory: Some(body_memory),
         _place: place,

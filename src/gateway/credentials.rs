@@ -11,6 +11,8 @@ use hyper::header::{AUTHORIZATION, HeaderName, HeaderValue};
 use tokio::io::AsyncReadExt;
 use tokio::sync::Mutex;
 
+use crate::policy::Permit;
+
 /// A file or command is read again when what it gave is older than this.
 const FRESH: Duration = Duration::from_secs(300);
 /// After a failed re-reading the old value serves this much longer before the next try.
@@ -125,8 +127,9 @@ impl Credential {
         Ok(Self { source, style, current })
     }
 
-    /// Puts the credential into `headers`, last and once, and gives it for comparison with the answer.
-    pub(super) async fn inject(&self, headers: &mut HeaderMap) -> Secret {
+    /// Puts the credential into `headers`, last and once, and gives it for comparison with the answer. Only
+    /// against a permit of the policy, for this very request.
+    pub(super) async fn inject(&self, _permit: &Permit, headers: &mut HeaderMap) -> Secret {
         let mut current = self.current.lock().await;
         if Instant::now() >= current.fresh_until {
             match Current::read(&self.source, self.style).await {
@@ -211,9 +214,14 @@ async fn run(argv: &[String]) -> Result<String, CredentialError> {
 mod tests {
     use super::*;
 
+    fn permit() -> Permit {
+        let plan = super::super::tests::plan(vec!["*".into()]);
+        crate::policy::decide(&plan, crate::policy::Ask::Model { name: "m" }).unwrap()
+    }
+
     async fn header(source: CredentialSource, style: AuthStyle) -> Result<HeaderMap, CredentialError> {
         let mut headers = HeaderMap::new();
-        Credential::open(source, style).await?.inject(&mut headers).await;
+        Credential::open(source, style).await?.inject(&permit(), &mut headers).await;
         Ok(headers)
     }
 

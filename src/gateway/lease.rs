@@ -24,7 +24,7 @@ use super::messages;
 use super::{Gateway, GatewayEvent};
 use crate::job::{CellId, JobId};
 use crate::money::MicroUsd;
-use crate::pricing::names_model;
+use crate::policy::Plan;
 
 /// Name of the socket in the cell's run directory.
 pub const SOCKET: &str = "api.sock";
@@ -35,25 +35,6 @@ const SETTLE_WAIT: Duration = Duration::from_secs(10);
 /// Bodies are counted in pieces of this many bytes.
 pub(super) const BODY_UNIT: usize = 1024;
 
-/// Which models a lease may use.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ModelRule {
-    /// All that have a price.
-    Any,
-    /// These (a name also means its dated variants; a trailing `*` makes a prefix).
-    Names(Vec<String>),
-}
-
-impl ModelRule {
-    /// Whether `model` may be used.
-    pub fn allows(&self, model: &str) -> bool {
-        match self {
-            Self::Any => true,
-            Self::Names(names) => names.iter().any(|name| names_model(name, model)),
-        }
-    }
-}
-
 /// What a cell gets.
 #[derive(Clone)]
 pub struct LeaseSpec {
@@ -63,8 +44,8 @@ pub struct LeaseSpec {
     pub cell: CellId,
     /// The only credential that the socket accepts.
     pub token: String,
-    /// The models that may be used.
-    pub models: ModelRule,
+    /// The job's plan: which models may be asked.
+    pub plan: Arc<Plan>,
     /// The job's cost limit; what was spent before is in the ledger.
     pub cost_limit: Option<MicroUsd>,
     /// `max_tokens` of a request is lowered to this.
@@ -98,7 +79,7 @@ pub(super) struct Shared {
     pub(super) job: JobId,
     pub(super) cell: CellId,
     pub(super) token: Secret,
-    pub(super) models: ModelRule,
+    pub(super) plan: Arc<Plan>,
     pub(super) cost_limit: Option<MicroUsd>,
     pub(super) output_tokens_max: Option<u64>,
     /// No connections any more.
@@ -148,7 +129,7 @@ impl Lease {
             job: spec.job,
             cell: spec.cell,
             token: Secret::new(spec.token),
-            models: spec.models,
+            plan: spec.plan,
             cost_limit: spec.cost_limit,
             output_tokens_max: spec.output_tokens_max,
             revoked: CancellationToken::new(),

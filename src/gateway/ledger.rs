@@ -7,9 +7,11 @@ use std::sync::{Mutex, PoisonError};
 
 use futures_util::future::BoxFuture;
 
-use crate::job::JobId;
-use crate::money::MicroUsd;
+use crate::clock;
+use crate::job::{CellId, JobId};
+use crate::money::{MicroUsd, NoRoom, grant};
 use crate::pricing::Usage;
+use crate::store::{Store, StoreError};
 
 /// Names a reservation until it is settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -56,7 +58,7 @@ pub enum LedgerError {
     Store(#[source] Box<dyn Error + Send + Sync>),
 }
 
-/// Where reservations and charges are kept. Implemented over the store; the decision is [`decide`].
+/// Where reservations and charges are kept. Implemented over the store; the decision is [`grant`].
 pub trait Ledger: Send + Sync {
     /// Reserves `want`, or less when only that is left and no other reservation is open.
     fn reserve(&self, ask: Ask) -> BoxFuture<'_, Result<Grant, LedgerError>>;
@@ -71,23 +73,55 @@ pub trait Ledger: Send + Sync {
     ) -> BoxFuture<'_, Result<MicroUsd, LedgerError>>;
 }
 
-/// The decision of every ledger: how much to grant, given what is settled and reserved for the job. Waiting
-/// for others is better than a short grant, since an answer that is cut short ends the job.
-///
-/// # Errors
-/// [`LedgerError::Exhausted`] or [`LedgerError::Busy`].
-pub fn decide(ask: &Ask, settled: MicroUsd, reserved: MicroUsd) -> Result<MicroUsd, LedgerError> {
-    let Some(limit) = ask.limit else { return Ok(ask.want) };
-    if settled.plus(reserved).plus(ask.want) <= limit {
-        return Ok(ask.want);
+fn decide(ask: &Ask, spent: MicroUsd, reserved: MicroUsd) -> Result<MicroUsd, LedgerError> {
+    grant(ask.limit, spent, reserved, ask.want, ask.floor).map_err(|why| match why {
+        NoRoom::Exhausted => LedgerError::Exhausted { spent },
+        NoRoom::Busy => LedgerError::Busy,
+    })
+}
+
+/// The ledger of one cell, in the store.
+#[derive(Debug, Clone)]
+pub struct StoreLedger {
+    /// Where it is kept.
+    pub store: Store,
+    /// The cell that asks.
+    pub cell: CellId,
+}
+
+impl Ledger for StoreLedger {
+    fn reserve(&self, ask: Ask) -> BoxFuture<'_, Result<Grant, LedgerError>> {
+        Box::pin(async move {
+            let Ask { job, model, want, floor, limit } = ask;
+            let now = clock::wall_ms();
+            match self.store.reserve(&job, &self.cell, &model, want, floor, limit, now).await {
+                Ok((id, amount)) => Ok(Grant { id: ReservationId(id.get()), amount }),
+                Err(StoreError::OverBudget { settled, .. }) => Err(LedgerError::Exhausted { spent: settled }),
+                Err(StoreError::BudgetBusy { .. }) => Err(LedgerError::Busy),
+                Err(error) => Err(LedgerError::Store(Box::new(error))),
+            }
+        })
     }
-    if settled.plus(ask.floor) > limit {
-        return Err(LedgerError::Exhausted { spent: settled });
+
+    fn settle(
+        &self,
+        id: ReservationId,
+        usage: Usage,
+        charged: MicroUsd,
+    ) -> BoxFuture<'_, Result<MicroUsd, LedgerError>> {
+        Box::pin(async move {
+            let id = crate::store::ReservationId::new(id.0);
+            match self.store.settle(id, usage, charged, clock::wall_ms()).await {
+                Ok(settled) => {
+                    if settled.above > MicroUsd::ZERO {
+                        tracing::warn!(cell = %self.cell, above = %settled.above, "a charge is above its reservation");
+                    }
+                    Ok(settled.spent)
+                }
+                Err(error) => Err(LedgerError::Store(Box::new(error))),
+            }
+        })
     }
-    if reserved > MicroUsd::ZERO {
-        return Err(LedgerError::Busy);
-    }
-    Ok(limit.minus(settled).min(ask.want))
 }
 
 /// A ledger in memory.

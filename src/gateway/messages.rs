@@ -22,6 +22,7 @@ use super::relay::{Body, Ended, Pump, Waiting, error_response, passed_on, whole}
 use super::upstream::Target;
 use super::{GatewayEvent, Refusal};
 use crate::money::MicroUsd;
+use crate::policy::Permit;
 use crate::pricing::{Price, Usage};
 
 /// Pieces of an answer that wait for the client.
@@ -73,6 +74,8 @@ pub(super) struct Call {
     pub(super) price: Price,
     /// `max_tokens` as it goes upstream.
     pub(super) output_tokens_max: u64,
+    /// The policy's word that this model may be asked.
+    pub(super) permit: Permit,
     /// Whether the cost limit lowered it.
     pub(super) clamped: bool,
     /// Given back when the body is upstream.
@@ -188,7 +191,7 @@ impl Call {
         let gateway = Arc::clone(&self.lease.gateway);
         let limits = &gateway.limits;
         let mut headers = std::mem::take(&mut self.headers);
-        let secret = gateway.credential.inject(&mut headers).await;
+        let secret = gateway.credential.inject(&self.permit, &mut headers).await;
         let sent = Instant::now();
         let sending = gateway.upstream.send(self.target, self.beta, headers, std::mem::take(&mut self.body));
         let answer = tokio::select! {

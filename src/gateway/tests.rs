@@ -15,6 +15,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::job::{CellId, JobId};
+use crate::job::JobSpec;
+use crate::policy::{Defaults, Plan, Policy, narrow};
 use crate::model::{ModelReport, Recorder, Script, serve};
 
 const KEY: &str = "canary-key-0123456789";
@@ -34,14 +36,23 @@ struct World {
 struct Setup {
     limit: Option<u64>,
     limits: Limits,
-    models: ModelRule,
+    models: Vec<String>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let limits = Limits { drain: Duration::from_secs(5), ..Limits::default() };
-        Self { limit: None, limits, models: ModelRule::Any }
+        Self { limit: None, limits, models: vec!["*".into()] }
     }
+}
+
+/// A plan that allows these models.
+pub(super) fn plan(models: Vec<String>) -> Arc<Plan> {
+    let policy = Policy::parse("test", include_str!("../../policies/default.toml")).unwrap();
+    let defaults = Defaults { model: MODEL.into(), image: "x".into() };
+    let spec = JobSpec::parse(br#"{"prompt":"x"}"#).unwrap();
+    let plan = narrow(&spec, &policy, &defaults).unwrap();
+    Arc::new(Plan { models_allow: models, ..plan })
 }
 
 struct Answer {
@@ -121,7 +132,7 @@ async fn lease(
         job: job.clone(),
         cell: CellId::new(1),
         token: TOKEN.into(),
-        models: setup.models,
+        plan: plan(setup.models),
         cost_limit: setup.limit.map(MicroUsd),
         output_tokens_max: None,
         run_dir: dir.path().to_owned(),
@@ -333,7 +344,7 @@ async fn framing_tricks_give_upstream_one_request_at_most() {
 #[tokio::test]
 async fn bodies_that_are_not_allowed_are_refused_with_the_reason() {
     let setup =
-        Setup { models: ModelRule::Names(vec!["claude-haiku-4-5".into(), "x-*".into()]), ..Setup::default() };
+        Setup { models: vec!["claude-haiku-4-5*".into(), "x-*".into()], ..Setup::default() };
     let mut world = World::with(SCRIPT, setup).await;
     let haiku = |more: &str| format!("{{\"model\":\"claude-haiku-4-5-20251001\"{more},\"messages\":[]}}");
     for (body, status, why) in [

@@ -11,17 +11,38 @@ use super::row::{Int, int, text};
 use super::writer::Durability;
 use super::{Store, StoreError};
 use crate::job::{CellId, JobId};
-use crate::money::{self, MicroUsd};
+use crate::money::{self, MicroUsd, NoRoom};
 use crate::pricing::Usage;
 
 /// A reservation in the ledger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ReservationId(i64);
 
+impl ReservationId {
+    /// A reservation by its number.
+    pub fn new(number: i64) -> Self {
+        Self(number)
+    }
+
+    /// Its number.
+    pub fn get(self) -> i64 {
+        self.0
+    }
+}
+
 impl fmt::Display for ReservationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
+}
+
+/// What a settlement did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settled {
+    /// Charged to the job in all.
+    pub spent: MicroUsd,
+    /// By how much this charge is above its reservation.
+    pub above: MicroUsd,
 }
 
 /// What a job has cost.
@@ -51,28 +72,30 @@ pub struct ModelCost {
 }
 
 impl Store {
-    /// Sets `amount` aside for one request of a job, where all that is charged and set aside for the job
-    /// stays within `limit`.
+    /// Sets money aside for one request of a job, as [`money::grant`] decides: `want`, or at least `floor`.
+    /// Returns how much it was.
     ///
     /// # Errors
-    /// [`StoreError::OverBudget`] with the sums at that moment; nothing is set aside then.
+    /// [`StoreError::OverBudget`] and [`StoreError::BudgetBusy`] with the sums at that moment; nothing is set
+    /// aside then.
+    #[allow(clippy::too_many_arguments)]
     pub async fn reserve(
         &self,
         job: &JobId,
         cell: &CellId,
         model: &str,
-        amount: MicroUsd,
+        want: MicroUsd,
+        floor: MicroUsd,
         limit: Option<MicroUsd>,
         now_ms: u64,
-    ) -> Result<ReservationId, StoreError> {
+    ) -> Result<(ReservationId, MicroUsd), StoreError> {
         let (job, cell, model) = (job.clone(), cell.clone(), model.to_owned());
         self.write(Durability::Soon, move |db| {
-            if let Some(limit) = limit {
-                let (settled, reserved) = (charged(db, &job)?.charged, reserved_open(db, &job)?);
-                if settled.plus(reserved).plus(amount) > limit {
-                    return Err(StoreError::OverBudget { settled, reserved, limit });
-                }
-            }
+            let (settled, reserved) = (charged(db, &job)?.charged, reserved_open(db, &job)?);
+            let amount = money::grant(limit, settled, reserved, want, floor).map_err(|why| match why {
+                NoRoom::Exhausted => StoreError::OverBudget { settled, reserved, limit: limit.unwrap_or_default() },
+                NoRoom::Busy => StoreError::BudgetBusy { settled, reserved },
+            })?;
             let sql = "INSERT INTO ledger (job, cell, model, status, reserved_micro, created_ms) \
                        VALUES (?1, ?2, ?3, 'open', ?4, ?5)";
             db.prepare_cached(sql)?.execute(params![
@@ -82,13 +105,13 @@ impl Store {
                 Int(amount.min(money::MAX).0),
                 Int(now_ms)
             ])?;
-            Ok(ReservationId(db.last_insert_rowid()))
+            Ok((ReservationId(db.last_insert_rowid()), amount))
         })
         .await
     }
 
-    /// Charges what a request cost and frees the rest of its reservation. `http_status` is the provider's, 0
-    /// without an answer. Returns by how much the charge is above what was set aside: zero, unless the
+    /// Charges what a request cost and frees the rest of its reservation. Returns what
+    /// is charged to the job now, and by how much this charge is above what was set aside: zero, unless the
     /// worst-case estimate was wrong.
     ///
     /// # Errors
@@ -98,18 +121,18 @@ impl Store {
         id: ReservationId,
         usage: Usage,
         charged: MicroUsd,
-        http_status: u16,
         now_ms: u64,
-    ) -> Result<MicroUsd, StoreError> {
+    ) -> Result<Settled, StoreError> {
         self.write(Durability::Soon, move |db| {
             let sql = "SELECT job, model, reserved_micro FROM ledger WHERE id = ?1 AND status = 'open'";
             let open = db.prepare_cached(sql)?.query_row([id.0], |row| {
                 Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, MicroUsd(int(row, 2)?)))
             });
             let (job, model, reserved) = open.optional()?.ok_or(StoreError::NotReserved(id))?;
+            let owner: JobId = job.parse().map_err(|_| StoreError::NotReserved(id))?;
             let charge = Charge { id, job, model, usage, charged: charged.min(money::MAX) };
-            put_charge(db, &charge, Some(http_status), now_ms)?;
-            Ok(charged.minus(reserved))
+            put_charge(db, &charge, now_ms)?;
+            Ok(Settled { spent: self::charged(db, &owner)?.charged, above: charged.minus(reserved) })
         })
         .await
     }
@@ -175,7 +198,7 @@ pub(super) fn charge_open(db: &Connection, job: &JobId, now_ms: u64) -> Result<u
     })?;
     let open = open.collect::<Result<Vec<_>, _>>()?;
     for charge in &open {
-        put_charge(db, charge, None, now_ms)?;
+        put_charge(db, charge, now_ms)?;
     }
     Ok(open.len() as u64)
 }
@@ -214,16 +237,14 @@ fn sums(row: &rusqlite::Row<'_>) -> rusqlite::Result<Spend> {
 fn put_charge(
     db: &Connection,
     charge: &Charge,
-    http_status: Option<u16>,
     now_ms: u64,
 ) -> Result<(), StoreError> {
-    let sql = "UPDATE ledger SET status = 'settled', charged_micro = ?2, usage_json = ?3, http_status = ?4, \
-               settled_ms = ?5 WHERE id = ?1";
+    let sql = "UPDATE ledger SET status = 'settled', charged_micro = ?2, usage_json = ?3, settled_ms = ?4 \
+               WHERE id = ?1";
     db.prepare_cached(sql)?.execute(params![
         charge.id.0,
         Int(charge.charged.0),
         text(&charge.usage)?,
-        http_status,
         Int(now_ms)
     ])?;
     for (table, key, value) in [("job_costs", "job", &charge.job), ("model_costs", "model", &charge.model)] {

@@ -80,7 +80,6 @@ CREATE TABLE ledger (
     reserved_micro INTEGER NOT NULL CHECK (reserved_micro >= 0),
     charged_micro INTEGER CHECK (charged_micro >= 0),
     usage_json TEXT,
-    http_status INTEGER,
     created_ms INTEGER NOT NULL,
     settled_ms INTEGER
 );

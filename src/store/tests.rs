@@ -218,14 +218,19 @@ async fn a_budget_is_a_bound_and_nothing_is_charged_too_little() {
     store.submit(job.clone()).await.unwrap();
     let cell = CellId::new(5);
     let limit = Some(MicroUsd(100));
-    let first = store.reserve(&job.id, &cell, "m", MicroUsd(60), limit, 1).await.unwrap();
-    let refused = store.reserve(&job.id, &cell, "m", MicroUsd(41), limit, 1).await;
+    let (first, granted) = store.reserve(&job.id, &cell, "m", MicroUsd(60), MicroUsd(60), limit, 1).await.unwrap();
+    assert_eq!(granted, MicroUsd(60));
+    let refused = store.reserve(&job.id, &cell, "m", MicroUsd(41), MicroUsd(41), limit, 1).await;
     let (settled, reserved) = (MicroUsd::ZERO, MicroUsd(60));
-    assert_eq!(refused, Err(StoreError::OverBudget { settled, reserved, limit: MicroUsd(100) }));
+    assert_eq!(refused, Err(StoreError::BudgetBusy { settled, reserved }));
     let usage = Usage { input: 3, output: 4, ..Usage::default() };
-    assert_eq!(store.settle(first, usage, MicroUsd(20), 200, 2).await, Ok(MicroUsd::ZERO));
-    assert_eq!(store.settle(first, usage, MicroUsd(20), 200, 2).await, Err(StoreError::NotReserved(first)));
-    store.reserve(&job.id, &cell, "n", MicroUsd(80), limit, 3).await.unwrap();
+    let settled = Settled { spent: MicroUsd(20), above: MicroUsd::ZERO };
+    assert_eq!(store.settle(first, usage, MicroUsd(20), 2).await, Ok(settled));
+    let refused = store.reserve(&job.id, &cell, "m", MicroUsd(90), MicroUsd(81), limit, 2).await;
+    let (settled, reserved) = (MicroUsd(20), MicroUsd::ZERO);
+    assert_eq!(refused, Err(StoreError::OverBudget { settled, reserved, limit: MicroUsd(100) }));
+    assert_eq!(store.settle(first, usage, MicroUsd(20), 2).await, Err(StoreError::NotReserved(first)));
+    store.reserve(&job.id, &cell, "n", MicroUsd(80), MicroUsd(80), limit, 3).await.unwrap();
     store.close().await.unwrap();
 
     // The daemon died with a request under way: its reservation is charged whole.
@@ -236,10 +241,10 @@ async fn a_budget_is_a_bound_and_nothing_is_charged_too_little() {
     assert_eq!(store.release_open(&job.id, 4).await, Ok(0));
     let spend = store.spend(&job.id).await.unwrap();
     assert_eq!((spend.charged, spend.reserved_open, spend.usage), (MicroUsd(100), MicroUsd::ZERO, usage));
-    let over = store.reserve(&job.id, &cell, "m", MicroUsd(5), None, 5).await.unwrap();
-    assert_eq!(store.settle(over, usage, MicroUsd(7), 200, 5).await, Ok(MicroUsd(2)));
+    let (over, _) = store.reserve(&job.id, &cell, "m", MicroUsd(5), MicroUsd(5), None, 5).await.unwrap();
+    assert_eq!(store.settle(over, usage, MicroUsd(7), 5).await.map(|s| s.above), Ok(MicroUsd(2)));
 
-    store.reserve(&job.id, &cell, "n", MicroUsd(6), None, 6).await.unwrap();
+    store.reserve(&job.id, &cell, "n", MicroUsd(6), MicroUsd(6), None, 6).await.unwrap();
     store.stop(&job.id, StopReason::Cancelled, 6).await.unwrap();
     store.delete(&job.id).await.unwrap();
     let totals = store.cost_totals().await.unwrap();
@@ -504,7 +509,7 @@ impl Model {
                 let Some((id, _)) = self.pick(job) else { return };
                 let spent = self.charged.get(&id).copied().unwrap_or(0) + self.reserved(&id);
                 let cell = CellId::new(1);
-                let got = store.reserve(&id, &cell, "m", MicroUsd(amount), Some(LIMIT), 1).await;
+                let got = store.reserve(&id, &cell, "m", MicroUsd(amount), MicroUsd(amount), Some(LIMIT), 1).await;
                 assert_eq!(got.is_ok(), spent + amount <= LIMIT.0);
                 if let Ok(reservation) = got {
                     assert!(self.open.insert(reservation, (id, amount)).is_none());
@@ -516,7 +521,7 @@ impl Model {
                 };
                 let Some((job, amount)) = self.open.remove(&id) else { return };
                 let charge = amount * part_percent / 100;
-                store.settle(id, Usage::default(), MicroUsd(charge), 200, 1).await.unwrap();
+                store.settle(id, Usage::default(), MicroUsd(charge), 1).await.unwrap();
                 *self.charged.entry(job).or_default() += charge;
             }
             Op::Release { job } => {

@@ -134,7 +134,8 @@ impl StreamView {
             Body::Tool { decision: Decision::Allow, .. }
             | Body::Frame { .. }
             | Body::Sent { .. }
-            | Body::Request { .. } => self.text(),
+            | Body::Request { .. }
+            | Body::Exit { .. } => self.text(),
         }
     }
 

@@ -251,6 +251,7 @@ fn image_info(found: ImageInspect) -> Result<ImageInfo, EngineError> {
         os: found.os.unwrap_or_default(),
         labels: config.labels.unwrap_or_default().into_iter().collect(),
         path_env,
+        size_bytes: found.size.unwrap_or(0).max(0).unsigned_abs(),
         volumes: config.volumes.unwrap_or_default(),
     })
 }
