@@ -50,9 +50,11 @@ impl Images<'_> {
                 Err(error) if request.base == BaseSource::Registry => {
                     return Err(ImageError::Registry(error.to_string()));
                 }
-                Err(error) => on_progress(Progress::Note(&format!(
-                    "no base from a registry ({error}); making one from Debian packages"
-                ))),
+                Err(error) => {
+                    let why = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+                    let note = format!("no base from a registry ({why}); making one from Debian packages");
+                    on_progress(Progress::Note(&note));
+                }
             }
         }
         let tar = debian::make_base(npm, arch, work, on_progress).await?;

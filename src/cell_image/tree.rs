@@ -3,15 +3,24 @@
 //!
 //! Never removes a directory while something is mounted below it, or one that is not ours.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Where trees are made: on disk, and open to all users' passage.
 pub(super) const PLACE: &str = "/var/tmp";
 const PREFIX: &str = "hotcell-image-";
 const STALE_S: u64 = 3600;
+
+/// Trees of this process in which a build is at work.
+static AT_WORK: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+fn at_work() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    AT_WORK.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// One tree. Removed by [`Tree::remove`]; what a killed build left is removed by a later one.
 pub(super) struct Tree(PathBuf);
@@ -22,6 +31,7 @@ impl Tree {
         // The process id lets a later build see that nobody works in it any more.
         let prefix = format!("{PREFIX}{}-", std::process::id());
         let path = tempfile::Builder::new().prefix(&prefix).tempdir_in(PLACE)?.keep();
+        at_work().insert(path.clone());
         let tree = Self(path);
         fs::set_permissions(tree.path(), fs::Permissions::from_mode(0o711))?;
         Ok(tree)
@@ -36,6 +46,13 @@ impl Tree {
     }
 }
 
+impl Drop for Tree {
+    /// Notes that the build is over; a tree that was not removed is then a later build's to remove.
+    fn drop(&mut self) {
+        at_work().remove(&self.0);
+    }
+}
+
 fn sweep(place: &Path) -> io::Result<()> {
     for entry in fs::read_dir(place)?.take(100_000).flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -45,7 +62,10 @@ fn sweep(place: &Path) -> io::Result<()> {
         let Ok(meta) = entry.metadata() else { continue };
         let ours = meta.is_dir() && meta.uid() == rustix::process::geteuid().as_raw();
         let old = meta.modified()?.elapsed().is_ok_and(|age| age.as_secs() > STALE_S);
-        let orphan = maker.parse::<u32>().is_ok_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+        let orphan = maker.parse::<u32>().is_ok_and(|pid| match pid == std::process::id() {
+            true => !at_work().contains(&entry.path()),
+            false => !Path::new(&format!("/proc/{pid}")).exists(),
+        });
         if ours && (old || orphan) {
             tracing::info!(path = %entry.path().display(), "removing what a broken-off image build left");
             remove_unmounted(&entry.path())?;
@@ -96,13 +116,17 @@ mod tests {
     #[test]
     fn what_a_dead_build_left_is_removed_and_a_working_one_is_left_alone() {
         let place = tempfile::tempdir().unwrap();
-        let dir = |pid: u32| place.path().join(format!("{PREFIX}{pid}-x"));
+        let dir = |pid: u32, name: &str| place.path().join(format!("{PREFIX}{pid}-{name}"));
         let mut dead = std::process::Command::new("true").spawn().unwrap();
         dead.wait().unwrap();
-        let (dead, live) = (dir(dead.id()), dir(std::process::id()));
-        fs::create_dir_all(dead.join("a")).unwrap();
-        fs::create_dir_all(&live).unwrap();
+        let (dead, given_up) = (dir(dead.id(), "x"), dir(std::process::id(), "x"));
+        let working = dir(std::process::id(), "y");
+        for path in [&dead, &given_up, &working] {
+            fs::create_dir_all(path.join("a")).unwrap();
+        }
+        at_work().insert(working.clone());
         sweep(place.path()).unwrap();
-        assert!(!dead.exists() && live.exists());
+        assert!(!dead.exists() && !given_up.exists() && working.exists());
+        at_work().remove(&working);
     }
 }

@@ -20,7 +20,7 @@ pub type OnProgress<'a> = &'a (dyn Fn(Progress<'_>) + Send + Sync);
 
 /// What the engine has to do for images.
 pub trait ImageEngine: Send + Sync {
-    /// The engine's processor, in its own words (`amd64`, `x86_64`, …).
+    /// The engine's processor, in any of the usual words (`amd64`, `x86_64`, `x64`, …).
     fn arch(&self) -> EngineFuture<'_, String>;
     /// The image behind a name, id or digest; `None` where the engine has none.
     fn image<'a>(&'a self, reference: &'a str) -> EngineFuture<'a, Option<ImageInfo>>;
@@ -56,10 +56,10 @@ pub struct Build {
 pub struct ImageInfo {
     /// `sha256:…`.
     pub id: String,
-    /// The image's processor, in the engine's words.
+    /// The image's processor, in any of the usual words (`amd64`, `x64`, `aarch64`, …).
     pub arch: String,
-    /// Size of all layers.
-    pub size_bytes: u64,
+    /// Size of all layers, where the engine says so.
+    pub size_bytes: Option<u64>,
     /// Labels.
     pub labels: BTreeMap<String, String>,
 }
@@ -127,8 +127,8 @@ pub struct Built {
     pub id: String,
     /// The exact name, `<prefix>/cell:<agent>-<recipe>`.
     pub tag: String,
-    /// Size of all layers.
-    pub size_bytes: u64,
+    /// Size of all layers, where the engine says so.
+    pub size_bytes: Option<u64>,
     /// What the base was made from.
     pub base: String,
     /// Version of the CLI in it.

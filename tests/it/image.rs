@@ -151,7 +151,7 @@ impl FakeEngine {
     fn with(self, name: &str, digit: char, labels: &[(&str, &str)]) -> Self {
         let labels = labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let id = format!("sha256:{}", digit.to_string().repeat(64));
-        let info = ImageInfo { id, arch: "amd64".to_owned(), size_bytes: 1, labels };
+        let info = ImageInfo { id, arch: "amd64".to_owned(), size_bytes: None, labels };
         self.images.lock().unwrap().insert(name.to_owned(), info);
         self
     }
@@ -246,6 +246,53 @@ async fn the_default_image_is_built_from_nothing_reused_and_works_in_a_locked_ce
     let left: Vec<_> = std::fs::read_dir(state.path().join("images")).unwrap().flatten().collect();
     outcome.unwrap_or_else(|error| panic!("{error}\nsteps: {:?}", log.lock().unwrap()));
     assert!(left.iter().all(|entry| !entry.file_name().to_string_lossy().starts_with('.')), "{left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_that_is_given_up_leaves_no_process_and_no_mount() {
+    let engine = DockerCli::connect().await;
+    let state = tempfile::tempdir_in("/var/tmp").unwrap();
+    let prefix = format!("hotcell-test-given-up-{}", std::process::id());
+    let images = Images::new(&engine, state.path()).with_prefix(&prefix);
+    let npm = Npm::from_environment().unwrap();
+    let tree = Mutex::new(None);
+    let at_work = tokio::sync::Notify::new();
+    let on_progress = |progress: Progress<'_>| {
+        if let Progress::Line(line) = progress {
+            if let Some((_, place)) = line.split_once("using ") {
+                let place = place.split(' ').next().unwrap_or_default();
+                *tree.lock().unwrap() = Path::new(place).parent().map(Path::to_owned);
+            }
+            if line.contains("installing essential packages") {
+                at_work.notify_one();
+            }
+        }
+    };
+    let request = BuildRequest { base: BaseSource::Debian, ..BuildRequest::default() };
+    tokio::select! {
+        result = images.build(&npm, &request, &on_progress) => panic!("ended by itself: {result:?}"),
+        () = at_work.notified() => {}
+    }
+    let tree = tree.into_inner().unwrap().expect("mmdebstrap named its directory");
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while in_use(&tree) {
+        // The kernel is killing the namespace; nothing announces its end.
+        assert!(std::time::Instant::now() < until, "still in use: {}", tree.display());
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    std::fs::remove_dir_all(&tree).unwrap();
+    assert!(nothing_left(&state.path().join("images")));
+}
+
+/// Whether a mount, or a process by its arguments, names the directory.
+fn in_use(dir: &Path) -> bool {
+    let name = dir.to_str().unwrap();
+    let mounted = std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(name);
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    mounted
+        || processes
+            .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
+            .any(|arguments| String::from_utf8_lossy(&arguments).contains(name))
 }
 
 async fn check_default_image(

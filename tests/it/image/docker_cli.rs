@@ -86,7 +86,7 @@ impl ImageEngine for DockerCli {
             Ok(Some(ImageInfo {
                 id: lines[0].to_owned(),
                 arch: lines[1].to_owned(),
-                size_bytes: lines[2].parse().unwrap(),
+                size_bytes: lines[2].parse().ok(),
                 labels: labels.unwrap_or_default(),
             }))
         })
