@@ -91,15 +91,39 @@ struct Context {
 
 /// Runs one command line and answers the process's exit code.
 pub fn main(args: impl Iterator<Item = OsString>) -> std::process::ExitCode {
-    let cli = match Cli::try_parse_from(args) {
-        Ok(cli) => cli,
-        Err(error) if render::clap_says(&error) => return ExitCode::Succeeded.into(),
-        Err(_) => return ExitCode::Usage.into(),
-    };
+    let args: Vec<OsString> = args.collect();
     let machine = Machine::current();
     let out = Out::stdio(&machine);
     let mut context = Context { out, machine };
-    execute(cli.command, &mut context).into()
+    run_args(&args, &mut context).into()
+}
+
+fn run_args(args: &[OsString], context: &mut Context) -> ExitCode {
+    match Cli::try_parse_from(args) {
+        Ok(cli) => execute(cli.command, context),
+        Err(error) if render::clap_says(&error) => {
+            if error.use_stderr() {
+                ExitCode::Usage
+            } else {
+                ExitCode::Succeeded
+            }
+        }
+        Err(error) => {
+            context.out.json_errors(args.iter().any(|arg| arg == "--json"));
+            context.out.error(&misuse(&error));
+            ExitCode::Usage
+        }
+    }
+}
+
+/// What clap found wrong, in the shape of all errors.
+fn misuse(error: &clap::Error) -> CliError {
+    let text = error.to_string();
+    let mut parts = text.trim().split("\n\n").filter(|part| !part.starts_with("For more information"));
+    let what = parts.next().unwrap_or("").trim_start_matches("error: ").trim();
+    let what = what.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    let hints: Vec<&str> = parts.map(str::trim).chain(["--help says more"]).collect();
+    CliError::usage_hint(what, hints.join("; "))
 }
 
 fn execute(command: Command, context: &mut Context) -> ExitCode {

@@ -41,7 +41,8 @@ Exit codes of all commands:
   130  cancelled by the user
 
 Errors are three lines on standard error: what happened, whose fault it is, what to do next.
-With --json they are one line on standard output instead: {\"error\":{\"code\",\"blame\",\"message\",\"hint\"}}.";
+With --json they are one line of JSON on standard output instead:
+{\"error\":{\"code\",\"blame\",\"message\",\"hint\"}}.";
 
 impl ExitCode {
     /// The code for a job's end.

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::sync::mpsc;
 
 use super::client::Client;
 use super::fail::CliError;
@@ -20,13 +19,16 @@ const AWAY_MAX: Duration = Duration::from_secs(120);
 /// First and longest pause between attempts to reconnect.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
+const CANCELLING: &str =
+    "hotcell: cancelling the job; press Ctrl-C again to leave without waiting for its end";
+
 /// How a command hears Ctrl-C.
 pub(super) enum Interrupts {
     /// The process's SIGINT.
     Signal(tokio::signal::unix::Signal),
     /// A test's hand.
-    #[allow(dead_code)] // made by tests only
-    Channel(mpsc::Receiver<()>),
+    #[cfg(test)]
+    Channel(tokio::sync::mpsc::Receiver<()>),
 }
 
 impl Interrupts {
@@ -40,6 +42,7 @@ impl Interrupts {
     pub(super) async fn next(&mut self) {
         let heard = match self {
             Self::Signal(signal) => signal.recv().await,
+            #[cfg(test)]
             Self::Channel(channel) => channel.recv().await,
         };
         if heard.is_none() {
@@ -83,8 +86,8 @@ pub(super) struct Follow<'a> {
     /// Wait for more until the job is done.
     pub(super) follow: bool,
     pub(super) on_interrupt: OnInterrupt,
-    /// A Ctrl-C was heard before the job had an id.
-    pub(super) cancel_first: bool,
+    /// The job is to be cancelled and the daemon does not know it yet.
+    pub(super) cancel_wanted: bool,
     pub(super) show: Show,
 }
 
@@ -99,6 +102,8 @@ struct Head<'a> {
 enum Step {
     /// The stream ended; true when the job's last event was in it.
     StreamEnded(bool),
+    /// Ctrl-C was heard before the stream was open.
+    Again,
     Left,
 }
 
@@ -112,14 +117,15 @@ impl Follow<'_> {
         out: &mut Out,
         interrupts: &mut Interrupts,
     ) -> Result<Ended, CliError> {
-        if self.cancel_first && self.cancel(out, interrupts).await? {
-            return Ok(Ended::Left);
-        }
         let (mut pause, mut away_since) = (PAUSE.0, None::<Instant>);
         loop {
+            if self.cancel_wanted && self.cancel(out, interrupts).await? {
+                return Ok(Ended::Left);
+            }
             let before = self.last_seq;
             let lost = match self.stream(out, interrupts).await {
                 Ok(Step::Left) => return Ok(Ended::Left),
+                Ok(Step::Again) => continue,
                 Ok(Step::StreamEnded(last)) if last || !self.follow => return Ok(Ended::End),
                 Ok(Step::StreamEnded(_)) => match self.client.job(&self.job).await {
                     // A done job's stream that ended without its last event was cut, unless nothing is left.
@@ -145,20 +151,28 @@ impl Follow<'_> {
             }
             tokio::select! {
                 () = tokio::time::sleep(pause) => pause = (pause * 2).min(PAUSE.1),
-                () = interrupts.next() => return Ok(Ended::Left),
+                () = interrupts.next() => {
+                    if self.interrupted(out, interrupts).await? {
+                        return Ok(Ended::Left);
+                    }
+                }
             }
         }
     }
 
     /// One connection's worth of events.
     async fn stream(&mut self, out: &mut Out, interrupts: &mut Interrupts) -> Result<Step, CliError> {
-        let mut events = {
+        let events = {
             // Asking from the last number seen, and skipping it, is right whatever happened in between.
             let opening = pin!(self.client.events(&self.job, self.last_seq, self.follow));
             tokio::select! {
-                events = opening => events?,
-                () = interrupts.next() => return Ok(Step::Left),
+                events = opening => Some(events?),
+                () = interrupts.next() => None,
             }
+        };
+        let Some(mut events) = events else {
+            let left = self.interrupted(out, interrupts).await?;
+            return Ok(if left { Step::Left } else { Step::Again });
         };
         let mut tick = tokio::time::interval(STATUS_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -170,10 +184,9 @@ impl Follow<'_> {
                 more = events.next(&mut lines) => more?,
                 _ = tick.tick(), if out.is_live() => { self.show_status(out); continue }
                 () = interrupts.next() => {
-                    if self.on_interrupt == OnInterrupt::Leave || self.cancel(out, interrupts).await? {
+                    if self.interrupted(out, interrupts).await? {
                         return Ok(Step::Left);
                     }
-                    self.on_interrupt = OnInterrupt::Leave;
                     continue;
                 }
             };
@@ -188,7 +201,10 @@ impl Follow<'_> {
     }
 
     fn show_status(&self, out: &mut Out) {
-        if let Show::Readable(view) = &self.show {
+        // After the end nothing moves any more.
+        if let Show::Readable(view) = &self.show
+            && view.outcome().is_none()
+        {
             out.status(&view.status(crate::clock::wall_ms()));
         }
     }
@@ -218,16 +234,29 @@ impl Follow<'_> {
         Ok(last)
     }
 
+    /// What a Ctrl-C means now; true when it means to leave.
+    async fn interrupted(&mut self, out: &mut Out, interrupts: &mut Interrupts) -> Result<bool, CliError> {
+        match self.on_interrupt {
+            OnInterrupt::Leave => Ok(true),
+            OnInterrupt::Cancel => self.cancel(out, interrupts).await,
+        }
+    }
+
     /// Asks the daemon to cancel; true when the user did not want to wait even for that.
     async fn cancel(&mut self, out: &mut Out, interrupts: &mut Interrupts) -> Result<bool, CliError> {
-        out.notice("hotcell: cancelling the job; press Ctrl-C again to leave without waiting for its end")?;
-        self.on_interrupt = OnInterrupt::Leave;
+        if self.on_interrupt == OnInterrupt::Cancel {
+            out.notice(CANCELLING)?;
+            self.on_interrupt = OnInterrupt::Leave;
+        }
         let asked = tokio::select! {
             asked = self.client.cancel(&self.job) => asked,
             () = interrupts.next() => return Ok(true),
         };
+        self.cancel_wanted = false;
         match asked {
             Ok(_) => {}
+            // Asked again as soon as the daemon is back.
+            Err(CliError::ConnectionLost { .. } | CliError::NoDaemon { .. }) => self.cancel_wanted = true,
             // The events say how it ends; one that ended in this moment needs no cancel.
             Err(CliError::Api(error)) if error.status == 409 => {}
             Err(error) => out.error(&error),

@@ -46,7 +46,7 @@ pub(super) async fn logs(args: &LogsArgs, context: &mut Context) -> Result<ExitC
         last_seq: args.from.saturating_sub(1),
         follow: args.follow,
         on_interrupt: OnInterrupt::Leave,
-        cancel_first: false,
+        cancel_wanted: false,
         show,
     };
     let mut interrupts = Interrupts::listen()?;

@@ -273,11 +273,16 @@ impl Drop for Out {
 /// How often the status line moves.
 pub(crate) const STATUS_TICK: Duration = Duration::from_millis(125);
 
-/// Prints what clap says about a command line, or its help; true when it was help that was asked for.
+/// Prints the help or version that was asked for, or the help that a bare command gets; false where
+/// `error` is a mistake in the command line.
 pub(crate) fn clap_says(error: &clap::Error) -> bool {
-    // A closed pipe is no reason to fail.
-    let _ = error.print();
-    !error.use_stderr()
+    use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand as Bare;
+    let says = !error.use_stderr() || error.kind() == Bare;
+    if says {
+        // A closed pipe is no reason to fail.
+        let _ = error.print();
+    }
+    says
 }
 
 #[cfg(test)]

@@ -23,10 +23,10 @@ const SUBMIT_ATTEMPTS: u32 = 3;
 /// Run one job and show what it does
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Ctrl-C cancels the job and waits for its end; a second Ctrl-C leaves at once. A client that is closed or
-killed leaves its job running: `hotcell logs -f JOB` follows it again.
+Ctrl-C cancels the job and waits for its end; a second Ctrl-C leaves at once.
+A client that is closed or killed leaves its job running: `hotcell logs -f JOB` follows it again.
 With --json every event is one line as it comes, and the last line is {\"job\":{…}}.
-Limits that are not given are those of the policy, which are also the most that can be asked for.")]
+A limit that is not given is the policy's, which is also the most that can be asked for.")]
 pub(super) struct RunArgs {
     /// What the agent shall do; `-` reads it from standard input
     #[arg(value_name = "PROMPT", required_unless_present = "spec")]
@@ -183,9 +183,11 @@ pub(super) async fn submit_and_follow(
                 () = interrupts.next() => {
                     // Whether the job exists is known only with the answer.
                     if interrupted {
+                        context.out.notice("hotcell: left; `hotcell ls` shows whether the job was accepted")?;
                         return Ok(ExitCode::Cancelled);
                     }
                     interrupted = true;
+                    context.out.notice("hotcell: the job will be cancelled as soon as the daemon answers")?;
                 }
             }
         }
@@ -205,7 +207,7 @@ pub(super) async fn submit_and_follow(
         last_seq: 0,
         follow: true,
         on_interrupt: OnInterrupt::Cancel,
-        cancel_first: interrupted,
+        cancel_wanted: interrupted,
         show,
     };
     match follow.run(&mut context.out, interrupts).await? {
@@ -324,6 +326,10 @@ fn read_spec(path: &Path, has_prompt: bool) -> Result<Map<String, Value>, CliErr
     // Checked before flags are put over it, so that line and column are those of the file.
     if spec.contains_key("prompt") || !has_prompt {
         JobSpec::parse(text.as_bytes()).map_err(|e| at(e.to_string()))?;
+    } else {
+        let mut whole = spec.clone();
+        put(&mut whole, "prompt", Some("x"));
+        JobSpec::parse(Value::Object(whole).to_string().as_bytes()).map_err(|e| at(e.to_string()))?;
     }
     Ok(spec)
 }

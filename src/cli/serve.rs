@@ -12,10 +12,11 @@ use crate::config::{Config, Flags, SETTINGS, Setting};
 /// Run the daemon
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Every setting is a key of the TOML file, a variable and a flag: `slots` in `[limits]`, HOTCELL_LIMITS_SLOTS and
---limits-slots. A flag wins over a variable, that over the file, that over the default.
-The file is --config, else $HOTCELL_CONFIG, else /etc/hotcell/config.toml as root and
-$XDG_CONFIG_HOME/hotcell/config.toml otherwise. `--help` shows all settings, `-h` the everyday ones.")]
+Every setting has a key in the TOML file, a variable and a flag, e.g. limits.slots,
+HOTCELL_LIMITS_SLOTS and --limits-slots. A flag wins over a variable, that over the file,
+that over the default. The file is --config, else $HOTCELL_CONFIG, else
+/etc/hotcell/config.toml as root and $XDG_CONFIG_HOME/hotcell/config.toml otherwise.
+`--help` shows all settings, `-h` the everyday ones.")]
 pub(super) struct ServeArgs {
     #[command(flatten)]
     config: ConfigFlags,

@@ -97,7 +97,8 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
     let mut text = Text::new(paint).add(Style::Bold, job.id.as_str()).plain("  ");
     text = text.plain(&one_line(&job.title, 80)).end();
     let mut row = |label: &str, value: &str| {
-        let line = Text::new(paint).add(Style::Dim, &format!("  {label:<10}")).plain(value).end();
+        let line =
+            Text::new(paint).add(Style::Dim, &format!("  {label:<12}")).plain(&one_line(value, 400)).end();
         text.safe.push_str(line.as_str());
     };
     row("state", &standing(&job.state).1);
@@ -131,7 +132,7 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
     row("spent", &spent(&job.totals, run_ms(job, now_ms), job.cost_limit_usd));
     row("tokens", &tokens(&job.totals));
     if let Some(own) = job.totals.cli_micro_usd.filter(|own| differs(*own, job.totals.charged_micro_usd)) {
-        row("cli's cost", &format!("{} (the ledger's figure above is the truth)", words::usd(own)));
+        row("CLI's cost", &format!("{} (the ledger's figure above is the truth)", words::usd(own)));
     }
     if job.totals.peak_memory_bytes > 0 {
         let (memory, cpu) = (words::bytes(job.totals.peak_memory_bytes), job.totals.cpu_us / 1000);
