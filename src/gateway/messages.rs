@@ -109,6 +109,9 @@ impl Call {
         if let Some(grant) = grant {
             self.settle(grant, &relayed).await;
         }
+        if relayed.status == 401 {
+            self.lease.gateway.credential.doubt().await;
+        }
         self.tell_faults(&relayed);
     }
 
@@ -209,8 +212,9 @@ impl Call {
         let answer = match answer {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => {
-                tracing::warn!(%error, job = %self.lease.job, "the provider cannot be reached");
-                let message = format!("hotcell: the provider cannot be reached: {error}");
+                let why = with_causes(&error);
+                tracing::warn!(why, job = %self.lease.job, "the provider cannot be reached");
+                let message = format!("hotcell: the provider cannot be reached: {why}");
                 let _ = head.send(error_response(StatusCode::BAD_GATEWAY, "api_error", &message));
                 // A stream's head comes before its tokens; a whole message may have been made and lost.
                 let unknown = !error.is_connect() && !self.facts.stream;
@@ -304,6 +308,18 @@ impl Call {
 
 fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// An error with what caused it; hyper's own text names only the step.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 /// Dollars with two decimals, or as many as there are.
