@@ -120,12 +120,12 @@ impl Call {
         &mut self,
         head: &mut oneshot::Sender<Response<Body>>,
     ) -> Result<Grant, Option<Refused>> {
-        let input = self.facts.input_tokens_estimate;
+        let (input, cache) = (self.facts.input_tokens_estimate, self.facts.cache_write);
         let ask = Ask {
             job: self.lease.job.clone(),
             model: self.facts.model.clone(),
-            want: self.price.worst_case(input, self.output_tokens_max),
-            floor: self.price.worst_case(input, self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR)),
+            want: self.price.worst_case(input, self.output_tokens_max, cache),
+            floor: self.price.worst_case(input, self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR), cache),
             limit: self.lease.cost_limit,
         };
         let give_up = Instant::now() + self.lease.gateway.limits.budget_wait;
@@ -165,7 +165,8 @@ impl Call {
     /// Lowers `max_tokens` to what was granted, and writes it into the body if it differs from what was asked.
     fn fit(&mut self, ask: &Ask, grant: Grant) {
         if grant.amount < ask.want {
-            let paid = self.price.output_tokens_within(grant.amount, self.facts.input_tokens_estimate);
+            let (input, cache) = (self.facts.input_tokens_estimate, self.facts.cache_write);
+            let paid = self.price.output_tokens_within(grant.amount, input, cache);
             // The floor was granted; rounding must not take a token of it.
             let floor = self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR);
             self.output_tokens_max = paid.clamp(floor, self.output_tokens_max);

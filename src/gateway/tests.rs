@@ -527,11 +527,12 @@ async fn of_many_at_once_with_budget_for_one_only_one_goes_upstream() {
     let price = *Prices::built_in().unwrap().of(MODEL).unwrap();
     let body = ask("x", true);
     let input = body::BodyFacts::read(body.to_string().as_bytes()).unwrap().input_tokens_estimate;
+    let cache = crate::pricing::CacheWrite::FiveMinutes;
     // As dear as its worst case, so that there is room for exactly one.
     let script = format!(
-        "[default]\ntext = \"x\"\nlatency_ms = 20\nusage = {{ cache_write_1h = {input}, output = 8000 }}"
+        "[default]\ntext = \"x\"\nlatency_ms = 20\nusage = {{ cache_write_5m = {input}, output = 8000 }}"
     );
-    let limit = price.worst_case(input, 8000).0;
+    let limit = price.worst_case(input, 8000, cache).0;
     let limits = Limits { requests_max: 300, connections_max: 300, ..Limits::default() };
     let world = World::with(&script, Setup { limit: Some(limit), limits, ..Setup::default() }).await;
     let mut calls = tokio::task::JoinSet::new();
