@@ -232,7 +232,10 @@ fn prices(file: Option<&Path>) -> anyhow::Result<Prices> {
 }
 
 /// The state directory, canonical, of our own and closed to everybody else: it holds tokens and keys of cells.
-fn make_state_dir(path: &Path) -> anyhow::Result<PathBuf> {
+///
+/// # Errors
+/// When it cannot be made or is somebody else's.
+pub fn make_state_dir(path: &Path) -> anyhow::Result<PathBuf> {
     let shown = path.display();
     if !path.exists() {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).with_context(|| format!("state_dir: cannot create {shown}"))?;

@@ -7,7 +7,7 @@
 //! metering it (`relay`, [`meter`]), settle. [`lease`] holds a cell's socket and what is under way for it.
 //!
 //! **Invariant**: Σ billed ≤ Σ charged + what the input estimate was short of; and once a limit is reached, no
-//! byte goes upstream. The estimate is bytes/3 for now, so spend can pass a limit by one request's input at most.
+//! paid request goes upstream. The estimate is bytes/3 for now, so spend can pass a limit by one request's input at most.
 
 mod admit;
 pub mod body;

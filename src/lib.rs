@@ -33,3 +33,4 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod selftest;

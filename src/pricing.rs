@@ -74,6 +74,16 @@ pub struct Rates {
     pub cache_read: MicroUsd,
 }
 
+/// The longest-lived cache that a request writes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CacheWrite {
+    /// The five-minute cache, or none.
+    FiveMinutes,
+    /// The one-hour cache: the dearest.
+    #[default]
+    OneHour,
+}
+
 /// What one model costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Price {
@@ -104,15 +114,19 @@ impl Price {
     }
 
     /// The most that a request can cost: all input at its dearest (a cache write), all output used.
-    pub fn worst_case(&self, input_tokens_max: u64, output_tokens_max: u64) -> MicroUsd {
+    pub fn worst_case(&self, input_tokens_max: u64, output_tokens_max: u64, cache: CacheWrite) -> MicroUsd {
         let rates = self.rates_for(input_tokens_max);
-        let dearest = rates.input.max(rates.cache_write_5m).max(rates.cache_write_1h).max(rates.cache_read);
+        let short = rates.input.max(rates.cache_write_5m).max(rates.cache_read);
+        let dearest = match cache {
+            CacheWrite::FiveMinutes => short,
+            CacheWrite::OneHour => short.max(rates.cache_write_1h),
+        };
         cost_of(&[(input_tokens_max, dearest), (output_tokens_max, rates.output)])
     }
 
     /// How many output tokens `amount` pays for beside the worst case of `input_tokens_max`.
-    pub fn output_tokens_within(&self, amount: MicroUsd, input_tokens_max: u64) -> u64 {
-        let left = amount.minus(self.worst_case(input_tokens_max, 0));
+    pub fn output_tokens_within(&self, amount: MicroUsd, input_tokens_max: u64, cache: CacheWrite) -> u64 {
+        let left = amount.minus(self.worst_case(input_tokens_max, 0, cache));
         let per_million = self.rates_for(input_tokens_max).output.0;
         if per_million == 0 {
             return u64::MAX;
@@ -329,16 +343,19 @@ mod tests {
             let usage = Usage { input, output, cache_read, cache_write_5m, cache_write_1h };
             for name in Prices::built_in().unwrap().names() {
                 let price = *Prices::built_in().unwrap().of(name).unwrap();
-                prop_assert!(price.worst_case(usage.input_total(), output) >= price.cost(&usage));
+                prop_assert!(price.worst_case(usage.input_total(), output, CacheWrite::OneHour) >= price.cost(&usage));
+                let short = Usage { cache_write_1h: 0, ..usage };
+                let worst = price.worst_case(short.input_total(), output, CacheWrite::FiveMinutes);
+                prop_assert!(worst >= price.cost(&short));
             }
         }
 
         #[test]
         fn output_within_an_amount_never_costs_more(amount in 0u64..10_000_000, input in 0u64..1_000_000) {
             let price = sonnet();
-            let tokens = price.output_tokens_within(MicroUsd(amount), input);
-            let floor = price.worst_case(input, 0);
-            prop_assert!(price.worst_case(input, tokens) <= MicroUsd(amount).max(floor));
+            let tokens = price.output_tokens_within(MicroUsd(amount), input, CacheWrite::OneHour);
+            let floor = price.worst_case(input, 0, CacheWrite::OneHour);
+            prop_assert!(price.worst_case(input, tokens, CacheWrite::OneHour) <= MicroUsd(amount).max(floor));
         }
     }
 }

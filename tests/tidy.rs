@@ -16,8 +16,8 @@ const LAYERS: [(&str, &[&str]); 5] = [
             "store", "workspace",
         ],
     ),
-    ("doing", &["cell", "driver", "selftest", "sweeper"]),
-    ("faces", &["api", "cli", "config", "daemon"]),
+    ("doing", &["cell", "driver", "sweeper"]),
+    ("faces", &["api", "cli", "config", "daemon", "selftest"]),
 ];
 
 /// What hands may use of each other: everything else goes through the layer above.

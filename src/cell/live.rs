@@ -483,7 +483,9 @@ impl<'a> Live<'a> {
             note_gateway(parts, record, &event, &mut provider_status)?;
         }
         record.commit()?;
-        link.destroy().await;
+        if let Err(error) = link.destroy().await {
+            tracing::warn!(job = %record.job, %error, "the socket of a cell is left to the sweep");
+        }
         Ok(Ended { session: Some(session), exit: Some(exit), failure, provider_status })
     }
 }

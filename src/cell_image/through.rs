@@ -67,7 +67,7 @@ impl ImageEngine for EngineImages {
             Ok(found.map(|info| ImageInfo {
                 id: info.id,
                 arch: info.arch,
-                size_bytes: info.size_bytes,
+                size_bytes: Some(info.size_bytes),
                 labels: info.labels,
             }))
         })

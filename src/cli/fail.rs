@@ -171,7 +171,6 @@ pub(crate) enum CliError {
     Local(anyhow::Error),
     /// The same, because the engine or the network is away.
     #[error("{0:#}")]
-    #[allow(dead_code)] // for `image build` and `agent install`, which the lead wires
     Away(anyhow::Error),
     /// Output could not be written.
     #[error("cannot write the output: {0}")]

@@ -2,11 +2,16 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::{Args, Subcommand};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use super::Context;
 use super::fail::{CliError, ExitCode};
+use crate::model::{self, Listener, Recorder, Script};
 
 /// Serve a scripted model, to rehearse jobs without cost
 #[derive(Debug, Args)]
@@ -37,13 +42,48 @@ struct ModelServeArgs {
     record: Option<PathBuf>,
 }
 
-pub(super) fn model(args: &ModelArgs, _context: &mut Context) -> Result<ExitCode, CliError> {
+pub(super) fn model(args: &ModelArgs, context: &mut Context) -> Result<ExitCode, CliError> {
     let ModelCommand::Serve(args) = &args.command;
-    // LEAD: wire `crate::model` here with script, unix or listen, and record.
-    let place = args.unix.as_ref().map_or_else(|| args.listen.to_string(), |path| path.display().to_string());
-    let record = args.record.as_ref().map_or_else(|| "nowhere".to_owned(), |path| path.display().to_string());
-    let script = args.script.display();
-    Err(CliError::Local(anyhow::anyhow!(
-        "serving {script} on {place} (recording to {record}) is not part of this build"
-    )))
+    super::wait(serve(args, context))
+}
+
+async fn serve(args: &ModelServeArgs, context: &mut Context) -> Result<ExitCode, CliError> {
+    let name = args.script.display().to_string();
+    let text = std::fs::read_to_string(&args.script)
+        .map_err(|error| CliError::usage(format!("--script: cannot read {name}: {error}")))?;
+    let script = Script::parse(&text, &name).map_err(|error| CliError::usage(error.to_string()))?;
+    let recorder = match &args.record {
+        None => Recorder::off(),
+        Some(path) => Recorder::file(path)
+            .map_err(|error| CliError::usage(format!("--record: cannot write {}: {error}", path.display())))?,
+    };
+    let cannot = |place: String| move |error: std::io::Error| CliError::usage(format!("cannot listen on {place}: {error}"));
+    let (listener, place): (Listener, String) = match &args.unix {
+        Some(path) => {
+            let place = path.display().to_string();
+            (UnixListener::bind(path).map_err(cannot(place.clone()))?.into(), format!("unix:{place}"))
+        }
+        None => {
+            let listener = TcpListener::bind(args.listen).await.map_err(cannot(args.listen.to_string()))?;
+            let place = listener.local_addr().map_err(cannot(args.listen.to_string()))?;
+            (listener.into(), format!("http://{place}"))
+        }
+    };
+    // The first line tells a script where to go.
+    context.out.json(&serde_json::json!({ "base_url": place }))?;
+    context.out.flush()?;
+    let stop = CancellationToken::new();
+    let serving = model::serve(listener, Arc::new(script), Arc::new(recorder), stop.clone());
+    let mut serving = std::pin::pin!(serving);
+    let mut term = signal(SignalKind::terminate()).map_err(|e| CliError::Local(e.into()))?;
+    let report = tokio::select! {
+        report = &mut serving => report,
+        _ = tokio::signal::ctrl_c() => { stop.cancel(); serving.await }
+        _ = term.recv() => { stop.cancel(); serving.await }
+    };
+    if let Some(path) = &args.unix {
+        let _ = std::fs::remove_file(path);
+    }
+    context.out.json(&report)?;
+    Ok(ExitCode::Succeeded)
 }

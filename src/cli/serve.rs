@@ -82,14 +82,6 @@ impl FromArgMatches for ConfigFlags {
 
 pub(super) fn serve(args: &ServeArgs, context: &mut Context) -> Result<ExitCode, CliError> {
     let config = Config::load(&args.config.flags(), &context.machine)?;
-    daemon_serve(config).map_err(CliError::Local)?;
+    crate::daemon::serve(config).map_err(CliError::Local)?;
     Ok(ExitCode::Succeeded)
-}
-
-// LEAD: replace by `crate::daemon::serve`, which is to have this signature.
-fn daemon_serve(config: Config) -> anyhow::Result<()> {
-    anyhow::bail!(
-        "the daemon is not part of this build (its state would be in {})",
-        config.state_dir.display()
-    )
 }

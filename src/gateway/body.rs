@@ -11,6 +11,8 @@ use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
+use crate::pricing::CacheWrite;
+
 /// Fields that may stand in a request. The API's others fetch (`mcp_servers`), store (`container`), or change
 /// the price (`speed`, `inference_geo`).
 const FIELDS: &[&str] = &[
@@ -76,6 +78,8 @@ pub struct BodyFacts {
     pub output_tokens_max: Option<u64>,
     /// Estimate of the input, see [`BYTES_PER_TOKEN`].
     pub input_tokens_estimate: u64,
+    /// The longest-lived cache it asks for.
+    pub cache_write: CacheWrite,
     /// Whether the answer is to be streamed.
     pub stream: bool,
     max_tokens_at: Option<Range<usize>>,
@@ -114,6 +118,7 @@ impl BodyFacts {
                 .into_owned(),
             output_tokens_max: top.max_tokens.map(number).transpose()?,
             input_tokens_estimate: text_bytes.div_ceil(BYTES_PER_TOKEN) + INPUT_TOKENS_BASE + image_tokens,
+            cache_write: if top.long_cache { CacheWrite::OneHour } else { CacheWrite::FiveMinutes },
             stream: top.stream,
             max_tokens_at: top.max_tokens.map(at),
             thinking_at: top.thinking.map(at),
@@ -166,6 +171,7 @@ struct Top<'a> {
     max_tokens: Option<&'a RawValue>,
     thinking: Option<&'a RawValue>,
     stream: bool,
+    long_cache: bool,
     images: u64,
     image_bytes: u64,
     refused: Option<BodyError>,
@@ -204,6 +210,10 @@ impl<'de> Visitor<'de> for TopVisitor {
                 "max_tokens" => top.max_tokens = Some(map.next_value()?),
                 "thinking" => top.thinking = Some(map.next_value()?),
                 "stream" => top.stream = map.next_value::<Option<bool>>()?.unwrap_or(false),
+                "cache_control" => {
+                    top.long_cache |=
+                        map.next_value::<Option<CacheControl<'de>>>()?.is_some_and(|c| c.is_long())
+                }
                 "messages" | "system" => map.next_value_seed(Content { top: &mut top })?,
                 "tools" => {
                     for tool in map.next_value::<Option<Vec<Typed<'de>>>>()?.into_iter().flatten() {
@@ -235,10 +245,26 @@ struct Edits<'a> {
 struct Typed<'a> {
     #[serde(rename = "type", borrow)]
     kind: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    cache_control: Option<CacheControl<'a>>,
+}
+
+#[derive(Deserialize)]
+struct CacheControl<'a> {
+    #[serde(borrow)]
+    ttl: Option<Cow<'a, str>>,
+}
+
+impl CacheControl<'_> {
+    /// Longer than the default of five minutes, as far as we know.
+    fn is_long(&self) -> bool {
+        self.ttl.as_deref().is_some_and(|ttl| ttl != "5m")
+    }
 }
 
 impl Typed<'_> {
     fn check(&self, top: &mut Top<'_>, allowed: &[&str], error: fn(String) -> BodyError) {
+        top.long_cache |= self.cache_control.as_ref().is_some_and(CacheControl::is_long);
         let Some(kind) = self.kind.as_deref().filter(|kind| *kind != "custom") else { return };
         if !allowed.iter().any(|prefix| kind.starts_with(prefix)) {
             top.refused.get_or_insert(error(shown(kind)));
@@ -287,7 +313,7 @@ impl<'de> Visitor<'de> for Content<'_, '_> {
     }
 }
 
-/// A message or a content block: `type`, `content`, `source` and `file_id` matter.
+/// A message or a content block: `type`, `content`, `source`, `file_id` and `cache_control` matter.
 struct Item<'t, 'a> {
     top: &'t mut Top<'a>,
 }
@@ -325,6 +351,10 @@ impl<'de> Visitor<'de> for Item<'_, '_> {
                 "type" => kind = Some(map.next_value::<Text<'de>>()?.0),
                 "content" => map.next_value_seed(Content { top: &mut *self.top })?,
                 "source" => source = Some(map.next_value_seed(Source { top: &mut *self.top })?),
+                "cache_control" => {
+                    let control = map.next_value::<Option<CacheControl<'de>>>()?;
+                    self.top.long_cache |= control.is_some_and(|control| control.is_long());
+                }
                 "file_id" => {
                     self.top.refused.get_or_insert(BodyError::RemoteSource("file".to_owned()));
                     map.next_value::<IgnoredAny>()?;
@@ -452,6 +482,30 @@ mod tests {
         ));
         let edits = r#""context_management":{"edits":[{"type":"compact_20260112"}]}"#;
         assert!(matches!(with(edits), Err(BodyError::ContextEdit(_))));
+    }
+
+    #[test]
+    fn a_one_hour_cache_is_seen_wherever_it_is_asked_for() {
+        let cache = |more: &str| read(&format!(r#"{{"model":"m",{more}}}"#)).unwrap().cache_write;
+        let long = r#""cache_control":{"type":"ephemeral","ttl":"1h"}"#;
+        let block = format!(r#"{{"type":"text","text":"t",{long}}}"#);
+        for body in [
+            long.to_owned(),
+            long.replace("1h", "\\u0031h"),
+            format!(r#""system":[{block}]"#),
+            format!(r#""tools":[{{"name":"a",{long}}}]"#),
+            format!(r#""messages":[{{"role":"user","content":[{block}]}}]"#),
+            format!(
+                r#""messages":[{{"role":"user","content":[{{"type":"tool_result","content":[{block}]}}]}}]"#
+            ),
+        ] {
+            assert_eq!(cache(&body), CacheWrite::OneHour, "{body}");
+            assert_eq!(
+                cache(&body.replace("\"1h\"", "\"5m\"").replace("\\u0031h", "5m")),
+                CacheWrite::FiveMinutes,
+                "{body}"
+            );
+        }
     }
 
     #[test]

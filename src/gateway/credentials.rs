@@ -23,7 +23,7 @@ const COMMAND_WAIT: Duration = Duration::from_secs(30);
 const BYTES_MAX: u64 = 16 << 10;
 
 /// Where a credential comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum CredentialSource {
     /// An environment variable of the daemon, read once.
     Env(String),
@@ -31,6 +31,17 @@ pub enum CredentialSource {
     File(PathBuf),
     /// Program and arguments (no shell); its standard output, read again every five minutes.
     Command(Vec<String>),
+}
+
+impl fmt::Debug for CredentialSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Env(name) => f.debug_tuple("Env").field(name).finish(),
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            // Not the arguments: people put secrets there.
+            Self::Command(argv) => f.debug_tuple("Command").field(&argv.first()).finish_non_exhaustive(),
+        }
+    }
 }
 
 /// The header a credential goes into.
@@ -87,6 +98,7 @@ pub(super) struct Credential {
 struct Current {
     header: HeaderValue,
     secret: Secret,
+    read_at: Instant,
     fresh_until: Instant,
 }
 
@@ -149,6 +161,16 @@ impl Credential {
     }
 }
 
+impl Credential {
+    /// The provider refused it (401): it is read again at the next request, unless it was read just now.
+    pub(super) async fn doubt(&self) {
+        let mut current = self.current.lock().await;
+        if !matches!(self.source, CredentialSource::Env(_)) {
+            current.fresh_until = current.fresh_until.min(current.read_at + RETRY);
+        }
+    }
+}
+
 impl Current {
     async fn read(source: &CredentialSource, style: AuthStyle) -> Result<Self, CredentialError> {
         let (text, whence) = match source {
@@ -180,7 +202,8 @@ impl Current {
         header.set_sensitive(true);
         let lasting = matches!(source, CredentialSource::Env(_));
         let fresh = if lasting { Duration::from_secs(10 * 365 * 86_400) } else { FRESH };
-        Ok(Self { header, secret: Secret::new(key.to_owned()), fresh_until: Instant::now() + fresh })
+        let read_at = Instant::now();
+        Ok(Self { header, secret: Secret::new(key.to_owned()), read_at, fresh_until: read_at + fresh })
     }
 }
 
@@ -235,7 +258,9 @@ mod tests {
         assert_eq!(headers["x-api-key"], "canary-1");
         let credential = Credential::open(from_file, AuthStyle::ApiKey).await.unwrap();
         assert!(!format!("{credential:?} {headers:?}").contains("canary"));
+        credential.doubt().await;
         let command = CredentialSource::Command(vec!["echo".into(), "canary-2".into()]);
+        assert!(!format!("{command:?}").contains("canary"));
         assert_eq!(header(command, AuthStyle::Bearer).await.unwrap()["authorization"], "Bearer canary-2");
     }
 

@@ -65,7 +65,7 @@ impl fmt::Debug for LeaseSpec {
 /// A live lease. It ends with [`Lease::destroy`].
 #[derive(Debug)]
 pub struct Lease {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     events: mpsc::Receiver<GatewayEvent>,
     acceptor: JoinHandle<()>,
     socket: PathBuf,

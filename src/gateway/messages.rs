@@ -112,6 +112,9 @@ impl Call {
         if let Some(grant) = grant {
             self.settle(grant, &relayed).await;
         }
+        if relayed.status == 401 {
+            self.lease.gateway.credential.doubt().await;
+        }
         self.tell_faults(&relayed);
     }
 
@@ -120,12 +123,12 @@ impl Call {
         &mut self,
         head: &mut oneshot::Sender<Response<Body>>,
     ) -> Result<Grant, Option<Refused>> {
-        let input = self.facts.input_tokens_estimate;
+        let (input, cache) = (self.facts.input_tokens_estimate, self.facts.cache_write);
         let ask = Ask {
             job: self.lease.job.clone(),
             model: self.facts.model.clone(),
-            want: self.price.worst_case(input, self.output_tokens_max),
-            floor: self.price.worst_case(input, self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR)),
+            want: self.price.worst_case(input, self.output_tokens_max, cache),
+            floor: self.price.worst_case(input, self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR), cache),
             limit: self.lease.cost_limit,
         };
         let give_up = Instant::now() + self.lease.gateway.limits.budget_wait;
@@ -165,7 +168,8 @@ impl Call {
     /// Lowers `max_tokens` to what was granted, and writes it into the body if it differs from what was asked.
     fn fit(&mut self, ask: &Ask, grant: Grant) {
         if grant.amount < ask.want {
-            let paid = self.price.output_tokens_within(grant.amount, self.facts.input_tokens_estimate);
+            let (input, cache) = (self.facts.input_tokens_estimate, self.facts.cache_write);
+            let paid = self.price.output_tokens_within(grant.amount, input, cache);
             // The floor was granted; rounding must not take a token of it.
             let floor = self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR);
             self.output_tokens_max = paid.clamp(floor, self.output_tokens_max);
@@ -212,8 +216,9 @@ impl Call {
         let answer = match answer {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => {
-                tracing::warn!(%error, job = %self.lease.job, "the provider cannot be reached");
-                let message = format!("hotcell: the provider cannot be reached: {error}");
+                let why = with_causes(&error);
+                tracing::warn!(why, job = %self.lease.job, "the provider cannot be reached");
+                let message = format!("hotcell: the provider cannot be reached: {why}");
                 let _ = head.send(error_response(StatusCode::BAD_GATEWAY, "api_error", &message));
                 // A stream's head comes before its tokens; a whole message may have been made and lost.
                 let unknown = !error.is_connect() && !self.facts.stream;
@@ -307,6 +312,18 @@ impl Call {
 
 fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// An error with what caused it; hyper's own text names only the step.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 /// Dollars with two decimals, or as many as there are.

@@ -538,11 +538,12 @@ async fn of_many_at_once_with_budget_for_one_only_one_goes_upstream() {
     let price = *Prices::built_in().unwrap().of(MODEL).unwrap();
     let body = ask("x", true);
     let input = body::BodyFacts::read(body.to_string().as_bytes()).unwrap().input_tokens_estimate;
+    let cache = crate::pricing::CacheWrite::FiveMinutes;
     // As dear as its worst case, so that there is room for exactly one.
     let script = format!(
-        "[default]\ntext = \"x\"\nlatency_ms = 20\nusage = {{ cache_write_1h = {input}, output = 8000 }}"
+        "[default]\ntext = \"x\"\nlatency_ms = 20\nusage = {{ cache_write_5m = {input}, output = 8000 }}"
     );
-    let limit = price.worst_case(input, 8000).0;
+    let limit = price.worst_case(input, 8000, cache).0;
     let limits = Limits { requests_max: 300, connections_max: 300, ..Limits::default() };
     let world = World::with(&script, Setup { limit: Some(limit), limits, ..Setup::default() }).await;
     let mut calls = tokio::task::JoinSet::new();
@@ -600,4 +601,91 @@ async fn the_socket_replaces_a_stale_one_and_lets_its_owner_in_only() {
     assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
     lease.destroy().await;
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "only the key file is left");
+}
+
+#[tokio::test]
+async fn more_requests_than_allowed_are_told_to_come_again() {
+    let limits = Limits { requests_max: 1, drain: Duration::from_millis(20), ..Limits::default() };
+    let world = World::with("[default]\nfault = { hang = true }", Setup { limits, ..Setup::default() }).await;
+    let stream = world.connect().await;
+    let waiting = tokio::spawn(async move {
+        send(stream, "/v1/messages", &[("x-api-key", TOKEN)], ask("x", true).to_string()).await
+    });
+    world.recorder.wait_for(1).await;
+    let answer = world.post(ask("y", true)).await;
+    assert_eq!((answer.status, answer.headers["retry-after"].to_str().unwrap()), (429, "1"));
+    waiting.abort();
+    let _ = waiting.await;
+    world.end().await;
+}
+
+/// A store that fails the first calls.
+struct Flaky {
+    books: MemoryLedger,
+    reserve_failures: std::sync::atomic::AtomicU32,
+    settle_failures: std::sync::atomic::AtomicU32,
+}
+
+impl Flaky {
+    fn fails(left: &std::sync::atomic::AtomicU32) -> Result<(), LedgerError> {
+        use std::sync::atomic::Ordering::Relaxed;
+        match left.fetch_update(Relaxed, Relaxed, |n| n.checked_sub(1)) {
+            Ok(_) => Err(LedgerError::Store("disk I/O error".into())),
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+impl Ledger for Flaky {
+    fn reserve(&self, ask: Ask) -> futures_util::future::BoxFuture<'_, Result<Grant, LedgerError>> {
+        match Self::fails(&self.reserve_failures) {
+            Ok(()) => self.books.reserve(ask),
+            Err(error) => Box::pin(std::future::ready(Err(error))),
+        }
+    }
+
+    fn settle(
+        &self,
+        id: ReservationId,
+        usage: Usage,
+        charged: MicroUsd,
+    ) -> futures_util::future::BoxFuture<'_, Result<MicroUsd, LedgerError>> {
+        match Self::fails(&self.settle_failures) {
+            Ok(()) => self.books.settle(id, usage, charged),
+            Err(error) => Box::pin(std::future::ready(Err(error))),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_ledger_that_fails_stops_requests_and_settlements_are_tried_again() {
+    let mut world = World::new(SCRIPT).await;
+    let ledger = Arc::new(Flaky {
+        books: MemoryLedger::default(),
+        reserve_failures: 1.into(),
+        settle_failures: 2.into(),
+    });
+    let other = tempfile::tempdir().unwrap();
+    let gateway = Arc::clone(&world.lease.shared.gateway);
+    let spec = LeaseSpec {
+        job: world.job.clone(),
+        cell: CellId::new(2),
+        token: TOKEN.into(),
+        models: ModelRule::Any,
+        cost_limit: None,
+        output_tokens_max: None,
+        run_dir: other.path().to_owned(),
+        socket_owner: None,
+    };
+    let flaky = gateway.lease(spec, Arc::clone(&ledger) as Arc<dyn Ledger>).await.unwrap();
+    std::mem::replace(&mut world.lease, flaky).destroy().await;
+    let dir = std::mem::replace(&mut world.dir, other);
+
+    assert_eq!(world.post(ask("x", true)).await.status, 503);
+    assert_eq!(world.recorder.total(), 0);
+    assert_eq!(world.post(ask("x", true)).await.status, 200);
+    assert_eq!(world.charged().await.1, SCRIPT_COST);
+    assert_eq!(ledger.books.standing(&world.job), (MicroUsd(SCRIPT_COST), MicroUsd::ZERO));
+    world.end().await;
+    drop(dir);
 }

@@ -500,4 +500,17 @@ mod tests {
         ask.model = "claude-sonnet-4-6".into();
         assert_eq!(script.choose(&ask).name, "default");
     }
+
+    #[test]
+    fn the_scripts_that_come_with_hotcell_parse() {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scripts");
+        let mut count = 0;
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            let script = Script::parse(&std::fs::read_to_string(&path).unwrap(), &path.display().to_string());
+            assert!(script.is_ok(), "{script:?}");
+            count += 1;
+        }
+        assert!(count >= 4);
+    }
 }

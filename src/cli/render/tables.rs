@@ -2,6 +2,7 @@
 
 use super::stream::{explain, spent, tokens, verdict};
 use super::{Paint, Style, Text, one_line, words};
+use crate::agent_bundle::{Bundle, Qualification, Version};
 use crate::api::wire::{Health, JobView};
 use crate::config::{PolicyOrigin, PolicySource};
 use crate::job::spec::WorkspaceMode;
@@ -170,6 +171,25 @@ pub(crate) fn health(paint: Paint, health: &Health) -> Text {
     text = text.end();
     for problem in &health.problems {
         text = text.plain("  ").add(Style::Warn, problem).end();
+    }
+    text
+}
+
+/// `hotcell agent ls`.
+pub(crate) fn agents(paint: Paint, bundles: &[Bundle], active: &Version) -> Text {
+    let mut text = Text::new(paint);
+    if bundles.is_empty() {
+        return text.plain("no agent is installed; `hotcell agent install VERSION` fetches one").end();
+    }
+    for bundle in bundles {
+        let (style, state) = match &bundle.state {
+            Qualification::Installed => (Style::Dim, "not tested".to_owned()),
+            Qualification::Qualified { report } => (Style::Good, words::plural(report.checks.len() as u64, "check") + " passed"),
+            Qualification::Failed { why, .. } => (Style::Bad, format!("failed: {}", one_line(why, 100))),
+        };
+        let mark = if bundle.version == *active { "*" } else { " " };
+        let name = format!("{mark} {} {}  {:.0} MB  ", bundle.version, bundle.platform, bundle.size_bytes as f64 / 1e6);
+        text = text.plain(&name).add(style, &state).end();
     }
     text
 }
