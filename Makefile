@@ -23,7 +23,7 @@ engine-stop: ## Stop the engine that `make engine` started.
 	@.ci/engine stop
 
 init: ## Build hotcell-init, the static PID 1 of a cell.
-	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --quiet --profile init --no-default-features \
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --quiet --profile init --no-default-features --features init \
 	  --bin hotcell-init --target $(HOST) --target-dir target/init
 	@mkdir -p target/release target/debug
 	@install -m 755 $(INIT) target/release/hotcell-init

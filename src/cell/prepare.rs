@@ -104,14 +104,48 @@ pub async fn prepare(
     let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), staged.owner())
         .await
         .map_err(|e| failed(FailReason::Internal, e))?;
-    let lease = open_lease(parts, record, &names.cell, &names.token, &dirs.run, staged.owner()).await?;
+    let lease = match open_lease(parts, record, &names.cell, &names.token, &dirs.run, staged.owner()).await {
+        Ok(lease) => lease,
+        Err(error) => {
+            leave_link(record, link).await;
+            return Err(error);
+        }
+    };
     let spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
-    let boot = boot(record, &names, &found, staged.wall_ms(record))?;
-    let container = parts.engine.create(&spec).await.map_err(|e| engine_failure(FailReason::ContainerCreate, &e))?;
-    parts.store.set_container(&names.cell, container.as_str()).await?;
-    parts.engine.start(&container, &boot).await.map_err(|e| engine_failure(FailReason::ContainerStart, &e))?;
+    let started = match boot(record, &names, &found, staged.wall_ms(record)) {
+        Ok(boot) => start(parts, &names.cell, &spec, &boot).await,
+        Err(error) => Err(error),
+    };
+    let container = match started {
+        Ok(container) => container,
+        Err(error) => {
+            lease.destroy().await;
+            leave_link(record, link).await;
+            return Err(error);
+        }
+    };
     let pending = session.start();
     Ok(Prepared { session, link, lease, container, pending, sent: Vec::new(), booted: false })
+}
+
+async fn start(
+    parts: &Arc<Parts>,
+    cell: &CellId,
+    spec: &CellSpec,
+    boot: &[u8],
+) -> Result<ContainerId, PrepareError> {
+    let created = parts.engine.create(spec).await;
+    let container = created.map_err(|e| engine_failure(FailReason::ContainerCreate, &e))?;
+    parts.store.set_container(cell, container.as_str()).await?;
+    let started = parts.engine.start(&container, boot).await;
+    started.map_err(|e| engine_failure(FailReason::ContainerStart, &e))?;
+    Ok(container)
+}
+
+async fn leave_link(record: &Record, link: Link) {
+    if let Err(error) = link.destroy().await {
+        tracing::warn!(job = %record.job, %error, "the socket of a cell is left to the sweep");
+    }
 }
 
 /// Takes over a cell that outlived an earlier daemon. `None` when its conversation cannot be rebuilt.
@@ -148,8 +182,13 @@ pub async fn adopt(
     };
     let lease = match open_lease(parts, record, &cell, &row.token, &run, owner).await {
         Ok(lease) => lease,
-        Err(PrepareError::Record(error)) => return Err(error),
-        Err(PrepareError::Failed(_) | PrepareError::Stopped(..)) => return Ok(None),
+        Err(error) => {
+            leave_link(record, link).await;
+            return match error {
+                PrepareError::Record(error) => Err(error),
+                PrepareError::Failed(_) | PrepareError::Stopped(..) => Ok(None),
+            };
+        }
     };
     let (session, pending, sent) = (replay.session, replay.pending, replay.sent);
     Ok(Some(Prepared { session, link, lease, container, pending, sent, booted: true }))
@@ -504,9 +543,10 @@ fn cell_spec(
         groups: who.groups.clone(),
         limits: CellLimits {
             memory_bytes: limits.memory_bytes,
-            cpus_milli: limits.cpus_milli,
+            // A policy may name more cores than this machine has; the engine would refuse that.
+            cpus_milli: limits.cpus_milli.min(cores_milli()),
             pids_max: limits.pids_max,
-            nofile_max: NOFILE_MAX,
+            nofile_max: nofile_max(),
         },
         mounts,
         runtime: None,
@@ -514,6 +554,16 @@ fn cell_spec(
         argv: vec!["/.hotcell-init".to_owned()],
         env: Vec::new(),
     }
+}
+
+/// An engine cannot give more than it has itself, and on one machine it mostly has what we have.
+fn nofile_max() -> u32 {
+    let own = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    own.and_then(|n| u32::try_from(n).ok()).map_or(NOFILE_MAX, |n| n.min(NOFILE_MAX))
+}
+
+fn cores_milli() -> u32 {
+    std::thread::available_parallelism().map_or(1000, |n| u32::try_from(n.get() * 1000).unwrap_or(u32::MAX))
 }
 
 fn boot(record: &Record, names: &Names, image: &Image, wall_limit_ms: u64) -> Result<Vec<u8>, PrepareError> {
