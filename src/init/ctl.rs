@@ -173,7 +173,8 @@ impl Ctl {
             data: None,
             last_stream: OutputStream::Stderr,
             last_frame_sent: false,
-            blocked: false,
+            // The greeting waits to be written.
+            blocked: true,
         })
     }
 
