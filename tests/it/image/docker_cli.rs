@@ -57,7 +57,7 @@ impl DockerCli {
 }
 
 async fn docker(arguments: &[&str]) -> Result<String, EngineFault> {
-    let fault = |message: String| EngineFault { operation: format!("docker {}", arguments[0]), message };
+    let fault = |message: String| EngineFault { operation: format!("docker {}", arguments[0]), message, away: false };
     let mut command = Command::new("docker");
     command.args(arguments).env("DOCKER_BUILDKIT", "0").stdin(Stdio::null()).kill_on_drop(true);
     let output = command.output().await.map_err(|error| fault(error.to_string()))?;
@@ -113,7 +113,7 @@ impl ImageEngine for DockerCli {
             let output = command.output().await.unwrap();
             String::from_utf8_lossy(&output.stdout).lines().for_each(on_line);
             let message = String::from_utf8_lossy(&output.stderr).into_owned();
-            let fault = EngineFault { operation: "docker build".to_owned(), message };
+            let fault = EngineFault { operation: "docker build".to_owned(), message, away: false };
             if output.status.success() { Ok(()) } else { Err(fault) }
         })
     }

@@ -1,0 +1,13 @@
+//! Integration tests: the real binaries, the real engine, the real CLI in real cells, and the scripted model
+//! in place of the provider. Modules by capability. Without an engine or an image they fail: `make test`
+//! provides both.
+
+// A test says what it expects by panicking.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod engine;
+mod image;
+mod init;
+mod road;
+mod world;
+mod workspace;
