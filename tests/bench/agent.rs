@@ -51,7 +51,7 @@ fn answer(line: &str) {
 fn print_frames() {
     let (lines, line_bytes) = (number("BENCH_LINES", 1), number("BENCH_LINE_BYTES", 1024) as usize);
     let pause_ms = number("BENCH_PAUSE_MS", 0);
-    let head = |n: u64| format!(r#"{{"type":"system","subtype":"bench","n":{n:012},"pad":""#);
+    let head = |n: u64| format!(r#"{{"type":"system","subtype":"bench","n":"{n:012}","pad":""#);
     let mut frame = head(0).into_bytes();
     frame.resize(line_bytes.max(frame.len() + 3) - 3, b'x');
     frame.extend_from_slice(b"\"}\n");

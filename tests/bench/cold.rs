@@ -109,7 +109,7 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
     }
     rows.push(Row::one("daemon: resident after start", idle.resident, "MiB").bar(Bar::ValueAtMost(30.0)));
     rows.push(Row::one("daemon: proportional after start", idle.proportional, "MiB"));
-    rows.push(Row::one("daemon: private dirty after start", idle.private_dirty, "MiB"));
+    rows.push(Row::one("daemon: anonymous after start", idle.anonymous, "MiB"));
     rows.push(Row::one(format!("daemon: resident after {} jobs", n + 1), after.resident, "MiB").bar(Bar::ValueAtMost(30.0)));
     drop(bench);
     world.end();

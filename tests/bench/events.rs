@@ -108,7 +108,7 @@ impl Seen {
         ensure!(seq == self.seq + 1, "event {seq} after {}", self.seq);
         self.seq = seq;
         let head = &line[..line.len().min(240)];
-        let Some(n) = number(head, br#""subtype":"bench","n":"#) else { return Ok(()) };
+        let Some(n) = number(head, br#""subtype":"bench","n":""#) else { return Ok(()) };
         ensure!(n == self.frames, "frame {n} where {} was due", self.frames);
         let at_ms = number(head, br#""at_ms":"#).context("an event without a time")?;
         if self.frames == 0 {

@@ -42,8 +42,8 @@ pub(crate) fn streams() -> Result<Vec<Row>> {
     world.end();
     Ok(vec![
         Row::one(format!("daemon: resident with {jobs} live jobs"), most.resident, "MiB"),
-        Row::one(format!("daemon: private dirty with {jobs} live jobs"), most.private_dirty, "MiB"),
-        Row::one("  a live job's share, private dirty", (most.private_dirty - idle.private_dirty) / jobs as f64, "MiB"),
+        Row::one(format!("daemon: anonymous with {jobs} live jobs"), most.anonymous, "MiB"),
+        Row::one("  a live job's share, anonymous", (most.anonymous - idle.anonymous) / jobs as f64, "MiB"),
         Row::one(format!("daemon: resident after {jobs} jobs"), after.resident, "MiB"),
         Row::one(format!("{jobs} jobs: submit to all running"), all_run_s, "s"),
         Row::one(format!("{jobs} jobs: cancel to all cleaned up"), all_gone_s, "s"),
@@ -54,7 +54,7 @@ fn largest(a: Memory, b: Memory) -> Memory {
     Memory {
         resident: a.resident.max(b.resident),
         proportional: a.proportional.max(b.proportional),
-        private_dirty: a.private_dirty.max(b.private_dirty),
+        anonymous: a.anonymous.max(b.anonymous),
     }
 }
 
@@ -119,7 +119,7 @@ pub(crate) fn queue() -> Result<Vec<Row>> {
         Row::median(format!("list 100 of {queued}"), &page, "ms"),
         Row::median(format!("list 1000 of {queued}"), &pages, "ms"),
         Row::one(format!("daemon: resident with {queued} queued"), memory.resident, "MiB"),
-        Row::one(format!("daemon: private dirty with {queued} queued"), memory.private_dirty, "MiB"),
+        Row::one(format!("daemon: anonymous with {queued} queued"), memory.anonymous, "MiB"),
     ])
 }
 

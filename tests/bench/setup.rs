@@ -123,7 +123,7 @@ pub(crate) fn fake_job(lines: u64, pause_ms: u64) -> Value {
     json!({
         "prompt": "print", "policy": "trusted", "agent": FAKE,
         "env": { "BENCH_LINES": lines.to_string(), "BENCH_PAUSE_MS": pause_ms.to_string() },
-        "limits": { "memory_mib": 64, "disk_mib": 64, "pids": 64, "cpus": 2.0 },
+        "limits": { "memory_mib": 256, "disk_mib": 64, "pids": 64, "cpus": 2.0 },
     })
 }
 
@@ -142,7 +142,9 @@ pub(crate) fn submit(client: &mut Client, spec: &str) -> Result<String> {
 pub(crate) struct Memory {
     pub(crate) resident: f64,
     pub(crate) proportional: f64,
-    pub(crate) private_dirty: f64,
+    /// Heap and stacks: what a longer life or more work can make grow. (Private_Dirty would count pages of a
+    /// freshly linked program too, until they are written back.)
+    pub(crate) anonymous: f64,
 }
 
 /// The memory of the process that listens on `socket`.
@@ -155,7 +157,7 @@ pub(crate) fn memory(socket: &Path) -> Result<Memory> {
         Ok(kib / 1024.0)
     };
     let (resident, proportional) = (field("Rss:")?, field("Pss:")?);
-    Ok(Memory { resident, proportional, private_dirty: field("Private_Dirty:")? })
+    Ok(Memory { resident, proportional, anonymous: field("Anonymous:")? })
 }
 
 /// Where the figures come from, one fact a line.
