@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::http::Client;
-use crate::report::{Row, Samples};
-use crate::setup::{self, Memory, fake_job, setting};
+use crate::report::{Bar, Row, Samples};
+use crate::setup::{self, IDLE_MIB_MAX, Memory, fake_job, setting};
 use crate::world::{PATIENCE, World};
 
 /// Clients that submit at the same time.
@@ -39,15 +39,30 @@ pub(crate) fn streams() -> Result<Vec<Row>> {
     wait_for(&world, "done", jobs, PATIENCE)?;
     let all_gone_s = begun.elapsed().as_secs_f64();
     let after = setup::memory(&world.socket())?;
+    let settled = settled(&world)?;
     world.end();
     Ok(vec![
         Row::one(format!("daemon: resident with {jobs} live jobs"), most.resident, "MiB"),
         Row::one(format!("daemon: anonymous with {jobs} live jobs"), most.anonymous, "MiB"),
         Row::one("  a live job's share, anonymous", (most.anonymous - idle.anonymous) / jobs as f64, "MiB"),
         Row::one(format!("daemon: resident after {jobs} jobs"), after.resident, "MiB"),
+        Row::one(format!("daemon: resident a sweep after {jobs} jobs"), settled.resident, "MiB")
+            .bar(Bar::ValueAtMost(IDLE_MIB_MAX)),
         Row::one(format!("{jobs} jobs: submit to all running"), all_run_s, "s"),
         Row::one(format!("{jobs} jobs: cancel to all cleaned up"), all_gone_s, "s"),
     ])
+}
+
+/// The daemon's memory once it has given back what it needs no more: it does so with its sweep, each minute.
+fn settled(world: &World) -> Result<Memory> {
+    let until = Instant::now() + Duration::from_secs(75);
+    loop {
+        let memory = setup::memory(&world.socket())?;
+        if memory.resident <= IDLE_MIB_MAX || Instant::now() >= until {
+            return Ok(memory);
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
 }
 
 fn largest(a: Memory, b: Memory) -> Memory {
