@@ -182,12 +182,16 @@ async fn walk(
 async fn replayed(record: &mut Record) -> Result<Ended, RecordError> {
     let replay = match record.replay().await {
         Ok(replay) => replay,
-        Err(RecordError::Cut) => return Ok(Ended { session: None, exit: None, failure: None, provider_status: None }),
+        Err(RecordError::Cut) => {
+            return Ok(Ended { session: None, exit: None, failure: None, provider_status: None });
+        }
         Err(error) => return Err(error),
     };
     record.exit = replay.figures;
     Ok(match replay.exit {
-        Some(exit) => Ended { session: Some(replay.session), exit: Some(exit), failure: None, provider_status: None },
+        Some(exit) => {
+            Ended { session: Some(replay.session), exit: Some(exit), failure: None, provider_status: None }
+        }
         None => Ended::unseen(replay.session),
     })
 }
@@ -276,7 +280,9 @@ pub enum LeftOver {
 }
 
 async fn destroy_once(parts: &Arc<Parts>, job: &JobId) -> Result<(), LeftOver> {
-    let Some(row) = parts.store.cell_of(job).await?.filter(|row| row.gone_ms.is_none()) else { return Ok(()) };
+    let Some(row) = parts.store.cell_of(job).await?.filter(|row| row.gone_ms.is_none()) else {
+        return Ok(());
+    };
     let container = match &row.container {
         Some(id) => ContainerId::new(id.clone()),
         None => container_name(parts.store.instance(), &row.cell),

@@ -76,7 +76,8 @@ pub async fn once(parts: &Arc<Parts>) -> Result<(), SweepError> {
         tracing::info!(container = %orphan.container, "removed a container that no job owns");
     }
     let dir = parts.settings.cells_dir();
-    let report = tokio::task::spawn_blocking(move || workspace::sweep(&dir, &|cell| open.contains(cell))).await;
+    let report =
+        tokio::task::spawn_blocking(move || workspace::sweep(&dir, &|cell| open.contains(cell))).await;
     let report = report.unwrap_or_else(|e| Err(std::io::Error::other(e)))?;
     parts.metrics.reaped(Orphan::Directory, report.removed.len() as u64);
     for left in report.left {

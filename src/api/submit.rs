@@ -38,8 +38,15 @@ pub async fn submit(
         return Err(ApiError::new(ErrorCode::Draining, "the daemon is going down and takes no new jobs"));
     }
     let body = body.map_err(|rejection| {
-        let code = if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE { ErrorCode::TooLarge } else { ErrorCode::InvalidRequest };
-        let words = format!("the body cannot be read: {}; a spec may have at most {SPEC_BYTES_MAX} bytes", rejection.body_text());
+        let code = if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+            ErrorCode::TooLarge
+        } else {
+            ErrorCode::InvalidRequest
+        };
+        let words = format!(
+            "the body cannot be read: {}; a spec may have at most {SPEC_BYTES_MAX} bytes",
+            rejection.body_text()
+        );
         ApiError::new(code, words)
     })?;
     let idem = idempotency(&headers, &body)?;
@@ -53,13 +60,19 @@ pub async fn submit(
     let plan = plan(&api, &spec)?;
     if api.parts.metrics.engine_up.get() == 0 {
         let words = format!("the container engine at {} does not answer", api.engine_address);
-        return Err(ApiError::new(ErrorCode::EngineUnavailable, words).hint("start it (`make engine`) and submit again"));
+        return Err(ApiError::new(ErrorCode::EngineUnavailable, words)
+            .hint("start it (`make engine`) and submit again"));
     }
     room(&api).await?;
     let record = open_workspace(&api, &identity, &spec, &plan).await?;
     let accepted = Accepted { plan, workspace: record };
     let (id, fresh) = store(&api, &identity, &spec, &accepted, &body, idem).await?;
-    let job = api.parts.store.job(&id).await?.ok_or_else(|| ApiError::new(ErrorCode::Internal, "the new job has no row"))?;
+    let job = api
+        .parts
+        .store
+        .job(&id)
+        .await?
+        .ok_or_else(|| ApiError::new(ErrorCode::Internal, "the new job has no row"))?;
     if fresh {
         api.driver.submitted(id, identity.uid, spec.priority).await;
     }
@@ -89,11 +102,15 @@ fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
     let name = spec.policy.as_deref().unwrap_or(&api.default_policy);
     let policy = api.policies.get(name).ok_or_else(|| {
         let known = api.policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-        ApiError::new(ErrorCode::UnknownPolicy, format!("policy: there is no policy {name:?} (there are: {known})"))
-            .hint("`hotcell policy ls` lists them")
+        ApiError::new(
+            ErrorCode::UnknownPolicy,
+            format!("policy: there is no policy {name:?} (there are: {known})"),
+        )
+        .hint("`hotcell policy ls` lists them")
     })?;
     let plan = narrow(spec, policy, &api.defaults).map_err(|error| {
-        ApiError::new(ErrorCode::AbovePolicy, error).hint(format!("`hotcell policy show {name}` shows its limits"))
+        ApiError::new(ErrorCode::AbovePolicy, error)
+            .hint(format!("`hotcell policy show {name}` shows its limits"))
     })?;
     if api.parts.gateway.knows_model(&plan.model) {
         return Ok(plan);
@@ -175,10 +192,12 @@ async fn store(
 }
 
 fn begin_journal(api: &Api, id: &JobId) -> Result<(), ApiError> {
-    let begun = Journal::create(api.parts.settings.journal_dir(id), api.parts.settings.journal).and_then(|mut journal| {
-        journal.push(&Body::State { state: JobState::Queued }, clock::wall_ms())?;
-        journal.commit()
-    });
+    let begun = Journal::create(api.parts.settings.journal_dir(id), api.parts.settings.journal).and_then(
+        |mut journal| {
+            journal.push(&Body::State { state: JobState::Queued }, clock::wall_ms())?;
+            journal.commit()
+        },
+    );
     if let Err(error) = begun {
         // The row stands; the event is written when the job gets its slot.
         tracing::warn!(job = %id, %error, "cannot begin the journal of a new job");

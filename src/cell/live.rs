@@ -56,11 +56,17 @@ pub struct Ended {
 enum Ending {
     NotYet,
     /// The CLI was asked to end, or has told that it will.
-    Asked { until: Instant },
+    Asked {
+        until: Instant,
+    },
     /// It got SIGTERM.
-    Terminated { until: Instant },
+    Terminated {
+        until: Instant,
+    },
     /// Everything in the cell got SIGKILL.
-    Killed { until: Instant },
+    Killed {
+        until: Instant,
+    },
 }
 
 /// The loop's state.
@@ -154,7 +160,8 @@ impl<'a> Live<'a> {
             match next {
                 Next::Link(LinkEvent::Exited(report)) => break self.exited(&report)?,
                 Next::Link(LinkEvent::SpawnFailed { errno, message }) => {
-                    let words = format!("the CLI could not be started in the cell: {message} (errno {errno})");
+                    let words =
+                        format!("the CLI could not be started in the cell: {message} (errno {errno})");
                     self.fail(Phase::Boot, FailReason::AgentStart, words);
                     break agent_exit(127, 0, String::new());
                 }
@@ -230,7 +237,8 @@ impl<'a> Live<'a> {
         }
         if self.booted.is_none() {
             let seconds = self.parts.settings.boot_max.as_secs();
-            let words = format!("the CLI did not get ready within {seconds} s; its last words: {}", self.tail());
+            let words =
+                format!("the CLI did not get ready within {seconds} s; its last words: {}", self.tail());
             self.fail(Phase::Boot, FailReason::AgentStart, words);
             self.to_cell.kill();
             self.ending = Ending::Killed { until: now + KILL_GRACE };
@@ -277,7 +285,8 @@ impl<'a> Live<'a> {
             LinkEvent::Stdout { end, bytes } => self.on_stdout(end, &bytes).await,
             LinkEvent::Stderr { end, bytes } => self.on_stderr(end, &bytes),
             LinkEvent::Hostile { what } => {
-                self.record.push(&Body::Note { text: format!("somebody in the cell spoke out of turn: {what}") })?;
+                self.record
+                    .push(&Body::Note { text: format!("somebody in the cell spoke out of turn: {what}") })?;
                 self.record.commit()
             }
             LinkEvent::Disconnected | LinkEvent::StdinAcked { .. } => Ok(()),
@@ -302,7 +311,9 @@ impl<'a> Live<'a> {
                 }
                 None => {
                     let text = String::from_utf8_lossy(line).into_owned();
-                    record.journal.push(&Body::Output { stream: Stream::Stdout, end: line_end, text }, now_ms)?;
+                    record
+                        .journal
+                        .push(&Body::Output { stream: Stream::Stdout, end: line_end, text }, now_ms)?;
                 }
             }
             Ok::<(), RecordError>(())
@@ -415,7 +426,9 @@ impl<'a> Live<'a> {
         self.record.commit()?;
         match event {
             GatewayEvent::BudgetExhausted { spent, limit } => {
-                let detail = format!("{spent} USD of {limit} USD are spent, and the next request needs more than is left");
+                let detail = format!(
+                    "{spent} USD of {limit} USD are spent, and the next request needs more than is left"
+                );
                 self.end(StopReason::Budget, detail).await
             }
             GatewayEvent::Requested { .. }
@@ -454,7 +467,10 @@ impl<'a> Live<'a> {
         let words = match exit {
             Ok(exit) => {
                 let why = exit.error.clone().unwrap_or_default();
-                format!("the cell ended without a last word, with code {}{why} {}", exit.code, exit.stderr_tail)
+                format!(
+                    "the cell ended without a last word, with code {}{why} {}",
+                    exit.code, exit.stderr_tail
+                )
             }
             Err(error) => format!("the cell is gone: {error}"),
         };

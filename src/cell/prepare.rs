@@ -26,7 +26,9 @@ use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
 use crate::policy::PlanLimits;
 use crate::session::{Session, Step};
 use crate::store::CellRow;
-use crate::workspace::{self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, WorkspaceError};
+use crate::workspace::{
+    self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, WorkspaceError,
+};
 
 /// Most open files of a process in a cell.
 const NOFILE_MAX: u32 = 65_536;
@@ -166,8 +168,12 @@ pub async fn adopt(
     if replay.exit.is_some() {
         return Ok(None);
     }
-    let Some(row) = parts.store.cell_of(&record.job).await?.filter(|row| row.cell == cell) else { return Ok(None) };
-    let Ok(key) = <[u8; 32]>::try_from(row.ctl_key.as_slice()).map(CtlKey::from_bytes) else { return Ok(None) };
+    let Some(row) = parts.store.cell_of(&record.job).await?.filter(|row| row.cell == cell) else {
+        return Ok(None);
+    };
+    let Ok(key) = <[u8; 32]>::try_from(row.ctl_key.as_slice()).map(CtlKey::from_bytes) else {
+        return Ok(None);
+    };
     record.push(&Body::Note { text: "the daemon was restarted and took the cell over".to_owned() })?;
     record.commit()?;
     let run = parts.settings.cells_dir().join(cell.as_str()).join("run");
@@ -219,15 +225,21 @@ async fn find_image(parts: &Arc<Parts>, record: &Record) -> Result<Image, Prepar
     let info = match images.resolve_image(reference).await {
         Err(ImageError::NotPresent { .. }) => {
             let (progress, _) = tokio::sync::mpsc::channel(1);
-            parts.engine.pull(reference, &progress).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+            parts
+                .engine
+                .pull(reference, &progress)
+                .await
+                .map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
             images.resolve_image(reference).await
         }
         found => found,
     };
     let info = info.map_err(|e| image_failure(&e))?;
     let facts = images.suitability(&info).await.map_err(|e| image_failure(&e))?;
-    let details = parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
-    let details = details.ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
+    let details =
+        parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+    let details = details
+        .ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
     let Some(libc) = facts.libc else {
         let words = format!("the image {reference} has neither glibc nor musl, so the CLI cannot run in it");
         return Err(failed(FailReason::ImageUnsuitable, words));
@@ -270,13 +282,16 @@ impl Names {
         let mut bytes = [0u8; 64];
         random(&mut bytes)?;
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
-        let hex = |range: std::ops::Range<usize>| bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let hex = |range: std::ops::Range<usize>| {
+            bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>()
+        };
         let _ = (parts, record);
         Ok(Self {
             cell: CellId::new(word(0)),
             key: CtlKey::generate().map_err(|e| failed(FailReason::Internal, e))?,
             token: format!("hotcell-{}", hex(16..48)),
-            uid: workspace::CELL_IDS.start + (word(8) % u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start)) as u32,
+            uid: workspace::CELL_IDS.start
+                + (word(8) % u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start)) as u32,
             session_id: {
                 let h = hex(48..64);
                 // A random UUID, version 4.
@@ -392,10 +407,16 @@ fn stage(
     // Private ids of the submitter's groups follow the cell's own.
     let count = identity.groups.len().min(40) as u32;
     let groups: Vec<u32> = (1..=count).map(|n| uid.wrapping_add(n)).collect();
-    let ids =
-        CellIds { submitter: identity, cell_uid: uid, cell_gid: uid, cell_groups: &groups, runtime_maps_ids: true };
+    let ids = CellIds {
+        submitter: identity,
+        cell_uid: uid,
+        cell_gid: uid,
+        cell_groups: &groups,
+        runtime_maps_ids: true,
+    };
     let mode = if read_only { Mode::ReadOnly } else { Mode::Bind };
-    let staged = workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
+    let staged =
+        workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
     let who = match staged.ids().clone() {
         StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
             Who { uid, gid, groups, read_only }

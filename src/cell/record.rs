@@ -176,7 +176,8 @@ impl Record {
         answer: Option<String>,
     ) -> Result<(), RecordError> {
         self.totals = totals.clone();
-        let summary = Body::Summary { outcome: outcome.clone(), totals: totals.clone(), result: answer.clone() };
+        let summary =
+            Body::Summary { outcome: outcome.clone(), totals: totals.clone(), result: answer.clone() };
         self.push(&summary)?;
         self.commit()?;
         self.journal.sync().await?;
@@ -194,7 +195,7 @@ impl Record {
         self.journal.discard();
         super::destroy(parts, &self.job).await;
         let reason = match error {
-            RecordError::Journal(JournalError::Full { .. }) | RecordError::Store(StoreError::Full { .. }) => {
+            RecordError::Journal(JournalError::Full { .. }) | RecordError::Store(StoreError::Full) => {
                 FailReason::DiskFull
             }
             RecordError::Store(_)
@@ -222,8 +223,10 @@ impl Record {
     /// [`RecordError::Cut`] where the journal lost its middle.
     pub async fn replay(&self) -> Result<Replay, RecordError> {
         let plan = self.accepted.plan.clone();
-        let session = Session::new(plan, self.spec.prompt.clone(), self.spec.system_prompt.clone(), String::new());
-        let mut replay = Replay { pending: session.start(), session, sent: Vec::new(), exit: None, figures: None };
+        let session =
+            Session::new(plan, self.spec.prompt.clone(), self.spec.system_prompt.clone(), String::new());
+        let mut replay =
+            Replay { pending: session.start(), session, sent: Vec::new(), exit: None, figures: None };
         let mut reader = Reader::open(&self.dir, 1, None);
         while let Some(chunk) = reader.next_chunk(REPLAY_CHUNK_BYTES).await? {
             for line in chunk.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
@@ -275,7 +278,12 @@ impl Replay {
 }
 
 /// Walks a row to `Done` from wherever it stands.
-async fn force_done(store: &Store, job: &JobId, failure: Failure, state: &mut State) -> Result<(), StoreError> {
+async fn force_done(
+    store: &Store,
+    job: &JobId,
+    failure: Failure,
+    state: &mut State,
+) -> Result<(), StoreError> {
     let now = clock::wall_ms();
     if let Some(row) = store.job(job).await? {
         *state = row.row.state;

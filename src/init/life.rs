@@ -230,7 +230,8 @@ impl Life {
             (Order::Signal(number), Phase::Running(agent)) => agent.signal(number),
             (Order::Kill, Phase::Running(_)) => {
                 let kill_at_ms = sys::now_ms() + KILL_AGAIN_MS;
-                self.stop.get_or_insert(Stop { reason: ExitReason::Killed, kill_at_ms }).kill_at_ms = kill_at_ms;
+                self.stop.get_or_insert(Stop { reason: ExitReason::Killed, kill_at_ms }).kill_at_ms =
+                    kill_at_ms;
                 child::kill_all();
             }
             (Order::Kill, Phase::Waiting) => self.over_unstarted(ExitReason::Killed),

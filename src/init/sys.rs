@@ -188,8 +188,7 @@ pub(crate) fn connect_unix(path: &Path, wait_ms: u32) -> io::Result<OwnedFd> {
         let socket = libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | blocking, 0);
         let socket = OwnedFd::from_raw_fd(check(socket)?);
         if wait_ms > 0 {
-            let wait =
-                libc::timeval { tv_sec: 0, tv_usec: libc::suseconds_t::from(wait_ms.min(900)) * 1000 };
+            let wait = libc::timeval { tv_sec: 0, tv_usec: libc::suseconds_t::from(wait_ms.min(900)) * 1000 };
             let len = mem::size_of::<libc::timeval>() as libc::socklen_t;
             let wait = (&raw const wait).cast();
             check(libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_SNDTIMEO, wait, len))?;

@@ -550,8 +550,7 @@ impl BootMessage {
             dead_man_ms: reader.u64()?,
             kill_grace_ms: reader.u64()?,
             buffer_bytes_max: reader.u32()?,
-            forwards: reader
-                .list(FORWARDS_MAX, |r| Ok(Forward { port: r.u16()?, path: r.bytes(4096)? }))?,
+            forwards: reader.list(FORWARDS_MAX, |r| Ok(Forward { port: r.u16()?, path: r.bytes(4096)? }))?,
             start_now: reader.flag()?,
         };
         reader.end()?;

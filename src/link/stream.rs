@@ -178,8 +178,7 @@ pub(super) async fn write(
 async fn write_all(socket: &mut OwnedWriteHalf, frames: Vec<Bytes>) -> std::io::Result<()> {
     let mut rest = frames.into_iter().collect::<std::collections::VecDeque<_>>();
     while !rest.is_empty() {
-        let slices: Vec<_> =
-            rest.iter().take(SLICES_MAX).map(|piece| std::io::IoSlice::new(piece)).collect();
+        let slices: Vec<_> = rest.iter().take(SLICES_MAX).map(|piece| std::io::IoSlice::new(piece)).collect();
         let mut written = socket.write_vectored(&slices).await?;
         if written == 0 {
             return Err(std::io::ErrorKind::WriteZero.into());

@@ -42,13 +42,11 @@ impl Fixture {
         let mut socket = self.dial().await;
         let init_nonce = [7; 32];
         let cell = self.cell.as_str().as_bytes();
-        let mut sent =
-            FromInit::Hello { version: VERSION, nonce: init_nonce, cell: cell.to_vec() }.encode();
+        let mut sent = FromInit::Hello { version: VERSION, nonce: init_nonce, cell: cell.to_vec() }.encode();
         socket.write_all(&sent).await.expect("a greeting");
         let (header, body) = frame(&mut socket).await.expect("a challenge");
         let Ok(ToInit::Challenge { nonce, mac }) = ToInit::decode(&header, &body) else { panic!() };
-        let ours =
-            Handshake { key: &self.key.0, cell, init_nonce: &init_nonce, daemon_nonce: &nonce };
+        let ours = Handshake { key: &self.key.0, cell, init_nonce: &init_nonce, daemon_nonce: &nonce };
         assert!(ours.daemon_is(&mac));
         let theirs = Handshake { key: &key.0, cell, init_nonce: &init_nonce, daemon_nonce: &nonce };
         let proof = FromInit::Proof { held, mac: theirs.init_mac(&held) }.encode();

@@ -9,5 +9,5 @@ mod engine;
 mod image;
 mod init;
 mod road;
-mod world;
 mod workspace;
+mod world;
