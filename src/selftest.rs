@@ -284,8 +284,10 @@ fn share(from: &Path, to: &Path) -> anyhow::Result<()> {
         let Ok(entries) = std::fs::read_dir(&source) else { continue };
         for entry in entries.flatten().filter(|e| e.path().is_file()) {
             let name = target.join(entry.file_name());
-            std::fs::hard_link(entry.path(), &name)
-                .with_context(|| format!("cannot link {}", name.display()))?;
+            // Another file system: a copy does, with the mode it had.
+            let linked = std::fs::hard_link(entry.path(), &name)
+                .or_else(|_| std::fs::copy(entry.path(), &name).map(|_| ()));
+            linked.with_context(|| format!("cannot link {}", name.display()))?;
         }
     }
     Ok(())

@@ -46,3 +46,20 @@ fn a_job_edits_a_file_in_place_as_its_submitter() {
     assert_eq!(states, ["queued", "preparing", "running", "collecting", "done"]);
     world.end();
 }
+
+#[test]
+fn a_version_is_chosen_only_after_it_passed_the_protocol_self_test() {
+    let world = World::without_daemon(EDIT_AND_RUN, "");
+    let version = hotcell::agent_bundle::PINNED_VERSION;
+    let (code, out, err) = world.run(&["agent", "test", version, "--json"]);
+    assert_eq!(code, 0, "{err}");
+    let bundle: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(bundle["state"]["state"], "qualified", "{bundle}");
+    assert!(bundle["state"]["report"]["checks"].as_array().unwrap().len() >= 9, "{bundle}");
+    let left: Vec<_> =
+        std::fs::read_dir(world.state_dir()).unwrap().flatten().map(|e| e.file_name()).collect();
+    assert!(left.iter().all(|n| !n.to_string_lossy().starts_with("selftest-")), "{left:?}");
+    let (code, _, err) = world.run(&["agent", "use", "9.9.9"]);
+    assert_eq!(code, 1, "{err}");
+    assert!(err.contains("9.9.9") && err.contains("hotcell agent install"), "{err}");
+}
