@@ -3,6 +3,7 @@
 //! own speed, and only one chunk of it is in memory.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::{Body as HttpBody, Bytes};
 use axum::extract::{ConnectInfo, Path, Query, State};
@@ -19,6 +20,9 @@ use crate::journal::{JournalError, Reader};
 
 /// Bytes read and sent at a time.
 const CHUNK_BYTES_MAX: usize = 256 * 1024;
+
+/// Longest wait for news of a job that nobody writes to, before its row is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// The query of the path.
 #[derive(Debug, Deserialize)]
@@ -101,6 +105,10 @@ impl Follower {
         self
     }
 
+    fn live(&mut self) -> Option<crate::journal::Feed> {
+        self.feed.borrow_and_update().clone().filter(|feed| !feed.closed())
+    }
+
     async fn next(&mut self) -> Result<Option<Bytes>, JournalError> {
         while !self.over {
             if let Some(chunk) = self.reader.next_chunk(CHUNK_BYTES_MAX).await? {
@@ -119,7 +127,8 @@ impl Follower {
                     return Ok(None);
                 }
             };
-            let live = self.feed.borrow_and_update().clone();
+            // A closed feed is a writer that has gone and is about to be taken off: nothing comes from it.
+            let live = self.live();
             if live.is_none() && !done {
                 let stopping = self.api.shutdown.clone();
                 tokio::select! {
@@ -127,9 +136,10 @@ impl Follower {
                         self.feed = self.api.parts.feeds.follow(&self.job);
                     },
                     () = stopping.cancelled() => return Ok(None),
+                    () = tokio::time::sleep(LOOK_AGAIN) => {}
                 }
             }
-            let live = self.feed.borrow_and_update().clone();
+            let live = self.live();
             self.over = done && live.is_none();
             let dir = self.api.parts.settings.journal_dir(&self.job);
             self.reader = Reader::open(dir, self.reader.next_seq(), live);

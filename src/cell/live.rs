@@ -16,12 +16,12 @@ use super::record::{ExitFigures, Record, RecordError};
 use super::{Parts, StopWish, agent_exit};
 use crate::agent::frames;
 use crate::clock;
-use crate::engine::EngineError;
+use crate::engine::{ContainerId, EngineError, Exit};
 use crate::event::{Body, Stream};
 use crate::gateway::{GatewayEvent, Lease};
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Input, Phase, State, StopReason};
-use crate::link::{ExitReport, ExitStatus, Link, LinkEvent, LinkHandle, OutputStream};
+use crate::link::{ExitReason, ExitReport, ExitStatus, Link, LinkEvent, LinkHandle, OutputStream};
 use crate::session::{AgentExit, Session, Step};
 
 /// Longest line of the CLI, in bytes. Longer than any seen (a 2 MB paste echoed), shorter than the cell's
@@ -35,6 +35,8 @@ const STDERR_TAIL_BYTES: usize = 2048;
 const OVER_GRACE: Duration = Duration::from_secs(10);
 /// Wait for what is still on its way when the container ended without a last word.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Pause before an engine that is away is asked again.
+const ENGINE_PAUSE: Duration = Duration::from_secs(1);
 /// Wait for the exit report after everything was killed.
 const KILL_GRACE: Duration = Duration::from_secs(5);
 
@@ -79,11 +81,12 @@ pub struct Live<'a> {
     link: Link,
     to_cell: LinkHandle,
     lease: Lease,
-    container: crate::engine::ContainerId,
+    container: ContainerId,
     lines: Lines,
     stderr: VecDeque<u8>,
     stdin_end: u64,
-    resend: Vec<(u64, Vec<u8>)>,
+    /// Frames by their end offset, until the cell says which of them it has: none once it was there.
+    unsent: Option<Vec<(u64, Vec<u8>)>>,
     pending: Vec<Step>,
     begun: Instant,
     booted: Option<Instant>,
@@ -99,7 +102,7 @@ enum Next {
     Gateway(GatewayEvent),
     Wish,
     Timer,
-    ContainerEnded(Result<crate::engine::Exit, EngineError>),
+    ContainerEnded(Result<Exit, EngineError>),
 }
 
 impl<'a> Live<'a> {
@@ -111,7 +114,7 @@ impl<'a> Live<'a> {
         stop: watch::Receiver<StopWish>,
     ) -> Self {
         let now = Instant::now();
-        let Prepared { session, link, lease, container, pending, sent, booted } = prepared;
+        let Prepared { session, link, lease, container, pending, sent, booted, age } = prepared;
         Self {
             parts,
             stop,
@@ -123,10 +126,11 @@ impl<'a> Live<'a> {
             lines: Lines::new(record.recovered.stdout_end),
             stderr: VecDeque::new(),
             stdin_end: record.recovered.stdin_end,
-            resend: sent,
+            unsent: Some(sent),
             pending,
             record,
-            begun: now,
+            // A cell's wall limit goes on through a restart of the daemon.
+            begun: now.checked_sub(age).unwrap_or(now),
             booted: booted.then_some(now),
             activity: now,
             ending: Ending::NotYet,
@@ -141,29 +145,35 @@ impl<'a> Live<'a> {
     /// # Errors
     /// [`RecordError`] when the record cannot be written; the caller destroys the cell then.
     pub async fn run(mut self) -> Result<Ended, RecordError> {
+        let exit = self.live().await;
+        self.leave(exit).await
+    }
+
+    async fn live(&mut self) -> Result<AgentExit, RecordError> {
         let steps = std::mem::take(&mut self.pending);
         self.steps(steps).await?;
         let parts = self.parts.clone();
         let container = self.container.clone();
-        let mut ended = std::pin::pin!(async move { parts.engine.wait(&container).await });
+        let mut ended = std::pin::pin!(wait(&parts, &container));
         let mut container_gone = None;
-        let exit = loop {
+        loop {
             let deadline = self.deadline(container_gone.as_ref().map(|(_, until)| *until));
+            // What comes seldom goes first: a cell that never stops printing must not keep its own end away.
             let next = tokio::select! {
                 biased;
-                event = self.link.next() => Next::Link(event),
-                event = self.lease.next_event() => Next::Gateway(event),
                 Ok(()) = self.stop.changed() => Next::Wish,
-                exit = &mut ended, if container_gone.is_none() => Next::ContainerEnded(exit),
                 () = tokio::time::sleep_until(deadline) => Next::Timer,
+                exit = &mut ended, if container_gone.is_none() => Next::ContainerEnded(exit),
+                event = self.lease.next_event() => Next::Gateway(event),
+                event = self.link.next() => Next::Link(event),
             };
             match next {
-                Next::Link(LinkEvent::Exited(report)) => break self.exited(&report)?,
+                Next::Link(LinkEvent::Exited(report)) => return self.exited(&report).await,
                 Next::Link(LinkEvent::SpawnFailed { errno, message }) => {
                     let words =
                         format!("the CLI could not be started in the cell: {message} (errno {errno})");
                     self.fail(Phase::Boot, FailReason::AgentStart, words);
-                    break agent_exit(127, 0, String::new());
+                    return Ok(agent_exit(127, 0, String::new()));
                 }
                 Next::Link(event) => self.on_link(event).await?,
                 Next::Gateway(event) => self.on_gateway(event).await?,
@@ -174,16 +184,15 @@ impl<'a> Live<'a> {
                     container_gone = Some((exit, Instant::now() + LAST_WORDS));
                 }
                 Next::Timer => match &container_gone {
-                    Some((exit, until)) if Instant::now() >= *until => break self.unseen_exit(exit),
+                    Some((exit, until)) if Instant::now() >= *until => return Ok(self.unseen_exit(exit)),
                     _ => {
                         if let Some(exit) = self.on_timer().await? {
-                            break exit;
+                            return Ok(exit);
                         }
                     }
                 },
             }
-        };
-        self.leave(exit).await
+        }
     }
 
     /// The next moment at which something is due without anything happening.
@@ -267,15 +276,18 @@ impl<'a> Live<'a> {
         let interrupt = Session::interrupt();
         self.send(interrupt)?;
         self.flush().await?;
-        self.ending = Ending::Asked { until: Instant::now() + self.parts.settings.cancel_grace / 2 };
+        if matches!(self.ending, Ending::NotYet | Ending::Asked { .. }) {
+            self.ending = Ending::Asked { until: Instant::now() + self.parts.settings.cancel_grace / 2 };
+        }
         Ok(())
     }
 
     async fn on_link(&mut self, event: LinkEvent) -> Result<(), RecordError> {
         match event {
             LinkEvent::Connected { stdin_received } => {
-                // Only a restarted daemon has something to send again; later the link does it by itself.
-                for (end, bytes) in std::mem::take(&mut self.resend) {
+                // The first time; later the link sends again by itself. In order, from the first byte that the
+                // cell lacks: what is new comes after what an earlier daemon journaled and did not get across.
+                for (end, bytes) in self.unsent.take().unwrap_or_default() {
                     if end > stdin_received {
                         self.input(end - bytes.len() as u64, bytes);
                     }
@@ -301,9 +313,8 @@ impl<'a> Live<'a> {
         let mut steps = Vec::new();
         let Self { lines, record, session, .. } = self;
         let whole = lines.feed(end, bytes, |line, line_end| {
-            if line.is_empty() {
-                return Ok(());
-            }
+            // Every line leaves an event with its offset, an empty one too: after a restart the stream is taken
+            // up where the journal ends, and the cell has forgotten what was acknowledged.
             match frames::parse(line) {
                 Some(incoming) => {
                     record.journal.push_frame(line, line_end, now_ms);
@@ -318,6 +329,10 @@ impl<'a> Live<'a> {
             }
             Ok::<(), RecordError>(())
         })?;
+        if whole.too_long {
+            let text = format!("[hotcell dropped a line of more than {LINE_BYTES_MAX} bytes]");
+            self.record.push(&Body::Output { stream: Stream::Stdout, end: whole.end, text })?;
+        }
         self.record.commit()?;
         if !steps.is_empty() {
             self.steps(steps).await?;
@@ -413,9 +428,12 @@ impl<'a> Live<'a> {
             .collect();
         at -= frames.iter().map(|f| f.len() as u64).sum::<u64>();
         for frame in frames {
-            let length = frame.len() as u64;
-            self.input(at, frame);
-            at += length;
+            let start = at;
+            at += frame.len() as u64;
+            match &mut self.unsent {
+                Some(unsent) => unsent.push((at, frame)),
+                None => self.input(start, frame),
+            }
         }
         Ok(())
     }
@@ -442,11 +460,13 @@ impl<'a> Live<'a> {
         note_gateway(self.parts, self.record, event, &mut self.provider_status)
     }
 
-    fn exited(&mut self, report: &ExitReport) -> Result<AgentExit, RecordError> {
+    async fn exited(&mut self, report: &ExitReport) -> Result<AgentExit, RecordError> {
         let code = match report.status {
             ExitStatus::Code(code) => code,
             ExitStatus::Signal(signal) => 128 + signal,
         };
+        self.last_words()?;
+        self.ended_by_init(report.reason).await?;
         self.record.exit =
             Some(ExitFigures { peak_memory_bytes: report.peak_memory_bytes, cpu_us: report.cpu_us });
         // Killed by us after it had said its last word: the word counts.
@@ -462,8 +482,40 @@ impl<'a> Live<'a> {
         Ok(agent_exit(code, report.oom_kills, self.tail()))
     }
 
+    /// A last line without its line feed.
+    fn last_words(&mut self) -> Result<(), RecordError> {
+        let (end, part) = self.lines.rest();
+        if part.is_empty() {
+            return Ok(());
+        }
+        let text = String::from_utf8_lossy(&part).into_owned();
+        self.record.push(&Body::Output { stream: Stream::Stdout, end, text })?;
+        Ok(())
+    }
+
+    /// PID 1 holds limits of its own for the time without a daemon: what it did about them is a stop or a loss,
+    /// not an error of the CLI.
+    async fn ended_by_init(&mut self, reason: ExitReason) -> Result<(), RecordError> {
+        let decided =
+            self.over || self.failure.is_some() || matches!(self.record.state(), State::Stopping { .. });
+        match reason {
+            ExitReason::WallLimit if !decided => {
+                let detail =
+                    "PID 1 of the cell ended it at its wall limit, while the daemon was away".to_owned();
+                self.record.push(&Body::Stop { reason: StopReason::Deadline, detail })?;
+                self.record.step(self.parts, Input::Stop(StopReason::Deadline)).await
+            }
+            ExitReason::DeadMan if !decided => {
+                let words = "PID 1 of the cell ended it, since no daemon was there for too long";
+                self.fail(Phase::Run, FailReason::CellLost, words.to_owned());
+                Ok(())
+            }
+            ExitReason::WallLimit | ExitReason::DeadMan | ExitReason::Agent | ExitReason::Killed => Ok(()),
+        }
+    }
+
     /// The container ended and PID 1 said nothing of it.
-    fn unseen_exit(&mut self, exit: &Result<crate::engine::Exit, String>) -> AgentExit {
+    fn unseen_exit(&mut self, exit: &Result<Exit, String>) -> AgentExit {
         let words = match exit {
             Ok(exit) => {
                 let why = exit.error.clone().unwrap_or_default();
@@ -491,18 +543,42 @@ impl<'a> Live<'a> {
         String::from_utf8_lossy(&bytes).trim().to_owned()
     }
 
-    /// Closes the way to the model and the link; requests still under way are followed to their end.
-    async fn leave(self, exit: AgentExit) -> Result<Ended, RecordError> {
-        let Self { parts, record, session, link, lease, begun, failure, mut provider_status, .. } = self;
+    /// Closes the way to the model and the link, whether the record can still be written or not; requests still
+    /// under way are followed to their end.
+    async fn leave(self, exit: Result<AgentExit, RecordError>) -> Result<Ended, RecordError> {
+        let Self {
+            parts, record, session, link, lease, container, begun, failure, mut provider_status, ..
+        } = self;
         parts.metrics.phase(Phase::Run, begun.elapsed().as_secs_f64());
-        for event in lease.destroy().await {
-            note_gateway(parts, record, &event, &mut provider_status)?;
+        if exit.is_err()
+            && let Err(error) = parts.engine.kill(&container).await
+        {
+            tracing::warn!(job = %record.job, %error, "cannot kill a cell whose record cannot be written; destroying it");
         }
-        record.commit()?;
+        let last = lease.destroy().await;
         if let Err(error) = link.destroy().await {
             tracing::warn!(job = %record.job, %error, "the socket of a cell is left to the sweep");
         }
+        let exit = exit?;
+        for event in last {
+            note_gateway(parts, record, &event, &mut provider_status)?;
+        }
+        record.commit()?;
         Ok(Ended { session: Some(session), exit: Some(exit), failure, provider_status })
+    }
+}
+
+/// Waits for the container's end. An engine that is away says nothing of it: the cell may well be alive, and
+/// what it says itself comes over the link.
+async fn wait(parts: &Parts, container: &ContainerId) -> Result<Exit, EngineError> {
+    loop {
+        match parts.engine.wait(container).await {
+            Err(error @ (EngineError::Unavailable { .. } | EngineError::Timeout { .. })) => {
+                tracing::warn!(%container, %error, "cannot watch a cell; asking again");
+                tokio::time::sleep(ENGINE_PAUSE).await;
+            }
+            other => return other,
+        }
     }
 }
 
@@ -562,6 +638,13 @@ pub(crate) struct Whole {
 impl Lines {
     pub(crate) fn new(end: u64) -> Self {
         Self { end, part: Vec::new(), skipping: false }
+    }
+
+    /// Takes the unfinished last line, with the offset after it.
+    pub(crate) fn rest(&mut self) -> (u64, Vec<u8>) {
+        let part = std::mem::take(&mut self.part);
+        self.end += part.len() as u64;
+        (self.end, part)
     }
 
     /// Takes the bytes that end at offset `end` of the stream.
