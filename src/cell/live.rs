@@ -16,7 +16,7 @@ use super::record::{ExitFigures, Record, RecordError};
 use super::{Parts, StopWish, agent_exit};
 use crate::agent::frames;
 use crate::clock;
-use crate::engine::EngineError;
+use crate::engine::{ContainerId, EngineError, Exit};
 use crate::event::{Body, Stream};
 use crate::gateway::{GatewayEvent, Lease};
 use crate::job::outcome::Failure;
@@ -35,6 +35,8 @@ const STDERR_TAIL_BYTES: usize = 2048;
 const OVER_GRACE: Duration = Duration::from_secs(10);
 /// Wait for what is still on its way when the container ended without a last word.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Pause before an engine that is away is asked again.
+const ENGINE_PAUSE: Duration = Duration::from_secs(1);
 /// Wait for the exit report after everything was killed.
 const KILL_GRACE: Duration = Duration::from_secs(5);
 
@@ -73,7 +75,7 @@ pub struct Live<'a> {
     link: Link,
     to_cell: LinkHandle,
     lease: Lease,
-    container: crate::engine::ContainerId,
+    container: ContainerId,
     lines: Lines,
     stderr: VecDeque<u8>,
     stdin_end: u64,
@@ -93,7 +95,7 @@ enum Next {
     Gateway(GatewayEvent),
     Wish,
     Timer,
-    ContainerEnded(Result<crate::engine::Exit, EngineError>),
+    ContainerEnded(Result<Exit, EngineError>),
 }
 
 impl<'a> Live<'a> {
@@ -139,7 +141,7 @@ impl<'a> Live<'a> {
         self.steps(steps).await?;
         let parts = self.parts.clone();
         let container = self.container.clone();
-        let mut ended = std::pin::pin!(async move { parts.engine.wait(&container).await });
+        let mut ended = std::pin::pin!(wait(&parts, &container));
         let mut container_gone = None;
         let exit = loop {
             let deadline = self.deadline(container_gone.as_ref().map(|(_, until)| *until));
@@ -450,7 +452,7 @@ impl<'a> Live<'a> {
     }
 
     /// The container ended and PID 1 said nothing of it.
-    fn unseen_exit(&mut self, exit: &Result<crate::engine::Exit, String>) -> AgentExit {
+    fn unseen_exit(&mut self, exit: &Result<Exit, String>) -> AgentExit {
         let words = match exit {
             Ok(exit) => {
                 let why = exit.error.clone().unwrap_or_default();
@@ -487,6 +489,20 @@ impl<'a> Live<'a> {
             tracing::warn!(job = %record.job, %error, "the socket of a cell is left to the sweep");
         }
         Ok(Ended { session: Some(session), exit: Some(exit), failure, provider_status })
+    }
+}
+
+/// Waits for the container's end. An engine that is away says nothing of it: the cell may well be alive, and
+/// what it says itself comes over the link.
+async fn wait(parts: &Parts, container: &ContainerId) -> Result<Exit, EngineError> {
+    loop {
+        match parts.engine.wait(container).await {
+            Err(error @ (EngineError::Unavailable { .. } | EngineError::Timeout { .. })) => {
+                tracing::warn!(%container, %error, "cannot watch a cell; asking again");
+                tokio::time::sleep(ENGINE_PAUSE).await;
+            }
+            other => return other,
+        }
     }
 }
 
