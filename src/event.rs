@@ -137,7 +137,7 @@ pub enum Body {
         /// Last number that is gone.
         last: u64,
     },
-    /// The last event of every job: totals beside the outcome.
+    /// Totals beside the outcome; after it comes only the state `done`.
     Summary {
         /// How it ended.
         #[serde(flatten)]

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{ConnectInfo, Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -81,6 +82,14 @@ fn title(prompt: &str) -> String {
     title
 }
 
+/// The id in a path, or why it is none: a path that is no UTF-8 names no job.
+pub type JobPath = Result<Path<String>, PathRejection>;
+
+/// The text of the path's id.
+pub fn path_text(path: &JobPath) -> &str {
+    path.as_ref().map_or("", |Path(id)| id)
+}
+
 impl Api {
     fn sees_all(&self, who: &Identity) -> bool {
         self.admin_uids.contains(&who.uid)
@@ -110,9 +119,9 @@ impl Api {
 pub async fn show(
     State(api): State<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(id): Path<String>,
+    id: JobPath,
 ) -> Result<Json<JobView>, ApiError> {
-    let job = api.own_job(&peer, &id).await?;
+    let job = api.own_job(&peer, path_text(&id)).await?;
     Ok(Json(view(&api, &job).await?))
 }
 
@@ -120,8 +129,9 @@ pub async fn show(
 pub async fn list(
     State(api): State<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Query(query): Query<Vec<(String, String)>>,
+    query: Result<Query<Vec<(String, String)>>, QueryRejection>,
 ) -> Result<Json<JobList>, ApiError> {
+    let Query(query) = query.map_err(|e| ApiError::new(ErrorCode::InvalidRequest, e.body_text()))?;
     let who = identity(&peer)?;
     let filter = filter(&api, &who, query)?;
     let page = api.parts.store.jobs(filter).await?;
@@ -184,9 +194,9 @@ fn filter(api: &Api, who: &Identity, query: Vec<(String, String)>) -> Result<Fil
 pub async fn cancel(
     State(api): State<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(id): Path<String>,
+    id: JobPath,
 ) -> Result<Response, ApiError> {
-    let job = api.own_job(&peer, &id).await?;
+    let job = api.own_job(&peer, path_text(&id)).await?;
     let who = identity(&peer)?;
     let id = job.row.id;
     match api.driver.stop(id.clone(), StopReason::Cancelled, format!("by uid {}", who.uid)).await {
@@ -206,9 +216,9 @@ pub async fn cancel(
 pub async fn delete(
     State(api): State<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(id): Path<String>,
+    id: JobPath,
 ) -> Result<StatusCode, ApiError> {
-    let job = api.own_job(&peer, &id).await?;
+    let job = api.own_job(&peer, path_text(&id)).await?;
     let id = job.row.id;
     match api.parts.store.delete(&id).await {
         Ok(()) => {}

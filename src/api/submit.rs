@@ -50,6 +50,14 @@ pub async fn submit(
         ApiError::new(code, words)
     })?;
     let idem = idempotency(&headers, &body)?;
+    // Before everything that may have changed since: a full queue must not hide the job that fills it.
+    if let Some((key, hash)) = &idem
+        && let Some(id) =
+            api.parts.store.submitted_before(identity.uid, key.clone(), *hash).await.map_err(stored)?
+        && let Some(job) = api.parts.store.job(&id).await?
+    {
+        return Ok((StatusCode::OK, axum::Json(view(&api, &job).await?)).into_response());
+    }
     let spec = JobSpec::parse(&body).map_err(|error| {
         let code = match &error {
             SpecError::Field { key, .. } if key == "(whole spec)" => ErrorCode::TooLarge,
@@ -183,11 +191,17 @@ async fn store(
             Ok((id, true))
         }
         Ok(Submitted::Existing(id)) => Ok((id, false)),
-        Err(StoreError::IdempotencyConflict { existing }) => {
+        Err(error) => Err(stored(error)),
+    }
+}
+
+fn stored(error: StoreError) -> ApiError {
+    match error {
+        StoreError::IdempotencyConflict { existing } => {
             let words = format!("this Idempotency-Key was used for {existing} with another spec");
-            Err(ApiError::new(ErrorCode::IdempotencyConflict, words).hint("use a new key for a new spec"))
+            ApiError::new(ErrorCode::IdempotencyConflict, words).hint("use a new key for a new spec")
         }
-        Err(error) => Err(error.into()),
+        error => error.into(),
     }
 }
 

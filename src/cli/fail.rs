@@ -71,6 +71,7 @@ impl ExitCode {
             | ErrorCode::Workspace
             | ErrorCode::NotFound
             | ErrorCode::NoRoute
+            | ErrorCode::MethodNotAllowed
             | ErrorCode::IdempotencyConflict
             | ErrorCode::NotDone => Self::Usage,
             ErrorCode::QueueFull

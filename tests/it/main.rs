@@ -5,6 +5,7 @@
 // A test says what it expects by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod api;
 mod engine;
 mod image;
 mod init;
