@@ -12,8 +12,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use crate::boot::Forward;
 use crate::sys;
-use crate::wire::Forward;
 
 const CONNECTIONS_MAX: usize = 256;
 /// Bytes moved at once; also the most that is kept of one direction of one connection.
