@@ -53,7 +53,7 @@ lint: tools ## Format, clippy, docs, shell scripts: no warning is let through.
 	bash -n .ci/engine && bash -n .ci/tools && bash -n .ci/run && bash -n tests/demo
 
 bench: image ## Measure side by side, print ratios, write target/bench.json.
-	HOTCELL_ENGINE=$(ENGINE) $(CARGO) run --release --quiet --example bench
+	HOTCELL_ENGINE=$(ENGINE) $(CARGO) bench --bench side_by_side
 
 install: build ## Install both binaries below PREFIX (default /usr/local).
 	install -d $(DESTDIR)$(PREFIX)/bin
