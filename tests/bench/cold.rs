@@ -110,7 +110,10 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
     rows.push(Row::one("daemon: resident after start", idle.resident, "MiB").bar(Bar::ValueAtMost(30.0)));
     rows.push(Row::one("daemon: proportional after start", idle.proportional, "MiB"));
     rows.push(Row::one("daemon: anonymous after start", idle.anonymous, "MiB"));
-    rows.push(Row::one(format!("daemon: resident after {} jobs", n + 1), after.resident, "MiB").bar(Bar::ValueAtMost(30.0)));
+    rows.push(
+        Row::one(format!("daemon: resident after {} jobs", n + 1), after.resident, "MiB")
+            .bar(Bar::ValueAtMost(30.0)),
+    );
     drop(bench);
     world.end();
     Ok(rows)
@@ -177,18 +180,39 @@ impl Bench {
         let user = format!("{UID}:{UID}");
         let memory = format!("{MEMORY_MIB}m");
         let mut command = docker();
-        command.args(["run", "--rm", "--label", &self.baselines.label, "--network", "none", "--cap-drop", "ALL"]);
+        command.args([
+            "run",
+            "--rm",
+            "--label",
+            &self.baselines.label,
+            "--network",
+            "none",
+            "--cap-drop",
+            "ALL",
+        ]);
         command.args(["--security-opt", "no-new-privileges"]);
         command.arg("--security-opt").arg(format!("seccomp={}", self.seccomp.display()));
         command.args(["--read-only", "--user", &user, "--memory", &memory, "--memory-swap", &memory]);
-        command.args(["--pids-limit", &PIDS.to_string(), "--cpus", &CPUS.to_string(), "--log-driver", "none"]);
+        command.args([
+            "--pids-limit",
+            &PIDS.to_string(),
+            "--cpus",
+            &CPUS.to_string(),
+            "--log-driver",
+            "none",
+        ]);
         command.args(["-v", &bind("home", "/home/agent"), "-v", &bind("tmp", "/tmp")]);
         command.args(["-v", &bind("workspace", "/workspace"), "-w", "/workspace"]);
         command.arg("-v").arg(format!("{}:/.hotcell:ro", self.dir.join("run").display()));
         for (name, value) in environment("/home/agent") {
             command.arg("-e").arg(format!("{name}={value}"));
         }
-        command.args(["-e", "ANTHROPIC_UNIX_SOCKET=/.hotcell/api.sock", "-e", "ANTHROPIC_BASE_URL=http://hotcell"]);
+        command.args([
+            "-e",
+            "ANTHROPIC_UNIX_SOCKET=/.hotcell/api.sock",
+            "-e",
+            "ANTHROPIC_BASE_URL=http://hotcell",
+        ]);
         command.args([&self.image, "claude"]).args(cli_arguments());
         timed(command)
     }
@@ -204,7 +228,12 @@ impl Bench {
         let path = std::env::var_os("PATH").unwrap_or_default();
         command.env_clear().env("PATH", path).envs(environment(&at.join("home").to_string_lossy()));
         command.env("ANTHROPIC_BASE_URL", &self.model.base_url).env("CLAUDE_CODE_TMPDIR", &at);
-        command.args(cli_arguments()).current_dir(at.join("workspace")).uid(UID).gid(UID).stdin(Stdio::null());
+        command
+            .args(cli_arguments())
+            .current_dir(at.join("workspace"))
+            .uid(UID)
+            .gid(UID)
+            .stdin(Stdio::null());
         timed(command)
     }
 }
@@ -313,7 +342,8 @@ fn phases(world: &World) -> Result<Vec<(String, (f64, f64))>> {
     let text = String::from_utf8_lossy(&body).into_owned();
     let value = |name: &str, phase: &str| -> Result<f64> {
         let start = format!("hotcell_job_phase_seconds_{name}{{phase=\"{phase}\"}} ");
-        let line = text.lines().find_map(|l| l.strip_prefix(&start)).with_context(|| format!("no {start}"))?;
+        let line =
+            text.lines().find_map(|l| l.strip_prefix(&start)).with_context(|| format!("no {start}"))?;
         Ok(line.parse()?)
     };
     ["prepare", "boot", "run", "collect"]

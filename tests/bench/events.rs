@@ -52,8 +52,10 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
             .bar(Bar::ValueAtLeast(150_000.0)),
         Row::median("events into the journal, one client follows", &followed, "events/s")
             .against("docker run, json-file", &json_file),
-        Row::median("events to a client that follows", &client, "events/s").against("docker run, json-file", &json_file),
-        Row::median("docker run, log driver none", &attached, "events/s").against("docker run, json-file", &json_file),
+        Row::median("events to a client that follows", &client, "events/s")
+            .against("docker run, json-file", &json_file),
+        Row::median("docker run, log driver none", &attached, "events/s")
+            .against("docker run, json-file", &json_file),
         Row::one("daemon: resident after the events", after.resident, "MiB"),
     ])
 }
@@ -155,6 +157,9 @@ fn docker_run(world: &World, baselines: &Baselines, lines: u64, driver: &str) ->
         stdout.consume(used);
     }
     let status = child.wait()?;
-    ensure!(status.success() && count == lines, "docker run ended with {status} after {count} of {lines} lines");
+    ensure!(
+        status.success() && count == lines,
+        "docker run ended with {status} after {count} of {lines} lines"
+    );
     Ok(count as f64 / last.duration_since(first.context("no output")?).as_secs_f64())
 }

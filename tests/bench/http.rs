@@ -124,7 +124,8 @@ impl Read for Chunks<'_> {
                 continue;
             }
             let size = usize::from_str_radix(line.trim(), 16);
-            self.left = size.map_err(|_| io::Error::new(io::ErrorKind::UnexpectedEof, "the stream was cut"))?;
+            self.left =
+                size.map_err(|_| io::Error::new(io::ErrorKind::UnexpectedEof, "the stream was cut"))?;
             if self.left == 0 {
                 self.over = true;
                 self.stream.read_line(&mut String::new())?;

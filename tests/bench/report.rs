@@ -176,7 +176,8 @@ fn figure(value: f64) -> String {
         v if !v.is_finite() => "–".to_owned(),
         v if v >= 1000.0 => {
             let digits = format!("{value:.0}");
-            let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().map(|g| std::str::from_utf8(g).unwrap_or("")).collect();
+            let groups: Vec<&str> =
+                digits.as_bytes().rchunks(3).rev().map(|g| std::str::from_utf8(g).unwrap_or("")).collect();
             groups.join(" ")
         }
         v if v >= 100.0 => format!("{value:.0}"),

@@ -112,7 +112,13 @@ fn compile(to: &Path) -> Result<()> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bench/agent.rs");
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let mut command = Command::new(rustc);
-    command.args(["--edition=2024", "-Copt-level=3", "-Ctarget-feature=+crt-static", "-Cstrip=symbols", "-o"]);
+    command.args([
+        "--edition=2024",
+        "-Copt-level=3",
+        "-Ctarget-feature=+crt-static",
+        "-Cstrip=symbols",
+        "-o",
+    ]);
     output(command.arg(to).arg(source).stdin(Stdio::null()))?;
     std::fs::set_permissions(to, std::fs::Permissions::from_mode(0o711))?;
     Ok(())
@@ -166,7 +172,8 @@ pub(crate) fn machine() -> Vec<(&'static str, String)> {
     let info = "{{.Driver}}, cgroup v{{.CgroupVersion}}, runtime {{.DefaultRuntime}}";
     let known = |text: Result<String>| text.unwrap_or_else(|error| format!("unknown ({error})"));
     let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = memory.lines().next().and_then(|l| l.split_whitespace().nth(1)).and_then(|n| n.parse::<u64>().ok());
+    let kib =
+        memory.lines().next().and_then(|l| l.split_whitespace().nth(1)).and_then(|n| n.parse::<u64>().ok());
     vec![
         ("hotcell", env!("CARGO_PKG_VERSION").to_owned()),
         ("cores", std::thread::available_parallelism().map_or(0, usize::from).to_string()),

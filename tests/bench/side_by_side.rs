@@ -32,8 +32,12 @@ use report::Row;
 
 type Part = (&'static str, fn() -> Result<Vec<Row>>);
 
-const PARTS: [Part; 4] =
-    [("cold", cold::measure), ("events", events::measure), ("streams", load::streams), ("queue", load::queue)];
+const PARTS: [Part; 4] = [
+    ("cold", cold::measure),
+    ("events", events::measure),
+    ("streams", load::streams),
+    ("queue", load::queue),
+];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
@@ -58,7 +62,8 @@ fn main() -> ExitCode {
         }
         eprintln!("{name}: {:.0} s", begun.elapsed().as_secs_f64());
     }
-    let facts: Vec<String> = setup::machine().iter().map(|(name, value)| format!("{name}: {value}")).collect();
+    let facts: Vec<String> =
+        setup::machine().iter().map(|(name, value)| format!("{name}: {value}")).collect();
     let text = format!("{}\n\n{}", facts.join("; "), report::table(&rows));
     println!("{text}");
     for words in &broken {
@@ -66,7 +71,8 @@ fn main() -> ExitCode {
     }
     let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("target");
     let json = serde_json::to_string_pretty(&report::json(&rows)).unwrap();
-    let written = std::fs::write(target.join("bench.json"), json).and_then(|()| std::fs::write(target.join("bench.md"), text));
+    let written = std::fs::write(target.join("bench.json"), json)
+        .and_then(|()| std::fs::write(target.join("bench.md"), text));
     if let Err(error) = &written {
         eprintln!("cannot write the report: {error}");
     }
