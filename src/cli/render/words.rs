@@ -142,7 +142,7 @@ fn after_failure(reason: FailReason, job: &str) -> String {
         FailReason::Oom => "give it more with --memory; its policy is the ceiling".into(),
         FailReason::DiskFull => "give it more with --disk; its policy is the ceiling".into(),
         FailReason::GatewayRefused => {
-            "the job asked the model for what its policy does not allow; hotcell logs JOB shows what was refused"
+            format!("its policy does not allow what it asked of the model; hotcell logs {job} shows what")
         }
         FailReason::ProviderAuth => {
             "the daemon's credential was refused: see [provider.anthropic] in its configuration".into()
