@@ -219,7 +219,7 @@ async fn find_image(parts: &Arc<Parts>, record: &Record) -> Result<Image, Prepar
     let info = match images.resolve_image(reference).await {
         Err(ImageError::NotPresent { .. }) => {
             let (progress, _) = tokio::sync::mpsc::channel(1);
-            parts.engine.pull(reference, &progress).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+            parts.engine.pull(reference, &progress).await.map_err(|e| pull_failure(reference, &e))?;
             images.resolve_image(reference).await
         }
         found => found,
@@ -589,6 +589,15 @@ fn engine_failure(reason: FailReason, error: &EngineError) -> PrepareError {
         _ => reason,
     };
     failed(reason, error)
+}
+
+fn pull_failure(reference: &str, error: &EngineError) -> PrepareError {
+    match engine_failure(FailReason::ImageUnavailable, error) {
+        PrepareError::Failed(failure) if failure.reason == FailReason::ImageUnavailable => {
+            failed(failure.reason, format!("the image {reference:?} is not on this machine and cannot be pulled: {error}"))
+        }
+        other => other,
+    }
 }
 
 fn image_failure(error: &ImageError) -> PrepareError {
