@@ -164,7 +164,7 @@ fn a_fault_of_the_provider_ends_a_job_in_its_own_words_or_not_at_all() {
     let cases = [
         stops("late", "silent", json!({ "silence_s": 5 })),
         stops("limited-for-ever", "deadline", json!({ "wall_s": 8 })),
-        fails("bad-key", "provider_auth", "provider", "invalid x-api-key"),
+        fails("bad-key", "provider_auth", "provider", "Invalid API key"),
         fails("forbidden", "provider_auth", "provider", "not for you"),
         fails("rejected", "provider_rejected", "job", "what is this"),
         fails("unheard", "provider_rejected", "job", ""),
@@ -198,7 +198,7 @@ fn a_fault_of_the_provider_ends_a_job_in_its_own_words_or_not_at_all() {
     // For people: the provider's own words, whose fault, what to do.
     let (code, stdout, _) = world.run(&["run", "bad-key"]);
     assert_eq!(code, 1);
-    for words in ["failed in run (provider_auth)", "invalid x-api-key", "fault: the model provider", "[provider.anthropic]"] {
+    for words in ["failed in run (provider_auth)", "Invalid API key", "fault: the model provider", "[provider.anthropic]"] {
         assert!(stdout.contains(words), "{stdout}");
     }
 
