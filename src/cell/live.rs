@@ -394,7 +394,8 @@ impl<'a> Live<'a> {
     }
 
     fn broken(&mut self, words: String) {
-        self.fail(Phase::Run, FailReason::AgentProtocol, words);
+        let phase = if self.booted.is_some() { Phase::Run } else { Phase::Boot };
+        self.fail(phase, FailReason::AgentProtocol, words);
         self.to_cell.kill();
         self.ending = Ending::Killed { until: Instant::now() + KILL_GRACE };
     }

@@ -243,7 +243,7 @@ async fn find_image(
                 pulled = parts.engine.pull(reference, &progress) => pulled,
                 Some((reason, detail)) = wish(stop) => return Err(PrepareError::Stopped(reason, detail)),
             };
-            pulled.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+            pulled.map_err(|e| pull_failure(reference, &e))?;
             images.resolve_image(reference).await
         }
         found => found,
@@ -624,6 +624,16 @@ fn engine_failure(reason: FailReason, error: &EngineError) -> PrepareError {
         _ => reason,
     };
     failed(reason, error)
+}
+
+fn pull_failure(reference: &str, error: &EngineError) -> PrepareError {
+    match engine_failure(FailReason::ImageUnavailable, error) {
+        PrepareError::Failed(failure) if failure.reason == FailReason::ImageUnavailable => failed(
+            failure.reason,
+            format!("the image {reference:?} is not on this machine and cannot be pulled: {error}"),
+        ),
+        other => other,
+    }
 }
 
 fn image_failure(error: &ImageError) -> PrepareError {

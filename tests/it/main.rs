@@ -6,9 +6,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod api;
+mod bad_input;
+mod command;
 mod engine;
 mod image;
 mod init;
+mod provider;
 mod road;
 mod workspace;
 mod world;

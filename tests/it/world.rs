@@ -29,6 +29,7 @@ pub(crate) struct World {
     daemon: Option<Child>,
     base_url: String,
     more: String,
+    engine: Option<String>,
 }
 
 /// One answer of the daemon.
@@ -71,7 +72,16 @@ impl World {
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("loopback");
         let base_url = format!("http://{}", listener.local_addr().unwrap());
         runtime.spawn(serve(listener, script, recorder.clone(), stop.clone()));
-        let world = Self { dir, recorder, runtime, stop, daemon: None, base_url, more: more.to_owned() };
+        let world = Self {
+            dir,
+            recorder,
+            runtime,
+            stop,
+            daemon: None,
+            base_url,
+            more: more.to_owned(),
+            engine: None,
+        };
         world.write_config();
         share(&world.state_dir());
         world
@@ -98,6 +108,11 @@ impl World {
     pub(crate) fn set_provider(&mut self, base_url: &str) {
         base_url.clone_into(&mut self.base_url);
         self.write_config();
+    }
+
+    /// Another address of the engine, for the next start of the daemon.
+    pub(crate) fn set_engine(&mut self, address: &str) {
+        self.engine = Some(address.to_owned());
     }
 
     /// Starts the daemon and waits until it answers.
@@ -214,6 +229,7 @@ impl World {
         let keep = ["PATH", "HOTCELL_ENGINE", "DOCKER_HOST", "SSL_CERT_FILE"];
         command.env_clear().envs(std::env::vars_os().filter(|(k, _)| keep.iter().any(|n| k == n)));
         command.env("HOME", "/root").env("HOTCELL_CONFIG", self.path("config.toml"));
+        command.envs(self.engine.iter().map(|address| ("HOTCELL_ENGINE", address)));
         command
     }
 
