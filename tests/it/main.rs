@@ -5,9 +5,13 @@
 // A test says what it expects by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod crash;
 mod engine;
+mod fake_agent;
 mod image;
 mod init;
+mod life;
 mod road;
+mod scripted_engine;
 mod world;
 mod workspace;
