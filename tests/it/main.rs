@@ -8,10 +8,14 @@
 mod api;
 mod bad_input;
 mod command;
+mod crash;
 mod engine;
+mod fake_agent;
 mod image;
 mod init;
+mod life;
 mod provider;
 mod road;
+mod scripted_engine;
 mod workspace;
 mod world;

@@ -141,11 +141,28 @@ impl World {
         daemon.wait().unwrap();
     }
 
+    /// The daemon's process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.daemon.as_ref().expect("a daemon").id()
+    }
+
+    /// SIGTERM to the daemon, which goes on for a while.
+    pub(crate) fn signal(&self) {
+        let pid = rustix::process::Pid::from_child(self.daemon.as_ref().expect("a daemon"));
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
     /// SIGTERM to the daemon; it must end by itself, with code 0.
     pub(crate) fn terminate(&mut self) {
+        if self.daemon.is_some() {
+            self.signal();
+            self.ended();
+        }
+    }
+
+    /// Waits until the daemon has ended by itself, with code 0.
+    pub(crate) fn ended(&mut self) {
         let Some(mut daemon) = self.daemon.take() else { return };
-        let pid = rustix::process::Pid::from_child(&daemon);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let until = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = daemon.try_wait().unwrap() {
