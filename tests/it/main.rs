@@ -10,4 +10,5 @@ mod image;
 mod init;
 mod road;
 mod world;
+mod walls;
 mod workspace;

@@ -29,6 +29,8 @@ pub(crate) struct World {
     daemon: Option<Child>,
     base_url: String,
     more: String,
+    /// More variables of the daemon's environment, from its next start on.
+    pub(crate) daemon_env: Vec<(String, String)>,
 }
 
 /// One answer of the daemon.
@@ -69,7 +71,7 @@ impl World {
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("loopback");
         let base_url = format!("http://{}", listener.local_addr().unwrap());
         runtime.spawn(serve(listener, script, recorder.clone(), stop.clone()));
-        let world = Self { dir, recorder, runtime, stop, daemon: None, base_url, more: more.to_owned() };
+        let world = Self { dir, recorder, runtime, stop, daemon: None, base_url, more: more.to_owned(), daemon_env: Vec::new() };
         world.write_config();
         share(&world.state_dir());
         world
@@ -102,6 +104,7 @@ impl World {
     pub(crate) fn start(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let mut command = self.hotcell();
+        command.envs(self.daemon_env.iter().cloned());
         command.args(["serve", "--log", "info,hotcell=debug"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let child = command.spawn().expect("hotcell serve");
         self.daemon = Some(child);
