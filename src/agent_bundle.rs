@@ -122,7 +122,7 @@ pub enum BundleError {
     #[error("there is no agent for the processor {0:?}; x64 and arm64 are supported")]
     Arch(String),
     /// Not installed.
-    #[error("agent {version} for {platform} is not installed; run `hotcell agent install {version}`")]
+    #[error("agent {version} for {platform} is not installed; run `hotcell agent install {version}{}`", options(*platform))]
     NotInstalled {
         /// Version asked for.
         version: Version,
@@ -174,6 +174,15 @@ pub enum BundleError {
         /// The system's error.
         source: io::Error,
     },
+}
+
+/// What `hotcell agent install` must be told for another platform than the usual one.
+fn options(platform: Platform) -> String {
+    let libc = if platform.libc == Libc::Musl { " --libc musl" } else { "" };
+    let own = if cfg!(target_arch = "aarch64") { Arch::Arm64 } else { Arch::X64 };
+    let arch =
+        if platform.arch == own { String::new() } else { format!(" --arch {}", platform.arch.as_str()) };
+    format!("{libc}{arch}")
 }
 
 /// The bundles of one state directory.

@@ -6,6 +6,7 @@ use std::ffi::OsString;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
 
@@ -26,7 +27,9 @@ use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
 use crate::policy::PlanLimits;
 use crate::session::{Session, Step};
 use crate::store::CellRow;
-use crate::workspace::{self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, WorkspaceError};
+use crate::workspace::{
+    self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, WorkspaceError,
+};
 
 /// Most open files of a process in a cell.
 const NOFILE_MAX: u32 = 65_536;
@@ -56,6 +59,8 @@ pub struct Prepared {
     pub sent: Vec<(u64, Vec<u8>)>,
     /// True when the task was sent before.
     pub booted: bool,
+    /// Time since the cell was begun.
+    pub age: Duration,
 }
 
 /// Why there is no cell.
@@ -94,10 +99,7 @@ pub async fn prepare(
     record: &mut Record,
     stop: &mut watch::Receiver<StopWish>,
 ) -> Result<Prepared, PrepareError> {
-    let found = tokio::select! {
-        found = find_image(parts, record) => found?,
-        Some((reason, detail)) = wish(stop) => return Err(PrepareError::Stopped(reason, detail)),
-    };
+    let found = find_image(parts, record, stop).await?;
     let names = Names::new(parts, record)?;
     parts.store.put_cell(names.row(record)).await?;
     let (dirs, session, staged) = make_directories(parts, record, &names).await?;
@@ -112,9 +114,12 @@ pub async fn prepare(
         }
     };
     let spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
-    let started = match boot(record, &names, &found, staged.wall_ms(record)) {
-        Ok(boot) => start(parts, &names.cell, &spec, &boot).await,
-        Err(error) => Err(error),
+    let boot = boot(record, &names, &found, staged.wall_ms(record));
+    let wished = stop.borrow().clone();
+    let started = match (boot, wished) {
+        (Ok(_), Some((reason, detail))) => Err(PrepareError::Stopped(reason, detail)),
+        (Ok(boot), None) => start(parts, &names.cell, &spec, &boot).await,
+        (Err(error), _) => Err(error),
     };
     let container = match started {
         Ok(container) => container,
@@ -125,7 +130,8 @@ pub async fn prepare(
         }
     };
     let pending = session.start();
-    Ok(Prepared { session, link, lease, container, pending, sent: Vec::new(), booted: false })
+    let (sent, booted, age) = (Vec::new(), false, Duration::ZERO);
+    Ok(Prepared { session, link, lease, container, pending, sent, booted, age })
 }
 
 async fn start(
@@ -166,8 +172,16 @@ pub async fn adopt(
     if replay.exit.is_some() {
         return Ok(None);
     }
-    let Some(row) = parts.store.cell_of(&record.job).await?.filter(|row| row.cell == cell) else { return Ok(None) };
-    let Ok(key) = <[u8; 32]>::try_from(row.ctl_key.as_slice()).map(CtlKey::from_bytes) else { return Ok(None) };
+    let Some(row) = parts.store.cell_of(&record.job).await?.filter(|row| row.cell == cell) else {
+        return Ok(None);
+    };
+    let Ok(key) = <[u8; 32]>::try_from(row.ctl_key.as_slice()).map(CtlKey::from_bytes) else {
+        return Ok(None);
+    };
+    // Nobody follows the dead daemon's requests any more: what they may cost is charged, and what they set aside
+    // must not keep the cell's next request waiting.
+    let left_open = parts.store.release_open(&record.job, clock::wall_ms()).await?;
+    parts.metrics.reaped(crate::metrics::Orphan::Reservation, left_open);
     record.push(&Body::Note { text: "the daemon was restarted and took the cell over".to_owned() })?;
     record.commit()?;
     let run = parts.settings.cells_dir().join(cell.as_str()).join("run");
@@ -191,7 +205,8 @@ pub async fn adopt(
         }
     };
     let (session, pending, sent) = (replay.session, replay.pending, replay.sent);
-    Ok(Some(Prepared { session, link, lease, container, pending, sent, booted: true }))
+    let age = Duration::from_millis(clock::wall_ms().saturating_sub(row.created_ms));
+    Ok(Some(Prepared { session, link, lease, container, pending, sent, booted: true, age }))
 }
 
 async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
@@ -212,22 +227,33 @@ struct Image {
     volumes: Vec<String>,
 }
 
-async fn find_image(parts: &Arc<Parts>, record: &Record) -> Result<Image, PrepareError> {
+async fn find_image(
+    parts: &Arc<Parts>,
+    record: &Record,
+    stop: &mut watch::Receiver<StopWish>,
+) -> Result<Image, PrepareError> {
     let reference = &record.accepted.plan.image;
     let port = EngineImages::new(parts.engine.clone(), parts.store.instance().clone());
     let images = Images::new(&port, &parts.settings.state_dir);
     let info = match images.resolve_image(reference).await {
         Err(ImageError::NotPresent { .. }) => {
             let (progress, _) = tokio::sync::mpsc::channel(1);
-            parts.engine.pull(reference, &progress).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+            // Only the pull may be dropped half-way: the other calls are short, and one of them makes a container.
+            let pulled = tokio::select! {
+                pulled = parts.engine.pull(reference, &progress) => pulled,
+                Some((reason, detail)) = wish(stop) => return Err(PrepareError::Stopped(reason, detail)),
+            };
+            pulled.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
             images.resolve_image(reference).await
         }
         found => found,
     };
     let info = info.map_err(|e| image_failure(&e))?;
     let facts = images.suitability(&info).await.map_err(|e| image_failure(&e))?;
-    let details = parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
-    let details = details.ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
+    let details =
+        parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+    let details = details
+        .ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
     let Some(libc) = facts.libc else {
         let words = format!("the image {reference} has neither glibc nor musl, so the CLI cannot run in it");
         return Err(failed(FailReason::ImageUnsuitable, words));
@@ -270,13 +296,16 @@ impl Names {
         let mut bytes = [0u8; 64];
         random(&mut bytes)?;
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
-        let hex = |range: std::ops::Range<usize>| bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let hex = |range: std::ops::Range<usize>| {
+            bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>()
+        };
         let _ = (parts, record);
         Ok(Self {
             cell: CellId::new(word(0)),
             key: CtlKey::generate().map_err(|e| failed(FailReason::Internal, e))?,
             token: format!("hotcell-{}", hex(16..48)),
-            uid: workspace::CELL_IDS.start + (word(8) % u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start)) as u32,
+            uid: workspace::CELL_IDS.start
+                + (word(8) % u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start)) as u32,
             session_id: {
                 let h = hex(48..64);
                 // A random UUID, version 4.
@@ -391,10 +420,16 @@ fn stage(
     // Private ids of the submitter's groups follow the cell's own.
     let count = identity.groups.len().min(40) as u32;
     let groups: Vec<u32> = (1..=count).map(|n| uid.wrapping_add(n)).collect();
-    let ids =
-        CellIds { submitter: identity, cell_uid: uid, cell_gid: uid, cell_groups: &groups, runtime_maps_ids: true };
+    let ids = CellIds {
+        submitter: identity,
+        cell_uid: uid,
+        cell_gid: uid,
+        cell_groups: &groups,
+        runtime_maps_ids: true,
+    };
     let mode = if read_only { Mode::ReadOnly } else { Mode::Bind };
-    let staged = workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
+    let staged =
+        workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
     let who = match staged.ids().clone() {
         StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
             Who { uid, gid, groups }

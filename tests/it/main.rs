@@ -5,10 +5,11 @@
 // A test says what it expects by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod api;
 mod engine;
 mod image;
 mod init;
 mod road;
-mod world;
 mod walls;
 mod workspace;
+mod world;

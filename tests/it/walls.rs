@@ -39,7 +39,8 @@ impl Seen {
     fn new(events: Vec<Value>, job: Value) -> Self {
         let mut found = Map::new();
         for line in tool_results(&events).lines().filter_map(|l| l.strip_prefix("ZOO ")) {
-            let told: Map<String, Value> = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+            let told: Map<String, Value> =
+                serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
             found.extend(told);
         }
         Self { found, events, job }

@@ -83,7 +83,12 @@ fn an_agent_that_kills_or_stops_everything_it_can_reach_ends_its_own_job_only() 
     assert_eq!(seen.job["reason"], "agent_error", "{}", seen.job);
     let stop = "kill -STOP $(ps -o pid= -C claude); kill -STOP $(ps -o ppid= -p $$); sleep 30";
     let seen = run(&world, stop, &json!({ "limits": { "silence_s": 3 } }));
-    assert_eq!((&seen.job["outcome"], &seen.job["reason"]), (&json!("stopped"), &json!("silent")), "{}", seen.job);
+    assert_eq!(
+        (&seen.job["outcome"], &seen.job["reason"]),
+        (&json!("stopped"), &json!("silent")),
+        "{}",
+        seen.job
+    );
     let seen = run(&world, "echo 'ZOO {\"after\": true}'", &json!({}));
     seen.succeeded();
     world.end();

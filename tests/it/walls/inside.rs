@@ -45,7 +45,10 @@ fn a_cell_has_no_rights_no_network_and_nothing_to_write_but_its_own() {
 fn a_workspace_in_place_is_the_one_thing_more_to_write() {
     let seen = look(&json!({ "policy": "trusted" }));
     who_it_is(&seen);
-    what_it_writes(&seen, &["/home/agent/zoo", "/tmp/zoo", "/dev/shm/zoo", "/dev/mqueue/zoo", "/workspace/zoo"]);
+    what_it_writes(
+        &seen,
+        &["/home/agent/zoo", "/tmp/zoo", "/dev/shm/zoo", "/dev/mqueue/zoo", "/workspace/zoo"],
+    );
     let (_, options) = mount(&seen, "/workspace");
     assert!(options.is_superset(&["rw", "nosuid", "nodev"].into()), "{options:?}");
 }
@@ -95,8 +98,10 @@ fn what_it_sees(seen: &Seen) {
     assert_eq!(*seen.get("run"), "EACCES");
     assert_eq!(*seen.get("cells"), json!(["ctl.sock", "api.sock", ".."]));
     assert_eq!(*seen.get("setuid"), json!([]));
-    let devices: BTreeSet<&str> = seen.get("devices").as_array().unwrap().iter().map(|d| d.as_str().unwrap()).collect();
-    let known = ["null", "zero", "full", "random", "urandom", "tty", "pts/ptmx", "console"].map(|d| format!("/dev/{d}"));
+    let devices: BTreeSet<&str> =
+        seen.get("devices").as_array().unwrap().iter().map(|d| d.as_str().unwrap()).collect();
+    let known = ["null", "zero", "full", "random", "urandom", "tty", "pts/ptmx", "console"]
+        .map(|d| format!("/dev/{d}"));
     assert!(devices.iter().all(|d| known.iter().any(|k| k == d)), "{devices:?}");
     for (path, content) in seen.get("masked").as_object().unwrap() {
         let empty = *content == json!("") || *content == json!([]) || *content == json!("error 2");
@@ -105,8 +110,24 @@ fn what_it_sees(seen: &Seen) {
     // The files behind loop devices are named by their paths on the host: those are other cells.
     assert_eq!((seen.get("backing"), seen.get("dmi")), (&json!([]), &json!([])));
     let known = [
-        "/", "/proc", "/dev", "/dev/pts", "/dev/mqueue", "/dev/shm", "/sys", "/sys/fs/cgroup", "/workspace", "/tmp", "/home/agent",
-        "/.hotcell", "/.hotcell-init", "/.hotcell-agent/claude", "/etc/passwd", "/etc/group", "/etc/resolv.conf", "/etc/hosts",
+        "/",
+        "/proc",
+        "/dev",
+        "/dev/pts",
+        "/dev/mqueue",
+        "/dev/shm",
+        "/sys",
+        "/sys/fs/cgroup",
+        "/workspace",
+        "/tmp",
+        "/home/agent",
+        "/.hotcell",
+        "/.hotcell-init",
+        "/.hotcell-agent/claude",
+        "/etc/passwd",
+        "/etc/group",
+        "/etc/resolv.conf",
+        "/etc/hosts",
         "/etc/hostname",
     ];
     for mount in seen.get("mounts").as_array().unwrap() {
@@ -114,7 +135,8 @@ fn what_it_sees(seen: &Seen) {
         // Masked and read-only paths are mounts too, and cgroup version 1 has one a controller.
         let ours = known.contains(&at) || at.starts_with("/proc/") || at.starts_with("/sys/");
         assert!(ours, "an unexpected mount: {mount}");
-        let read_only = at.starts_with("/.hotcell") || at.starts_with("/etc/") && !at.ends_with("conf") && !at.contains("/host");
+        let read_only = at.starts_with("/.hotcell")
+            || at.starts_with("/etc/") && !at.ends_with("conf") && !at.contains("/host");
         let options = mount["options"].as_str().unwrap();
         assert!(!read_only || options.starts_with("ro"), "{mount}");
     }

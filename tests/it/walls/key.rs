@@ -19,7 +19,10 @@ fn nothing_inside(seen: &Seen) {
     seen.succeeded();
     assert_eq!(*seen.get("hits"), json!([]), "the key is in the cell");
     let control = seen.get("control").to_string();
-    assert!(control.contains("environ") && control.contains("memory of"), "the search finds nothing: {control}");
+    assert!(
+        control.contains("environ") && control.contains("memory of"),
+        "the search finds nothing: {control}"
+    );
     assert!(seen.get("looked").as_u64().unwrap() > 1000, "{:?}", seen.found);
     for pid in seen.get("init_and_cli").as_array().unwrap() {
         let opened = &seen.get("opened")[pid.to_string()];
@@ -49,7 +52,8 @@ fn nothing_outside(world: &World, seen: &Seen) {
     files_with_key(world.dir.path(), &mut found);
     assert_eq!(found, Vec::<String>::new(), "the daemon wrote the key");
     let id = seen.job["id"].as_str().unwrap();
-    let paths = ["/v1/jobs", "/v1/info", "/v1/policies", "/metrics", "/openapi.json", "/healthz"].map(str::to_owned);
+    let paths =
+        ["/v1/jobs", "/v1/info", "/v1/policies", "/metrics", "/openapi.json", "/healthz"].map(str::to_owned);
     for path in paths.into_iter().chain(["", "/events", "/result"].map(|end| format!("/v1/jobs/{id}{end}"))) {
         let answer = world.call("GET", &path, "");
         assert!(!answer.body.contains(CANARY), "GET {path} tells the key");
@@ -57,7 +61,10 @@ fn nothing_outside(world: &World, seen: &Seen) {
     let journal: String = seen.events.iter().map(ToString::to_string).collect();
     assert!(!journal.contains(CANARY));
     let got = world.recorder.requests();
-    assert!(!got.is_empty() && got.iter().all(|r| r.header("x-api-key") == Some(CANARY)), "the provider did not get the key");
+    assert!(
+        !got.is_empty() && got.iter().all(|r| r.header("x-api-key") == Some(CANARY)),
+        "the provider did not get the key"
+    );
     assert!(got.iter().all(|r| memchr::memmem::find(&r.body, CANARY.as_bytes()).is_none()));
 }
 
@@ -101,7 +108,11 @@ fn the_engine_knows_neither_key_nor_token() {
     let inspected = docker(&["inspect", container.trim()]);
     let token = std::fs::read_to_string(token).unwrap();
     assert!(token.starts_with("hotcell-"), "{token}");
-    assert!(inspected.contains("/.hotcell-init") && !inspected.contains(CANARY) && !inspected.contains(token.trim()));
+    assert!(
+        inspected.contains("/.hotcell-init")
+            && !inspected.contains(CANARY)
+            && !inspected.contains(token.trim())
+    );
     std::fs::write(go, "").unwrap();
     world.follow(&id);
     assert_eq!(world.show(&id)["outcome"], "succeeded");
@@ -147,7 +158,9 @@ fn echo(mut stream: TcpStream) -> bool {
             return false;
         }
         let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
-        let value = |name: &str| head.lines().find_map(|l| l.to_lowercase().strip_prefix(name).map(|v| v.trim().to_owned()));
+        let value = |name: &str| {
+            head.lines().find_map(|l| l.to_lowercase().strip_prefix(name).map(|v| v.trim().to_owned()))
+        };
         let length: usize = value("content-length:").and_then(|v| v.parse().ok()).unwrap_or(0);
         if body.len() >= length {
             break value("x-api-key:").unwrap_or_default();

@@ -32,8 +32,14 @@ fn a_full_disk_is_the_cells_own() {
 #[test]
 fn processes_are_bounded_and_a_sibling_does_not_notice() {
     let mut world = world();
-    let bomb = world.submit(&spec(&world, "bash bomb.sh; sleep 5", &json!({ "limits": { "pids": 128, "cpus": 0.5, "wall_s": 60 } })));
-    world.wait_for("the bomb's cell runs", |w| w.show(&bomb)["state"] != "queued" && w.show(&bomb)["state"] != "preparing");
+    let bomb = world.submit(&spec(
+        &world,
+        "bash bomb.sh; sleep 5",
+        &json!({ "limits": { "pids": 128, "cpus": 0.5, "wall_s": 60 } }),
+    ));
+    world.wait_for("the bomb's cell runs", |w| {
+        w.show(&bomb)["state"] != "queued" && w.show(&bomb)["state"] != "preparing"
+    });
     let seen = run(&world, "python3 forks.py", &json!({ "limits": { "pids": 64 } }));
     seen.succeeded();
     assert_eq!(*seen.get("error"), "EAGAIN");
@@ -49,7 +55,8 @@ fn processes_are_bounded_and_a_sibling_does_not_notice() {
 #[test]
 fn memory_beyond_the_limit_is_killed_for_and_counted() {
     let world = world();
-    let seen = run(&world, &format!("python3 eat.py {}", 512 * MIB), &json!({ "limits": { "memory_mib": 512 } }));
+    let seen =
+        run(&world, &format!("python3 eat.py {}", 512 * MIB), &json!({ "limits": { "memory_mib": 512 } }));
     // The greedy process dies, the CLI does not: its score makes it the kernel's later choice.
     seen.succeeded();
     assert_eq!(*seen.get("eater"), "killed by 9");

@@ -14,7 +14,11 @@ fn nobody_gets_anything_from_ctl_sock_without_its_key() {
     assert_eq!(*seen.get("garbage"), json!(nothing), "bytes came back");
     for attempt in seen.get("forge").as_array().unwrap() {
         // A challenge is all that a greeting gets: 16 bytes of header, a nonce, a proof over both nonces.
-        assert_eq!((&attempt["challenged"], &attempt["then"], &attempt["end"]), (&json!(80), &json!(0), &json!("closed")), "{attempt}");
+        assert_eq!(
+            (&attempt["challenged"], &attempt["then"], &attempt["end"]),
+            (&json!(80), &json!(0), &json!("closed")),
+            "{attempt}"
+        );
     }
     assert_eq!(*seen.get("other_cell"), 0);
     assert!(seen.get("opened").as_u64().unwrap() > 400, "no flood: {:?}", seen.found);
@@ -62,7 +66,10 @@ fn an_agent_that_races_the_first_process_to_a_restarted_daemon_gets_nothing() {
 /// Requests for the model that the agent itself made: the CLI says who it is.
 fn own(world: &World) -> Vec<hotcell::model::Received> {
     let requests = world.recorder.requests();
-    requests.into_iter().filter(|r| r.header("user-agent").is_none_or(|a| !a.starts_with("claude-cli"))).collect()
+    requests
+        .into_iter()
+        .filter(|r| r.header("user-agent").is_none_or(|a| !a.starts_with("claude-cli")))
+        .collect()
 }
 
 #[test]
@@ -76,7 +83,13 @@ fn only_the_job_itself_and_only_what_is_allowed_reaches_the_model() {
         let malformed = ["model twice", "two lengths", "no JSON"].contains(&what.as_str());
         let transport = ["gzip", "chunked and length"].contains(&what.as_str());
         // A request that the HTTP parser itself turns down has no words.
-        let expected: &[u64] = if malformed || what == "POST *" { &[400, 403] } else if transport { &[400, 413] } else { &[403] };
+        let expected: &[u64] = if malformed || what == "POST *" {
+            &[400, 403]
+        } else if transport {
+            &[400, 413]
+        } else {
+            &[403]
+        };
         assert!(expected.contains(&status.as_u64().unwrap()), "{what}: {status}");
     }
     assert_eq!(own(&world).len(), 0, "{:#?}", own(&world));
@@ -97,7 +110,15 @@ fn what_passes_carries_nothing_of_the_client_but_the_request() {
         let names: Vec<&str> = request.headers.iter().map(|(n, _)| n.as_str()).collect();
         assert_eq!(names.iter().filter(|n| **n == "x-api-key").count(), 1, "{names:?}");
         assert_eq!(request.header("x-api-key"), Some(CANARY));
-        for gone in ["authorization", "cookie", "proxy-authorization", "x-forwarded-for", "x-evil", "origin", "referer"] {
+        for gone in [
+            "authorization",
+            "cookie",
+            "proxy-authorization",
+            "x-forwarded-for",
+            "x-evil",
+            "origin",
+            "referer",
+        ] {
             assert!(!names.contains(&gone), "{gone} went to the provider");
         }
         let text = format!("{:?}", request.headers);
@@ -105,7 +126,15 @@ fn what_passes_carries_nothing_of_the_client_but_the_request() {
     }
     // The agent's own calls are paid for like the CLI's.
     let charges = seen.events.iter().filter(|e| e["type"] == "charge").count();
-    assert_eq!(charges, world.recorder.requests().iter().filter(|r| r.target.starts_with("/v1/messages") && !r.target.contains("count")).count());
+    assert_eq!(
+        charges,
+        world
+            .recorder
+            .requests()
+            .iter()
+            .filter(|r| r.target.starts_with("/v1/messages") && !r.target.contains("count"))
+            .count()
+    );
     world.end();
 }
 
@@ -116,7 +145,12 @@ fn the_budget_holds_for_the_agents_own_calls() {
         -d '{\"model\":\"claude-sonnet-4-6\",\"max_tokens\":8000,\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]}' \
         $ANTHROPIC_BASE_URL/v1/messages & done; wait";
     let seen = run(&world, command, &json!({ "limits": { "cost_usd": 1.0 } }));
-    assert_eq!((&seen.job["outcome"], &seen.job["reason"]), (&Value::from("stopped"), &Value::from("budget")), "{}", seen.job);
+    assert_eq!(
+        (&seen.job["outcome"], &seen.job["reason"]),
+        (&Value::from("stopped"), &Value::from("budget")),
+        "{}",
+        seen.job
+    );
     assert!(seen.job["cost_usd"].as_f64().unwrap() <= 1.0, "{}", seen.job);
     world.end();
 }
