@@ -349,7 +349,6 @@ struct Who {
     uid: u32,
     gid: u32,
     groups: Vec<u32>,
-    read_only: bool,
 }
 
 impl Who {
@@ -417,7 +416,7 @@ fn stage(
         (_, WorkspaceMode::None) | (None, _) => {
             let own = rustix::process::geteuid().as_raw();
             let (uid, gid) = if own == 0 { (uid, uid) } else { (own, rustix::process::getegid().as_raw()) };
-            let who = Who { uid, gid, groups: Vec::new(), read_only: false };
+            let who = Who { uid, gid, groups: Vec::new() };
             return Ok(StagedDir { path: None, who, notes: Vec::new(), claude_md: None });
         }
     };
@@ -438,7 +437,7 @@ fn stage(
         workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
     let who = match staged.ids().clone() {
         StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
-            Who { uid, gid, groups, read_only }
+            Who { uid, gid, groups }
         }
     };
     let notes = staged.note().map(str::to_owned).into_iter().collect();
@@ -567,7 +566,8 @@ fn cell_spec(
         bind(&dirs.etc.join("group"), "/etc/group", true),
         bind(&dirs.home, options::HOME, false),
         bind(&dirs.tmp, "/tmp", false),
-        bind(&dirs.workspace, options::WORKSPACE, who.read_only),
+        // A read-only one is staged so; asked to do it, the engine would drop nosuid and nodev on the way.
+        bind(&dirs.workspace, options::WORKSPACE, false),
     ];
     // A volume that the image declares would be writable and without a limit: the scratch space covers it.
     for volume in &image.volumes {

@@ -17,5 +17,6 @@ mod life;
 mod provider;
 mod road;
 mod scripted_engine;
+mod walls;
 mod workspace;
 mod world;

@@ -30,6 +30,8 @@ pub(crate) struct World {
     base_url: String,
     more: String,
     engine: Option<String>,
+    /// More variables of the daemon's environment, from its next start on.
+    pub(crate) daemon_env: Vec<(String, String)>,
 }
 
 /// One answer of the daemon.
@@ -81,6 +83,7 @@ impl World {
             base_url,
             more: more.to_owned(),
             engine: None,
+            daemon_env: Vec::new(),
         };
         world.write_config();
         share(&world.state_dir());
@@ -120,6 +123,7 @@ impl World {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let mut command = self.hotcell();
         command
+            .envs(self.daemon_env.iter().cloned())
             .args(["serve", "--log", "info,hotcell=debug"])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
