@@ -7,9 +7,11 @@
 
 mod api;
 mod bad_input;
+mod command;
 mod engine;
 mod image;
 mod init;
+mod provider;
 mod road;
 mod world;
 mod workspace;
