@@ -66,7 +66,9 @@ fn json_lines(text: &str) -> Vec<Value> {
 /// No character that a terminal acts upon.
 #[track_caller]
 fn harmless(text: &str) {
-    let bad = text.chars().find(|c| (c.is_control() && !"\n\t".contains(*c)) || ('\u{202a}'..='\u{202e}').contains(c));
+    let bad = text
+        .chars()
+        .find(|c| (c.is_control() && !"\n\t".contains(*c)) || ('\u{202a}'..='\u{202e}').contains(c));
     assert_eq!(bad, None, "{}", text.escape_debug());
 }
 
@@ -75,14 +77,32 @@ fn a_run_is_told_in_plain_lines_and_as_json() {
     let world = World::new(SCRIPT);
     let dir = world.workspace("work", 0);
     let path = dir.to_str().unwrap();
-    let args = ["run", "greet", "-w", path, "-p", "trusted", "-l", "team=blue", "--cost", "0.50", "--max-turns", "9"];
+    let args = [
+        "run",
+        "greet",
+        "-w",
+        path,
+        "-p",
+        "trusted",
+        "-l",
+        "team=blue",
+        "--cost",
+        "0.50",
+        "--max-turns",
+        "9",
+    ];
     let (code, stdout, stderr) = world.run(&args);
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     harmless(&stdout);
     let lines: Vec<&str> = stdout.lines().collect();
     let id = lines[0].split_whitespace().next().unwrap().to_owned();
-    assert!(lines[0].contains("trusted · claude-sonnet-4-6") && lines[0].contains(&format!("{path} (bind)")), "{stdout}");
-    for line in ["· queued", "· running", "I will look.", "● Bash  echo hello; false", "all done", "✓ succeeded"] {
+    assert!(
+        lines[0].contains("trusted · claude-sonnet-4-6") && lines[0].contains(&format!("{path} (bind)")),
+        "{stdout}"
+    );
+    for line in
+        ["· queued", "· running", "I will look.", "● Bash  echo hello; false", "all done", "✓ succeeded"]
+    {
         assert!(lines.contains(&line), "no {line:?} in:\n{stdout}");
     }
     assert!(stdout.contains("2 turns · 1 tool call · $0.0012 of $0.50"), "{stdout}");
@@ -91,9 +111,16 @@ fn a_run_is_told_in_plain_lines_and_as_json() {
     assert_eq!((code, stderr.as_str()), (0, ""));
     let mut told = json_lines(&stdout);
     let job = told.pop().unwrap()["job"].clone();
-    assert_eq!((&job["outcome"], &job["labels"]["team"], &job["result"]), (&json!("succeeded"), &json!("red"), &json!("all done")));
+    assert_eq!(
+        (&job["outcome"], &job["labels"]["team"], &job["result"]),
+        (&json!("succeeded"), &json!("red"), &json!("all done"))
+    );
     let numbers: Vec<u64> = told.iter().map(|e| e["seq"].as_u64().unwrap()).collect();
-    assert_eq!(numbers, (1..=job["last_seq"].as_u64().unwrap()).collect::<Vec<_>>(), "all events, once, in order");
+    assert_eq!(
+        numbers,
+        (1..=job["last_seq"].as_u64().unwrap()).collect::<Vec<_>>(),
+        "all events, once, in order"
+    );
 
     // The same job afterwards.
     let second = job["id"].as_str().unwrap();
@@ -102,9 +129,12 @@ fn a_run_is_told_in_plain_lines_and_as_json() {
     let (_, stdout, _) = world.run(&["logs", second, "--json", "--from", "5"]);
     assert_eq!(json_lines(&stdout), told[4..]);
     let (code, stdout, _) = world.run(&["logs", "-f", &id]);
-    assert!(code == 0 && stdout.contains("● Bash  echo hello; false") && stdout.contains("✓ succeeded"), "{stdout}");
+    assert!(
+        code == 0 && stdout.contains("● Bash  echo hello; false") && stdout.contains("✓ succeeded"),
+        "{stdout}"
+    );
     let (_, stdout, _) = world.run(&["show", second, "--json"]);
-    assert_eq!(json_lines(&stdout), [job.clone()]);
+    assert_eq!(json_lines(&stdout), std::slice::from_ref(&job));
     let (code, stdout, _) = world.run(&["show", &id]);
     assert!(code == 0 && stdout.contains(path) && stdout.contains("succeeded"), "{stdout}");
     let (_, stdout, _) = world.run(&["ls", "--json"]);
@@ -118,13 +148,20 @@ fn a_run_is_told_in_plain_lines_and_as_json() {
         (&["ls", "--json", "-n", "1"], 1),
     ] {
         let (code, stdout, _) = world.run(args);
-        assert_eq!((code, json_lines(&stdout)[0]["jobs"].as_array().unwrap().len()), (0, expected), "{args:?}");
+        assert_eq!(
+            (code, json_lines(&stdout)[0]["jobs"].as_array().unwrap().len()),
+            (0, expected),
+            "{args:?}"
+        );
     }
     let (code, stdout, _) = world.run(&["ls"]);
     assert!(code == 0 && stdout.contains(&id) && stdout.contains(second), "{stdout}");
 
     let (code, stdout, _) = world.run(&["rm", "--json", &id, second]);
-    assert_eq!((code, json_lines(&stdout)), (0, vec![json!({ "removed": id }), json!({ "removed": second })]));
+    assert_eq!(
+        (code, json_lines(&stdout)),
+        (0, vec![json!({ "removed": id }), json!({ "removed": second })])
+    );
     let (code, _, stderr) = world.run(&["show", &id]);
     assert!(code == 2 && stderr.contains(&id) && stderr.contains("hotcell ls"), "{code} {stderr}");
     let (code, stdout, _) = world.run(&["show", "--json", &id]);
@@ -143,7 +180,8 @@ fn a_client_can_leave_come_back_cancel_and_die() {
     let with = |more: &[&'static str], dir: usize| -> Vec<String> {
         base.iter().copied().chain([at(dir)]).chain(more.iter().copied()).map(str::to_owned).collect()
     };
-    let spawn = |world: &World, args: Vec<String>| start(world, &args.iter().map(String::as_str).collect::<Vec<_>>());
+    let spawn =
+        |world: &World, args: Vec<String>| start(world, &args.iter().map(String::as_str).collect::<Vec<_>>());
 
     // Detached: the id alone; another process follows, a third one cancels.
     let (code, stdout, stderr) = finish(spawn(&world, with(&["--detach"], 0)));
@@ -182,15 +220,28 @@ fn a_client_can_leave_come_back_cancel_and_die() {
     let mut stdout = String::new();
     std::io::Read::read_to_string(&mut polite_out, &mut stdout).unwrap();
     assert_eq!(code, 130, "{stdout}\n{stderr}");
-    assert!(stderr.contains("cancelling the job") && stdout.contains("■ stopped: cancelled"), "{stdout}\n{stderr}");
-    assert_eq!((&world.show(&polite_id)["outcome"], &world.show(&polite_id)["reason"]), (&json!("stopped"), &json!("cancelled")));
+    assert!(
+        stderr.contains("cancelling the job") && stdout.contains("■ stopped: cancelled"),
+        "{stdout}\n{stderr}"
+    );
+    assert_eq!(
+        (&world.show(&polite_id)["outcome"], &world.show(&polite_id)["reason"]),
+        (&json!("stopped"), &json!("cancelled"))
+    );
 
     let (code, stdout, _) = world.run(&["cancel", cut]);
     assert!(code == 0 && stdout.starts_with(&detached), "an id may be shortened: {stdout}");
     let (code, stdout, _) = finish(follower);
-    assert!(code == 130 && stdout.contains("I will wait.") && stdout.contains("■ stopped: cancelled"), "{code} {stdout}");
+    assert!(
+        code == 130 && stdout.contains("I will wait.") && stdout.contains("■ stopped: cancelled"),
+        "{code} {stdout}"
+    );
     let (code, stdout, _) = world.run(&["cancel", &detached, "--json"]);
-    assert_eq!((code, &json_lines(&stdout)[0]["reason"]), (0, &json!("cancelled")), "cancelling twice is no mistake");
+    assert_eq!(
+        (code, &json_lines(&stdout)[0]["reason"]),
+        (0, &json!("cancelled")),
+        "cancelling twice is no mistake"
+    );
 
     // The job of the killed client never noticed. Ctrl-C of a follower leaves it alone as well.
     let mut second = start(&world, &["logs", "-f", &orphan]);
@@ -216,7 +267,10 @@ fn a_client_can_leave_come_back_cancel_and_die() {
     for args in [&["run", "x"][..], &["ls"], &["health"], &["cancel", &orphan]] {
         let (code, _, stderr) = world.run(args);
         assert_eq!(code, 4, "{args:?}: {stderr}");
-        assert!(stderr.contains(world.socket().to_str().unwrap()) && stderr.contains("hotcell serve"), "{stderr}");
+        assert!(
+            stderr.contains(world.socket().to_str().unwrap()) && stderr.contains("hotcell serve"),
+            "{stderr}"
+        );
     }
     world.start();
     world.end();
@@ -270,7 +324,9 @@ fn what_needs_no_daemon_works_without_one() {
     for word in ["run", "logs", "130", "stopped by a limit"] {
         assert!(help.contains(word), "{help}");
     }
-    for args in [&["run"][..], &["frobnicate"], &["run", "x", "--cost", "much"], &["ls", "-s", "asleep"], &["logs"]] {
+    for args in
+        [&["run"][..], &["frobnicate"], &["run", "x", "--cost", "much"], &["ls", "-s", "asleep"], &["logs"]]
+    {
         let (code, stdout, stderr) = world.run(args);
         assert!(code == 2 && stdout.is_empty() && !stderr.is_empty(), "{args:?}: {code} {stdout} {stderr}");
     }
@@ -279,7 +335,8 @@ fn what_needs_no_daemon_works_without_one() {
 /// The part of JSON Schema that the job spec's schema is written in.
 fn fits(root: &Value, schema: &Value, value: &Value) -> Result<(), String> {
     if let Some(target) = schema["$ref"].as_str() {
-        let part = root.pointer(target.strip_prefix('#').unwrap()).ok_or(format!("{target} leads nowhere"))?;
+        let part =
+            root.pointer(target.strip_prefix('#').unwrap()).ok_or(format!("{target} leads nowhere"))?;
         return fits(root, part, value);
     }
     for key in ["anyOf", "oneOf"] {
@@ -348,11 +405,21 @@ fn nothing_that_an_agent_prints_reaches_the_terminal_as_a_command() {
     for kept in ["start ", " c1 ", "<U+202E>flip end", "● Bash", "bye ", "link"] {
         assert!(stdout.contains(kept), "{kept:?} is gone: {stdout}");
     }
-    assert!(!stdout.contains("aGFja2Vk") && !stdout.contains("evil"), "a whole sequence disappears: {stdout}");
+    assert!(
+        !stdout.contains("aGFja2Vk") && !stdout.contains("evil"),
+        "a whole sequence disappears: {stdout}"
+    );
     let id = stdout.split_whitespace().next().unwrap().to_owned();
     let (_, raw, _) = world.run(&["logs", &id, "--raw"]);
     assert!(raw.contains("\u{1b}]52;c;aGFja2Vk\u{7}") && raw.contains("\u{1b}[2J"), "--raw lets it through");
-    for args in [&["logs", id.as_str()][..], &["show", &id], &["ls"], &["logs", &id, "--json"], &["show", "--json", &id], &["ls", "--json"]] {
+    for args in [
+        &["logs", id.as_str()][..],
+        &["show", &id],
+        &["ls"],
+        &["logs", &id, "--json"],
+        &["show", "--json", &id],
+        &["ls", "--json"],
+    ] {
         let (code, stdout, _) = world.run(args);
         assert_eq!(code, 0);
         harmless(&stdout);

@@ -146,7 +146,12 @@ fn check(world: &World, case: &Case) -> (Vec<Value>, Value) {
             assert!(message.contains(words), "{}: {message}", case.prompt);
         }
         End::Stops { reason } => {
-            assert_eq!((&job["outcome"], &job["reason"]), (&json!("stopped"), &json!(reason)), "{}: {job}", case.prompt);
+            assert_eq!(
+                (&job["outcome"], &job["reason"]),
+                (&json!("stopped"), &json!(reason)),
+                "{}: {job}",
+                case.prompt
+            );
         }
     }
     assert_eq!(code, case.exit, "{}: {job}", case.prompt);
@@ -179,8 +184,10 @@ fn a_fault_of_the_provider_ends_a_job_in_its_own_words_or_not_at_all() {
         succeeds("garbled-once"),
     ];
     std::thread::scope(|scope| {
-        let running: Vec<_> = cases.iter().map(|case| (case.prompt, scope.spawn(|| check(&world, case)))).collect();
-        let failed: Vec<&str> = running.into_iter().filter_map(|(name, r)| r.join().is_err().then_some(name)).collect();
+        let running: Vec<_> =
+            cases.iter().map(|case| (case.prompt, scope.spawn(|| check(&world, case)))).collect();
+        let failed: Vec<&str> =
+            running.into_iter().filter_map(|(name, r)| r.join().is_err().then_some(name)).collect();
         assert!(failed.is_empty(), "{failed:?}");
     });
     let metrics = world.call("GET", "/metrics", "").body;
@@ -198,7 +205,12 @@ fn a_fault_of_the_provider_ends_a_job_in_its_own_words_or_not_at_all() {
     // For people: the provider's own words, whose fault, what to do.
     let (code, stdout, _) = world.run(&["run", "bad-key"]);
     assert_eq!(code, 1);
-    for words in ["failed in run (provider_auth)", "Invalid API key", "fault: the model provider", "[provider.anthropic]"] {
+    for words in [
+        "failed in run (provider_auth)",
+        "Invalid API key",
+        "fault: the model provider",
+        "[provider.anthropic]",
+    ] {
         assert!(stdout.contains(words), "{stdout}");
     }
 
@@ -223,7 +235,9 @@ fn a_cost_limit_ends_the_job_before_it_is_passed_and_says_so() {
     let stop = events.iter().find(|e| e["type"] == "stop").expect("a stop");
     assert!(stop["detail"].as_str().unwrap().contains("0.6"), "{stop}");
     assert_eq!((&stop["reason"], &stop["origin"]), (&json!("budget"), &json!("daemon")));
-    assert!(events.iter().any(|e| e["type"] == "refused" && e["why"] == "budget" && e["origin"] == "gateway"));
+    assert!(
+        events.iter().any(|e| e["type"] == "refused" && e["why"] == "budget" && e["origin"] == "gateway")
+    );
     // Each request had its worst case set aside before it was sent, and that never passed the limit.
     let (mut charged, mut most) = (0, 0);
     for event in &events {
