@@ -134,7 +134,7 @@ fn a_run_is_told_in_plain_lines_and_as_json() {
         "{stdout}"
     );
     let (_, stdout, _) = world.run(&["show", second, "--json"]);
-    assert_eq!(json_lines(&stdout), [job.clone()]);
+    assert_eq!(json_lines(&stdout), std::slice::from_ref(&job));
     let (code, stdout, _) = world.run(&["show", &id]);
     assert!(code == 0 && stdout.contains(path) && stdout.contains("succeeded"), "{stdout}");
     let (_, stdout, _) = world.run(&["ls", "--json"]);
