@@ -59,7 +59,10 @@ pub struct Listeners {
 /// Whatever keeps the daemon from starting, in words for the person who started it.
 pub fn serve(config: Config) -> anyhow::Result<()> {
     start_log(&config.log)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
     runtime.block_on(async move {
         let shutdown = Shutdown::default();
         watch_signals(shutdown.clone())?;
@@ -68,7 +71,9 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
         let listeners = Listeners {
             api: listen(&config.socket, config.socket_mode)?,
             metrics: match config.metrics {
-                Some(at) => Some(TcpListener::bind(at).await.with_context(|| format!("cannot listen on {at}"))?),
+                Some(at) => {
+                    Some(TcpListener::bind(at).await.with_context(|| format!("cannot listen on {at}"))?)
+                }
                 None => None,
             },
         };
@@ -97,7 +102,8 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let (parts, policies) = build(&config, engine).await?;
     let slots = usize::try_from(config.limits.slots).unwrap_or(1);
-    let (mut driver, handle) = Driver::new(parts.clone(), slots, Duration::from_secs(config.limits.drain_s.into()));
+    let (mut driver, handle) =
+        Driver::new(parts.clone(), slots, Duration::from_secs(config.limits.drain_s.into()));
     parts.metrics.engine_up.set(1);
     driver.recover().await.context("cannot take up what an earlier daemon left")?;
     sweeper::once(&parts).await.context("cannot clean up what an earlier daemon left")?;
@@ -120,7 +126,8 @@ pub async fn run(
     let router = api::router(api.clone()).into_make_service_with_connect_info::<api::peer::Peer>();
     let closing = close.clone();
     tasks.spawn(async move {
-        let served = axum::serve(PeerListener(listeners.api), router).with_graceful_shutdown(closing.cancelled_owned());
+        let served = axum::serve(PeerListener(listeners.api), router)
+            .with_graceful_shutdown(closing.cancelled_owned());
         if let Err(error) = served.await {
             tracing::error!(%error, "the API ended");
         }
@@ -129,7 +136,9 @@ pub async fn run(
     if let Some(listener) = listeners.metrics {
         let (router, closing) = (api::metrics_router(api.clone()), close.clone());
         tasks.spawn(async move {
-            if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned()).await {
+            if let Err(error) =
+                axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned()).await
+            {
                 tracing::error!(%error, "the metrics listener ended");
             }
             "metrics"
@@ -173,11 +182,15 @@ pub async fn run(
     }
 }
 
-async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<Parts>, BTreeMap<String, Policy>)> {
+async fn build(
+    config: &Config,
+    engine: Arc<dyn Engine>,
+) -> anyhow::Result<(Arc<Parts>, BTreeMap<String, Policy>)> {
     let state_dir = make_state_dir(&config.state_dir)?;
     check_init(&config.init_binary)?;
     let sources = policy_sources(&config.policy_dirs)?;
-    let policies: BTreeMap<String, Policy> = sources.into_iter().map(|(name, source)| (name, source.policy)).collect();
+    let policies: BTreeMap<String, Policy> =
+        sources.into_iter().map(|(name, source)| (name, source.policy)).collect();
     if !policies.contains_key(&config.defaults.policy) {
         let known = policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         bail!("defaults.policy: there is no policy {:?} (there are: {known})", config.defaults.policy);
@@ -232,7 +245,8 @@ fn prices(file: Option<&Path>) -> anyhow::Result<Prices> {
     match file {
         None => Ok(Prices::built_in()?),
         Some(path) => {
-            let text = std::fs::read_to_string(path).with_context(|| format!("prices_file: cannot read {}", path.display()))?;
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("prices_file: cannot read {}", path.display()))?;
             Ok(Prices::parse(&text, &path.display().to_string())?)
         }
     }
@@ -245,7 +259,11 @@ fn prices(file: Option<&Path>) -> anyhow::Result<Prices> {
 pub fn make_state_dir(path: &Path) -> anyhow::Result<PathBuf> {
     let shown = path.display();
     if !path.exists() {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).with_context(|| format!("state_dir: cannot create {shown}"))?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .with_context(|| format!("state_dir: cannot create {shown}"))?;
     }
     let path = path.canonicalize().with_context(|| format!("state_dir: cannot resolve {shown}"))?;
     let meta = std::fs::metadata(&path).with_context(|| format!("state_dir: cannot read {shown}"))?;
@@ -253,12 +271,16 @@ pub fn make_state_dir(path: &Path) -> anyhow::Result<PathBuf> {
         bail!("state_dir: {shown} is not a directory");
     }
     // Others may pass through (cells' mounts lie below), but neither list nor write.
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o711)).with_context(|| format!("state_dir: {shown} is not ours"))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o711))
+        .with_context(|| format!("state_dir: {shown} is not ours"))?;
     for name in ["jobs", "cells", "images", "agents"] {
         let dir = path.join(name);
         if !dir.exists() {
             let mode = if name == "jobs" { 0o700 } else { 0o711 };
-            std::fs::DirBuilder::new().mode(mode).create(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+            std::fs::DirBuilder::new()
+                .mode(mode)
+                .create(&dir)
+                .with_context(|| format!("cannot create {}", dir.display()))?;
         }
     }
     Ok(path)
@@ -267,8 +289,9 @@ pub fn make_state_dir(path: &Path) -> anyhow::Result<PathBuf> {
 /// A PID 1 that needs a loader would not run in another image.
 fn check_init(path: &Path) -> anyhow::Result<()> {
     let shown = path.display();
-    let bytes = std::fs::read(path)
-        .with_context(|| format!("init_binary: cannot read {shown}; `make build` puts hotcell-init beside hotcell"))?;
+    let bytes = std::fs::read(path).with_context(|| {
+        format!("init_binary: cannot read {shown}; `make build` puts hotcell-init beside hotcell")
+    })?;
     if !bytes.starts_with(b"\x7fELF") {
         bail!("init_binary: {shown} is no program of this system");
     }
@@ -280,7 +303,9 @@ fn check_init(path: &Path) -> anyhow::Result<()> {
 
 fn problems(parts: &Parts) -> Vec<String> {
     match parts.bundles.ls() {
-        Ok(bundles) if bundles.is_empty() => vec!["no agent is installed: run `hotcell image build`".to_owned()],
+        Ok(bundles) if bundles.is_empty() => {
+            vec!["no agent is installed: run `hotcell image build`".to_owned()]
+        }
         Ok(_) => Vec::new(),
         Err(error) => vec![error.to_string()],
     }
@@ -290,12 +315,18 @@ fn problems(parts: &Parts) -> Vec<String> {
 fn listen(path: &Path, mode: u32) -> anyhow::Result<UnixListener> {
     let shown = path.display();
     if let Some(dir) = path.parent().filter(|d| !d.exists()) {
-        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(dir).with_context(|| format!("socket: cannot create {}", dir.display()))?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(dir)
+            .with_context(|| format!("socket: cannot create {}", dir.display()))?;
     }
     match std::fs::symlink_metadata(path) {
         Ok(meta) if !meta.file_type().is_socket() => bail!("socket: {shown} is there and is not a socket"),
         Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
-            bail!("socket: a daemon already serves on {shown}; stop it first, or choose another --socket and --state-dir")
+            bail!(
+                "socket: a daemon already serves on {shown}; stop it first, or choose another --socket and --state-dir"
+            )
         }
         Ok(_) => std::fs::remove_file(path).with_context(|| format!("socket: cannot replace {shown}"))?,
         Err(_) => {}

@@ -110,19 +110,37 @@ impl Driver {
         for open in self.parts.store.open_jobs().await? {
             let cell = match open.state {
                 State::Queued => None,
-                _ => self.parts.store.cell_of(&open.id).await?.filter(|row| row.gone_ms.is_none()).map(|row| row.cell),
+                _ => self
+                    .parts
+                    .store
+                    .cell_of(&open.id)
+                    .await?
+                    .filter(|row| row.gone_ms.is_none())
+                    .map(|row| row.cell),
             };
-            rows.push(recover::Row { job: open.id, uid: open.uid, priority: open.priority, state: open.state, cell });
+            rows.push(recover::Row {
+                job: open.id,
+                uid: open.uid,
+                priority: open.priority,
+                state: open.state,
+                cell,
+            });
         }
         let found = self.parts.engine.list(self.parts.store.instance()).await?;
         let found: Vec<FoundCell> = found
             .into_iter()
-            .map(|f| FoundCell { cell: f.cell, container: f.container.as_str().to_owned(), running: f.running })
+            .map(|f| FoundCell {
+                cell: f.cell,
+                container: f.container.as_str().to_owned(),
+                running: f.running,
+            })
             .collect();
         for action in recover::plan(&rows, &found) {
             match action {
                 recover::Action::Requeue { job, uid, priority } => self.requeue(job, uid, priority).await,
-                recover::Action::Adopt { job, uid, cell, container } => self.adopt(job, uid, cell, &container),
+                recover::Action::Adopt { job, uid, cell, container } => {
+                    self.adopt(job, uid, cell, &container)
+                }
                 recover::Action::Close { job } => {
                     let uid = rows.iter().find(|row| row.job == job).map_or(0, |row| row.uid);
                     self.close(job, uid);
@@ -247,7 +265,12 @@ impl Driver {
         answer
     }
 
-    async fn end_queued(&self, record: &mut Record, reason: StopReason, detail: String) -> Result<(), StopError> {
+    async fn end_queued(
+        &self,
+        record: &mut Record,
+        reason: StopReason,
+        detail: String,
+    ) -> Result<(), StopError> {
         record.push(&Body::Stop { reason, detail })?;
         let outcome = Outcome::Stopped { reason };
         record.done(&self.parts, outcome.clone(), Totals::default(), None).await?;

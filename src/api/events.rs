@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body as HttpBody, Bytes};
-use axum::extract::{ConnectInfo, Path, Query, State};
+use axum::extract::{ConnectInfo, Query, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde::Deserialize;
 
+use super::jobs::{JobPath, path_text};
 use super::peer::Peer;
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
@@ -38,7 +39,7 @@ pub struct EventsQuery {
 pub async fn events(
     State(api): State<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(id): Path<String>,
+    id: JobPath,
     query: Result<Query<EventsQuery>, axum::extract::rejection::QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
@@ -46,14 +47,22 @@ pub async fn events(
     let follow = match query.follow.as_deref() {
         None | Some("0" | "false") => false,
         Some("1" | "true" | "") => true,
-        Some(other) => return Err(ApiError::new(ErrorCode::InvalidRequest, format!("follow: {other:?} is neither 0 nor 1"))),
+        Some(other) => {
+            return Err(ApiError::new(
+                ErrorCode::InvalidRequest,
+                format!("follow: {other:?} is neither 0 nor 1"),
+            ));
+        }
     };
-    let job = api.own_job(&peer, &id).await?.row.id;
-    let accepts = |kind: &str| headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).is_some_and(|v| v.contains(kind));
+    let job = api.own_job(&peer, path_text(&id)).await?.row.id;
+    let accepts = |kind: &str| {
+        headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).is_some_and(|v| v.contains(kind))
+    };
     let sse = accepts("text/event-stream");
     // A client that reconnects by SSE's own rule names the last number it has.
-    let last_id = headers.get("last-event-id").and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
-    let from = query.from.or(last_id.map(|n| n + 1)).unwrap_or(1).max(1);
+    let last_id =
+        headers.get("last-event-id").and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
+    let from = query.from.or(last_id.map(|n| n.saturating_add(1))).unwrap_or(1).max(1);
     let follower = Follower::new(api, job, from, follow);
     let body = stream::unfold(follower, move |mut follower| async move {
         match follower.next().await {

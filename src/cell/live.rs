@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::lines::{LINE_BYTES_MAX, Lines};
 use super::prepare::Prepared;
 use super::record::{ExitFigures, Record, RecordError};
 use super::{Parts, StopWish, agent_exit};
@@ -22,11 +23,8 @@ use crate::gateway::{GatewayEvent, Lease};
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Input, Phase, State, StopReason};
 use crate::link::{ExitReason, ExitReport, ExitStatus, Link, LinkEvent, LinkHandle, OutputStream};
-use crate::session::{AgentExit, Session, Step};
+use crate::session::{AgentExit, Session, Step, Trouble};
 
-/// Longest line of the CLI, in bytes. Longer than any seen (a 2 MB paste echoed), shorter than the cell's
-/// buffer, so that a line always fits into what may stay unacknowledged.
-pub const LINE_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// What the cell keeps of each stream until it is acknowledged, in bytes.
 pub const CELL_BUFFER_BYTES_MAX: u32 = 16 * 1024 * 1024;
 /// How much of stderr's end is kept for error messages, in bytes.
@@ -49,8 +47,8 @@ pub struct Ended {
     pub exit: Option<AgentExit>,
     /// What went wrong, where it was not the CLI that says so.
     pub failure: Option<Failure>,
-    /// The last provider status that was a failure.
-    pub provider_status: Option<u16>,
+    /// What last went wrong on the way to the model.
+    pub trouble: Option<Trouble>,
 }
 
 /// How far the ending of a cell has come.
@@ -58,11 +56,17 @@ pub struct Ended {
 enum Ending {
     NotYet,
     /// The CLI was asked to end, or has told that it will.
-    Asked { until: Instant },
+    Asked {
+        until: Instant,
+    },
     /// It got SIGTERM.
-    Terminated { until: Instant },
+    Terminated {
+        until: Instant,
+    },
     /// Everything in the cell got SIGKILL.
-    Killed { until: Instant },
+    Killed {
+        until: Instant,
+    },
 }
 
 /// The loop's state.
@@ -88,7 +92,7 @@ pub struct Live<'a> {
     ending: Ending,
     over: bool,
     failure: Option<Failure>,
-    provider_status: Option<u16>,
+    trouble: Option<Trouble>,
 }
 
 enum Next {
@@ -130,7 +134,7 @@ impl<'a> Live<'a> {
             ending: Ending::NotYet,
             over: false,
             failure: None,
-            provider_status: None,
+            trouble: None,
         }
     }
 
@@ -164,7 +168,8 @@ impl<'a> Live<'a> {
             match next {
                 Next::Link(LinkEvent::Exited(report)) => return self.exited(&report).await,
                 Next::Link(LinkEvent::SpawnFailed { errno, message }) => {
-                    let words = format!("the CLI could not be started in the cell: {message} (errno {errno})");
+                    let words =
+                        format!("the CLI could not be started in the cell: {message} (errno {errno})");
                     self.fail(Phase::Boot, FailReason::AgentStart, words);
                     return Ok(agent_exit(127, 0, String::new()));
                 }
@@ -239,7 +244,8 @@ impl<'a> Live<'a> {
         }
         if self.booted.is_none() {
             let seconds = self.parts.settings.boot_max.as_secs();
-            let words = format!("the CLI did not get ready within {seconds} s; its last words: {}", self.tail());
+            let words =
+                format!("the CLI did not get ready within {seconds} s; its last words: {}", self.tail());
             self.fail(Phase::Boot, FailReason::AgentStart, words);
             self.to_cell.kill();
             self.ending = Ending::Killed { until: now + KILL_GRACE };
@@ -289,7 +295,8 @@ impl<'a> Live<'a> {
             LinkEvent::Stdout { end, bytes } => self.on_stdout(end, &bytes).await,
             LinkEvent::Stderr { end, bytes } => self.on_stderr(end, &bytes),
             LinkEvent::Hostile { what } => {
-                self.record.push(&Body::Note { text: format!("somebody in the cell spoke out of turn: {what}") })?;
+                self.record
+                    .push(&Body::Note { text: format!("somebody in the cell spoke out of turn: {what}") })?;
                 self.record.commit()
             }
             LinkEvent::Disconnected | LinkEvent::StdinAcked { .. } => Ok(()),
@@ -313,7 +320,9 @@ impl<'a> Live<'a> {
                 }
                 None => {
                     let text = String::from_utf8_lossy(line).into_owned();
-                    record.journal.push(&Body::Output { stream: Stream::Stdout, end: line_end, text }, now_ms)?;
+                    record
+                        .journal
+                        .push(&Body::Output { stream: Stream::Stdout, end: line_end, text }, now_ms)?;
                 }
             }
             Ok::<(), RecordError>(())
@@ -385,7 +394,8 @@ impl<'a> Live<'a> {
     }
 
     fn broken(&mut self, words: String) {
-        self.fail(Phase::Run, FailReason::AgentProtocol, words);
+        let phase = if self.booted.is_some() { Phase::Run } else { Phase::Boot };
+        self.fail(phase, FailReason::AgentProtocol, words);
         self.to_cell.kill();
         self.ending = Ending::Killed { until: Instant::now() + KILL_GRACE };
     }
@@ -433,7 +443,9 @@ impl<'a> Live<'a> {
         self.record.commit()?;
         match event {
             GatewayEvent::BudgetExhausted { spent, limit } => {
-                let detail = format!("{spent} USD of {limit} USD are spent, and the next request needs more than is left");
+                let detail = format!(
+                    "{spent} USD of {limit} USD are spent, and the next request needs more than is left"
+                );
                 self.end(StopReason::Budget, detail).await
             }
             GatewayEvent::Requested { .. }
@@ -444,7 +456,7 @@ impl<'a> Live<'a> {
     }
 
     fn note_gateway(&mut self, event: &GatewayEvent) -> Result<(), RecordError> {
-        note_gateway(self.parts, self.record, event, &mut self.provider_status)
+        note_gateway(self.parts, self.record, event, &mut self.trouble)
     }
 
     async fn exited(&mut self, report: &ExitReport) -> Result<AgentExit, RecordError> {
@@ -483,10 +495,12 @@ impl<'a> Live<'a> {
     /// PID 1 holds limits of its own for the time without a daemon: what it did about them is a stop or a loss,
     /// not an error of the CLI.
     async fn ended_by_init(&mut self, reason: ExitReason) -> Result<(), RecordError> {
-        let decided = self.over || self.failure.is_some() || matches!(self.record.state(), State::Stopping { .. });
+        let decided =
+            self.over || self.failure.is_some() || matches!(self.record.state(), State::Stopping { .. });
         match reason {
             ExitReason::WallLimit if !decided => {
-                let detail = "PID 1 of the cell ended it at its wall limit, while the daemon was away".to_owned();
+                let detail =
+                    "PID 1 of the cell ended it at its wall limit, while the daemon was away".to_owned();
                 self.record.push(&Body::Stop { reason: StopReason::Deadline, detail })?;
                 self.record.step(self.parts, Input::Stop(StopReason::Deadline)).await
             }
@@ -504,7 +518,10 @@ impl<'a> Live<'a> {
         let words = match exit {
             Ok(exit) => {
                 let why = exit.error.clone().unwrap_or_default();
-                format!("the cell ended without a last word, with code {}{why} {}", exit.code, exit.stderr_tail)
+                format!(
+                    "the cell ended without a last word, with code {}{why} {}",
+                    exit.code, exit.stderr_tail
+                )
             }
             Err(error) => format!("the cell is gone: {error}"),
         };
@@ -528,7 +545,7 @@ impl<'a> Live<'a> {
     /// Closes the way to the model and the link, whether the record can still be written or not; requests still
     /// under way are followed to their end.
     async fn leave(self, exit: Result<AgentExit, RecordError>) -> Result<Ended, RecordError> {
-        let Self { parts, record, session, link, lease, container, begun, failure, mut provider_status, .. } = self;
+        let Self { parts, record, session, link, lease, container, begun, failure, mut trouble, .. } = self;
         parts.metrics.phase(Phase::Run, begun.elapsed().as_secs_f64());
         if exit.is_err()
             && let Err(error) = parts.engine.kill(&container).await
@@ -541,10 +558,10 @@ impl<'a> Live<'a> {
         }
         let exit = exit?;
         for event in last {
-            note_gateway(parts, record, &event, &mut provider_status)?;
+            note_gateway(parts, record, &event, &mut trouble)?;
         }
         record.commit()?;
-        Ok(Ended { session: Some(session), exit: Some(exit), failure, provider_status })
+        Ok(Ended { session: Some(session), exit: Some(exit), failure, trouble })
     }
 }
 
@@ -566,7 +583,7 @@ fn note_gateway(
     parts: &Parts,
     record: &mut Record,
     event: &GatewayEvent,
-    provider_status: &mut Option<u16>,
+    trouble: &mut Option<Trouble>,
 ) -> Result<(), RecordError> {
     let body = match event {
         GatewayEvent::Requested { model, reserved } => {
@@ -574,7 +591,7 @@ fn note_gateway(
         }
         GatewayEvent::Charged { model, usage, charged, status, duration_ms, .. } => {
             parts.metrics.charged(model, usage, *charged);
-            *provider_status = (*status == 0 || *status >= 400).then_some(*status);
+            *trouble = (*status == 0 || *status >= 400).then_some(Trouble::Provider(*status));
             Body::Charge {
                 model: model.clone(),
                 status: *status,
@@ -585,132 +602,15 @@ fn note_gateway(
         }
         GatewayEvent::Refused { status, why } => {
             parts.metrics.refused();
+            *trouble = Some(Trouble::Refused);
             Body::Refused { status: *status, why: why.as_str().to_owned() }
         }
         GatewayEvent::ProviderFault { status, .. } => {
-            *provider_status = Some(status.unwrap_or(0));
+            *trouble = Some(Trouble::Provider(status.unwrap_or(0)));
             return Ok(());
         }
         GatewayEvent::BudgetExhausted { .. } => return Ok(()),
     };
     record.push(&body)?;
     Ok(())
-}
-
-/// Cuts a byte stream into lines and keeps the last, unfinished one.
-#[derive(Debug)]
-pub(crate) struct Lines {
-    /// Offset after the last whole line.
-    end: u64,
-    part: Vec<u8>,
-    skipping: bool,
-}
-
-/// What a feed has done.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Whole {
-    /// Offset after the last whole line: what may be acknowledged.
-    pub end: u64,
-    /// A line was over the limit and was dropped.
-    pub too_long: bool,
-}
-
-impl Lines {
-    pub(crate) fn new(end: u64) -> Self {
-        Self { end, part: Vec::new(), skipping: false }
-    }
-
-    /// Takes the unfinished last line, with the offset after it.
-    pub(crate) fn rest(&mut self) -> (u64, Vec<u8>) {
-        let part = std::mem::take(&mut self.part);
-        self.end += part.len() as u64;
-        (self.end, part)
-    }
-
-    /// Takes the bytes that end at offset `end` of the stream.
-    pub(crate) fn feed<E>(
-        &mut self,
-        end: u64,
-        bytes: &[u8],
-        mut line: impl FnMut(&[u8], u64) -> Result<(), E>,
-    ) -> Result<Whole, E> {
-        let start = end - bytes.len() as u64;
-        let mut rest = bytes;
-        let mut too_long = false;
-        while let Some(at) = memchr::memchr(b'\n', rest) {
-            let (head, tail) = (&rest[..at], &rest[at + 1..]);
-            self.end = start + (bytes.len() - tail.len()) as u64;
-            if std::mem::take(&mut self.skipping) {
-                self.part.clear();
-            } else if self.part.is_empty() {
-                line(head, self.end)?;
-            } else {
-                self.part.extend_from_slice(head);
-                let whole = std::mem::take(&mut self.part);
-                line(&whole, self.end)?;
-            }
-            rest = tail;
-        }
-        if self.part.len() + rest.len() > LINE_BYTES_MAX {
-            too_long = !self.skipping;
-            self.skipping = true;
-            self.part = Vec::new();
-        } else if !self.skipping {
-            self.part.extend_from_slice(rest);
-        }
-        let ack = if self.skipping { end } else { self.end };
-        Ok(Whole { end: ack, too_long })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn any_cut_gives_the_same_lines(text in "[a-c\n]{0,60}", cuts in proptest::collection::vec(1usize..9, 0..40)) {
-            let bytes = text.as_bytes();
-            let mut lines = Lines::new(100);
-            let mut seen = Vec::new();
-            let mut at = 0;
-            let mut cuts = cuts.into_iter();
-            while at < bytes.len() {
-                let next = (at + cuts.next().unwrap_or(bytes.len())).min(bytes.len());
-                let whole = lines.feed(100 + next as u64, &bytes[at..next], |line, end| {
-                    seen.push((String::from_utf8_lossy(line).into_owned(), end));
-                    Ok::<(), ()>(())
-                });
-                let done = bytes[..next].iter().rposition(|b| *b == b'\n').map_or(0, |p| p + 1);
-                prop_assert_eq!(whole, Ok(Whole { end: 100 + done as u64, too_long: false }));
-                at = next;
-            }
-            let mut expected = Vec::new();
-            let mut end = 100;
-            for part in text.split_inclusive('\n').filter(|p| p.ends_with('\n')) {
-                end += part.len() as u64;
-                expected.push((part.trim_end_matches('\n').to_owned(), end));
-            }
-            prop_assert_eq!(seen, expected);
-        }
-    }
-
-    #[test]
-    fn an_endless_line_is_dropped_and_acknowledged() {
-        let mut lines = Lines::new(0);
-        let chunk = vec![b'x'; LINE_BYTES_MAX];
-        let mut none = |_: &[u8], _: u64| Ok::<(), ()>(());
-        let length = chunk.len() as u64;
-        assert_eq!(lines.feed(length, &chunk, &mut none), Ok(Whole { end: 0, too_long: false }));
-        assert_eq!(lines.feed(length + 1, b"x", &mut none), Ok(Whole { end: length + 1, too_long: true }));
-        assert_eq!(lines.feed(length + 2, b"x", &mut none), Ok(Whole { end: length + 2, too_long: false }));
-        let mut seen = Vec::new();
-        let after = lines.feed(length + 6, b"x\nab\n"[1..].as_ref(), |l, _| {
-            seen.push(l.to_vec());
-            Ok::<(), ()>(())
-        });
-        assert_eq!(after, Ok(Whole { end: length + 6, too_long: false }));
-        assert_eq!(seen, [b"ab".to_vec()]);
-    }
 }

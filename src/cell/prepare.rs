@@ -27,7 +27,9 @@ use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
 use crate::policy::PlanLimits;
 use crate::session::{Session, Step};
 use crate::store::CellRow;
-use crate::workspace::{self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, WorkspaceError};
+use crate::workspace::{
+    self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, WorkspaceError,
+};
 
 /// Most open files of a process in a cell.
 const NOFILE_MAX: u32 = 65_536;
@@ -175,8 +177,12 @@ pub async fn adopt(
     if replay.exit.is_some() {
         return Ok(None);
     }
-    let Some(row) = parts.store.cell_of(&record.job).await?.filter(|row| row.cell == cell) else { return Ok(None) };
-    let Ok(key) = <[u8; 32]>::try_from(row.ctl_key.as_slice()).map(CtlKey::from_bytes) else { return Ok(None) };
+    let Some(row) = parts.store.cell_of(&record.job).await?.filter(|row| row.cell == cell) else {
+        return Ok(None);
+    };
+    let Ok(key) = <[u8; 32]>::try_from(row.ctl_key.as_slice()).map(CtlKey::from_bytes) else {
+        return Ok(None);
+    };
     // Nobody follows the dead daemon's requests any more: what they may cost is charged, and what they set aside
     // must not keep the cell's next request waiting.
     let left_open = parts.store.release_open(&record.job, clock::wall_ms()).await?;
@@ -242,15 +248,17 @@ async fn find_image(
                 pulled = parts.engine.pull(reference, &progress) => pulled,
                 Some((reason, detail)) = wish(stop) => return Err(PrepareError::Stopped(reason, detail)),
             };
-            pulled.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+            pulled.map_err(|e| pull_failure(reference, &e))?;
             images.resolve_image(reference).await
         }
         found => found,
     };
     let info = info.map_err(|e| image_failure(&e))?;
     let facts = images.suitability(&info).await.map_err(|e| image_failure(&e))?;
-    let details = parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
-    let details = details.ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
+    let details =
+        parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+    let details = details
+        .ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
     let Some(libc) = facts.libc else {
         let words = format!("the image {reference} has neither glibc nor musl, so the CLI cannot run in it");
         return Err(failed(FailReason::ImageUnsuitable, words));
@@ -293,13 +301,16 @@ impl Names {
         let mut bytes = [0u8; 64];
         random(&mut bytes)?;
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
-        let hex = |range: std::ops::Range<usize>| bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let hex = |range: std::ops::Range<usize>| {
+            bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>()
+        };
         let _ = (parts, record);
         Ok(Self {
             cell: CellId::new(word(0)),
             key: CtlKey::generate().map_err(|e| failed(FailReason::Internal, e))?,
             token: format!("hotcell-{}", hex(16..48)),
-            uid: workspace::CELL_IDS.start + (word(8) % u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start)) as u32,
+            uid: workspace::CELL_IDS.start
+                + (word(8) % u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start)) as u32,
             session_id: {
                 let h = hex(48..64);
                 // A random UUID, version 4.
@@ -338,7 +349,6 @@ struct Who {
     uid: u32,
     gid: u32,
     groups: Vec<u32>,
-    read_only: bool,
 }
 
 impl Who {
@@ -406,7 +416,7 @@ fn stage(
         (_, WorkspaceMode::None) | (None, _) => {
             let own = rustix::process::geteuid().as_raw();
             let (uid, gid) = if own == 0 { (uid, uid) } else { (own, rustix::process::getegid().as_raw()) };
-            let who = Who { uid, gid, groups: Vec::new(), read_only: false };
+            let who = Who { uid, gid, groups: Vec::new() };
             return Ok(StagedDir { path: None, who, notes: Vec::new(), claude_md: None });
         }
     };
@@ -415,13 +425,19 @@ fn stage(
     // Private ids of the submitter's groups follow the cell's own.
     let count = identity.groups.len().min(40) as u32;
     let groups: Vec<u32> = (1..=count).map(|n| uid.wrapping_add(n)).collect();
-    let ids =
-        CellIds { submitter: identity, cell_uid: uid, cell_gid: uid, cell_groups: &groups, runtime_maps_ids: true };
+    let ids = CellIds {
+        submitter: identity,
+        cell_uid: uid,
+        cell_gid: uid,
+        cell_groups: &groups,
+        runtime_maps_ids: true,
+    };
     let mode = if read_only { Mode::ReadOnly } else { Mode::Bind };
-    let staged = workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
+    let staged =
+        workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
     let who = match staged.ids().clone() {
         StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
-            Who { uid, gid, groups, read_only }
+            Who { uid, gid, groups }
         }
     };
     let notes = staged.note().map(str::to_owned).into_iter().collect();
@@ -550,7 +566,8 @@ fn cell_spec(
         bind(&dirs.etc.join("group"), "/etc/group", true),
         bind(&dirs.home, options::HOME, false),
         bind(&dirs.tmp, "/tmp", false),
-        bind(&dirs.workspace, options::WORKSPACE, who.read_only),
+        // A read-only one is staged so; asked to do it, the engine would drop nosuid and nodev on the way.
+        bind(&dirs.workspace, options::WORKSPACE, false),
     ];
     // A volume that the image declares would be writable and without a limit: the scratch space covers it.
     for volume in &image.volumes {
@@ -612,6 +629,16 @@ fn engine_failure(reason: FailReason, error: &EngineError) -> PrepareError {
         _ => reason,
     };
     failed(reason, error)
+}
+
+fn pull_failure(reference: &str, error: &EngineError) -> PrepareError {
+    match engine_failure(FailReason::ImageUnavailable, error) {
+        PrepareError::Failed(failure) if failure.reason == FailReason::ImageUnavailable => failed(
+            failure.reason,
+            format!("the image {reference:?} is not on this machine and cannot be pulled: {error}"),
+        ),
+        other => other,
+    }
 }
 
 fn image_failure(error: &ImageError) -> PrepareError {

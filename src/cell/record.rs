@@ -179,7 +179,8 @@ impl Record {
         answer: Option<String>,
     ) -> Result<(), RecordError> {
         self.totals = totals.clone();
-        let summary = Body::Summary { outcome: outcome.clone(), totals: totals.clone(), result: answer.clone() };
+        let summary =
+            Body::Summary { outcome: outcome.clone(), totals: totals.clone(), result: answer.clone() };
         self.push(&summary)?;
         self.commit()?;
         self.journal.sync().await?;
@@ -224,8 +225,10 @@ impl Record {
     /// [`RecordError::Cut`] where the journal lost its middle.
     pub async fn replay(&self) -> Result<Replay, RecordError> {
         let plan = self.accepted.plan.clone();
-        let session = Session::new(plan, self.spec.prompt.clone(), self.spec.system_prompt.clone(), String::new());
-        let mut replay = Replay { pending: session.start(), session, sent: Vec::new(), exit: None, figures: None };
+        let session =
+            Session::new(plan, self.spec.prompt.clone(), self.spec.system_prompt.clone(), String::new());
+        let mut replay =
+            Replay { pending: session.start(), session, sent: Vec::new(), exit: None, figures: None };
         let mut reader = Reader::open(&self.dir, 1, None);
         while let Some(chunk) = reader.next_chunk(REPLAY_CHUNK_BYTES).await? {
             for line in chunk.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
@@ -290,7 +293,9 @@ pub async fn close_row(parts: &Arc<Parts>, job: &JobId, error: &RecordError) -> 
                 tracing::error!(%job, %error, "the row of a failed job cannot be closed");
                 return None;
             }
-            Err(error) => tracing::error!(%job, %error, "the row of a failed job cannot be closed; trying again"),
+            Err(error) => {
+                tracing::error!(%job, %error, "the row of a failed job cannot be closed; trying again")
+            }
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(CLOSE_PAUSE_MAX);

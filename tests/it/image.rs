@@ -161,7 +161,8 @@ fn refused<'a, T>(operation: &str) -> EngineFuture<'a, T>
 where
     T: Send + 'a,
 {
-    let fault = EngineFault { operation: operation.to_owned(), message: "not in this test".to_owned(), away: false };
+    let fault =
+        EngineFault { operation: operation.to_owned(), message: "not in this test".to_owned(), away: false };
     Box::pin(async move { Err(fault) })
 }
 

@@ -57,7 +57,8 @@ impl DockerCli {
 }
 
 async fn docker(arguments: &[&str]) -> Result<String, EngineFault> {
-    let fault = |message: String| EngineFault { operation: format!("docker {}", arguments[0]), message, away: false };
+    let fault =
+        |message: String| EngineFault { operation: format!("docker {}", arguments[0]), message, away: false };
     let mut command = Command::new("docker");
     command.args(arguments).env("DOCKER_BUILDKIT", "0").stdin(Stdio::null()).kill_on_drop(true);
     let output = command.output().await.map_err(|error| fault(error.to_string()))?;

@@ -1,0 +1,143 @@
+//! The daemon under many jobs: its memory with live streams and with a long queue, what a submit costs its
+//! caller, how many submits a second it makes durable, and how long a list takes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::http::Client;
+use crate::report::{Row, Samples};
+use crate::setup::{self, Memory, fake_job, setting};
+use crate::world::{PATIENCE, World};
+
+/// Clients that submit at the same time.
+const SUBMITTERS: usize = 8;
+
+/// Memory with `BENCH_STREAMS` jobs that all print.
+pub(crate) fn streams() -> Result<Vec<Row>> {
+    let jobs = setting("BENCH_STREAMS", 50);
+    let mut world = setup::world_with_fake(&format!("[limits]\nslots = {jobs}\ncancel_grace_s = 2\n"))?;
+    world.start();
+    let idle = setup::memory(&world.socket())?;
+    let mut client = Client::connect(&world.socket())?;
+    let spec = fake_job(1_000_000, 20).to_string();
+    let begun = Instant::now();
+    let ids: Vec<String> = (0..jobs).map(|_| setup::submit(&mut client, &spec)).collect::<Result<_>>()?;
+    wait_for(&world, "running", jobs, PATIENCE)?;
+    let all_run_s = begun.elapsed().as_secs_f64();
+    let mut most = idle;
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(300));
+        most = largest(most, setup::memory(&world.socket())?);
+    }
+    let begun = Instant::now();
+    for id in &ids {
+        let (status, body) = client.call("POST", &format!("/v1/jobs/{id}/cancel"), "")?;
+        ensure!(status == 202 || status == 200, "cancel: {status} {}", String::from_utf8_lossy(&body));
+    }
+    wait_for(&world, "done", jobs, PATIENCE)?;
+    let all_gone_s = begun.elapsed().as_secs_f64();
+    let after = setup::memory(&world.socket())?;
+    world.end();
+    Ok(vec![
+        Row::one(format!("daemon: resident with {jobs} live jobs"), most.resident, "MiB"),
+        Row::one(format!("daemon: anonymous with {jobs} live jobs"), most.anonymous, "MiB"),
+        Row::one("  a live job's share, anonymous", (most.anonymous - idle.anonymous) / jobs as f64, "MiB"),
+        Row::one(format!("daemon: resident after {jobs} jobs"), after.resident, "MiB"),
+        Row::one(format!("{jobs} jobs: submit to all running"), all_run_s, "s"),
+        Row::one(format!("{jobs} jobs: cancel to all cleaned up"), all_gone_s, "s"),
+    ])
+}
+
+fn largest(a: Memory, b: Memory) -> Memory {
+    Memory {
+        resident: a.resident.max(b.resident),
+        proportional: a.proportional.max(b.proportional),
+        anonymous: a.anonymous.max(b.anonymous),
+    }
+}
+
+/// Waits until `count` jobs are in a state.
+fn wait_for(world: &World, state: &str, count: u64, patience: Duration) -> Result<()> {
+    let until = Instant::now() + patience;
+    let mut client = Client::connect(&world.socket())?;
+    while Instant::now() < until {
+        let (_, body) = client.call("GET", &format!("/v1/jobs?limit=1000&state={state}"), "")?;
+        let list: Value = serde_json::from_slice(&body)?;
+        if list["jobs"].as_array().context("no list")?.len() as u64 == count {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    bail!("waited in vain for {count} jobs to be {state}\n{}", world.log())
+}
+
+/// A queue of `BENCH_QUEUE` jobs behind one that holds the only slot.
+pub(crate) fn queue() -> Result<Vec<Row>> {
+    let queued = setting("BENCH_QUEUE", 10_000);
+    let config = "[limits]\nslots = 1\nqueued_jobs_max = 100000\ndrain_s = 1\ncancel_grace_s = 2\n";
+    let mut world = setup::world_with_fake(config)?;
+    world.start();
+    let mut client = Client::connect(&world.socket())?;
+    setup::submit(&mut client, &fake_job(1_000_000, 1000).to_string())?;
+    wait_for(&world, "running", 1, PATIENCE)?;
+    let spec = fake_job(1, 0).to_string();
+    // One client, one call at a time: what a caller waits.
+    let few = submit_timed(&mut client, &spec, 500.min(queued))?;
+    let rest = queued.saturating_sub(1000).max(1);
+    let begun = Instant::now();
+    let workers = SUBMITTERS as u64;
+    std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..workers)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut client = Client::connect(&world.socket())?;
+                    submit_timed(&mut client, &spec, rest / workers).map(drop)
+                })
+            })
+            .collect();
+        handles.into_iter().try_for_each(|handle| match handle.join() {
+            Ok(done) => done,
+            Err(_) => bail!("a submitter died"),
+        })
+    })?;
+    let rate = (rest / workers * workers) as f64 / begun.elapsed().as_secs_f64();
+    let many = submit_timed(&mut client, &spec, 500.min(queued))?;
+    let page = list_timed(&mut client, 100)?;
+    let pages = list_timed(&mut client, 1000)?;
+    let memory = setup::memory(&world.socket())?;
+    // Ended by a drain: a cancelled job would let the next of the queue start.
+    world.terminate();
+    world.end();
+    Ok(vec![
+        Row::median("submit, empty queue", &few, "ms"),
+        Row::one("submit, empty queue: p99", few.percentile(99), "ms"),
+        Row::median(format!("submit, {queued} queued"), &many, "ms"),
+        Row::one(format!("submit, {queued} queued: p99"), many.percentile(99), "ms"),
+        Row::one(format!("durable submits, {SUBMITTERS} clients"), rate, "jobs/s"),
+        Row::median(format!("list 100 of {queued}"), &page, "ms"),
+        Row::median(format!("list 1000 of {queued}"), &pages, "ms"),
+        Row::one(format!("daemon: resident with {queued} queued"), memory.resident, "MiB"),
+        Row::one(format!("daemon: anonymous with {queued} queued"), memory.anonymous, "MiB"),
+    ])
+}
+
+fn submit_timed(client: &mut Client, spec: &str, count: u64) -> Result<Samples> {
+    let one = |_| {
+        let begun = Instant::now();
+        setup::submit(client, spec)?;
+        Ok(begun.elapsed().as_secs_f64() * 1000.0)
+    };
+    (0..count).map(one).collect::<Result<Vec<f64>>>().map(Samples::from_iter)
+}
+
+fn list_timed(client: &mut Client, limit: u64) -> Result<Samples> {
+    let one = |_| {
+        let begun = Instant::now();
+        let (status, _) = client.call("GET", &format!("/v1/jobs?limit={limit}"), "")?;
+        ensure!(status == 200, "list: {status}");
+        Ok(begun.elapsed().as_secs_f64() * 1000.0)
+    };
+    (0..20).map(one).collect::<Result<Vec<f64>>>().map(Samples::from_iter)
+}
