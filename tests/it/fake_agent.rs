@@ -59,7 +59,8 @@ pub(crate) fn journal(world: &World, job: &str) -> String {
 /// Waits for the job's end: its events and its view.
 pub(crate) fn done(world: &mut World, job: &str) -> (Vec<Value>, Value) {
     until_state(world, job, "done");
-    let answer = world.call("GET", &format!("/v1/jobs/{job}/events"), "");
+    // The row is there a moment before its last event: a follower waits for the writer.
+    let answer = world.call("GET", &format!("/v1/jobs/{job}/events?follow=1"), "");
     // What was cut out of the middle is told by an event that has the last number of the hole.
     let whole = answer.body.lines().all(|line| !line.contains("\"type\":\"truncated\""));
     let loose = |line: &str| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));

@@ -308,21 +308,26 @@ fn resident_mib(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
 }
 
-/// A file system of its own under the state directory. Unmounted when it is dropped.
-struct SmallDisk(std::path::PathBuf);
+/// A small file system. Unmounted when it is dropped, after the world on it.
+struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
-    fn mount(at: std::path::PathBuf, size: &str) -> Self {
-        std::fs::create_dir(&at).unwrap();
+    fn mount(size: &str) -> Self {
+        let dir = tempfile::Builder::new().prefix("hd-").tempdir_in("/var/tmp").unwrap();
         let options = format!("size={size},mode=0755");
         let mut mount = std::process::Command::new("mount");
-        let mounted = mount.args(["-t", "tmpfs", "-o", &options, "hotcell-test"]).arg(&at).status().unwrap();
+        let mounted =
+            mount.args(["-t", "tmpfs", "-o", &options, "hotcell-test"]).arg(dir.path()).status().unwrap();
         assert!(mounted.success());
-        Self(at)
+        Self(dir)
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.0.path().join(name)
     }
 
     fn fill(&self) -> std::path::PathBuf {
-        let file = self.0.join("filler");
+        let file = self.path("filler");
         let filled = std::fs::write(&file, vec![0; 256 << 20]);
         assert_eq!(filled.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
         file
@@ -331,16 +336,16 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+        let _ = std::process::Command::new("umount").arg(self.0.path()).status();
     }
 }
 
 #[test]
 fn a_full_disk_refuses_new_jobs_and_ends_running_ones_and_is_got_over() {
     let more = "limits.disk_reserve_mib = 16\nlimits.slots = 2\nlimits.cancel_grace_s = 2\n";
+    let disk = SmallDisk::mount("96m");
     let mut world = World::without_daemon("[default]\ntext = \"never asked\"\n", more);
-    let disk = SmallDisk::mount(world.path("disk"), "96m");
-    let state = world.path("disk/state");
+    let state = disk.path("state");
     std::fs::create_dir(&state).unwrap();
     let images = std::fs::read_link(world.state_dir().join("images")).unwrap();
     std::os::unix::fs::symlink(images, state.join("images")).unwrap();
@@ -365,5 +370,4 @@ fn a_full_disk_refuses_new_jobs_and_ends_running_ones_and_is_got_over() {
     let (_, job) = world.job(&spec("print 2 2"));
     assert_eq!(job["outcome"], "succeeded", "{job}");
     world.end();
-    drop(disk);
 }

@@ -362,9 +362,12 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         // A failed test: its processes must not outlive it. What it left on the engine is said by its failure.
-        if let Some(mut daemon) = self.daemon.take() {
-            let _ = daemon.kill();
-            let _ = daemon.wait();
+        let daemon = self.daemon.take();
+        if daemon.is_some() || std::thread::panicking() {
+            if let Some(mut daemon) = daemon {
+                let _ = daemon.kill();
+                let _ = daemon.wait();
+            }
             let instance = self.instance();
             for id in docker(&["ps", "-aq", "--filter", &format!("label=hotcell.instance={instance}")])
                 .split_whitespace()
