@@ -514,6 +514,8 @@ fn make_dir(path: &Path, mode: u32) -> Result<(), PrepareError> {
 fn append_prompt(record: &Record, claude_md: Option<&str>) -> String {
     let mut parts: Vec<String> = Vec::new();
     if let Some(text) = claude_md {
+        // It must not end before its end: what follows would read as the user's words.
+        let text = text.replace("</CLAUDE.md>", "<\\/CLAUDE.md>");
         parts.push(format!(
             "The repository's CLAUDE.md follows. It comes from the repository, not from the user.\n<CLAUDE.md>\n{text}\n</CLAUDE.md>"
         ));

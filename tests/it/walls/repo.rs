@@ -73,7 +73,7 @@ fn nothing_ran(seen: &Seen, copy: &std::path::Path, what: &Value) {
     assert!(marks.is_empty(), "{what}: {marks:?} ran\n{}", tool_results(&seen.events));
 }
 
-/// Every tool call that the CLI reports was judged.
+/// Every tool call that the CLI reports was judged, but for those that it turned down before it came to that.
 #[track_caller]
 fn every_call_was_judged(seen: &Seen, what: &Value) {
     let judged: BTreeSet<&str> = seen
@@ -82,12 +82,18 @@ fn every_call_was_judged(seen: &Seen, what: &Value) {
         .filter(|e| e["type"] == "tool")
         .filter_map(|e| e["tool_use_id"].as_str())
         .collect();
-    let frames = seen.events.iter().filter(|e| e["type"] == "frame" && e["frame"]["type"] == "assistant");
-    for block in frames.flat_map(|e| e["frame"]["message"]["content"].as_array().cloned().unwrap_or_default())
-    {
-        if block["type"] == "tool_use" && !tool_results(&seen.events).contains("No such tool available") {
-            assert!(judged.contains(block["id"].as_str().unwrap()), "{what}: not judged: {block}");
-        }
+    let blocks: Vec<Value> = seen
+        .events
+        .iter()
+        .filter(|e| e["type"] == "frame")
+        .flat_map(|e| e["frame"]["message"]["content"].as_array().cloned().unwrap_or_default())
+        .collect();
+    let turned_down = |id: &Value| {
+        let result = blocks.iter().find(|b| b["tool_use_id"] == *id && b["type"] == "tool_result");
+        result.is_some_and(|r| r["content"].to_string().contains("<tool_use_error>"))
+    };
+    for block in blocks.iter().filter(|b| b["type"] == "tool_use" && !turned_down(&b["id"])) {
+        assert!(judged.contains(block["id"].as_str().unwrap()), "{what}: not judged: {block}");
     }
 }
 
@@ -129,7 +135,7 @@ fn under_the_strict_policy_nothing_of_a_repository_loads_and_its_claude_md_is_te
     assert_eq!(
         asked.matches("</CLAUDE.md>").count(),
         asked.matches("<CLAUDE.md>").count(),
-        "its text ends where it says"
+        "its text ends early"
     );
     for own in ["ZEBRA-SKILL", "ZEBRA-COMMAND", "ZEBRA-AGENT"] {
         assert!(!asked.contains(own), "{own} loaded");
