@@ -11,6 +11,7 @@ mod lines;
 pub mod live;
 pub mod prepare;
 pub mod record;
+mod rooms;
 
 use std::path::PathBuf;
 use std::sync::Arc;

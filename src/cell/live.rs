@@ -439,7 +439,7 @@ impl<'a> Live<'a> {
 
     async fn on_gateway(&mut self, event: GatewayEvent) -> Result<(), RecordError> {
         self.activity = Instant::now();
-        self.note_gateway(&event)?;
+        self.record.note_gateway(self.parts, &event, &mut self.trouble)?;
         self.record.commit()?;
         match event {
             GatewayEvent::BudgetExhausted { spent, limit } => {
@@ -453,10 +453,6 @@ impl<'a> Live<'a> {
             | GatewayEvent::Refused { .. }
             | GatewayEvent::ProviderFault { .. } => Ok(()),
         }
-    }
-
-    fn note_gateway(&mut self, event: &GatewayEvent) -> Result<(), RecordError> {
-        note_gateway(self.parts, self.record, event, &mut self.trouble)
     }
 
     async fn exited(&mut self, report: &ExitReport) -> Result<AgentExit, RecordError> {
@@ -558,7 +554,7 @@ impl<'a> Live<'a> {
         }
         let exit = exit?;
         for event in last {
-            note_gateway(parts, record, &event, &mut trouble)?;
+            record.note_gateway(parts, &event, &mut trouble)?;
         }
         record.commit()?;
         Ok(Ended { session: Some(session), exit: Some(exit), failure, trouble })
@@ -577,40 +573,4 @@ async fn wait(parts: &Parts, container: &ContainerId) -> Result<Exit, EngineErro
             other => return other,
         }
     }
-}
-
-fn note_gateway(
-    parts: &Parts,
-    record: &mut Record,
-    event: &GatewayEvent,
-    trouble: &mut Option<Trouble>,
-) -> Result<(), RecordError> {
-    let body = match event {
-        GatewayEvent::Requested { model, reserved } => {
-            Body::Request { model: model.clone(), reserved_micro_usd: *reserved }
-        }
-        GatewayEvent::Charged { model, usage, charged, status, duration_ms, .. } => {
-            parts.metrics.charged(model, usage, *charged);
-            *trouble = (*status == 0 || *status >= 400).then_some(Trouble::Provider(*status));
-            Body::Charge {
-                model: model.clone(),
-                status: *status,
-                usage: *usage,
-                charged_micro_usd: *charged,
-                duration_ms: *duration_ms,
-            }
-        }
-        GatewayEvent::Refused { status, why } => {
-            parts.metrics.refused();
-            *trouble = Some(Trouble::Refused);
-            Body::Refused { status: *status, why: why.as_str().to_owned() }
-        }
-        GatewayEvent::ProviderFault { status, .. } => {
-            *trouble = Some(Trouble::Provider(status.unwrap_or(0)));
-            return Ok(());
-        }
-        GatewayEvent::BudgetExhausted { .. } => return Ok(()),
-    };
-    record.push(&body)?;
-    Ok(())
 }

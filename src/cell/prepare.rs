@@ -3,7 +3,6 @@
 //! is; what was made until then is found by the row and destroyed by the caller.
 
 use std::ffi::OsString;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +11,7 @@ use tokio::sync::watch;
 
 use super::live::CELL_BUFFER_BYTES_MAX;
 use super::record::{Record, RecordError};
+use super::rooms::{self, Dirs, Who};
 use super::{Parts, StopWish};
 use crate::agent::options;
 use crate::agent_bundle::{Bundles, Platform, Version};
@@ -21,26 +21,18 @@ use crate::engine::{BindMount, CellLimits, CellSpec, ContainerId, EngineError};
 use crate::event::Body;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::job::outcome::Failure;
-use crate::job::spec::WorkspaceMode;
 use crate::job::{CellId, FailReason, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
-use crate::policy::PlanLimits;
 use crate::session::{Session, Step};
 use crate::store::CellRow;
-use crate::workspace::{
-    self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, WorkspaceError,
-};
+use crate::workspace;
 
 /// Most open files of a process in a cell.
 const NOFILE_MAX: u32 = 65_536;
-/// Files and directories that a scratch space can hold, per MiB of its size.
-const INODES_PER_MIB: u64 = 128;
 /// How long init lets the agent live without a daemon, in milliseconds.
 const DEAD_MAN_MS: u64 = 15 * 60 * 1000;
 /// What init adds to the wall limit, so that the daemon's own deadline comes first, in milliseconds.
 const WALL_SLACK_MS: u64 = 10_000;
-/// Longest CLAUDE.md that is handed over, in bytes.
-const CLAUDE_MD_BYTES_MAX: u64 = 64 * 1024;
 
 /// A started cell.
 #[derive(Debug)]
@@ -86,7 +78,7 @@ impl From<crate::store::StoreError> for PrepareError {
     }
 }
 
-fn failed(reason: FailReason, message: impl ToString) -> PrepareError {
+pub(super) fn failed(reason: FailReason, message: impl ToString) -> PrepareError {
     PrepareError::Failed(Failure::new(Phase::Prepare, reason, message.to_string()))
 }
 
@@ -100,7 +92,7 @@ pub async fn prepare(
     stop: &mut watch::Receiver<StopWish>,
 ) -> Result<Prepared, PrepareError> {
     let found = find_image(parts, record, stop).await?;
-    let names = Names::new(parts, record)?;
+    let names = Names::new()?;
     parts.store.put_cell(names.row(record)).await?;
     let (dirs, session, staged) = make_directories(parts, record, &names).await?;
     let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), staged.owner())
@@ -114,7 +106,7 @@ pub async fn prepare(
         }
     };
     let spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
-    let boot = boot(record, &names, &found, staged.wall_ms(record));
+    let boot = boot(record, &names, &found, record.accepted.plan.limits.wall_ms + WALL_SLACK_MS);
     let started = match boot {
         Ok(boot) => start(parts, &names.cell, &spec, &boot, stop).await,
         Err(error) => Err(error),
@@ -296,15 +288,13 @@ struct Names {
 }
 
 impl Names {
-    fn new(parts: &Parts, record: &Record) -> Result<Self, PrepareError> {
-        let random = |bytes: &mut [u8]| getrandom::fill(bytes).map_err(|e| failed(FailReason::Internal, e));
+    fn new() -> Result<Self, PrepareError> {
         let mut bytes = [0u8; 64];
-        random(&mut bytes)?;
+        getrandom::fill(&mut bytes).map_err(|e| failed(FailReason::Internal, e))?;
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
         let hex = |range: std::ops::Range<usize>| {
             bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>()
         };
-        let _ = (parts, record);
         Ok(Self {
             cell: CellId::new(word(0)),
             key: CtlKey::generate().map_err(|e| failed(FailReason::Internal, e))?,
@@ -335,40 +325,6 @@ impl Names {
     }
 }
 
-/// Where the cell's parts lie on the host.
-struct Dirs {
-    run: PathBuf,
-    etc: PathBuf,
-    home: PathBuf,
-    tmp: PathBuf,
-    workspace: PathBuf,
-}
-
-/// Whom the cell runs as.
-struct Who {
-    uid: u32,
-    gid: u32,
-    groups: Vec<u32>,
-}
-
-impl Who {
-    fn owner(&self) -> (u32, u32) {
-        (self.uid, self.gid)
-    }
-
-    fn wall_ms(&self, record: &Record) -> u64 {
-        record.accepted.plan.limits.wall_ms + WALL_SLACK_MS
-    }
-}
-
-/// What the blocking part of the preparation gives back.
-struct Made {
-    dirs: Dirs,
-    who: Who,
-    notes: Vec<String>,
-    claude_md: Option<String>,
-}
-
 async fn make_directories(
     parts: &Arc<Parts>,
     record: &mut Record,
@@ -377,10 +333,7 @@ async fn make_directories(
     let settings = parts.settings.clone();
     let (accepted, identity, uid) = (record.accepted.clone(), record.identity.clone(), names.uid);
     let dir = settings.cells_dir().join(names.cell.as_str());
-    let made = tokio::task::spawn_blocking(move || {
-        let staged = stage(&settings, &accepted, &identity, uid, &dir)?;
-        finish_directories(&settings, &accepted.plan.limits, &dir, staged)
-    });
+    let made = tokio::task::spawn_blocking(move || rooms::make(&settings, &accepted, &identity, uid, &dir));
     let made = made.await.map_err(|e| failed(FailReason::Internal, e))??;
     for text in made.notes {
         record.push(&Body::Note { text })?;
@@ -390,125 +343,6 @@ async fn make_directories(
     let append = append_prompt(record, made.claude_md.as_deref());
     let session = Session::new(plan, record.spec.prompt.clone(), record.spec.system_prompt.clone(), append);
     Ok((made.dirs, session, made.who))
-}
-
-/// The workspace, and whom the cell must run as for it.
-struct StagedDir {
-    path: Option<PathBuf>,
-    who: Who,
-    notes: Vec<String>,
-    claude_md: Option<String>,
-}
-
-fn stage(
-    settings: &super::Settings,
-    accepted: &super::Accepted,
-    identity: &crate::job::Identity,
-    uid: u32,
-    dir: &Path,
-) -> Result<StagedDir, PrepareError> {
-    make_dir(&settings.cells_dir(), 0o711)?;
-    make_dir(dir, 0o711)?;
-    let plan = &accepted.plan;
-    let read_only = plan.workspace_mode == WorkspaceMode::ReadOnly;
-    let record = match (&accepted.workspace, plan.workspace_mode) {
-        (Some(record), WorkspaceMode::Bind | WorkspaceMode::ReadOnly) => record,
-        (_, WorkspaceMode::None) | (None, _) => {
-            let own = rustix::process::geteuid().as_raw();
-            let (uid, gid) = if own == 0 { (uid, uid) } else { (own, rustix::process::getegid().as_raw()) };
-            let who = Who { uid, gid, groups: Vec::new() };
-            return Ok(StagedDir { path: None, who, notes: Vec::new(), claude_md: None });
-        }
-    };
-    let guard = Guard::for_user(&settings.state_dir, identity.uid);
-    let fd = workspace::reopen_as(identity, record, &guard).map_err(|e| workspace_failure(&e))?;
-    // Private ids of the submitter's groups follow the cell's own.
-    let count = identity.groups.len().min(40) as u32;
-    let groups: Vec<u32> = (1..=count).map(|n| uid.wrapping_add(n)).collect();
-    let ids = CellIds {
-        submitter: identity,
-        cell_uid: uid,
-        cell_gid: uid,
-        cell_groups: &groups,
-        runtime_maps_ids: true,
-    };
-    let mode = if read_only { Mode::ReadOnly } else { Mode::Bind };
-    let staged =
-        workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
-    let who = match staged.ids().clone() {
-        StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
-            Who { uid, gid, groups }
-        }
-    };
-    let notes = staged.note().map(str::to_owned).into_iter().collect();
-    let hand_over = plan.hand_over_claude_md && !plan.project_settings;
-    let claude_md = match hand_over {
-        true => workspace::read_text(identity, record, &fd, "CLAUDE.md", CLAUDE_MD_BYTES_MAX)
-            .map_err(|e| workspace_failure(&e))?,
-        false => None,
-    };
-    // Taken down by the sweep of the cell's directory, like everything else in it.
-    let path = staged.path().to_owned();
-    Ok(StagedDir { path: Some(path), who, notes, claude_md })
-}
-
-fn finish_directories(
-    settings: &super::Settings,
-    limits: &PlanLimits,
-    dir: &Path,
-    staged: StagedDir,
-) -> Result<Made, PrepareError> {
-    let StagedDir { path, who, mut notes, claude_md } = staged;
-    let plan = ScratchPlan {
-        bytes_max: limits.disk_bytes,
-        inodes_max: limits.disk_bytes / (1024 * 1024) * INODES_PER_MIB,
-        host_reserve_bytes: settings.disk_reserve_bytes,
-        template_dir: settings.state_dir.join("scratch-templates"),
-    };
-    make_dir(&plan.template_dir, 0o700)?;
-    let scratch = Scratch::create(dir, &plan, who.uid, who.gid).map_err(|e| scratch_failure(&e))?;
-    if let Some(why) = scratch.fallback_reason() {
-        notes.push(format!("the disk limit is not enforced by the kernel here: {why}"));
-    }
-    let run = dir.join("run");
-    make_dir(&run, 0o711)?;
-    let etc = dir.join("etc");
-    make_dir(&etc, 0o711)?;
-    write_users(&etc, &who)?;
-    // A job without a directory works in an empty one on its scratch space.
-    let workspace = path.unwrap_or_else(|| scratch.work());
-    let dirs = Dirs { run, etc, home: scratch.home(), tmp: scratch.tmp(), workspace };
-    Ok(Made { dirs, who, notes, claude_md })
-}
-
-/// A user database for the cell: programs ask for the name of the user they run as.
-fn write_users(etc: &Path, who: &Who) -> Result<(), PrepareError> {
-    let home = options::HOME;
-    let passwd = format!(
-        "root:x:0:0:root:/root:/usr/sbin/nologin\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\nagent:x:{}:{}:agent:{home}:/bin/sh\n",
-        who.uid, who.gid
-    );
-    let mut group = format!("root:x:0:\nnogroup:x:65534:\nagent:x:{}:\n", who.gid);
-    for (index, gid) in who.groups.iter().enumerate() {
-        group.push_str(&format!("group{}:x:{gid}:agent\n", index + 1));
-    }
-    for (name, text) in [("passwd", passwd), ("group", group)] {
-        let path = etc.join(name);
-        let written = std::fs::write(&path, text)
-            .and_then(|()| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)));
-        written.map_err(|e| io_failure(&path, &e))?;
-    }
-    Ok(())
-}
-
-fn make_dir(path: &Path, mode: u32) -> Result<(), PrepareError> {
-    match std::fs::DirBuilder::new().mode(mode).create(path) {
-        Ok(()) => {}
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
-        Err(e) => return Err(io_failure(path, &e)),
-    }
-    // The umask may have taken bits away.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(|e| io_failure(path, &e))
 }
 
 fn append_prompt(record: &Record, claude_md: Option<&str>) -> String {
@@ -650,20 +484,4 @@ fn image_failure(error: &ImageError) -> PrepareError {
         _ => FailReason::ImageUnavailable,
     };
     failed(reason, error)
-}
-
-fn workspace_failure(error: &WorkspaceError) -> PrepareError {
-    let reason = match error {
-        WorkspaceError::Moved { .. } => FailReason::WorkspaceMoved,
-        _ => FailReason::WorkspaceSetup,
-    };
-    failed(reason, error)
-}
-
-fn scratch_failure(error: &ScratchError) -> PrepareError {
-    failed(FailReason::WorkspaceSetup, error)
-}
-
-fn io_failure(path: &Path, error: &std::io::Error) -> PrepareError {
-    failed(FailReason::Internal, format!("cannot write {}: {error}", path.display()))
 }

@@ -11,10 +11,11 @@ use super::{Accepted, Parts};
 use crate::agent::frames;
 use crate::clock;
 use crate::event::{Body, Line, Totals};
+use crate::gateway::GatewayEvent;
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Identity, Input, JobId, JobSpec, Outcome, Phase, State};
 use crate::journal::{Feed, Journal, JournalError, Reader, Recovered};
-use crate::session::{AgentExit, Session, Step};
+use crate::session::{AgentExit, Session, Step, Trouble};
 use crate::store::{Store, StoreError};
 
 /// How much of a journal is read at a time, in bytes.
@@ -217,6 +218,46 @@ impl Record {
         let job = self.job.clone();
         drop(self);
         parts.feeds.close(&job);
+    }
+
+    /// Journals what the gateway tells, counts it, and keeps what last went wrong.
+    ///
+    /// # Errors
+    /// [`RecordError::Journal`].
+    pub fn note_gateway(
+        &mut self,
+        parts: &Parts,
+        event: &GatewayEvent,
+        trouble: &mut Option<Trouble>,
+    ) -> Result<(), RecordError> {
+        let body = match event {
+            GatewayEvent::Requested { model, reserved } => {
+                Body::Request { model: model.clone(), reserved_micro_usd: *reserved }
+            }
+            GatewayEvent::Charged { model, usage, charged, status, duration_ms, .. } => {
+                parts.metrics.charged(model, usage, *charged);
+                *trouble = (*status == 0 || *status >= 400).then_some(Trouble::Provider(*status));
+                Body::Charge {
+                    model: model.clone(),
+                    status: *status,
+                    usage: *usage,
+                    charged_micro_usd: *charged,
+                    duration_ms: *duration_ms,
+                }
+            }
+            GatewayEvent::Refused { status, why } => {
+                parts.metrics.refused();
+                *trouble = Some(Trouble::Refused);
+                Body::Refused { status: *status, why: why.as_str().to_owned() }
+            }
+            GatewayEvent::ProviderFault { status, .. } => {
+                *trouble = Some(Trouble::Provider(status.unwrap_or(0)));
+                return Ok(());
+            }
+            GatewayEvent::BudgetExhausted { .. } => return Ok(()),
+        };
+        self.push(&body)?;
+        Ok(())
     }
 
     /// Rebuilds the conversation from the journal.
