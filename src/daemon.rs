@@ -22,7 +22,7 @@ use crate::config::{ApiKeySource, Config, policy_sources};
 use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
-use crate::gateway::{AuthStyle, CredentialSource, Gateway, Provider};
+use crate::gateway::{self, AuthStyle, CredentialSource, Gateway, Provider};
 use crate::journal;
 use crate::metrics::Metrics;
 use crate::policy::{Defaults, Policy};
@@ -32,6 +32,9 @@ use crate::sweeper;
 
 /// Longest wait for `initialize`: a cold disk reads 245 MB first.
 const BOOT_MAX: Duration = Duration::from_secs(60);
+/// How long a job's end may wait for answers of the model that nobody reads any more: they are read on to be
+/// billed for what they really cost, and what is not seen by then is charged in full.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// Time for open connections to end after the jobs have.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
 
@@ -210,7 +213,9 @@ async fn build(
         credential: credential(&config.provider.api_key),
         style: AuthStyle::ApiKey,
     };
-    let gateway = Gateway::open(provider, prices, crate::gateway::Limits::default()).await?;
+    let gateway =
+        Gateway::open(provider, prices, gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() })
+            .await?;
     let settings = Settings {
         state_dir,
         init_binary: config.init_binary.canonicalize().context("init_binary")?,

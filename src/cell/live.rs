@@ -541,8 +541,10 @@ impl<'a> Live<'a> {
     /// Closes the way to the model and the link, whether the record can still be written or not; requests still
     /// under way are followed to their end.
     async fn leave(self, exit: Result<AgentExit, RecordError>) -> Result<Ended, RecordError> {
-        let Self { parts, record, session, link, lease, container, begun, failure, mut trouble, .. } = self;
-        parts.metrics.phase(Phase::Run, begun.elapsed().as_secs_f64());
+        let Self { parts, record, session, link, lease, container, booted, failure, mut trouble, .. } = self;
+        if let Some(booted) = booted {
+            parts.metrics.phase(Phase::Run, booted.elapsed().as_secs_f64());
+        }
         if exit.is_err()
             && let Err(error) = parts.engine.kill(&container).await
         {
