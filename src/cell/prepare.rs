@@ -470,6 +470,7 @@ fn finish_directories(
     let etc = dir.join("etc");
     make_dir(&etc, 0o711)?;
     write_users(&etc, &who)?;
+    make_dir(&etc.join("claude-code"), 0o755)?;
     // A job without a directory works in an empty one on its scratch space.
     let workspace = path.unwrap_or_else(|| scratch.work());
     let dirs = Dirs { run, etc, home: scratch.home(), tmp: scratch.tmp(), workspace };
@@ -561,6 +562,8 @@ fn cell_spec(
         bind(&image.claude, options::CLI_PATH, true),
         bind(&dirs.etc.join("passwd"), "/etc/passwd", true),
         bind(&dirs.etc.join("group"), "/etc/group", true),
+        // Empty: managed settings of an image would win over ours, and their hooks would run.
+        bind(&dirs.etc.join("claude-code"), "/etc/claude-code", true),
         bind(&dirs.home, options::HOME, false),
         bind(&dirs.tmp, "/tmp", false),
         // A read-only one is staged so; asked to do it, the engine would drop nosuid and nodev on the way.

@@ -34,7 +34,8 @@ const TABLE: [(&str, bool, bool); 5] = [
 fn each_mode_keeps_its_meaning_below_the_policy() {
     let policies = tempfile::tempdir().unwrap();
     // A beginning with '*' is the daemon's to judge; an exact name is taken out of the CLI's tools as well.
-    let policy = include_str!("../../../policies/trusted.toml").replace("\"WebSearch\"]", "\"WebSearch\", \"Writ*\"]");
+    let policy =
+        include_str!("../../../policies/trusted.toml").replace("\"WebSearch\"]", "\"WebSearch\", \"Writ*\"]");
     std::fs::write(policies.path().join("zoo.toml"), policy).unwrap();
     let world = World::with(BOTH, &format!("policy_dirs = [{:?}]", policies.path()));
     let mut seen = Vec::new();
@@ -47,10 +48,17 @@ fn each_mode_keeps_its_meaning_below_the_policy() {
             let (events, job) = world.job(&spec);
             assert_eq!(job["outcome"], "succeeded", "{mode}: {job}");
             assert!(!dir.join("write-ran").exists(), "{mode}: a tool that the policy denies ran");
-            let denied = |e: &&serde_json::Value| e["type"] == "tool" && e["tool"] == "Write" && e["decision"] == "deny";
-            let rule = events.iter().find(denied).unwrap_or_else(|| panic!("{mode}: Write was not judged"))["rule"].clone();
+            let denied = |e: &&serde_json::Value| {
+                e["type"] == "tool" && e["tool"] == "Write" && e["decision"] == "deny"
+            };
+            let rule =
+                events.iter().find(denied).unwrap_or_else(|| panic!("{mode}: Write was not judged"))["rule"]
+                    .clone();
             assert_eq!(rule, "tools.deny Writ*", "{mode}");
-            assert!(crate::world::tool_results(&events).contains("readable text"), "{mode}: Read did not run");
+            assert!(
+                crate::world::tool_results(&events).contains("readable text"),
+                "{mode}: Read did not run"
+            );
             ran.push(dir.join("shell-ran").exists());
         }
         seen.push((mode, ran[0], ran[1]));
@@ -62,9 +70,15 @@ fn each_mode_keeps_its_meaning_below_the_policy() {
 #[test]
 fn auto_is_refused_by_name() {
     let world = World::new(BOTH);
-    let answer = world.call("POST", "/v1/jobs", &json!({ "prompt": "x", "permission_mode": "auto" }).to_string());
+    let answer =
+        world.call("POST", "/v1/jobs", &json!({ "prompt": "x", "permission_mode": "auto" }).to_string());
     assert_eq!(answer.status, 400, "{}", answer.body);
-    assert!(answer.body.contains("auto") && answer.body.contains("permission_mode") | answer.body.contains("variant"), "{}", answer.body);
+    assert!(
+        answer.body.contains("auto")
+            && answer.body.contains("permission_mode") | answer.body.contains("variant"),
+        "{}",
+        answer.body
+    );
     assert!(answer.body.contains("bypassPermissions"), "what there is instead: {}", answer.body);
     world.end();
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::{Seen, copy_tree, zoo};
-use crate::world::{CANARY, World, tool_results};
+use crate::world::{CANARY, World, docker, tool_results};
 
 /// The model does what the repository wants of it.
 const OBEY: &str = r#"
@@ -76,8 +76,12 @@ fn nothing_ran(seen: &Seen, copy: &std::path::Path, what: &Value) {
 /// Every tool call that the CLI reports was judged, but for those that it turned down before it came to that.
 #[track_caller]
 fn every_call_was_judged(seen: &Seen, what: &Value) {
-    let judged: BTreeSet<&str> =
-        seen.events.iter().filter(|e| e["type"] == "tool").filter_map(|e| e["tool_use_id"].as_str()).collect();
+    let judged: BTreeSet<&str> = seen
+        .events
+        .iter()
+        .filter(|e| e["type"] == "tool")
+        .filter_map(|e| e["tool_use_id"].as_str())
+        .collect();
     let blocks: Vec<Value> = seen
         .events
         .iter()
@@ -119,12 +123,20 @@ fn under_the_strict_policy_nothing_of_a_repository_loads_and_its_claude_md_is_te
         let (seen, copy) = visit(&world, "hostile", &what);
         nothing_ran(&seen, &copy, &what);
         every_call_was_judged(&seen, &what);
-        assert_eq!(copy.join("shell-ran").exists(), prompt != "zoo:helper" && !prompt.starts_with('/'), "{what}");
+        assert_eq!(
+            copy.join("shell-ran").exists(),
+            prompt != "zoo:helper" && !prompt.starts_with('/'),
+            "{what}"
+        );
     }
     the_provider_is_ours(&world);
     let asked = asked(&world);
     assert!(asked.contains("It comes from the repository") && asked.contains("ZEBRA-CLAUDE-MD"));
-    assert_eq!(asked.matches("</CLAUDE.md>").count(), asked.matches("<CLAUDE.md>").count(), "its text ends early");
+    assert_eq!(
+        asked.matches("</CLAUDE.md>").count(),
+        asked.matches("<CLAUDE.md>").count(),
+        "its text ends early"
+    );
     for own in ["ZEBRA-SKILL", "ZEBRA-COMMAND", "ZEBRA-AGENT"] {
         assert!(!asked.contains(own), "{own} loaded");
     }
@@ -135,8 +147,12 @@ fn under_the_strict_policy_nothing_of_a_repository_loads_and_its_claude_md_is_te
 #[test]
 fn under_the_trusted_policy_claude_md_and_skills_load_but_nothing_runs_by_itself() {
     let (world, policies) = world();
-    for mode in ["bypassPermissions", "acceptEdits", "default"] {
-        for prompt in ["zoo:shell", "zoo:skill", "zoo:helper", "/evilcmd zoo:shell"] {
+    for (mode, prompts) in [
+        ("bypassPermissions", &["zoo:skill", "zoo:helper", "/evilcmd zoo:shell"][..]),
+        ("acceptEdits", &["zoo:skill", "zoo:helper", "/evilcmd zoo:shell"]),
+        ("default", &["/evilcmd zoo:shell"]),
+    ] {
+        for prompt in prompts {
             let what = json!({ "prompt": prompt, "policy": "trusted", "permission_mode": mode });
             let (seen, copy) = visit(&world, "hostile", &what);
             nothing_ran(&seen, &copy, &what);
@@ -159,7 +175,12 @@ fn under_the_trusted_policy_claude_md_and_skills_load_but_nothing_runs_by_itself
 #[test]
 fn a_repository_cannot_switch_the_gate_off() {
     let (world, policies) = world();
-    for (policy, mode) in [("trusted", "acceptEdits"), ("trusted", "default"), ("trusted", "dontAsk"), ("strict", "acceptEdits")] {
+    for (policy, mode) in [
+        ("trusted", "acceptEdits"),
+        ("trusted", "default"),
+        ("trusted", "dontAsk"),
+        ("strict", "acceptEdits"),
+    ] {
         let what = json!({ "prompt": "zoo:shell", "policy": policy, "permission_mode": mode });
         let (seen, _) = visit(&world, "silencer", &what);
         seen.succeeded();
@@ -193,9 +214,37 @@ fn a_claude_md_that_points_elsewhere_is_not_read() {
     std::fs::create_dir(&copy).unwrap();
     std::fs::write(world.path("outside"), "ZEBRA-OUTSIDE").unwrap();
     std::os::unix::fs::symlink(world.path("outside"), copy.join("CLAUDE.md")).unwrap();
-    let (events, job) = world.job(&json!({ "prompt": "zoo:shell", "policy": "strict", "workspace": { "path": copy } }));
+    let (events, job) =
+        world.job(&json!({ "prompt": "zoo:shell", "policy": "strict", "workspace": { "path": copy } }));
     Seen::new(events, job).succeeded();
     assert!(!asked(&world).contains("ZEBRA-OUTSIDE"));
+    world.end();
+    drop(policies);
+}
+
+/// Policies can allow any image that is on the machine; its managed settings would win over everything.
+#[test]
+fn managed_settings_of_an_image_do_not_count() {
+    let (world, policies) = world();
+    let hook = "mkdir -p /workspace/marks; touch /workspace/marks/image";
+    let hooks = json!([{ "matcher": "*", "hooks": [{ "type": "command", "command": hook }] }]);
+    let settings =
+        json!({ "hooks": { "PreToolUse": hooks, "PermissionRequest": hooks, "SessionStart": hooks } });
+    std::fs::create_dir(world.path("image")).unwrap();
+    std::fs::write(world.path("image/managed-settings.json"), settings.to_string()).unwrap();
+    std::fs::write(
+        world.path("image/Dockerfile"),
+        "FROM hotcell/cell\nCOPY managed-settings.json /etc/claude-code/\n",
+    )
+    .unwrap();
+    let tag = format!("zoo-{}", world.instance());
+    docker(&["build", "-q", "-t", &tag, &world.path("image").to_string_lossy()]);
+    let what = json!({ "prompt": "zoo:shell", "policy": "trusted", "image": tag });
+    let (seen, copy) = visit(&world, "silencer", &what);
+    docker(&["rmi", &tag]);
+    seen.succeeded();
+    nothing_ran(&seen, &copy, &what);
+    every_call_was_judged(&seen, &what);
     world.end();
     drop(policies);
 }
