@@ -232,7 +232,11 @@ impl Bundles {
     /// The CLI's binary, to be bound read-only into a cell. Blocking.
     pub fn path_for(&self, version: &Version, platform: Platform) -> Result<PathBuf, BundleError> {
         self.get(version, platform)?;
-        Ok(self.bundle_dir(version, platform).join("claude"))
+        let program = self.bundle_dir(version, platform).join("claude");
+        if !program.is_file() {
+            return Err(BundleError::NotInstalled { version: version.clone(), platform });
+        }
+        Ok(program)
     }
 
     /// Removes every platform of `version`. Refused for the one in use. Blocking.

@@ -194,15 +194,13 @@ async fn replayed(record: &mut Record) -> Result<Ended, RecordError> {
     let replay = match record.replay().await {
         Ok(replay) => replay,
         Err(RecordError::Cut) => {
-            return Ok(Ended { session: None, exit: None, failure: None, provider_status: None });
+            return Ok(Ended { session: None, exit: None, failure: None, trouble: None });
         }
         Err(error) => return Err(error),
     };
     record.exit = replay.figures;
     Ok(match replay.exit {
-        Some(exit) => {
-            Ended { session: Some(replay.session), exit: Some(exit), failure: None, provider_status: None }
-        }
+        Some(exit) => Ended { session: Some(replay.session), exit: Some(exit), failure: None, trouble: None },
         None => Ended::unseen(replay.session),
     })
 }
@@ -323,19 +321,19 @@ async fn sweep_one(parts: &Arc<Parts>, cell: &CellId) -> Result<(), LeftOver> {
 impl Ended {
     /// Ended before its CLI had anything to say.
     pub fn failed(failure: Failure) -> Self {
-        Self { session: None, exit: None, failure: Some(failure), provider_status: None }
+        Self { session: None, exit: None, failure: Some(failure), trouble: None }
     }
 
     /// No daemon saw the end.
     fn unseen(session: Session) -> Self {
-        Self { session: Some(session), exit: None, failure: None, provider_status: None }
+        Self { session: Some(session), exit: None, failure: None, trouble: None }
     }
 
     /// How the job ended, when no stop was decided.
     fn outcome(&self) -> Outcome {
         match (&self.failure, &self.session, &self.exit) {
             (Some(failure), _, _) => Outcome::Failed(failure.clone()),
-            (None, Some(session), Some(exit)) => session.outcome(exit, self.provider_status),
+            (None, Some(session), Some(exit)) => session.outcome(exit, self.trouble),
             (None, _, _) => Outcome::Lost,
         }
     }

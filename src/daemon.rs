@@ -216,15 +216,19 @@ async fn build(
         init_binary: config.init_binary.canonicalize().context("init_binary")?,
         boot_max: BOOT_MAX,
         cancel_grace: Duration::from_secs(config.limits.cancel_grace_s.into()),
-        journal: journal::Limits {
-            journal_bytes_max: config.limits.journal_bytes_max,
-            ..journal::Limits::default()
-        },
+        journal: journal_limits(config.limits.journal_bytes_max),
         disk_reserve_bytes: u64::from(config.limits.disk_reserve_mib) * 1024 * 1024,
         agent: config.defaults.agent.clone(),
     };
     let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds: Feeds::default() };
     Ok((Arc::new(parts), policies))
+}
+
+/// A journal has at least four segments: smaller ones where the whole is small, or it would be larger than asked.
+fn journal_limits(journal_bytes_max: u64) -> journal::Limits {
+    let usual = journal::Limits::default();
+    let segment_bytes_max = usual.segment_bytes_max.min(journal_bytes_max / 4);
+    journal::Limits { journal_bytes_max, segment_bytes_max }
 }
 
 fn credential(source: &ApiKeySource) -> CredentialSource {

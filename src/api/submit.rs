@@ -13,6 +13,7 @@ use super::jobs::view;
 use super::peer::Peer;
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
+use crate::agent_bundle::{PINNED_VERSION, Version};
 use crate::cell::Accepted;
 use crate::clock;
 use crate::event::Body;
@@ -120,11 +121,20 @@ fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
         ApiError::new(ErrorCode::AbovePolicy, error)
             .hint(format!("`hotcell policy show {name}` shows its limits"))
     })?;
-    if api.parts.gateway.knows_model(&plan.model) {
-        return Ok(plan);
+    for (key, model) in [("model", Some(&plan.model)), ("fallback_model", plan.fallback_model.as_ref())] {
+        if let Some(model) = model.filter(|model| !api.parts.gateway.knows_model(model)) {
+            let words = format!("{key}: {model:?} has no price, so its cost could not be bounded");
+            return Err(ApiError::new(ErrorCode::InvalidSpec, words)
+                .hint("name a model of prices.toml, or add it there"));
+        }
     }
-    let words = format!("model: {:?} has no price, so its cost could not be bounded", plan.model);
-    Err(ApiError::new(ErrorCode::InvalidSpec, words).hint("name a model of prices.toml, or add it there"))
+    if let Some(agent) = plan.agent.as_ref().filter(|text| text.parse::<Version>().is_err()) {
+        let words = format!("agent: {agent:?} is not a version such as {PINNED_VERSION}");
+        return Err(
+            ApiError::new(ErrorCode::InvalidSpec, words).hint("`hotcell agent ls` shows those that are here")
+        );
+    }
+    Ok(plan)
 }
 
 async fn room(api: &Api) -> Result<(), ApiError> {

@@ -3,7 +3,7 @@
 
 /// Longest line of the CLI, in bytes. Longer than any seen (a 2 MB paste echoed), shorter than the cell's
 /// buffer, so that a line always fits into what may stay unacknowledged.
-pub const LINE_BYTES_MAX: usize = 8 * 1024 * 1024;
+pub(super) const LINE_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// Cuts a byte stream into lines and keeps the last, unfinished one.
 #[derive(Debug)]

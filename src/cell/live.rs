@@ -23,7 +23,7 @@ use crate::gateway::{GatewayEvent, Lease};
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Input, Phase, State, StopReason};
 use crate::link::{ExitReason, ExitReport, ExitStatus, Link, LinkEvent, LinkHandle, OutputStream};
-use crate::session::{AgentExit, Session, Step};
+use crate::session::{AgentExit, Session, Step, Trouble};
 
 /// What the cell keeps of each stream until it is acknowledged, in bytes.
 pub const CELL_BUFFER_BYTES_MAX: u32 = 16 * 1024 * 1024;
@@ -47,8 +47,8 @@ pub struct Ended {
     pub exit: Option<AgentExit>,
     /// What went wrong, where it was not the CLI that says so.
     pub failure: Option<Failure>,
-    /// The last provider status that was a failure.
-    pub provider_status: Option<u16>,
+    /// What last went wrong on the way to the model.
+    pub trouble: Option<Trouble>,
 }
 
 /// How far the ending of a cell has come.
@@ -92,7 +92,7 @@ pub struct Live<'a> {
     ending: Ending,
     over: bool,
     failure: Option<Failure>,
-    provider_status: Option<u16>,
+    trouble: Option<Trouble>,
 }
 
 enum Next {
@@ -134,7 +134,7 @@ impl<'a> Live<'a> {
             ending: Ending::NotYet,
             over: false,
             failure: None,
-            provider_status: None,
+            trouble: None,
         }
     }
 
@@ -394,7 +394,8 @@ impl<'a> Live<'a> {
     }
 
     fn broken(&mut self, words: String) {
-        self.fail(Phase::Run, FailReason::AgentProtocol, words);
+        let phase = if self.booted.is_some() { Phase::Run } else { Phase::Boot };
+        self.fail(phase, FailReason::AgentProtocol, words);
         self.to_cell.kill();
         self.ending = Ending::Killed { until: Instant::now() + KILL_GRACE };
     }
@@ -455,7 +456,7 @@ impl<'a> Live<'a> {
     }
 
     fn note_gateway(&mut self, event: &GatewayEvent) -> Result<(), RecordError> {
-        note_gateway(self.parts, self.record, event, &mut self.provider_status)
+        note_gateway(self.parts, self.record, event, &mut self.trouble)
     }
 
     async fn exited(&mut self, report: &ExitReport) -> Result<AgentExit, RecordError> {
@@ -544,9 +545,7 @@ impl<'a> Live<'a> {
     /// Closes the way to the model and the link, whether the record can still be written or not; requests still
     /// under way are followed to their end.
     async fn leave(self, exit: Result<AgentExit, RecordError>) -> Result<Ended, RecordError> {
-        let Self {
-            parts, record, session, link, lease, container, begun, failure, mut provider_status, ..
-        } = self;
+        let Self { parts, record, session, link, lease, container, begun, failure, mut trouble, .. } = self;
         parts.metrics.phase(Phase::Run, begun.elapsed().as_secs_f64());
         if exit.is_err()
             && let Err(error) = parts.engine.kill(&container).await
@@ -559,10 +558,10 @@ impl<'a> Live<'a> {
         }
         let exit = exit?;
         for event in last {
-            note_gateway(parts, record, &event, &mut provider_status)?;
+            note_gateway(parts, record, &event, &mut trouble)?;
         }
         record.commit()?;
-        Ok(Ended { session: Some(session), exit: Some(exit), failure, provider_status })
+        Ok(Ended { session: Some(session), exit: Some(exit), failure, trouble })
     }
 }
 
@@ -584,7 +583,7 @@ fn note_gateway(
     parts: &Parts,
     record: &mut Record,
     event: &GatewayEvent,
-    provider_status: &mut Option<u16>,
+    trouble: &mut Option<Trouble>,
 ) -> Result<(), RecordError> {
     let body = match event {
         GatewayEvent::Requested { model, reserved } => {
@@ -592,7 +591,7 @@ fn note_gateway(
         }
         GatewayEvent::Charged { model, usage, charged, status, duration_ms, .. } => {
             parts.metrics.charged(model, usage, *charged);
-            *provider_status = (*status == 0 || *status >= 400).then_some(*status);
+            *trouble = (*status == 0 || *status >= 400).then_some(Trouble::Provider(*status));
             Body::Charge {
                 model: model.clone(),
                 status: *status,
@@ -603,10 +602,11 @@ fn note_gateway(
         }
         GatewayEvent::Refused { status, why } => {
             parts.metrics.refused();
+            *trouble = Some(Trouble::Refused);
             Body::Refused { status: *status, why: why.as_str().to_owned() }
         }
         GatewayEvent::ProviderFault { status, .. } => {
-            *provider_status = Some(status.unwrap_or(0));
+            *trouble = Some(Trouble::Provider(status.unwrap_or(0)));
             return Ok(());
         }
         GatewayEvent::BudgetExhausted { .. } => return Ok(()),

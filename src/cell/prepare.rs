@@ -115,11 +115,9 @@ pub async fn prepare(
     };
     let spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
     let boot = boot(record, &names, &found, staged.wall_ms(record));
-    let wished = stop.borrow().clone();
-    let started = match (boot, wished) {
-        (Ok(_), Some((reason, detail))) => Err(PrepareError::Stopped(reason, detail)),
-        (Ok(boot), None) => start(parts, &names.cell, &spec, &boot).await,
-        (Err(error), _) => Err(error),
+    let started = match boot {
+        Ok(boot) => start(parts, &names.cell, &spec, &boot, stop).await,
+        Err(error) => Err(error),
     };
     let container = match started {
         Ok(container) => container,
@@ -139,10 +137,17 @@ async fn start(
     cell: &CellId,
     spec: &CellSpec,
     boot: &[u8],
+    stop: &watch::Receiver<StopWish>,
 ) -> Result<ContainerId, PrepareError> {
+    let go_on = || match stop.borrow().clone() {
+        Some((reason, detail)) => Err(PrepareError::Stopped(reason, detail)),
+        None => Ok(()),
+    };
+    go_on()?;
     let created = parts.engine.create(spec).await;
     let container = created.map_err(|e| engine_failure(FailReason::ContainerCreate, &e))?;
     parts.store.set_container(cell, container.as_str()).await?;
+    go_on()?;
     let started = parts.engine.start(&container, boot).await;
     started.map_err(|e| engine_failure(FailReason::ContainerStart, &e))?;
     Ok(container)
@@ -243,7 +248,7 @@ async fn find_image(
                 pulled = parts.engine.pull(reference, &progress) => pulled,
                 Some((reason, detail)) = wish(stop) => return Err(PrepareError::Stopped(reason, detail)),
             };
-            pulled.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+            pulled.map_err(|e| pull_failure(reference, &e))?;
             images.resolve_image(reference).await
         }
         found => found,
@@ -629,6 +634,16 @@ fn engine_failure(reason: FailReason, error: &EngineError) -> PrepareError {
         _ => reason,
     };
     failed(reason, error)
+}
+
+fn pull_failure(reference: &str, error: &EngineError) -> PrepareError {
+    match engine_failure(FailReason::ImageUnavailable, error) {
+        PrepareError::Failed(failure) if failure.reason == FailReason::ImageUnavailable => failed(
+            failure.reason,
+            format!("the image {reference:?} is not on this machine and cannot be pulled: {error}"),
+        ),
+        other => other,
+    }
 }
 
 fn image_failure(error: &ImageError) -> PrepareError {

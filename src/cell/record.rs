@@ -255,7 +255,7 @@ impl Replay {
                 self.sent.push((line.end, bytes));
                 // The journaled frame is what the session gave, in the same order; an interrupt is sent beside it.
                 // Compared as a whole: a task may well speak of an interrupt.
-                if !self.sent.last().is_some_and(|(_, bytes)| *bytes == Session::interrupt()) {
+                if self.sent.last().is_none_or(|(_, bytes)| *bytes != Session::interrupt()) {
                     self.done(|step| matches!(step, Step::Send(_)));
                 }
             }

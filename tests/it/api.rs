@@ -151,7 +151,7 @@ fn a_job_does_not_exist_for_other_users_and_the_admin_sees_all() {
             );
         }
     }
-    assert_eq!(ids(&world.by(BOB, "GET", "/v1/jobs", &nothing)), [bobs.clone()]);
+    assert_eq!(ids(&world.by(BOB, "GET", "/v1/jobs", &nothing)), std::slice::from_ref(&bobs));
     assert_eq!(ids(&world.by(ANN, "GET", "/v1/jobs", &nothing)), [queued.clone(), hanging.clone()]);
     error(&world.by(BOB, "GET", "/v1/jobs?all=1", &nothing), 400, "invalid_request");
     assert_eq!(world.show(&hanging)["state"], "running", "nobody stopped it");
@@ -208,7 +208,7 @@ fn jobs_are_listed_by_every_filter_and_page_by_page() {
     let newest = made.clone();
     let list = |query: &str| ids(&world.call("GET", &format!("/v1/jobs{query}"), ""));
     assert_eq!(list(""), newest, "newest first");
-    assert_eq!(list("?state=running"), [hanging.clone()]);
+    assert_eq!(list("?state=running"), std::slice::from_ref(&hanging));
     assert_eq!(list("?state=queued,running").len(), 8);
     assert_eq!(list("?policy=trusted").len(), 4);
     assert_eq!(list("?model=claude-haiku-4-5").len(), 3);

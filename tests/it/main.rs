@@ -6,10 +6,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod api;
+mod bad_input;
+mod command;
+mod crash;
 mod engine;
+mod fake_agent;
 mod image;
 mod init;
+mod life;
+mod provider;
 mod road;
+mod scripted_engine;
 mod walls;
 mod workspace;
 mod world;

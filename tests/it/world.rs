@@ -29,6 +29,7 @@ pub(crate) struct World {
     daemon: Option<Child>,
     base_url: String,
     more: String,
+    engine: Option<String>,
     /// More variables of the daemon's environment, from its next start on.
     pub(crate) daemon_env: Vec<(String, String)>,
 }
@@ -81,6 +82,7 @@ impl World {
             daemon: None,
             base_url,
             more: more.to_owned(),
+            engine: None,
             daemon_env: Vec::new(),
         };
         world.write_config();
@@ -111,6 +113,11 @@ impl World {
         self.write_config();
     }
 
+    /// Another address of the engine, for the next start of the daemon.
+    pub(crate) fn set_engine(&mut self, address: &str) {
+        self.engine = Some(address.to_owned());
+    }
+
     /// Starts the daemon and waits until it answers.
     pub(crate) fn start(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
@@ -138,11 +145,28 @@ impl World {
         daemon.wait().unwrap();
     }
 
+    /// The daemon's process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.daemon.as_ref().expect("a daemon").id()
+    }
+
+    /// SIGTERM to the daemon, which goes on for a while.
+    pub(crate) fn signal(&self) {
+        let pid = rustix::process::Pid::from_child(self.daemon.as_ref().expect("a daemon"));
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
     /// SIGTERM to the daemon; it must end by itself, with code 0.
     pub(crate) fn terminate(&mut self) {
+        if self.daemon.is_some() {
+            self.signal();
+            self.ended();
+        }
+    }
+
+    /// Waits until the daemon has ended by itself, with code 0.
+    pub(crate) fn ended(&mut self) {
         let Some(mut daemon) = self.daemon.take() else { return };
-        let pid = rustix::process::Pid::from_child(&daemon);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let until = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = daemon.try_wait().unwrap() {
@@ -226,6 +250,7 @@ impl World {
         let keep = ["PATH", "HOTCELL_ENGINE", "DOCKER_HOST", "SSL_CERT_FILE"];
         command.env_clear().envs(std::env::vars_os().filter(|(k, _)| keep.iter().any(|n| k == n)));
         command.env("HOME", "/root").env("HOTCELL_CONFIG", self.path("config.toml"));
+        command.envs(self.engine.iter().map(|address| ("HOTCELL_ENGINE", address)));
         command
     }
 
@@ -337,9 +362,12 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         // A failed test: its processes must not outlive it. What it left on the engine is said by its failure.
-        if let Some(mut daemon) = self.daemon.take() {
-            let _ = daemon.kill();
-            let _ = daemon.wait();
+        let daemon = self.daemon.take();
+        if daemon.is_some() || std::thread::panicking() {
+            if let Some(mut daemon) = daemon {
+                let _ = daemon.kill();
+                let _ = daemon.wait();
+            }
             let instance = self.instance();
             for id in docker(&["ps", "-aq", "--filter", &format!("label=hotcell.instance={instance}")])
                 .split_whitespace()
