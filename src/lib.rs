@@ -18,13 +18,13 @@
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
 //!
 //! # The road of a job
-//! 1. [`api::submit`]: the peer's identity from the kernel; JSON → [`job::JobSpec`]; [`policy::narrow`] →
+//! 1. [`api::submit`]: the peer's identity from the kernel; JSON → [`job::JobSpec`]; [`policy::narrow()`] →
 //!    [`policy::Plan`]; the workspace opened *as the peer*; the row `Queued`, on the disk before the id is told.
 //! 2. [`driver`] feeds [`scheduler::Scheduler`]: slots, priority, fairness between users.
 //! 3. [`cell::prepare`]: the cell's row first, then directory, staged mount, scratch file system, `ctl.sock`,
 //!    `api.sock`, container, start. [`job::state`] is the state machine; [`cell::record`] moves row and journal.
 //! 4. [`cell::live`]: bytes come over [`link`] (acknowledged only once journaled), lines go to [`session`],
-//!    which judges every tool call by [`policy::decide`] and gives back what to send.
+//!    which judges every tool call by [`policy::decide()`] and gives back what to send.
 //! 5. [`gateway`]: authorise → reserve → inject the credential → forward → meter → settle.
 //! 6. A stop is stored, then the lease is revoked, then the CLI is interrupted, terminated, killed.
 //! 7. `collect` in [`cell`]: container, mounts and directory proven gone, totals, `Done`.

@@ -400,6 +400,8 @@ fn cell_spec(
         bind(&image.claude, options::CLI_PATH, true),
         bind(&dirs.etc.join("passwd"), "/etc/passwd", true),
         bind(&dirs.etc.join("group"), "/etc/group", true),
+        // Empty: managed settings of an image would win over ours, and their hooks would run.
+        bind(&dirs.etc.join("claude-code"), "/etc/claude-code", true),
         bind(&dirs.home, options::HOME, false),
         bind(&dirs.tmp, "/tmp", false),
         // A read-only one is staged so; asked to do it, the engine would drop nosuid and nodev on the way.

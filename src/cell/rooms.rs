@@ -145,6 +145,7 @@ fn finish_directories(
     let etc = dir.join("etc");
     make_dir(&etc, 0o711)?;
     write_users(&etc, &who)?;
+    make_dir(&etc.join("claude-code"), 0o755)?;
     // A job without a directory works in an empty one on its scratch space.
     let workspace = path.unwrap_or_else(|| scratch.work());
     let dirs = Dirs { run, etc, home: scratch.home(), tmp: scratch.tmp(), workspace };

@@ -126,6 +126,7 @@ fn what_it_sees(seen: &Seen) {
         "/.hotcell-agent/claude",
         "/etc/passwd",
         "/etc/group",
+        "/etc/claude-code",
         "/etc/resolv.conf",
         "/etc/hosts",
         "/etc/hostname",

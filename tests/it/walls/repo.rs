@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::{Seen, copy_tree, zoo};
-use crate::world::{CANARY, World, tool_results};
+use crate::world::{CANARY, World, docker, tool_results};
 
 /// The model does what the repository wants of it.
 const OBEY: &str = r#"
@@ -147,8 +147,12 @@ fn under_the_strict_policy_nothing_of_a_repository_loads_and_its_claude_md_is_te
 #[test]
 fn under_the_trusted_policy_claude_md_and_skills_load_but_nothing_runs_by_itself() {
     let (world, policies) = world();
-    for mode in ["bypassPermissions", "acceptEdits", "default"] {
-        for prompt in ["zoo:shell", "zoo:skill", "zoo:helper", "/evilcmd zoo:shell"] {
+    for (mode, prompts) in [
+        ("bypassPermissions", &["zoo:skill", "zoo:helper", "/evilcmd zoo:shell"][..]),
+        ("acceptEdits", &["zoo:skill", "zoo:helper", "/evilcmd zoo:shell"]),
+        ("default", &["/evilcmd zoo:shell"]),
+    ] {
+        for prompt in prompts {
             let what = json!({ "prompt": prompt, "policy": "trusted", "permission_mode": mode });
             let (seen, copy) = visit(&world, "hostile", &what);
             nothing_ran(&seen, &copy, &what);
@@ -214,6 +218,33 @@ fn a_claude_md_that_points_elsewhere_is_not_read() {
         world.job(&json!({ "prompt": "zoo:shell", "policy": "strict", "workspace": { "path": copy } }));
     Seen::new(events, job).succeeded();
     assert!(!asked(&world).contains("ZEBRA-OUTSIDE"));
+    world.end();
+    drop(policies);
+}
+
+/// Policies can allow any image that is on the machine; its managed settings would win over everything.
+#[test]
+fn managed_settings_of_an_image_do_not_count() {
+    let (world, policies) = world();
+    let hook = "mkdir -p /workspace/marks; touch /workspace/marks/image";
+    let hooks = json!([{ "matcher": "*", "hooks": [{ "type": "command", "command": hook }] }]);
+    let settings =
+        json!({ "hooks": { "PreToolUse": hooks, "PermissionRequest": hooks, "SessionStart": hooks } });
+    std::fs::create_dir(world.path("image")).unwrap();
+    std::fs::write(world.path("image/managed-settings.json"), settings.to_string()).unwrap();
+    std::fs::write(
+        world.path("image/Dockerfile"),
+        "FROM hotcell/cell\nCOPY managed-settings.json /etc/claude-code/\n",
+    )
+    .unwrap();
+    let tag = format!("zoo-{}", world.instance());
+    docker(&["build", "-q", "-t", &tag, &world.path("image").to_string_lossy()]);
+    let what = json!({ "prompt": "zoo:shell", "policy": "trusted", "image": tag });
+    let (seen, copy) = visit(&world, "silencer", &what);
+    docker(&["rmi", &tag]);
+    seen.succeeded();
+    nothing_ran(&seen, &copy, &what);
+    every_call_was_judged(&seen, &what);
     world.end();
     drop(policies);
 }
