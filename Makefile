@@ -27,9 +27,10 @@ init: ## Build hotcell-init, the static PID 1 of a cell.
 	  --bin hotcell-init --target $(HOST) --target-dir target/init
 	@mkdir -p target/release target/debug
 	@install -m 755 $(INIT) target/release/hotcell-init
+	@install -m 755 $(INIT) target/debug/hotcell-init
 
 build: tools init ## Build hotcell and hotcell-init into target/release.
-	$(CARGO) build --release --bin hotcell
+	$(CARGO) build --release --locked --bin hotcell
 
 image: build engine ## Build the cell image (Node, the Claude Code CLI, git, ripgrep, common tools).
 	HOTCELL_ENGINE=$(ENGINE) target/release/hotcell image build
@@ -37,8 +38,10 @@ image: build engine ## Build the cell image (Node, the Claude Code CLI, git, rip
 demo: image ## Run one real job from start to clean-up and show everything that happens.
 	@HOTCELL_ENGINE=$(ENGINE) tests/demo
 
-test: image ## Run all tests, those with the real engine and the real CLI too.
-	HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --no-fail-fast
+test: tools init engine ## Run all tests, those with the real engine and the real CLI too.
+	$(CARGO) build --locked --bin hotcell
+	HOTCELL_ENGINE=$(ENGINE) target/debug/hotcell image build
+	HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --locked --no-fail-fast
 
 test-full: test ## The tests, and the longer ones.
 	HOTCELL_ENGINE=$(ENGINE) HOTCELL_TEST_FULL=1 $(CARGO) test --release --no-fail-fast

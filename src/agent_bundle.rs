@@ -122,7 +122,7 @@ pub enum BundleError {
     #[error("there is no agent for the processor {0:?}; x64 and arm64 are supported")]
     Arch(String),
     /// Not installed.
-    #[error("agent {version} for {platform} is not installed; run `hotcell agent install {version}`")]
+    #[error("agent {version} for {platform} is not installed; run `hotcell agent install {version}{}`", options(*platform))]
     NotInstalled {
         /// Version asked for.
         version: Version,
@@ -176,6 +176,15 @@ pub enum BundleError {
     },
 }
 
+/// What `hotcell agent install` must be told for another platform than the usual one.
+fn options(platform: Platform) -> String {
+    let libc = if platform.libc == Libc::Musl { " --libc musl" } else { "" };
+    let own = if cfg!(target_arch = "aarch64") { Arch::Arm64 } else { Arch::X64 };
+    let arch =
+        if platform.arch == own { String::new() } else { format!(" --arch {}", platform.arch.as_str()) };
+    format!("{libc}{arch}")
+}
+
 /// The bundles of one state directory.
 #[derive(Debug, Clone)]
 pub struct Bundles {
@@ -223,7 +232,11 @@ impl Bundles {
     /// The CLI's binary, to be bound read-only into a cell. Blocking.
     pub fn path_for(&self, version: &Version, platform: Platform) -> Result<PathBuf, BundleError> {
         self.get(version, platform)?;
-        Ok(self.bundle_dir(version, platform).join("claude"))
+        let program = self.bundle_dir(version, platform).join("claude");
+        if !program.is_file() {
+            return Err(BundleError::NotInstalled { version: version.clone(), platform });
+        }
+        Ok(program)
     }
 
     /// Removes every platform of `version`. Refused for the one in use. Blocking.

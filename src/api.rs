@@ -93,7 +93,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/healthz", get(health))
         .route("/metrics", get(metrics))
         .fallback(no_route)
-        .method_not_allowed_fallback(no_route)
+        .method_not_allowed_fallback(no_method)
         // A little more than the largest spec, so that the spec's own error can name its size.
         .layer(DefaultBodyLimit::max(SPEC_BYTES_MAX + 64 * 1024))
         .with_state(api)
@@ -105,11 +105,17 @@ pub fn metrics_router(api: Arc<Api>) -> Router {
         .route("/metrics", get(metrics))
         .route("/healthz", get(health))
         .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
         .with_state(api)
 }
 
 async fn no_route(method: axum::http::Method, uri: axum::http::Uri) -> ApiError {
     ApiError::new(ErrorCode::NoRoute, format!("there is no {method} {}", uri.path()))
+        .hint("GET /v1/openapi.json lists what there is")
+}
+
+async fn no_method(method: axum::http::Method, uri: axum::http::Uri) -> ApiError {
+    ApiError::new(ErrorCode::MethodNotAllowed, format!("{} does not take {method}", uri.path()))
         .hint("GET /v1/openapi.json lists what there is")
 }
 

@@ -7,9 +7,11 @@
 //!
 //! Read in this order: [`prepare`], [`live`], `collect` below, [`record`] (journal and row together).
 
+mod lines;
 pub mod live;
 pub mod prepare;
 pub mod record;
+mod rooms;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -125,10 +127,20 @@ pub async fn run(parts: Arc<Parts>, job: JobId, start: Start, stop: watch::Recei
     let mut record = match Record::open(&parts, &job).await {
         Ok(record) => record,
         Err(error) => {
-            tracing::error!(%job, %error, "cannot open the record of a job; it stays as it is");
+            tracing::error!(%job, %error, "cannot open the record of a job; closing it as a fault of the host");
+            if let Some((State::Done(outcome), totals)) = record::close_row(&parts, &job, &error).await {
+                parts.metrics.ended(&outcome, None, totals.charged_micro_usd, None);
+            }
+            parts.feeds.close(&job);
             return;
         }
     };
+    if record.state().is_done() {
+        // Cancelled between its submit and the news of it, or closed before its task died.
+        destroy(&parts, &job).await;
+        record.finish(&parts);
+        return;
+    }
     let begun = Instant::now();
     if let Err(error) = walk(&parts, &mut record, start, stop).await {
         tracing::error!(%job, %error, "a job's record cannot be written; closing it as a fault of the host");
@@ -182,12 +194,14 @@ async fn walk(
 async fn replayed(record: &mut Record) -> Result<Ended, RecordError> {
     let replay = match record.replay().await {
         Ok(replay) => replay,
-        Err(RecordError::Cut) => return Ok(Ended { session: None, exit: None, failure: None, provider_status: None }),
+        Err(RecordError::Cut) => {
+            return Ok(Ended { session: None, exit: None, failure: None, trouble: None });
+        }
         Err(error) => return Err(error),
     };
     record.exit = replay.figures;
     Ok(match replay.exit {
-        Some(exit) => Ended { session: Some(replay.session), exit: Some(exit), failure: None, provider_status: None },
+        Some(exit) => Ended { session: Some(replay.session), exit: Some(exit), failure: None, trouble: None },
         None => Ended::unseen(replay.session),
     })
 }
@@ -235,21 +249,23 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
     })
 }
 
-/// Removes all there is of a job's cell and closes its row: container first, since it holds the mounts.
-/// Tries for about a minute; what is left then is the sweeper's, and its row stays open.
+/// Removes all there is of a job's cells and closes their rows: container first, since it holds the mounts.
+/// A container is never given up: while it may be alive the job is not over and its slot is not free. What
+/// else is left after about a minute is the sweeper's; its row stays open.
 pub async fn destroy(parts: &Arc<Parts>, job: &JobId) {
     const TRIES: u32 = 8;
-    for attempt in 0..TRIES {
-        match destroy_once(parts, job).await {
+    const PAUSE_MAX: Duration = Duration::from_secs(10);
+    for attempt in 0u32.. {
+        let left = match destroy_once(parts, job).await {
             Ok(()) => return,
-            Err(left) if attempt + 1 == TRIES => {
-                tracing::error!(%job, %left, "something of a cell is left; the sweeper goes on");
-            }
-            Err(left) => {
-                tracing::warn!(%job, %left, attempt, "something of a cell is left; trying again");
-                tokio::time::sleep(Duration::from_millis(250 << attempt)).await;
-            }
+            Err(left) => left,
+        };
+        if attempt + 1 >= TRIES && !matches!(left, LeftOver::Container(_)) {
+            tracing::error!(%job, %left, "something of a cell is left; the sweeper goes on");
+            return;
         }
+        tracing::warn!(%job, %left, attempt, "something of a cell is left; trying again");
+        tokio::time::sleep(Duration::from_millis(250 << attempt.min(6)).min(PAUSE_MAX)).await;
     }
 }
 
@@ -275,15 +291,20 @@ pub enum LeftOver {
     Store(#[from] crate::store::StoreError),
 }
 
-async fn destroy_once(parts: &Arc<Parts>, job: &JobId) -> Result<(), LeftOver> {
-    let Some(row) = parts.store.cell_of(job).await?.filter(|row| row.gone_ms.is_none()) else { return Ok(()) };
-    let container = match &row.container {
-        Some(id) => ContainerId::new(id.clone()),
-        None => container_name(parts.store.instance(), &row.cell),
-    };
-    parts.engine.remove(&container).await?;
-    sweep_one(parts, &row.cell).await?;
-    parts.store.cell_gone(&row.cell, clock::wall_ms()).await?;
+/// One try of [`destroy`]: every cell of the job, those of earlier attempts too.
+///
+/// # Errors
+/// [`LeftOver`]; what was removed until then stays removed.
+pub async fn destroy_once(parts: &Arc<Parts>, job: &JobId) -> Result<(), LeftOver> {
+    for row in parts.store.live_cells().await?.into_iter().filter(|row| row.job == *job) {
+        let container = match &row.container {
+            Some(id) => ContainerId::new(id.clone()),
+            None => container_name(parts.store.instance(), &row.cell),
+        };
+        parts.engine.remove(&container).await?;
+        sweep_one(parts, &row.cell).await?;
+        parts.store.cell_gone(&row.cell, clock::wall_ms()).await?;
+    }
     Ok(())
 }
 
@@ -301,19 +322,19 @@ async fn sweep_one(parts: &Arc<Parts>, cell: &CellId) -> Result<(), LeftOver> {
 impl Ended {
     /// Ended before its CLI had anything to say.
     pub fn failed(failure: Failure) -> Self {
-        Self { session: None, exit: None, failure: Some(failure), provider_status: None }
+        Self { session: None, exit: None, failure: Some(failure), trouble: None }
     }
 
     /// No daemon saw the end.
     fn unseen(session: Session) -> Self {
-        Self { session: Some(session), exit: None, failure: None, provider_status: None }
+        Self { session: Some(session), exit: None, failure: None, trouble: None }
     }
 
     /// How the job ended, when no stop was decided.
     fn outcome(&self) -> Outcome {
         match (&self.failure, &self.session, &self.exit) {
             (Some(failure), _, _) => Outcome::Failed(failure.clone()),
-            (None, Some(session), Some(exit)) => session.outcome(exit, self.provider_status),
+            (None, Some(session), Some(exit)) => session.outcome(exit, self.trouble),
             (None, _, _) => Outcome::Lost,
         }
     }

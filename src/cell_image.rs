@@ -10,8 +10,8 @@ mod context;
 mod debian;
 mod facts;
 mod recipe;
-mod tree;
 mod through;
+mod tree;
 mod types;
 
 use std::path::{Path, PathBuf};

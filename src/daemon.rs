@@ -22,7 +22,7 @@ use crate::config::{ApiKeySource, Config, policy_sources};
 use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
-use crate::gateway::{AuthStyle, CredentialSource, Gateway, Provider};
+use crate::gateway::{self, AuthStyle, CredentialSource, Gateway, Provider};
 use crate::journal;
 use crate::metrics::Metrics;
 use crate::policy::{Defaults, Policy};
@@ -32,6 +32,9 @@ use crate::sweeper;
 
 /// Longest wait for `initialize`: a cold disk reads 245 MB first.
 const BOOT_MAX: Duration = Duration::from_secs(60);
+/// How long a job's end may wait for answers of the model that nobody reads any more: they are read on to be
+/// billed for what they really cost, and what is not seen by then is charged in full.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// Time for open connections to end after the jobs have.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
 
@@ -59,7 +62,10 @@ pub struct Listeners {
 /// Whatever keeps the daemon from starting, in words for the person who started it.
 pub fn serve(config: Config) -> anyhow::Result<()> {
     start_log(&config.log)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
     runtime.block_on(async move {
         let shutdown = Shutdown::default();
         watch_signals(shutdown.clone())?;
@@ -68,7 +74,9 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
         let listeners = Listeners {
             api: listen(&config.socket, config.socket_mode)?,
             metrics: match config.metrics {
-                Some(at) => Some(TcpListener::bind(at).await.with_context(|| format!("cannot listen on {at}"))?),
+                Some(at) => {
+                    Some(TcpListener::bind(at).await.with_context(|| format!("cannot listen on {at}"))?)
+                }
                 None => None,
             },
         };
@@ -97,7 +105,8 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let (parts, policies) = build(&config, engine).await?;
     let slots = usize::try_from(config.limits.slots).unwrap_or(1);
-    let (mut driver, handle) = Driver::new(parts.clone(), slots, Duration::from_secs(config.limits.drain_s.into()));
+    let (mut driver, handle) =
+        Driver::new(parts.clone(), slots, Duration::from_secs(config.limits.drain_s.into()));
     parts.metrics.engine_up.set(1);
     driver.recover().await.context("cannot take up what an earlier daemon left")?;
     sweeper::once(&parts).await.context("cannot clean up what an earlier daemon left")?;
@@ -120,7 +129,8 @@ pub async fn run(
     let router = api::router(api.clone()).into_make_service_with_connect_info::<api::peer::Peer>();
     let closing = close.clone();
     tasks.spawn(async move {
-        let served = axum::serve(PeerListener(listeners.api), router).with_graceful_shutdown(closing.cancelled_owned());
+        let served = axum::serve(PeerListener(listeners.api), router)
+            .with_graceful_shutdown(closing.cancelled_owned());
         if let Err(error) = served.await {
             tracing::error!(%error, "the API ended");
         }
@@ -129,7 +139,9 @@ pub async fn run(
     if let Some(listener) = listeners.metrics {
         let (router, closing) = (api::metrics_router(api.clone()), close.clone());
         tasks.spawn(async move {
-            if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned()).await {
+            if let Err(error) =
+                axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned()).await
+            {
                 tracing::error!(%error, "the metrics listener ended");
             }
             "metrics"
@@ -173,11 +185,15 @@ pub async fn run(
     }
 }
 
-async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<Parts>, BTreeMap<String, Policy>)> {
+async fn build(
+    config: &Config,
+    engine: Arc<dyn Engine>,
+) -> anyhow::Result<(Arc<Parts>, BTreeMap<String, Policy>)> {
     let state_dir = make_state_dir(&config.state_dir)?;
     check_init(&config.init_binary)?;
     let sources = policy_sources(&config.policy_dirs)?;
-    let policies: BTreeMap<String, Policy> = sources.into_iter().map(|(name, source)| (name, source.policy)).collect();
+    let policies: BTreeMap<String, Policy> =
+        sources.into_iter().map(|(name, source)| (name, source.policy)).collect();
     if !policies.contains_key(&config.defaults.policy) {
         let known = policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         bail!("defaults.policy: there is no policy {:?} (there are: {known})", config.defaults.policy);
@@ -197,18 +213,27 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
         credential: credential(&config.provider.api_key),
         style: AuthStyle::ApiKey,
     };
-    let gateway = Gateway::open(provider, prices, crate::gateway::Limits::default()).await?;
+    let gateway =
+        Gateway::open(provider, prices, gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() })
+            .await?;
     let settings = Settings {
         state_dir,
         init_binary: config.init_binary.canonicalize().context("init_binary")?,
         boot_max: BOOT_MAX,
         cancel_grace: Duration::from_secs(config.limits.cancel_grace_s.into()),
-        journal: journal::Limits { journal_bytes_max: config.limits.journal_bytes_max, ..journal::Limits::default() },
+        journal: journal_limits(config.limits.journal_bytes_max),
         disk_reserve_bytes: u64::from(config.limits.disk_reserve_mib) * 1024 * 1024,
         agent: config.defaults.agent.clone(),
     };
     let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds: Feeds::default() };
     Ok((Arc::new(parts), policies))
+}
+
+/// A journal has at least four segments: smaller ones where the whole is small, or it would be larger than asked.
+fn journal_limits(journal_bytes_max: u64) -> journal::Limits {
+    let usual = journal::Limits::default();
+    let segment_bytes_max = usual.segment_bytes_max.min(journal_bytes_max / 4);
+    journal::Limits { journal_bytes_max, segment_bytes_max }
 }
 
 fn credential(source: &ApiKeySource) -> CredentialSource {
@@ -225,7 +250,8 @@ fn prices(file: Option<&Path>) -> anyhow::Result<Prices> {
     match file {
         None => Ok(Prices::built_in()?),
         Some(path) => {
-            let text = std::fs::read_to_string(path).with_context(|| format!("prices_file: cannot read {}", path.display()))?;
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("prices_file: cannot read {}", path.display()))?;
             Ok(Prices::parse(&text, &path.display().to_string())?)
         }
     }
@@ -238,7 +264,11 @@ fn prices(file: Option<&Path>) -> anyhow::Result<Prices> {
 pub fn make_state_dir(path: &Path) -> anyhow::Result<PathBuf> {
     let shown = path.display();
     if !path.exists() {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).with_context(|| format!("state_dir: cannot create {shown}"))?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .with_context(|| format!("state_dir: cannot create {shown}"))?;
     }
     let path = path.canonicalize().with_context(|| format!("state_dir: cannot resolve {shown}"))?;
     let meta = std::fs::metadata(&path).with_context(|| format!("state_dir: cannot read {shown}"))?;
@@ -246,12 +276,16 @@ pub fn make_state_dir(path: &Path) -> anyhow::Result<PathBuf> {
         bail!("state_dir: {shown} is not a directory");
     }
     // Others may pass through (cells' mounts lie below), but neither list nor write.
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o711)).with_context(|| format!("state_dir: {shown} is not ours"))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o711))
+        .with_context(|| format!("state_dir: {shown} is not ours"))?;
     for name in ["jobs", "cells", "images", "agents"] {
         let dir = path.join(name);
         if !dir.exists() {
             let mode = if name == "jobs" { 0o700 } else { 0o711 };
-            std::fs::DirBuilder::new().mode(mode).create(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+            std::fs::DirBuilder::new()
+                .mode(mode)
+                .create(&dir)
+                .with_context(|| format!("cannot create {}", dir.display()))?;
         }
     }
     Ok(path)
@@ -260,8 +294,9 @@ pub fn make_state_dir(path: &Path) -> anyhow::Result<PathBuf> {
 /// A PID 1 that needs a loader would not run in another image.
 fn check_init(path: &Path) -> anyhow::Result<()> {
     let shown = path.display();
-    let bytes = std::fs::read(path)
-        .with_context(|| format!("init_binary: cannot read {shown}; `make build` puts hotcell-init beside hotcell"))?;
+    let bytes = std::fs::read(path).with_context(|| {
+        format!("init_binary: cannot read {shown}; `make build` puts hotcell-init beside hotcell")
+    })?;
     if !bytes.starts_with(b"\x7fELF") {
         bail!("init_binary: {shown} is no program of this system");
     }
@@ -273,7 +308,9 @@ fn check_init(path: &Path) -> anyhow::Result<()> {
 
 fn problems(parts: &Parts) -> Vec<String> {
     match parts.bundles.ls() {
-        Ok(bundles) if bundles.is_empty() => vec!["no agent is installed: run `hotcell image build`".to_owned()],
+        Ok(bundles) if bundles.is_empty() => {
+            vec!["no agent is installed: run `hotcell image build`".to_owned()]
+        }
         Ok(_) => Vec::new(),
         Err(error) => vec![error.to_string()],
     }
@@ -283,12 +320,18 @@ fn problems(parts: &Parts) -> Vec<String> {
 fn listen(path: &Path, mode: u32) -> anyhow::Result<UnixListener> {
     let shown = path.display();
     if let Some(dir) = path.parent().filter(|d| !d.exists()) {
-        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(dir).with_context(|| format!("socket: cannot create {}", dir.display()))?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(dir)
+            .with_context(|| format!("socket: cannot create {}", dir.display()))?;
     }
     match std::fs::symlink_metadata(path) {
         Ok(meta) if !meta.file_type().is_socket() => bail!("socket: {shown} is there and is not a socket"),
         Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
-            bail!("socket: a daemon already serves on {shown}; stop it first, or choose another --socket and --state-dir")
+            bail!(
+                "socket: a daemon already serves on {shown}; stop it first, or choose another --socket and --state-dir"
+            )
         }
         Ok(_) => std::fs::remove_file(path).with_context(|| format!("socket: cannot replace {shown}"))?,
         Err(_) => {}

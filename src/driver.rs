@@ -1,7 +1,7 @@
 //! The one loop: news from the API and ends of jobs go into the scheduler, and what it says to start is
 //! started. It decides nothing itself and owns every job's task: a task that dies is an end like any other.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use crate::store::StoreError;
 
 /// Messages that wait for the loop.
 const INBOX_MAX: usize = 1024;
-/// Time for jobs to end after a drain turned into a stop.
+/// Time for jobs to end after a drain turned into a stop, beside the grace that agents get.
 const STOP_SLACK: Duration = Duration::from_secs(30);
 
 /// What the API asks for.
@@ -59,6 +59,8 @@ pub struct Driver {
     tasks: JoinSet<JobId>,
     names: HashMap<Id, JobId>,
     stops: HashMap<JobId, watch::Sender<StopWish>>,
+    /// Jobs whose task died and that are being closed.
+    rescued: HashSet<JobId>,
     drain_max: Duration,
 }
 
@@ -93,6 +95,7 @@ impl Driver {
             tasks: JoinSet::new(),
             names: HashMap::new(),
             stops: HashMap::new(),
+            rescued: HashSet::new(),
             drain_max,
         };
         (driver, Handle { inbox: sender })
@@ -107,27 +110,47 @@ impl Driver {
         for open in self.parts.store.open_jobs().await? {
             let cell = match open.state {
                 State::Queued => None,
-                _ => self.parts.store.cell_of(&open.id).await?.filter(|row| row.gone_ms.is_none()).map(|row| row.cell),
+                _ => self
+                    .parts
+                    .store
+                    .cell_of(&open.id)
+                    .await?
+                    .filter(|row| row.gone_ms.is_none())
+                    .map(|row| row.cell),
             };
-            rows.push(recover::Row { job: open.id, uid: open.uid, priority: open.priority, state: open.state, cell });
+            rows.push(recover::Row {
+                job: open.id,
+                uid: open.uid,
+                priority: open.priority,
+                state: open.state,
+                cell,
+            });
         }
         let found = self.parts.engine.list(self.parts.store.instance()).await?;
         let found: Vec<FoundCell> = found
             .into_iter()
-            .map(|f| FoundCell { cell: f.cell, container: f.container.as_str().to_owned(), running: f.running })
+            .map(|f| FoundCell {
+                cell: f.cell,
+                container: f.container.as_str().to_owned(),
+                running: f.running,
+            })
             .collect();
         for action in recover::plan(&rows, &found) {
             match action {
-                recover::Action::Requeue { job, uid, priority } => self.requeue(job, uid, priority).await?,
-                recover::Action::Adopt { job, uid, cell, container } => self.adopt(job, uid, cell, &container),
+                recover::Action::Requeue { job, uid, priority } => self.requeue(job, uid, priority).await,
+                recover::Action::Adopt { job, uid, cell, container } => {
+                    self.adopt(job, uid, cell, &container)
+                }
                 recover::Action::Close { job } => {
                     let uid = rows.iter().find(|row| row.job == job).map_or(0, |row| row.uid);
-                    self.step(Input::Adopted { job: job.clone(), uid });
-                    self.start(job, Start::Close);
+                    self.close(job, uid);
                 }
                 recover::Action::Reap { container } => {
                     let container = crate::engine::ContainerId::new(container);
-                    self.parts.engine.remove(&container).await?;
+                    if let Err(error) = self.parts.engine.remove(&container).await {
+                        tracing::warn!(%container, %error, "a container that no job owns is left; the sweeper goes on");
+                        continue;
+                    }
                     self.parts.metrics.reaped(crate::metrics::Orphan::Container, 1);
                     tracing::info!(%container, "removed a container that no job owns");
                 }
@@ -136,15 +159,33 @@ impl Driver {
         Ok(())
     }
 
-    async fn requeue(&mut self, job: JobId, uid: u32, priority: i8) -> Result<(), RecoverError> {
-        cell::destroy(&self.parts, &job).await;
-        let mut record = Record::open(&self.parts, &job).await?;
-        if matches!(record.state(), State::Preparing) {
-            record.step(&self.parts, Move::Requeue).await?;
+    /// One job whose record is damaged must not keep the daemon from starting: it goes the way of a lost one.
+    async fn requeue(&mut self, job: JobId, uid: u32, priority: i8) {
+        // One try: what is left has its row, and is tried again at the job's end.
+        if let Err(left) = cell::destroy_once(&self.parts, &job).await {
+            tracing::warn!(%job, %left, "something of a cell is left");
         }
-        record.finish(&self.parts);
+        if let Err(error) = self.requeue_record(&job).await {
+            tracing::error!(%job, %error, "cannot queue a job again; closing it");
+            self.close(job, uid);
+            return;
+        }
         self.step(Input::Submitted { job, uid, priority });
-        Ok(())
+    }
+
+    async fn requeue_record(&self, job: &JobId) -> Result<(), cell::record::RecordError> {
+        let mut record = Record::open(&self.parts, job).await?;
+        let moved = match record.state() {
+            State::Preparing => record.step(&self.parts, Move::Requeue).await,
+            _ => Ok(()),
+        };
+        record.finish(&self.parts);
+        moved
+    }
+
+    fn close(&mut self, job: JobId, uid: u32) {
+        self.step(Input::Adopted { job: job.clone(), uid });
+        self.start(job, Start::Close);
     }
 
     fn adopt(&mut self, job: JobId, uid: u32, cell: CellId, container: &str) {
@@ -175,9 +216,10 @@ impl Driver {
             }
         }
         for stop in self.stops.values() {
-            stop.send_replace(Some((StopReason::Drain, "the daemon is going down".to_owned())));
+            wish(stop, StopReason::Drain, "the daemon is going down");
         }
-        let deadline = tokio::time::Instant::now() + STOP_SLACK;
+        let slack = self.parts.settings.cancel_grace + STOP_SLACK;
+        let deadline = tokio::time::Instant::now() + slack;
         while !self.tasks.is_empty() {
             tokio::select! {
                 Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
@@ -201,34 +243,39 @@ impl Driver {
 
     async fn stop(&mut self, job: JobId, reason: StopReason, detail: String) -> Result<(), StopError> {
         if let Some(stop) = self.stops.get(&job) {
-            stop.send_if_modified(|wish| {
-                let first = wish.is_none();
-                if first {
-                    *wish = Some((reason, detail));
-                }
-                first
-            });
+            wish(stop, reason, &detail);
             return Ok(());
         }
         // Not running: it waits, or it is over.
         let mut record = Record::open(&self.parts, &job).await?;
         let answer = match record.state() {
-            State::Queued => {
-                self.step(Input::Withdrawn { job: job.clone() });
-                record.push(&Body::Stop { reason, detail }).map_err(StopError::from)?;
-                let outcome = Outcome::Stopped { reason };
-                record.done(&self.parts, outcome.clone(), Totals::default(), None).await?;
-                self.parts.metrics.ended(&outcome, None, crate::money::MicroUsd::ZERO, None);
-                Ok(())
-            }
+            State::Queued => self.end_queued(&mut record, reason, detail).await,
             State::Preparing
             | State::Running
             | State::Stopping { .. }
             | State::Collecting { .. }
             | State::Done(_) => Err(StopError::Over),
         };
+        if record.state().is_done() {
+            // Not before: a job that could not be ended keeps its place in the queue.
+            self.step(Input::Withdrawn { job });
+        }
+        // Whatever happened: followers would wait for this writer.
         record.finish(&self.parts);
         answer
+    }
+
+    async fn end_queued(
+        &self,
+        record: &mut Record,
+        reason: StopReason,
+        detail: String,
+    ) -> Result<(), StopError> {
+        record.push(&Body::Stop { reason, detail })?;
+        let outcome = Outcome::Stopped { reason };
+        record.done(&self.parts, outcome.clone(), Totals::default(), None).await?;
+        self.parts.metrics.ended(&outcome, None, crate::money::MicroUsd::ZERO, None);
+        Ok(())
     }
 
     fn step(&mut self, input: Input) {
@@ -258,14 +305,27 @@ impl Driver {
             }
         };
         let Some(job) = self.names.remove(&task) else { return };
-        if died {
-            // Its cell may be there still: the same road as after a restart, on a slot it already holds.
+        if died && self.rescued.insert(job.clone()) {
+            // Its cell may be there still: the same road as after a restart, on a slot it already holds. Once: what
+            // kills this task too would do so for ever.
             self.start(job, Start::Close);
             return;
         }
+        self.rescued.remove(&job);
         self.stops.remove(&job);
         self.step(Input::Ended { job });
     }
+}
+
+/// The first wish counts.
+fn wish(stop: &watch::Sender<StopWish>, reason: StopReason, detail: &str) {
+    stop.send_if_modified(|wish| {
+        let first = wish.is_none();
+        if first {
+            *wish = Some((reason, detail.to_owned()));
+        }
+        first
+    });
 }
 
 /// Why a restart could not be planned.
@@ -277,9 +337,6 @@ pub enum RecoverError {
     /// The engine.
     #[error(transparent)]
     Engine(#[from] crate::engine::EngineError),
-    /// A job's record.
-    #[error(transparent)]
-    Record(#[from] cell::record::RecordError),
 }
 
 /// Keeps the gauges of the queue true: called when somebody reads the metrics.

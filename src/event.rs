@@ -137,7 +137,7 @@ pub enum Body {
         /// Last number that is gone.
         last: u64,
     },
-    /// The last event of every job: totals beside the outcome.
+    /// Totals beside the outcome; after it comes only the state `done`.
     Summary {
         /// How it ended.
         #[serde(flatten)]
@@ -260,7 +260,8 @@ mod tests {
         assert_eq!((line.seq, line.kind, line.end), (3, "frame", 9));
         assert_eq!(line.frame.map(RawValue::get), Some(r#"{"type":"assistant","x":[1, 2]}"#));
         let body = Body::Exit { code: 7, oom_kills: 1, peak_memory_bytes: 2, cpu_us: 3 };
-        let text = serde_json::to_string(&Event { seq: 1, at_ms: 1, origin: body.origin(), body }).expect("json");
+        let text =
+            serde_json::to_string(&Event { seq: 1, at_ms: 1, origin: body.origin(), body }).expect("json");
         let line: Line = serde_json::from_str(&text).expect("line");
         assert_eq!((line.kind, line.code, line.oom_kills, line.cpu_us), ("exit", 7, 1, 3));
     }

@@ -11,6 +11,7 @@
 
 mod admit;
 pub mod body;
+mod censor;
 pub mod credentials;
 pub mod lease;
 pub mod ledger;

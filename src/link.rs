@@ -17,6 +17,9 @@ mod boot;
 #[allow(dead_code, unreachable_pub)]
 #[path = "init/hash.rs"]
 mod hash;
+#[allow(dead_code, unreachable_pub)]
+#[path = "init/boot.rs"]
+mod message;
 mod serve;
 mod state;
 mod stream;

@@ -1,6 +1,6 @@
-//! What a job may do and spend. A policy is a TOML file that an operator writes ([`file`]); a job's spec
-//! is narrowed against it once, at submit, into a [`Plan`] that is stored with the job ([`narrow`]); every
-//! later question is answered from that plan alone ([`decide`]), so a policy edited meanwhile changes
+//! What a job may do and spend. A policy is a TOML file that an operator writes ([`mod@file`]); a job's spec
+//! is narrowed against it once, at submit, into a [`Plan`] that is stored with the job ([`narrow()`]); every
+//! later question is answered from that plan alone ([`decide()`]), so a policy edited meanwhile changes
 //! nothing for jobs already accepted.
 //!
 //! *Invariant*: a plan never allows more than its policy. Nothing here reads a file, a clock or the

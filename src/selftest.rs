@@ -99,7 +99,8 @@ pub async fn run(config: &Config, version: &Version) -> Result<Report, SelfTestE
 
 fn checks() -> Vec<Check> {
     let spec = |prompt: &str, more: Value| {
-        let mut spec = json!({ "prompt": prompt, "policy": "trusted", "limits": { "wall_s": 90, "cost_usd": 5 } });
+        let mut spec =
+            json!({ "prompt": prompt, "policy": "trusted", "limits": { "wall_s": 90, "cost_usd": 5 } });
         if let (Some(spec), Some(more)) = (spec.as_object_mut(), more.as_object()) {
             spec.extend(more.clone());
         }
@@ -111,26 +112,48 @@ fn checks() -> Vec<Check> {
             seen.decision("Bash", "allow")?;
             seen.printed("selftest-ran", true)
         }),
-        ("a denied call does not run", spec("deny", json!({ "disallowed_tools": ["Write"], "tools": ["Bash", "Write"] })), |seen| {
-            seen.outcome("succeeded")?;
-            seen.printed("\"is_error\":true", true)
-        }),
-        ("the gate denies what the policy denies", spec("gate", json!({ "disallowed_tools": ["Ba*"] })), |seen| {
-            seen.outcome("succeeded")?;
-            seen.decision("Bash", "deny")?;
-            seen.printed("selftest-ran", false)
-        }),
-        ("the hook is the gate in the other modes", spec("gate", json!({ "permission_mode": "acceptEdits", "disallowed_tools": ["Ba*"] })), |seen| {
-            seen.decision("Bash", "deny")?;
-            seen.printed("selftest-ran", false)
-        }),
-        ("dontAsk denies what is not allowed beforehand", spec("allow", json!({ "permission_mode": "dontAsk" })), |seen| {
-            seen.printed("selftest-ran", false)
-        }),
+        (
+            "a denied call does not run",
+            spec("deny", json!({ "disallowed_tools": ["Write"], "tools": ["Bash", "Write"] })),
+            |seen| {
+                seen.outcome("succeeded")?;
+                seen.printed("\"is_error\":true", true)
+            },
+        ),
+        (
+            "the gate denies what the policy denies",
+            spec("gate", json!({ "disallowed_tools": ["Ba*"] })),
+            |seen| {
+                seen.outcome("succeeded")?;
+                seen.decision("Bash", "deny")?;
+                seen.printed("selftest-ran", false)
+            },
+        ),
+        (
+            "the hook is the gate in the other modes",
+            spec("gate", json!({ "permission_mode": "acceptEdits", "disallowed_tools": ["Ba*"] })),
+            |seen| {
+                seen.decision("Bash", "deny")?;
+                seen.printed("selftest-ran", false)
+            },
+        ),
+        (
+            "dontAsk denies what is not allowed beforehand",
+            spec("allow", json!({ "permission_mode": "dontAsk" })),
+            |seen| seen.printed("selftest-ran", false),
+        ),
         ("the transcript is mirrored", spec("allow", json!({})), |seen| seen.frame("transcript_mirror")),
-        ("the turn limit ends the job", spec("loop", json!({ "limits": { "max_turns": 2, "wall_s": 90 } })), |seen| {
-            if seen.job["outcome"] == "stopped" && seen.job["reason"] == "turns" { Ok(()) } else { Err(seen.end()) }
-        }),
+        (
+            "the turn limit ends the job",
+            spec("loop", json!({ "limits": { "max_turns": 2, "wall_s": 90 } })),
+            |seen| {
+                if seen.job["outcome"] == "stopped" && seen.job["reason"] == "turns" {
+                    Ok(())
+                } else {
+                    Err(seen.end())
+                }
+            },
+        ),
         ("a refused request is not tried again", spec("refuse", json!({})), |seen| {
             seen.outcome("failed")?;
             let requests = seen.job["totals"]["requests"].as_u64().unwrap_or(0);
@@ -150,7 +173,8 @@ impl Seen {
     }
 
     fn decision(&self, tool: &str, decision: &str) -> Result<(), String> {
-        let found = self.events.iter().any(|e| e["type"] == "tool" && e["tool"] == tool && e["decision"] == decision);
+        let found =
+            self.events.iter().any(|e| e["type"] == "tool" && e["tool"] == tool && e["decision"] == decision);
         if found { Ok(()) } else { Err(format!("no {decision} of {tool} was asked for")) }
     }
 
@@ -213,7 +237,8 @@ impl Lab {
         let id = job["id"].as_str().with_context(|| format!("the submit was refused: {job}"))?;
         let events = self.call("GET", &format!("/v1/jobs/{id}/events?follow=1"), String::new()).await?;
         let lines = events.split(|b| *b == b'\n').filter(|l| !l.is_empty());
-        let events = lines.map(serde_json::from_slice).collect::<Result<Vec<Value>, _>>().context("an event")?;
+        let events =
+            lines.map(serde_json::from_slice).collect::<Result<Vec<Value>, _>>().context("an event")?;
         let job = self.call("GET", &format!("/v1/jobs/{id}"), String::new()).await?;
         Ok(Seen { events, job: serde_json::from_slice(&job).context("the job")? })
     }
@@ -259,7 +284,10 @@ fn share(from: &Path, to: &Path) -> anyhow::Result<()> {
         let Ok(entries) = std::fs::read_dir(&source) else { continue };
         for entry in entries.flatten().filter(|e| e.path().is_file()) {
             let name = target.join(entry.file_name());
-            std::fs::hard_link(entry.path(), &name).with_context(|| format!("cannot link {}", name.display()))?;
+            // Another file system: a copy does, with the mode it had.
+            let linked = std::fs::hard_link(entry.path(), &name)
+                .or_else(|_| std::fs::copy(entry.path(), &name).map(|_| ()));
+            linked.with_context(|| format!("cannot link {}", name.display()))?;
         }
     }
     Ok(())

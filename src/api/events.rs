@@ -3,14 +3,16 @@
 //! own speed, and only one chunk of it is in memory.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::{Body as HttpBody, Bytes};
-use axum::extract::{ConnectInfo, Path, Query, State};
+use axum::extract::{ConnectInfo, Query, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde::Deserialize;
 
+use super::jobs::{JobPath, path_text};
 use super::peer::Peer;
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
@@ -19,6 +21,9 @@ use crate::journal::{JournalError, Reader};
 
 /// Bytes read and sent at a time.
 const CHUNK_BYTES_MAX: usize = 256 * 1024;
+
+/// Longest wait for news of a job that nobody writes to, before its row is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// The query of the path.
 #[derive(Debug, Deserialize)]
@@ -34,7 +39,7 @@ pub struct EventsQuery {
 pub async fn events(
     State(api): State<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(id): Path<String>,
+    id: JobPath,
     query: Result<Query<EventsQuery>, axum::extract::rejection::QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
@@ -42,14 +47,22 @@ pub async fn events(
     let follow = match query.follow.as_deref() {
         None | Some("0" | "false") => false,
         Some("1" | "true" | "") => true,
-        Some(other) => return Err(ApiError::new(ErrorCode::InvalidRequest, format!("follow: {other:?} is neither 0 nor 1"))),
+        Some(other) => {
+            return Err(ApiError::new(
+                ErrorCode::InvalidRequest,
+                format!("follow: {other:?} is neither 0 nor 1"),
+            ));
+        }
     };
-    let job = api.own_job(&peer, &id).await?.row.id;
-    let accepts = |kind: &str| headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).is_some_and(|v| v.contains(kind));
+    let job = api.own_job(&peer, path_text(&id)).await?.row.id;
+    let accepts = |kind: &str| {
+        headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).is_some_and(|v| v.contains(kind))
+    };
     let sse = accepts("text/event-stream");
     // A client that reconnects by SSE's own rule names the last number it has.
-    let last_id = headers.get("last-event-id").and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
-    let from = query.from.or(last_id.map(|n| n + 1)).unwrap_or(1).max(1);
+    let last_id =
+        headers.get("last-event-id").and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
+    let from = query.from.or(last_id.map(|n| n.saturating_add(1))).unwrap_or(1).max(1);
     let follower = Follower::new(api, job, from, follow);
     let body = stream::unfold(follower, move |mut follower| async move {
         match follower.next().await {
@@ -93,6 +106,10 @@ impl Follower {
         self
     }
 
+    fn live(&mut self) -> Option<crate::journal::Feed> {
+        self.feed.borrow_and_update().clone().filter(|feed| !feed.closed())
+    }
+
     async fn next(&mut self) -> Result<Option<Bytes>, JournalError> {
         while !self.over {
             if let Some(chunk) = self.reader.next_chunk(CHUNK_BYTES_MAX).await? {
@@ -111,7 +128,8 @@ impl Follower {
                     return Ok(None);
                 }
             };
-            let live = self.feed.borrow_and_update().clone();
+            // A closed feed is a writer that has gone and is about to be taken off: nothing comes from it.
+            let live = self.live();
             if live.is_none() && !done {
                 let stopping = self.api.shutdown.clone();
                 tokio::select! {
@@ -119,9 +137,10 @@ impl Follower {
                         self.feed = self.api.parts.feeds.follow(&self.job);
                     },
                     () = stopping.cancelled() => return Ok(None),
+                    () = tokio::time::sleep(LOOK_AGAIN) => {}
                 }
             }
-            let live = self.feed.borrow_and_update().clone();
+            let live = self.live();
             self.over = done && live.is_none();
             let dir = self.api.parts.settings.journal_dir(&self.job);
             self.reader = Reader::open(dir, self.reader.next_seq(), live);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{ConnectInfo, Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -30,7 +31,9 @@ const TITLE_CHARS_MAX: usize = 80;
 /// # Errors
 /// When the store fails or holds what this version cannot read.
 pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
-    let corrupt = |e: serde_json::Error| ApiError::new(ErrorCode::Internal, format!("the stored job does not parse: {e}"));
+    let corrupt = |e: serde_json::Error| {
+        ApiError::new(ErrorCode::Internal, format!("the stored job does not parse: {e}"))
+    };
     let spec: JobSpec = serde_json::from_str(&job.spec_json).map_err(corrupt)?;
     let accepted: Accepted = serde_json::from_str(&job.plan_json).map_err(corrupt)?;
     let row = &job.row;
@@ -38,7 +41,12 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         Some(totals) => totals.clone(),
         None => {
             let spend = api.parts.store.spend(&row.id).await?;
-            Totals { charged_micro_usd: spend.charged, usage: spend.usage, requests: spend.requests, ..Totals::default() }
+            Totals {
+                charged_micro_usd: spend.charged,
+                usage: spend.usage,
+                requests: spend.requests,
+                ..Totals::default()
+            }
         }
     };
     Ok(JobView {
@@ -74,6 +82,14 @@ fn title(prompt: &str) -> String {
     title
 }
 
+/// The id in a path, or why it is none: a path that is no UTF-8 names no job.
+pub type JobPath = Result<Path<String>, PathRejection>;
+
+/// The text of the path's id.
+pub fn path_text(path: &JobPath) -> &str {
+    path.as_ref().map_or("", |Path(id)| id)
+}
+
 impl Api {
     fn sees_all(&self, who: &Identity) -> bool {
         self.admin_uids.contains(&who.uid)
@@ -87,7 +103,8 @@ impl Api {
         let who = identity(peer)?;
         let missing = || {
             let shown: String = id.chars().take(64).collect();
-            ApiError::new(ErrorCode::NotFound, format!("there is no job {shown:?} of yours")).hint("`hotcell ls` lists your jobs")
+            ApiError::new(ErrorCode::NotFound, format!("there is no job {shown:?} of yours"))
+                .hint("`hotcell ls` lists your jobs")
         };
         let id: JobId = id.parse().map_err(|_| missing())?;
         let job = self.parts.store.job(&id).await?.ok_or_else(missing)?;
@@ -102,9 +119,9 @@ impl Api {
 pub async fn show(
     State(api): State<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(id): Path<String>,
+    id: JobPath,
 ) -> Result<Json<JobView>, ApiError> {
-    let job = api.own_job(&peer, &id).await?;
+    let job = api.own_job(&peer, path_text(&id)).await?;
     Ok(Json(view(&api, &job).await?))
 }
 
@@ -112,8 +129,9 @@ pub async fn show(
 pub async fn list(
     State(api): State<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Query(query): Query<Vec<(String, String)>>,
+    query: Result<Query<Vec<(String, String)>>, QueryRejection>,
 ) -> Result<Json<JobList>, ApiError> {
+    let Query(query) = query.map_err(|e| ApiError::new(ErrorCode::InvalidRequest, e.body_text()))?;
     let who = identity(&peer)?;
     let filter = filter(&api, &who, query)?;
     let page = api.parts.store.jobs(filter).await?;
@@ -128,7 +146,8 @@ pub async fn list(
 }
 
 fn filter(api: &Api, who: &Identity, query: Vec<(String, String)>) -> Result<Filter, ApiError> {
-    let bad = |key: &str, problem: String| ApiError::new(ErrorCode::InvalidRequest, format!("{key}: {problem}"));
+    let bad =
+        |key: &str, problem: String| ApiError::new(ErrorCode::InvalidRequest, format!("{key}: {problem}"));
     let mut filter = Filter { uid: Some(who.uid), limit: PAGE_DEFAULT, ..Filter::default() };
     for (key, value) in query {
         match key.as_str() {
@@ -147,14 +166,18 @@ fn filter(api: &Api, who: &Identity, query: Vec<(String, String)>) -> Result<Fil
             "policy" => filter.policy = Some(value),
             "model" => filter.model = Some(value),
             "since_ms" | "until_ms" => {
-                let ms = Some(value.parse().map_err(|_| bad(&key, "must be milliseconds since 1970".into()))?);
+                let ms =
+                    Some(value.parse().map_err(|_| bad(&key, "must be milliseconds since 1970".into()))?);
                 if key == "since_ms" { filter.since_ms = ms } else { filter.until_ms = ms }
             }
             "limit" => {
                 let limit = value.parse().ok().filter(|n| (1..=PAGE_MAX).contains(n));
                 filter.limit = limit.ok_or_else(|| bad("limit", format!("must be from 1 to {PAGE_MAX}")))?;
             }
-            "cursor" => filter.cursor = Some(value.parse().map_err(|_| bad("cursor", "is none that was given".into()))?),
+            "cursor" => {
+                filter.cursor =
+                    Some(value.parse().map_err(|_| bad("cursor", "is none that was given".into()))?)
+            }
             "all" => {
                 if !api.sees_all(who) {
                     return Err(bad("all", "only an admin sees the jobs of all users".into()));
@@ -171,15 +194,17 @@ fn filter(api: &Api, who: &Identity, query: Vec<(String, String)>) -> Result<Fil
 pub async fn cancel(
     State(api): State<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(id): Path<String>,
+    id: JobPath,
 ) -> Result<Response, ApiError> {
-    let job = api.own_job(&peer, &id).await?;
+    let job = api.own_job(&peer, path_text(&id)).await?;
     let who = identity(&peer)?;
     let id = job.row.id;
     match api.driver.stop(id.clone(), StopReason::Cancelled, format!("by uid {}", who.uid)).await {
         // A job that is over stays as it is: cancelling twice is no mistake.
         Ok(()) | Err(StopError::Over) => {}
-        Err(StopError::Draining) => return Err(ApiError::new(ErrorCode::Draining, "the daemon is going down")),
+        Err(StopError::Draining) => {
+            return Err(ApiError::new(ErrorCode::Draining, "the daemon is going down"));
+        }
         Err(StopError::Record(error)) => return Err(ApiError::new(ErrorCode::Internal, error)),
     }
     let job = api.own_job(&peer, id.as_str()).await?;
@@ -191,23 +216,26 @@ pub async fn cancel(
 pub async fn delete(
     State(api): State<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(id): Path<String>,
+    id: JobPath,
 ) -> Result<StatusCode, ApiError> {
-    let job = api.own_job(&peer, &id).await?;
+    let job = api.own_job(&peer, path_text(&id)).await?;
     let id = job.row.id;
     match api.parts.store.delete(&id).await {
         Ok(()) => {}
         Err(StoreError::NotDone { state }) => {
             let words = format!("{id} is {state}; only a job that is over can be deleted");
-            return Err(ApiError::new(ErrorCode::NotDone, words).hint(format!("`hotcell cancel {id}` ends it")));
+            return Err(
+                ApiError::new(ErrorCode::NotDone, words).hint(format!("`hotcell cancel {id}` ends it"))
+            );
         }
         Err(error) => return Err(error.into()),
     }
     let dir = api.parts.settings.journal_dir(&id);
     match tokio::fs::remove_dir_all(&dir).await {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(ApiError::new(ErrorCode::Internal, format!("the job's row is deleted, its events are not: {error}")))
-        }
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(ApiError::new(
+            ErrorCode::Internal,
+            format!("the job's row is deleted, its events are not: {error}"),
+        )),
         _ => Ok(StatusCode::NO_CONTENT),
     }
 }

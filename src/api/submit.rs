@@ -13,6 +13,7 @@ use super::jobs::view;
 use super::peer::Peer;
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
+use crate::agent_bundle::{PINNED_VERSION, Version};
 use crate::cell::Accepted;
 use crate::clock;
 use crate::event::Body;
@@ -38,11 +39,26 @@ pub async fn submit(
         return Err(ApiError::new(ErrorCode::Draining, "the daemon is going down and takes no new jobs"));
     }
     let body = body.map_err(|rejection| {
-        let code = if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE { ErrorCode::TooLarge } else { ErrorCode::InvalidRequest };
-        let words = format!("the body cannot be read: {}; a spec may have at most {SPEC_BYTES_MAX} bytes", rejection.body_text());
+        let code = if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+            ErrorCode::TooLarge
+        } else {
+            ErrorCode::InvalidRequest
+        };
+        let words = format!(
+            "the body cannot be read: {}; a spec may have at most {SPEC_BYTES_MAX} bytes",
+            rejection.body_text()
+        );
         ApiError::new(code, words)
     })?;
     let idem = idempotency(&headers, &body)?;
+    // Before everything that may have changed since: a full queue must not hide the job that fills it.
+    if let Some((key, hash)) = &idem
+        && let Some(id) =
+            api.parts.store.submitted_before(identity.uid, key.clone(), *hash).await.map_err(stored)?
+        && let Some(job) = api.parts.store.job(&id).await?
+    {
+        return Ok((StatusCode::OK, axum::Json(view(&api, &job).await?)).into_response());
+    }
     let spec = JobSpec::parse(&body).map_err(|error| {
         let code = match &error {
             SpecError::Field { key, .. } if key == "(whole spec)" => ErrorCode::TooLarge,
@@ -53,13 +69,19 @@ pub async fn submit(
     let plan = plan(&api, &spec)?;
     if api.parts.metrics.engine_up.get() == 0 {
         let words = format!("the container engine at {} does not answer", api.engine_address);
-        return Err(ApiError::new(ErrorCode::EngineUnavailable, words).hint("start it (`make engine`) and submit again"));
+        return Err(ApiError::new(ErrorCode::EngineUnavailable, words)
+            .hint("start it (`make engine`) and submit again"));
     }
     room(&api).await?;
     let record = open_workspace(&api, &identity, &spec, &plan).await?;
     let accepted = Accepted { plan, workspace: record };
     let (id, fresh) = store(&api, &identity, &spec, &accepted, &body, idem).await?;
-    let job = api.parts.store.job(&id).await?.ok_or_else(|| ApiError::new(ErrorCode::Internal, "the new job has no row"))?;
+    let job = api
+        .parts
+        .store
+        .job(&id)
+        .await?
+        .ok_or_else(|| ApiError::new(ErrorCode::Internal, "the new job has no row"))?;
     if fresh {
         api.driver.submitted(id, identity.uid, spec.priority).await;
     }
@@ -89,17 +111,30 @@ fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
     let name = spec.policy.as_deref().unwrap_or(&api.default_policy);
     let policy = api.policies.get(name).ok_or_else(|| {
         let known = api.policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-        ApiError::new(ErrorCode::UnknownPolicy, format!("policy: there is no policy {name:?} (there are: {known})"))
-            .hint("`hotcell policy ls` lists them")
+        ApiError::new(
+            ErrorCode::UnknownPolicy,
+            format!("policy: there is no policy {name:?} (there are: {known})"),
+        )
+        .hint("`hotcell policy ls` lists them")
     })?;
     let plan = narrow(spec, policy, &api.defaults).map_err(|error| {
-        ApiError::new(ErrorCode::AbovePolicy, error).hint(format!("`hotcell policy show {name}` shows its limits"))
+        ApiError::new(ErrorCode::AbovePolicy, error)
+            .hint(format!("`hotcell policy show {name}` shows its limits"))
     })?;
-    if api.parts.gateway.knows_model(&plan.model) {
-        return Ok(plan);
+    for (key, model) in [("model", Some(&plan.model)), ("fallback_model", plan.fallback_model.as_ref())] {
+        if let Some(model) = model.filter(|model| !api.parts.gateway.knows_model(model)) {
+            let words = format!("{key}: {model:?} has no price, so its cost could not be bounded");
+            return Err(ApiError::new(ErrorCode::InvalidSpec, words)
+                .hint("name a model of prices.toml, or add it there"));
+        }
     }
-    let words = format!("model: {:?} has no price, so its cost could not be bounded", plan.model);
-    Err(ApiError::new(ErrorCode::InvalidSpec, words).hint("name a model of prices.toml, or add it there"))
+    if let Some(agent) = plan.agent.as_ref().filter(|text| text.parse::<Version>().is_err()) {
+        let words = format!("agent: {agent:?} is not a version such as {PINNED_VERSION}");
+        return Err(
+            ApiError::new(ErrorCode::InvalidSpec, words).hint("`hotcell agent ls` shows those that are here")
+        );
+    }
+    Ok(plan)
 }
 
 async fn room(api: &Api) -> Result<(), ApiError> {
@@ -166,19 +201,27 @@ async fn store(
             Ok((id, true))
         }
         Ok(Submitted::Existing(id)) => Ok((id, false)),
-        Err(StoreError::IdempotencyConflict { existing }) => {
+        Err(error) => Err(stored(error)),
+    }
+}
+
+fn stored(error: StoreError) -> ApiError {
+    match error {
+        StoreError::IdempotencyConflict { existing } => {
             let words = format!("this Idempotency-Key was used for {existing} with another spec");
-            Err(ApiError::new(ErrorCode::IdempotencyConflict, words).hint("use a new key for a new spec"))
+            ApiError::new(ErrorCode::IdempotencyConflict, words).hint("use a new key for a new spec")
         }
-        Err(error) => Err(error.into()),
+        error => error.into(),
     }
 }
 
 fn begin_journal(api: &Api, id: &JobId) -> Result<(), ApiError> {
-    let begun = Journal::create(api.parts.settings.journal_dir(id), api.parts.settings.journal).and_then(|mut journal| {
-        journal.push(&Body::State { state: JobState::Queued }, clock::wall_ms())?;
-        journal.commit()
-    });
+    let begun = Journal::create(api.parts.settings.journal_dir(id), api.parts.settings.journal).and_then(
+        |mut journal| {
+            journal.push(&Body::State { state: JobState::Queued }, clock::wall_ms())?;
+            journal.commit()
+        },
+    );
     if let Err(error) = begun {
         // The row stands; the event is written when the job gets its slot.
         tracing::warn!(job = %id, %error, "cannot begin the journal of a new job");

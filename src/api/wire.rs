@@ -125,8 +125,10 @@ pub enum ErrorCode {
     Workspace,
     /// No such job, or not yours. 404
     NotFound,
-    /// No such path or method. 404
+    /// No such path. 404
     NoRoute,
+    /// The path has no such method. 405
+    MethodNotAllowed,
     /// The idempotency key was used with another spec. 409
     IdempotencyConflict,
     /// The job is not done yet. 409
@@ -150,6 +152,7 @@ impl ErrorCode {
             Self::InvalidSpec | Self::InvalidRequest | Self::UnknownPolicy | Self::Workspace => 400,
             Self::AbovePolicy => 403,
             Self::NotFound | Self::NoRoute => 404,
+            Self::MethodNotAllowed => 405,
             Self::IdempotencyConflict | Self::NotDone => 409,
             Self::TooLarge => 413,
             Self::QueueFull => 429,
@@ -169,6 +172,7 @@ impl ErrorCode {
             | Self::Workspace
             | Self::NotFound
             | Self::NoRoute
+            | Self::MethodNotAllowed
             | Self::IdempotencyConflict
             | Self::NotDone => Blame::Job,
             Self::QueueFull

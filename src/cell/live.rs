@@ -11,22 +11,20 @@ use serde_json::value::RawValue;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::lines::{LINE_BYTES_MAX, Lines};
 use super::prepare::Prepared;
 use super::record::{ExitFigures, Record, RecordError};
 use super::{Parts, StopWish, agent_exit};
 use crate::agent::frames;
 use crate::clock;
-use crate::engine::EngineError;
+use crate::engine::{ContainerId, EngineError, Exit};
 use crate::event::{Body, Stream};
 use crate::gateway::{GatewayEvent, Lease};
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Input, Phase, State, StopReason};
-use crate::link::{ExitReport, ExitStatus, Link, LinkEvent, LinkHandle, OutputStream};
-use crate::session::{AgentExit, Session, Step};
+use crate::link::{ExitReason, ExitReport, ExitStatus, Link, LinkEvent, LinkHandle, OutputStream};
+use crate::session::{AgentExit, Session, Step, Trouble};
 
-/// Longest line of the CLI, in bytes. Longer than any seen (a 2 MB paste echoed), shorter than the cell's
-/// buffer, so that a line always fits into what may stay unacknowledged.
-pub const LINE_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// What the cell keeps of each stream until it is acknowledged, in bytes.
 pub const CELL_BUFFER_BYTES_MAX: u32 = 16 * 1024 * 1024;
 /// How much of stderr's end is kept for error messages, in bytes.
@@ -35,6 +33,8 @@ const STDERR_TAIL_BYTES: usize = 2048;
 const OVER_GRACE: Duration = Duration::from_secs(10);
 /// Wait for what is still on its way when the container ended without a last word.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Pause before an engine that is away is asked again.
+const ENGINE_PAUSE: Duration = Duration::from_secs(1);
 /// Wait for the exit report after everything was killed.
 const KILL_GRACE: Duration = Duration::from_secs(5);
 
@@ -47,8 +47,8 @@ pub struct Ended {
     pub exit: Option<AgentExit>,
     /// What went wrong, where it was not the CLI that says so.
     pub failure: Option<Failure>,
-    /// The last provider status that was a failure.
-    pub provider_status: Option<u16>,
+    /// What last went wrong on the way to the model.
+    pub trouble: Option<Trouble>,
 }
 
 /// How far the ending of a cell has come.
@@ -56,11 +56,17 @@ pub struct Ended {
 enum Ending {
     NotYet,
     /// The CLI was asked to end, or has told that it will.
-    Asked { until: Instant },
+    Asked {
+        until: Instant,
+    },
     /// It got SIGTERM.
-    Terminated { until: Instant },
+    Terminated {
+        until: Instant,
+    },
     /// Everything in the cell got SIGKILL.
-    Killed { until: Instant },
+    Killed {
+        until: Instant,
+    },
 }
 
 /// The loop's state.
@@ -73,11 +79,12 @@ pub struct Live<'a> {
     link: Link,
     to_cell: LinkHandle,
     lease: Lease,
-    container: crate::engine::ContainerId,
+    container: ContainerId,
     lines: Lines,
     stderr: VecDeque<u8>,
     stdin_end: u64,
-    resend: Vec<(u64, Vec<u8>)>,
+    /// Frames by their end offset, until the cell says which of them it has: none once it was there.
+    unsent: Option<Vec<(u64, Vec<u8>)>>,
     pending: Vec<Step>,
     begun: Instant,
     booted: Option<Instant>,
@@ -85,7 +92,7 @@ pub struct Live<'a> {
     ending: Ending,
     over: bool,
     failure: Option<Failure>,
-    provider_status: Option<u16>,
+    trouble: Option<Trouble>,
 }
 
 enum Next {
@@ -93,7 +100,7 @@ enum Next {
     Gateway(GatewayEvent),
     Wish,
     Timer,
-    ContainerEnded(Result<crate::engine::Exit, EngineError>),
+    ContainerEnded(Result<Exit, EngineError>),
 }
 
 impl<'a> Live<'a> {
@@ -105,7 +112,7 @@ impl<'a> Live<'a> {
         stop: watch::Receiver<StopWish>,
     ) -> Self {
         let now = Instant::now();
-        let Prepared { session, link, lease, container, pending, sent, booted } = prepared;
+        let Prepared { session, link, lease, container, pending, sent, booted, age } = prepared;
         Self {
             parts,
             stop,
@@ -117,16 +124,17 @@ impl<'a> Live<'a> {
             lines: Lines::new(record.recovered.stdout_end),
             stderr: VecDeque::new(),
             stdin_end: record.recovered.stdin_end,
-            resend: sent,
+            unsent: Some(sent),
             pending,
             record,
-            begun: now,
+            // A cell's wall limit goes on through a restart of the daemon.
+            begun: now.checked_sub(age).unwrap_or(now),
             booted: booted.then_some(now),
             activity: now,
             ending: Ending::NotYet,
             over: false,
             failure: None,
-            provider_status: None,
+            trouble: None,
         }
     }
 
@@ -135,28 +143,35 @@ impl<'a> Live<'a> {
     /// # Errors
     /// [`RecordError`] when the record cannot be written; the caller destroys the cell then.
     pub async fn run(mut self) -> Result<Ended, RecordError> {
+        let exit = self.live().await;
+        self.leave(exit).await
+    }
+
+    async fn live(&mut self) -> Result<AgentExit, RecordError> {
         let steps = std::mem::take(&mut self.pending);
         self.steps(steps).await?;
         let parts = self.parts.clone();
         let container = self.container.clone();
-        let mut ended = std::pin::pin!(async move { parts.engine.wait(&container).await });
+        let mut ended = std::pin::pin!(wait(&parts, &container));
         let mut container_gone = None;
-        let exit = loop {
+        loop {
             let deadline = self.deadline(container_gone.as_ref().map(|(_, until)| *until));
+            // What comes seldom goes first: a cell that never stops printing must not keep its own end away.
             let next = tokio::select! {
                 biased;
-                event = self.link.next() => Next::Link(event),
-                event = self.lease.next_event() => Next::Gateway(event),
                 Ok(()) = self.stop.changed() => Next::Wish,
-                exit = &mut ended, if container_gone.is_none() => Next::ContainerEnded(exit),
                 () = tokio::time::sleep_until(deadline) => Next::Timer,
+                exit = &mut ended, if container_gone.is_none() => Next::ContainerEnded(exit),
+                event = self.lease.next_event() => Next::Gateway(event),
+                event = self.link.next() => Next::Link(event),
             };
             match next {
-                Next::Link(LinkEvent::Exited(report)) => break self.exited(&report)?,
+                Next::Link(LinkEvent::Exited(report)) => return self.exited(&report).await,
                 Next::Link(LinkEvent::SpawnFailed { errno, message }) => {
-                    let words = format!("the CLI could not be started in the cell: {message} (errno {errno})");
+                    let words =
+                        format!("the CLI could not be started in the cell: {message} (errno {errno})");
                     self.fail(Phase::Boot, FailReason::AgentStart, words);
-                    break agent_exit(127, 0, String::new());
+                    return Ok(agent_exit(127, 0, String::new()));
                 }
                 Next::Link(event) => self.on_link(event).await?,
                 Next::Gateway(event) => self.on_gateway(event).await?,
@@ -167,16 +182,15 @@ impl<'a> Live<'a> {
                     container_gone = Some((exit, Instant::now() + LAST_WORDS));
                 }
                 Next::Timer => match &container_gone {
-                    Some((exit, until)) if Instant::now() >= *until => break self.unseen_exit(exit),
+                    Some((exit, until)) if Instant::now() >= *until => return Ok(self.unseen_exit(exit)),
                     _ => {
                         if let Some(exit) = self.on_timer().await? {
-                            break exit;
+                            return Ok(exit);
                         }
                     }
                 },
             }
-        };
-        self.leave(exit).await
+        }
     }
 
     /// The next moment at which something is due without anything happening.
@@ -230,7 +244,8 @@ impl<'a> Live<'a> {
         }
         if self.booted.is_none() {
             let seconds = self.parts.settings.boot_max.as_secs();
-            let words = format!("the CLI did not get ready within {seconds} s; its last words: {}", self.tail());
+            let words =
+                format!("the CLI did not get ready within {seconds} s; its last words: {}", self.tail());
             self.fail(Phase::Boot, FailReason::AgentStart, words);
             self.to_cell.kill();
             self.ending = Ending::Killed { until: now + KILL_GRACE };
@@ -259,15 +274,18 @@ impl<'a> Live<'a> {
         let interrupt = Session::interrupt();
         self.send(interrupt)?;
         self.flush().await?;
-        self.ending = Ending::Asked { until: Instant::now() + self.parts.settings.cancel_grace / 2 };
+        if matches!(self.ending, Ending::NotYet | Ending::Asked { .. }) {
+            self.ending = Ending::Asked { until: Instant::now() + self.parts.settings.cancel_grace / 2 };
+        }
         Ok(())
     }
 
     async fn on_link(&mut self, event: LinkEvent) -> Result<(), RecordError> {
         match event {
             LinkEvent::Connected { stdin_received } => {
-                // Only a restarted daemon has something to send again; later the link does it by itself.
-                for (end, bytes) in std::mem::take(&mut self.resend) {
+                // The first time; later the link sends again by itself. In order, from the first byte that the
+                // cell lacks: what is new comes after what an earlier daemon journaled and did not get across.
+                for (end, bytes) in self.unsent.take().unwrap_or_default() {
                     if end > stdin_received {
                         self.input(end - bytes.len() as u64, bytes);
                     }
@@ -277,7 +295,8 @@ impl<'a> Live<'a> {
             LinkEvent::Stdout { end, bytes } => self.on_stdout(end, &bytes).await,
             LinkEvent::Stderr { end, bytes } => self.on_stderr(end, &bytes),
             LinkEvent::Hostile { what } => {
-                self.record.push(&Body::Note { text: format!("somebody in the cell spoke out of turn: {what}") })?;
+                self.record
+                    .push(&Body::Note { text: format!("somebody in the cell spoke out of turn: {what}") })?;
                 self.record.commit()
             }
             LinkEvent::Disconnected | LinkEvent::StdinAcked { .. } => Ok(()),
@@ -292,9 +311,8 @@ impl<'a> Live<'a> {
         let mut steps = Vec::new();
         let Self { lines, record, session, .. } = self;
         let whole = lines.feed(end, bytes, |line, line_end| {
-            if line.is_empty() {
-                return Ok(());
-            }
+            // Every line leaves an event with its offset, an empty one too: after a restart the stream is taken
+            // up where the journal ends, and the cell has forgotten what was acknowledged.
             match frames::parse(line) {
                 Some(incoming) => {
                     record.journal.push_frame(line, line_end, now_ms);
@@ -302,11 +320,17 @@ impl<'a> Live<'a> {
                 }
                 None => {
                     let text = String::from_utf8_lossy(line).into_owned();
-                    record.journal.push(&Body::Output { stream: Stream::Stdout, end: line_end, text }, now_ms)?;
+                    record
+                        .journal
+                        .push(&Body::Output { stream: Stream::Stdout, end: line_end, text }, now_ms)?;
                 }
             }
             Ok::<(), RecordError>(())
         })?;
+        if whole.too_long {
+            let text = format!("[hotcell dropped a line of more than {LINE_BYTES_MAX} bytes]");
+            self.record.push(&Body::Output { stream: Stream::Stdout, end: whole.end, text })?;
+        }
         self.record.commit()?;
         if !steps.is_empty() {
             self.steps(steps).await?;
@@ -370,7 +394,8 @@ impl<'a> Live<'a> {
     }
 
     fn broken(&mut self, words: String) {
-        self.fail(Phase::Run, FailReason::AgentProtocol, words);
+        let phase = if self.booted.is_some() { Phase::Run } else { Phase::Boot };
+        self.fail(phase, FailReason::AgentProtocol, words);
         self.to_cell.kill();
         self.ending = Ending::Killed { until: Instant::now() + KILL_GRACE };
     }
@@ -402,20 +427,25 @@ impl<'a> Live<'a> {
             .collect();
         at -= frames.iter().map(|f| f.len() as u64).sum::<u64>();
         for frame in frames {
-            let length = frame.len() as u64;
-            self.input(at, frame);
-            at += length;
+            let start = at;
+            at += frame.len() as u64;
+            match &mut self.unsent {
+                Some(unsent) => unsent.push((at, frame)),
+                None => self.input(start, frame),
+            }
         }
         Ok(())
     }
 
     async fn on_gateway(&mut self, event: GatewayEvent) -> Result<(), RecordError> {
         self.activity = Instant::now();
-        self.note_gateway(&event)?;
+        self.record.note_gateway(self.parts, &event, &mut self.trouble)?;
         self.record.commit()?;
         match event {
             GatewayEvent::BudgetExhausted { spent, limit } => {
-                let detail = format!("{spent} USD of {limit} USD are spent, and the next request needs more than is left");
+                let detail = format!(
+                    "{spent} USD of {limit} USD are spent, and the next request needs more than is left"
+                );
                 self.end(StopReason::Budget, detail).await
             }
             GatewayEvent::Requested { .. }
@@ -425,15 +455,13 @@ impl<'a> Live<'a> {
         }
     }
 
-    fn note_gateway(&mut self, event: &GatewayEvent) -> Result<(), RecordError> {
-        note_gateway(self.parts, self.record, event, &mut self.provider_status)
-    }
-
-    fn exited(&mut self, report: &ExitReport) -> Result<AgentExit, RecordError> {
+    async fn exited(&mut self, report: &ExitReport) -> Result<AgentExit, RecordError> {
         let code = match report.status {
             ExitStatus::Code(code) => code,
             ExitStatus::Signal(signal) => 128 + signal,
         };
+        self.last_words()?;
+        self.ended_by_init(report.reason).await?;
         self.record.exit =
             Some(ExitFigures { peak_memory_bytes: report.peak_memory_bytes, cpu_us: report.cpu_us });
         // Killed by us after it had said its last word: the word counts.
@@ -449,12 +477,47 @@ impl<'a> Live<'a> {
         Ok(agent_exit(code, report.oom_kills, self.tail()))
     }
 
+    /// A last line without its line feed.
+    fn last_words(&mut self) -> Result<(), RecordError> {
+        let (end, part) = self.lines.rest();
+        if part.is_empty() {
+            return Ok(());
+        }
+        let text = String::from_utf8_lossy(&part).into_owned();
+        self.record.push(&Body::Output { stream: Stream::Stdout, end, text })?;
+        Ok(())
+    }
+
+    /// PID 1 holds limits of its own for the time without a daemon: what it did about them is a stop or a loss,
+    /// not an error of the CLI.
+    async fn ended_by_init(&mut self, reason: ExitReason) -> Result<(), RecordError> {
+        let decided =
+            self.over || self.failure.is_some() || matches!(self.record.state(), State::Stopping { .. });
+        match reason {
+            ExitReason::WallLimit if !decided => {
+                let detail =
+                    "PID 1 of the cell ended it at its wall limit, while the daemon was away".to_owned();
+                self.record.push(&Body::Stop { reason: StopReason::Deadline, detail })?;
+                self.record.step(self.parts, Input::Stop(StopReason::Deadline)).await
+            }
+            ExitReason::DeadMan if !decided => {
+                let words = "PID 1 of the cell ended it, since no daemon was there for too long";
+                self.fail(Phase::Run, FailReason::CellLost, words.to_owned());
+                Ok(())
+            }
+            ExitReason::WallLimit | ExitReason::DeadMan | ExitReason::Agent | ExitReason::Killed => Ok(()),
+        }
+    }
+
     /// The container ended and PID 1 said nothing of it.
-    fn unseen_exit(&mut self, exit: &Result<crate::engine::Exit, String>) -> AgentExit {
+    fn unseen_exit(&mut self, exit: &Result<Exit, String>) -> AgentExit {
         let words = match exit {
             Ok(exit) => {
                 let why = exit.error.clone().unwrap_or_default();
-                format!("the cell ended without a last word, with code {}{why} {}", exit.code, exit.stderr_tail)
+                format!(
+                    "the cell ended without a last word, with code {}{why} {}",
+                    exit.code, exit.stderr_tail
+                )
             }
             Err(error) => format!("the cell is gone: {error}"),
         };
@@ -475,163 +538,41 @@ impl<'a> Live<'a> {
         String::from_utf8_lossy(&bytes).trim().to_owned()
     }
 
-    /// Closes the way to the model and the link; requests still under way are followed to their end.
-    async fn leave(self, exit: AgentExit) -> Result<Ended, RecordError> {
-        let Self { parts, record, session, link, lease, begun, failure, mut provider_status, .. } = self;
-        parts.metrics.phase(Phase::Run, begun.elapsed().as_secs_f64());
-        for event in lease.destroy().await {
-            note_gateway(parts, record, &event, &mut provider_status)?;
+    /// Closes the way to the model and the link, whether the record can still be written or not; requests still
+    /// under way are followed to their end.
+    async fn leave(self, exit: Result<AgentExit, RecordError>) -> Result<Ended, RecordError> {
+        let Self { parts, record, session, link, lease, container, booted, failure, mut trouble, .. } = self;
+        if let Some(booted) = booted {
+            parts.metrics.phase(Phase::Run, booted.elapsed().as_secs_f64());
         }
-        record.commit()?;
+        if exit.is_err()
+            && let Err(error) = parts.engine.kill(&container).await
+        {
+            tracing::warn!(job = %record.job, %error, "cannot kill a cell whose record cannot be written; destroying it");
+        }
+        let last = lease.destroy().await;
         if let Err(error) = link.destroy().await {
             tracing::warn!(job = %record.job, %error, "the socket of a cell is left to the sweep");
         }
-        Ok(Ended { session: Some(session), exit: Some(exit), failure, provider_status })
+        let exit = exit?;
+        for event in last {
+            record.note_gateway(parts, &event, &mut trouble)?;
+        }
+        record.commit()?;
+        Ok(Ended { session: Some(session), exit: Some(exit), failure, trouble })
     }
 }
 
-fn note_gateway(
-    parts: &Parts,
-    record: &mut Record,
-    event: &GatewayEvent,
-    provider_status: &mut Option<u16>,
-) -> Result<(), RecordError> {
-    let body = match event {
-        GatewayEvent::Requested { model, reserved } => {
-            Body::Request { model: model.clone(), reserved_micro_usd: *reserved }
-        }
-        GatewayEvent::Charged { model, usage, charged, status, duration_ms, .. } => {
-            parts.metrics.charged(model, usage, *charged);
-            *provider_status = (*status == 0 || *status >= 400).then_some(*status);
-            Body::Charge {
-                model: model.clone(),
-                status: *status,
-                usage: *usage,
-                charged_micro_usd: *charged,
-                duration_ms: *duration_ms,
+/// Waits for the container's end. An engine that is away says nothing of it: the cell may well be alive, and
+/// what it says itself comes over the link.
+async fn wait(parts: &Parts, container: &ContainerId) -> Result<Exit, EngineError> {
+    loop {
+        match parts.engine.wait(container).await {
+            Err(error @ (EngineError::Unavailable { .. } | EngineError::Timeout { .. })) => {
+                tracing::warn!(%container, %error, "cannot watch a cell; asking again");
+                tokio::time::sleep(ENGINE_PAUSE).await;
             }
+            other => return other,
         }
-        GatewayEvent::Refused { status, why } => {
-            parts.metrics.refused();
-            Body::Refused { status: *status, why: why.as_str().to_owned() }
-        }
-        GatewayEvent::ProviderFault { status, .. } => {
-            *provider_status = Some(status.unwrap_or(0));
-            return Ok(());
-        }
-        GatewayEvent::BudgetExhausted { .. } => return Ok(()),
-    };
-    record.push(&body)?;
-    Ok(())
-}
-
-/// Cuts a byte stream into lines and keeps the last, unfinished one.
-#[derive(Debug)]
-pub(crate) struct Lines {
-    /// Offset after the last whole line.
-    end: u64,
-    part: Vec<u8>,
-    skipping: bool,
-}
-
-/// What a feed has done.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Whole {
-    /// Offset after the last whole line: what may be acknowledged.
-    pub end: u64,
-    /// A line was over the limit and was dropped.
-    pub too_long: bool,
-}
-
-impl Lines {
-    pub(crate) fn new(end: u64) -> Self {
-        Self { end, part: Vec::new(), skipping: false }
-    }
-
-    /// Takes the bytes that end at offset `end` of the stream.
-    pub(crate) fn feed<E>(
-        &mut self,
-        end: u64,
-        bytes: &[u8],
-        mut line: impl FnMut(&[u8], u64) -> Result<(), E>,
-    ) -> Result<Whole, E> {
-        let start = end - bytes.len() as u64;
-        let mut rest = bytes;
-        let mut too_long = false;
-        while let Some(at) = memchr::memchr(b'\n', rest) {
-            let (head, tail) = (&rest[..at], &rest[at + 1..]);
-            self.end = start + (bytes.len() - tail.len()) as u64;
-            if std::mem::take(&mut self.skipping) {
-                self.part.clear();
-            } else if self.part.is_empty() {
-                line(head, self.end)?;
-            } else {
-                self.part.extend_from_slice(head);
-                let whole = std::mem::take(&mut self.part);
-                line(&whole, self.end)?;
-            }
-            rest = tail;
-        }
-        if self.part.len() + rest.len() > LINE_BYTES_MAX {
-            too_long = !self.skipping;
-            self.skipping = true;
-            self.part = Vec::new();
-        } else if !self.skipping {
-            self.part.extend_from_slice(rest);
-        }
-        let ack = if self.skipping { end } else { self.end };
-        Ok(Whole { end: ack, too_long })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn any_cut_gives_the_same_lines(text in "[a-c\n]{0,60}", cuts in proptest::collection::vec(1usize..9, 0..40)) {
-            let bytes = text.as_bytes();
-            let mut lines = Lines::new(100);
-            let mut seen = Vec::new();
-            let mut at = 0;
-            let mut cuts = cuts.into_iter();
-            while at < bytes.len() {
-                let next = (at + cuts.next().unwrap_or(bytes.len())).min(bytes.len());
-                let whole = lines.feed(100 + next as u64, &bytes[at..next], |line, end| {
-                    seen.push((String::from_utf8_lossy(line).into_owned(), end));
-                    Ok::<(), ()>(())
-                });
-                let done = bytes[..next].iter().rposition(|b| *b == b'\n').map_or(0, |p| p + 1);
-                prop_assert_eq!(whole, Ok(Whole { end: 100 + done as u64, too_long: false }));
-                at = next;
-            }
-            let mut expected = Vec::new();
-            let mut end = 100;
-            for part in text.split_inclusive('\n').filter(|p| p.ends_with('\n')) {
-                end += part.len() as u64;
-                expected.push((part.trim_end_matches('\n').to_owned(), end));
-            }
-            prop_assert_eq!(seen, expected);
-        }
-    }
-
-    #[test]
-    fn an_endless_line_is_dropped_and_acknowledged() {
-        let mut lines = Lines::new(0);
-        let chunk = vec![b'x'; LINE_BYTES_MAX];
-        let mut none = |_: &[u8], _: u64| Ok::<(), ()>(());
-        let length = chunk.len() as u64;
-        assert_eq!(lines.feed(length, &chunk, &mut none), Ok(Whole { end: 0, too_long: false }));
-        assert_eq!(lines.feed(length + 1, b"x", &mut none), Ok(Whole { end: length + 1, too_long: true }));
-        assert_eq!(lines.feed(length + 2, b"x", &mut none), Ok(Whole { end: length + 2, too_long: false }));
-        let mut seen = Vec::new();
-        let after = lines.feed(length + 6, b"x\nab\n"[1..].as_ref(), |l, _| {
-            seen.push(l.to_vec());
-            Ok::<(), ()>(())
-        });
-        assert_eq!(after, Ok(Whole { end: length + 6, too_long: false }));
-        assert_eq!(seen, [b"ab".to_vec()]);
     }
 }

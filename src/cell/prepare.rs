@@ -3,14 +3,15 @@
 //! is; what was made until then is found by the row and destroyed by the caller.
 
 use std::ffi::OsString;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
 
 use super::live::CELL_BUFFER_BYTES_MAX;
 use super::record::{Record, RecordError};
+use super::rooms::{self, Dirs, Who};
 use super::{Parts, StopWish};
 use crate::agent::options;
 use crate::agent_bundle::{Bundles, Platform, Version};
@@ -20,24 +21,18 @@ use crate::engine::{BindMount, CellLimits, CellSpec, ContainerId, EngineError};
 use crate::event::Body;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::job::outcome::Failure;
-use crate::job::spec::WorkspaceMode;
 use crate::job::{CellId, FailReason, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
-use crate::policy::PlanLimits;
 use crate::session::{Session, Step};
 use crate::store::CellRow;
-use crate::workspace::{self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, WorkspaceError};
+use crate::workspace;
 
 /// Most open files of a process in a cell.
 const NOFILE_MAX: u32 = 65_536;
-/// Files and directories that a scratch space can hold, per MiB of its size.
-const INODES_PER_MIB: u64 = 128;
 /// How long init lets the agent live without a daemon, in milliseconds.
 const DEAD_MAN_MS: u64 = 15 * 60 * 1000;
 /// What init adds to the wall limit, so that the daemon's own deadline comes first, in milliseconds.
 const WALL_SLACK_MS: u64 = 10_000;
-/// Longest CLAUDE.md that is handed over, in bytes.
-const CLAUDE_MD_BYTES_MAX: u64 = 64 * 1024;
 
 /// A started cell.
 #[derive(Debug)]
@@ -56,6 +51,8 @@ pub struct Prepared {
     pub sent: Vec<(u64, Vec<u8>)>,
     /// True when the task was sent before.
     pub booted: bool,
+    /// Time since the cell was begun.
+    pub age: Duration,
 }
 
 /// Why there is no cell.
@@ -81,7 +78,7 @@ impl From<crate::store::StoreError> for PrepareError {
     }
 }
 
-fn failed(reason: FailReason, message: impl ToString) -> PrepareError {
+pub(super) fn failed(reason: FailReason, message: impl ToString) -> PrepareError {
     PrepareError::Failed(Failure::new(Phase::Prepare, reason, message.to_string()))
 }
 
@@ -94,11 +91,8 @@ pub async fn prepare(
     record: &mut Record,
     stop: &mut watch::Receiver<StopWish>,
 ) -> Result<Prepared, PrepareError> {
-    let found = tokio::select! {
-        found = find_image(parts, record) => found?,
-        Some((reason, detail)) = wish(stop) => return Err(PrepareError::Stopped(reason, detail)),
-    };
-    let names = Names::new(parts, record)?;
+    let found = find_image(parts, record, stop).await?;
+    let names = Names::new()?;
     parts.store.put_cell(names.row(record)).await?;
     let (dirs, session, staged) = make_directories(parts, record, &names).await?;
     let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), staged.owner())
@@ -112,8 +106,9 @@ pub async fn prepare(
         }
     };
     let spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
-    let started = match boot(record, &names, &found, staged.wall_ms(record)) {
-        Ok(boot) => start(parts, &names.cell, &spec, &boot).await,
+    let boot = boot(record, &names, &found, record.accepted.plan.limits.wall_ms + WALL_SLACK_MS);
+    let started = match boot {
+        Ok(boot) => start(parts, &names.cell, &spec, &boot, stop).await,
         Err(error) => Err(error),
     };
     let container = match started {
@@ -125,7 +120,8 @@ pub async fn prepare(
         }
     };
     let pending = session.start();
-    Ok(Prepared { session, link, lease, container, pending, sent: Vec::new(), booted: false })
+    let (sent, booted, age) = (Vec::new(), false, Duration::ZERO);
+    Ok(Prepared { session, link, lease, container, pending, sent, booted, age })
 }
 
 async fn start(
@@ -133,10 +129,17 @@ async fn start(
     cell: &CellId,
     spec: &CellSpec,
     boot: &[u8],
+    stop: &watch::Receiver<StopWish>,
 ) -> Result<ContainerId, PrepareError> {
+    let go_on = || match stop.borrow().clone() {
+        Some((reason, detail)) => Err(PrepareError::Stopped(reason, detail)),
+        None => Ok(()),
+    };
+    go_on()?;
     let created = parts.engine.create(spec).await;
     let container = created.map_err(|e| engine_failure(FailReason::ContainerCreate, &e))?;
     parts.store.set_container(cell, container.as_str()).await?;
+    go_on()?;
     let started = parts.engine.start(&container, boot).await;
     started.map_err(|e| engine_failure(FailReason::ContainerStart, &e))?;
     Ok(container)
@@ -166,8 +169,16 @@ pub async fn adopt(
     if replay.exit.is_some() {
         return Ok(None);
     }
-    let Some(row) = parts.store.cell_of(&record.job).await?.filter(|row| row.cell == cell) else { return Ok(None) };
-    let Ok(key) = <[u8; 32]>::try_from(row.ctl_key.as_slice()).map(CtlKey::from_bytes) else { return Ok(None) };
+    let Some(row) = parts.store.cell_of(&record.job).await?.filter(|row| row.cell == cell) else {
+        return Ok(None);
+    };
+    let Ok(key) = <[u8; 32]>::try_from(row.ctl_key.as_slice()).map(CtlKey::from_bytes) else {
+        return Ok(None);
+    };
+    // Nobody follows the dead daemon's requests any more: what they may cost is charged, and what they set aside
+    // must not keep the cell's next request waiting.
+    let left_open = parts.store.release_open(&record.job, clock::wall_ms()).await?;
+    parts.metrics.reaped(crate::metrics::Orphan::Reservation, left_open);
     record.push(&Body::Note { text: "the daemon was restarted and took the cell over".to_owned() })?;
     record.commit()?;
     let run = parts.settings.cells_dir().join(cell.as_str()).join("run");
@@ -191,7 +202,8 @@ pub async fn adopt(
         }
     };
     let (session, pending, sent) = (replay.session, replay.pending, replay.sent);
-    Ok(Some(Prepared { session, link, lease, container, pending, sent, booted: true }))
+    let age = Duration::from_millis(clock::wall_ms().saturating_sub(row.created_ms));
+    Ok(Some(Prepared { session, link, lease, container, pending, sent, booted: true, age }))
 }
 
 async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
@@ -212,22 +224,33 @@ struct Image {
     volumes: Vec<String>,
 }
 
-async fn find_image(parts: &Arc<Parts>, record: &Record) -> Result<Image, PrepareError> {
+async fn find_image(
+    parts: &Arc<Parts>,
+    record: &Record,
+    stop: &mut watch::Receiver<StopWish>,
+) -> Result<Image, PrepareError> {
     let reference = &record.accepted.plan.image;
     let port = EngineImages::new(parts.engine.clone(), parts.store.instance().clone());
     let images = Images::new(&port, &parts.settings.state_dir);
     let info = match images.resolve_image(reference).await {
         Err(ImageError::NotPresent { .. }) => {
             let (progress, _) = tokio::sync::mpsc::channel(1);
-            parts.engine.pull(reference, &progress).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+            // Only the pull may be dropped half-way: the other calls are short, and one of them makes a container.
+            let pulled = tokio::select! {
+                pulled = parts.engine.pull(reference, &progress) => pulled,
+                Some((reason, detail)) = wish(stop) => return Err(PrepareError::Stopped(reason, detail)),
+            };
+            pulled.map_err(|e| pull_failure(reference, &e))?;
             images.resolve_image(reference).await
         }
         found => found,
     };
     let info = info.map_err(|e| image_failure(&e))?;
     let facts = images.suitability(&info).await.map_err(|e| image_failure(&e))?;
-    let details = parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
-    let details = details.ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
+    let details =
+        parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
+    let details = details
+        .ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
     let Some(libc) = facts.libc else {
         let words = format!("the image {reference} has neither glibc nor musl, so the CLI cannot run in it");
         return Err(failed(FailReason::ImageUnsuitable, words));
@@ -265,18 +288,19 @@ struct Names {
 }
 
 impl Names {
-    fn new(parts: &Parts, record: &Record) -> Result<Self, PrepareError> {
-        let random = |bytes: &mut [u8]| getrandom::fill(bytes).map_err(|e| failed(FailReason::Internal, e));
+    fn new() -> Result<Self, PrepareError> {
         let mut bytes = [0u8; 64];
-        random(&mut bytes)?;
+        getrandom::fill(&mut bytes).map_err(|e| failed(FailReason::Internal, e))?;
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
-        let hex = |range: std::ops::Range<usize>| bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>();
-        let _ = (parts, record);
+        let hex = |range: std::ops::Range<usize>| {
+            bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>()
+        };
         Ok(Self {
             cell: CellId::new(word(0)),
             key: CtlKey::generate().map_err(|e| failed(FailReason::Internal, e))?,
             token: format!("hotcell-{}", hex(16..48)),
-            uid: workspace::CELL_IDS.start + (word(8) % u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start)) as u32,
+            uid: workspace::CELL_IDS.start
+                + (word(8) % u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start)) as u32,
             session_id: {
                 let h = hex(48..64);
                 // A random UUID, version 4.
@@ -301,41 +325,6 @@ impl Names {
     }
 }
 
-/// Where the cell's parts lie on the host.
-struct Dirs {
-    run: PathBuf,
-    etc: PathBuf,
-    home: PathBuf,
-    tmp: PathBuf,
-    workspace: PathBuf,
-}
-
-/// Whom the cell runs as.
-struct Who {
-    uid: u32,
-    gid: u32,
-    groups: Vec<u32>,
-    read_only: bool,
-}
-
-impl Who {
-    fn owner(&self) -> (u32, u32) {
-        (self.uid, self.gid)
-    }
-
-    fn wall_ms(&self, record: &Record) -> u64 {
-        record.accepted.plan.limits.wall_ms + WALL_SLACK_MS
-    }
-}
-
-/// What the blocking part of the preparation gives back.
-struct Made {
-    dirs: Dirs,
-    who: Who,
-    notes: Vec<String>,
-    claude_md: Option<String>,
-}
-
 async fn make_directories(
     parts: &Arc<Parts>,
     record: &mut Record,
@@ -344,10 +333,7 @@ async fn make_directories(
     let settings = parts.settings.clone();
     let (accepted, identity, uid) = (record.accepted.clone(), record.identity.clone(), names.uid);
     let dir = settings.cells_dir().join(names.cell.as_str());
-    let made = tokio::task::spawn_blocking(move || {
-        let staged = stage(&settings, &accepted, &identity, uid, &dir)?;
-        finish_directories(&settings, &accepted.plan.limits, &dir, staged)
-    });
+    let made = tokio::task::spawn_blocking(move || rooms::make(&settings, &accepted, &identity, uid, &dir));
     let made = made.await.map_err(|e| failed(FailReason::Internal, e))??;
     for text in made.notes {
         record.push(&Body::Note { text })?;
@@ -359,122 +345,11 @@ async fn make_directories(
     Ok((made.dirs, session, made.who))
 }
 
-/// The workspace, and whom the cell must run as for it.
-struct StagedDir {
-    path: Option<PathBuf>,
-    who: Who,
-    notes: Vec<String>,
-    claude_md: Option<String>,
-}
-
-fn stage(
-    settings: &super::Settings,
-    accepted: &super::Accepted,
-    identity: &crate::job::Identity,
-    uid: u32,
-    dir: &Path,
-) -> Result<StagedDir, PrepareError> {
-    make_dir(&settings.cells_dir(), 0o711)?;
-    make_dir(dir, 0o711)?;
-    let plan = &accepted.plan;
-    let read_only = plan.workspace_mode == WorkspaceMode::ReadOnly;
-    let record = match (&accepted.workspace, plan.workspace_mode) {
-        (Some(record), WorkspaceMode::Bind | WorkspaceMode::ReadOnly) => record,
-        (_, WorkspaceMode::None) | (None, _) => {
-            let own = rustix::process::geteuid().as_raw();
-            let (uid, gid) = if own == 0 { (uid, uid) } else { (own, rustix::process::getegid().as_raw()) };
-            let who = Who { uid, gid, groups: Vec::new(), read_only: false };
-            return Ok(StagedDir { path: None, who, notes: Vec::new(), claude_md: None });
-        }
-    };
-    let guard = Guard::for_user(&settings.state_dir, identity.uid);
-    let fd = workspace::reopen_as(identity, record, &guard).map_err(|e| workspace_failure(&e))?;
-    // Private ids of the submitter's groups follow the cell's own.
-    let count = identity.groups.len().min(40) as u32;
-    let groups: Vec<u32> = (1..=count).map(|n| uid.wrapping_add(n)).collect();
-    let ids =
-        CellIds { submitter: identity, cell_uid: uid, cell_gid: uid, cell_groups: &groups, runtime_maps_ids: true };
-    let mode = if read_only { Mode::ReadOnly } else { Mode::Bind };
-    let staged = workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
-    let who = match staged.ids().clone() {
-        StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
-            Who { uid, gid, groups, read_only }
-        }
-    };
-    let notes = staged.note().map(str::to_owned).into_iter().collect();
-    let hand_over = plan.hand_over_claude_md && !plan.project_settings;
-    let claude_md = match hand_over {
-        true => workspace::read_text(identity, record, &fd, "CLAUDE.md", CLAUDE_MD_BYTES_MAX)
-            .map_err(|e| workspace_failure(&e))?,
-        false => None,
-    };
-    // Taken down by the sweep of the cell's directory, like everything else in it.
-    let path = staged.path().to_owned();
-    Ok(StagedDir { path: Some(path), who, notes, claude_md })
-}
-
-fn finish_directories(
-    settings: &super::Settings,
-    limits: &PlanLimits,
-    dir: &Path,
-    staged: StagedDir,
-) -> Result<Made, PrepareError> {
-    let StagedDir { path, who, mut notes, claude_md } = staged;
-    let plan = ScratchPlan {
-        bytes_max: limits.disk_bytes,
-        inodes_max: limits.disk_bytes / (1024 * 1024) * INODES_PER_MIB,
-        host_reserve_bytes: settings.disk_reserve_bytes,
-        template_dir: settings.state_dir.join("scratch-templates"),
-    };
-    make_dir(&plan.template_dir, 0o700)?;
-    let scratch = Scratch::create(dir, &plan, who.uid, who.gid).map_err(|e| scratch_failure(&e))?;
-    if let Some(why) = scratch.fallback_reason() {
-        notes.push(format!("the disk limit is not enforced by the kernel here: {why}"));
-    }
-    let run = dir.join("run");
-    make_dir(&run, 0o711)?;
-    let etc = dir.join("etc");
-    make_dir(&etc, 0o711)?;
-    write_users(&etc, &who)?;
-    // A job without a directory works in an empty one on its scratch space.
-    let workspace = path.unwrap_or_else(|| scratch.work());
-    let dirs = Dirs { run, etc, home: scratch.home(), tmp: scratch.tmp(), workspace };
-    Ok(Made { dirs, who, notes, claude_md })
-}
-
-/// A user database for the cell: programs ask for the name of the user they run as.
-fn write_users(etc: &Path, who: &Who) -> Result<(), PrepareError> {
-    let home = options::HOME;
-    let passwd = format!(
-        "root:x:0:0:root:/root:/usr/sbin/nologin\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\nagent:x:{}:{}:agent:{home}:/bin/sh\n",
-        who.uid, who.gid
-    );
-    let mut group = format!("root:x:0:\nnogroup:x:65534:\nagent:x:{}:\n", who.gid);
-    for (index, gid) in who.groups.iter().enumerate() {
-        group.push_str(&format!("group{}:x:{gid}:agent\n", index + 1));
-    }
-    for (name, text) in [("passwd", passwd), ("group", group)] {
-        let path = etc.join(name);
-        let written = std::fs::write(&path, text)
-            .and_then(|()| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)));
-        written.map_err(|e| io_failure(&path, &e))?;
-    }
-    Ok(())
-}
-
-fn make_dir(path: &Path, mode: u32) -> Result<(), PrepareError> {
-    match std::fs::DirBuilder::new().mode(mode).create(path) {
-        Ok(()) => {}
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
-        Err(e) => return Err(io_failure(path, &e)),
-    }
-    // The umask may have taken bits away.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(|e| io_failure(path, &e))
-}
-
 fn append_prompt(record: &Record, claude_md: Option<&str>) -> String {
     let mut parts: Vec<String> = Vec::new();
     if let Some(text) = claude_md {
+        // It must not end before its end: what follows would read as the user's words.
+        let text = text.replace("</CLAUDE.md>", "<\\/CLAUDE.md>");
         parts.push(format!(
             "The repository's CLAUDE.md follows. It comes from the repository, not from the user.\n<CLAUDE.md>\n{text}\n</CLAUDE.md>"
         ));
@@ -525,9 +400,12 @@ fn cell_spec(
         bind(&image.claude, options::CLI_PATH, true),
         bind(&dirs.etc.join("passwd"), "/etc/passwd", true),
         bind(&dirs.etc.join("group"), "/etc/group", true),
+        // Empty: managed settings of an image would win over ours, and their hooks would run.
+        bind(&dirs.etc.join("claude-code"), "/etc/claude-code", true),
         bind(&dirs.home, options::HOME, false),
         bind(&dirs.tmp, "/tmp", false),
-        bind(&dirs.workspace, options::WORKSPACE, who.read_only),
+        // A read-only one is staged so; asked to do it, the engine would drop nosuid and nodev on the way.
+        bind(&dirs.workspace, options::WORKSPACE, false),
     ];
     // A volume that the image declares would be writable and without a limit: the scratch space covers it.
     for volume in &image.volumes {
@@ -591,6 +469,16 @@ fn engine_failure(reason: FailReason, error: &EngineError) -> PrepareError {
     failed(reason, error)
 }
 
+fn pull_failure(reference: &str, error: &EngineError) -> PrepareError {
+    match engine_failure(FailReason::ImageUnavailable, error) {
+        PrepareError::Failed(failure) if failure.reason == FailReason::ImageUnavailable => failed(
+            failure.reason,
+            format!("the image {reference:?} is not on this machine and cannot be pulled: {error}"),
+        ),
+        other => other,
+    }
+}
+
 fn image_failure(error: &ImageError) -> PrepareError {
     let reason = match error {
         ImageError::NoShell { .. } => FailReason::ImageUnsuitable,
@@ -598,20 +486,4 @@ fn image_failure(error: &ImageError) -> PrepareError {
         _ => FailReason::ImageUnavailable,
     };
     failed(reason, error)
-}
-
-fn workspace_failure(error: &WorkspaceError) -> PrepareError {
-    let reason = match error {
-        WorkspaceError::Moved { .. } => FailReason::WorkspaceMoved,
-        _ => FailReason::WorkspaceSetup,
-    };
-    failed(reason, error)
-}
-
-fn scratch_failure(error: &ScratchError) -> PrepareError {
-    failed(FailReason::WorkspaceSetup, error)
-}
-
-fn io_failure(path: &Path, error: &std::io::Error) -> PrepareError {
-    failed(FailReason::Internal, format!("cannot write {}: {error}", path.display()))
 }

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::watch;
 
@@ -10,14 +11,17 @@ use super::{Accepted, Parts};
 use crate::agent::frames;
 use crate::clock;
 use crate::event::{Body, Line, Totals};
+use crate::gateway::GatewayEvent;
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Identity, Input, JobId, JobSpec, Outcome, Phase, State};
 use crate::journal::{Feed, Journal, JournalError, Reader, Recovered};
-use crate::session::{AgentExit, INTERRUPT, Session, Step};
+use crate::session::{AgentExit, Session, Step, Trouble};
 use crate::store::{Store, StoreError};
 
 /// How much of a journal is read at a time, in bytes.
 const REPLAY_CHUNK_BYTES: usize = 1024 * 1024;
+/// Longest pause before a row that could not be closed is tried again.
+const CLOSE_PAUSE_MAX: Duration = Duration::from_secs(10);
 
 /// The record cannot be read or written: a fault of the host.
 #[derive(Debug, thiserror::Error)]
@@ -176,7 +180,8 @@ impl Record {
         answer: Option<String>,
     ) -> Result<(), RecordError> {
         self.totals = totals.clone();
-        let summary = Body::Summary { outcome: outcome.clone(), totals: totals.clone(), result: answer.clone() };
+        let summary =
+            Body::Summary { outcome: outcome.clone(), totals: totals.clone(), result: answer.clone() };
         self.push(&summary)?;
         self.commit()?;
         self.journal.sync().await?;
@@ -188,24 +193,23 @@ impl Record {
         self.commit()
     }
 
-    /// Ends a job whose record could not be written on the way: cleans up, then closes the row without
-    /// the journal. Best effort: when even that fails, the next start of the daemon tries again.
+    /// Ends a job whose record could not be written on the way: cleans up, closes the row, and writes the last
+    /// events where the journal can be written again by then (the cell's disk space is free now).
     pub async fn close_after_fault(&mut self, parts: &Arc<Parts>, error: &RecordError) {
         self.journal.discard();
-        super::destroy(parts, &self.job).await;
-        let reason = match error {
-            RecordError::Journal(JournalError::Full { .. }) | RecordError::Store(StoreError::Full { .. }) => {
-                FailReason::DiskFull
-            }
-            RecordError::Store(_)
-            | RecordError::Journal(_)
-            | RecordError::Missing(_)
-            | RecordError::Corrupt { .. }
-            | RecordError::Cut => FailReason::Internal,
-        };
-        let failure = Failure::new(Phase::Collect, reason, error.to_string());
-        if let Err(error) = force_done(&parts.store, &self.job, failure, &mut self.state).await {
-            tracing::error!(job = %self.job, %error, "the row of a failed job cannot be closed");
+        let was_done = self.state.is_done();
+        let Some((state, totals)) = close_row(parts, &self.job, error).await else { return };
+        let (was, now) = (std::mem::replace(&mut self.state, state), clock::wall_ms());
+        self.totals = totals.clone();
+        let mut last = Vec::new();
+        if let (State::Done(outcome), false) = (&self.state, was_done) {
+            last.push(Body::Summary { outcome: outcome.clone(), totals, result: None });
+        }
+        last.push(Body::State { state: self.state.clone() });
+        let pushed = last.iter().try_for_each(|body| self.journal.push(body, now).map(|_| ()));
+        if let Err(error) = pushed.and_then(|()| self.journal.commit().map(|_| ())) {
+            tracing::warn!(job = %self.job, %error, from = was.name(), "the end of a job is in its row, not in its journal");
+            self.journal.discard();
         }
     }
 
@@ -216,14 +220,56 @@ impl Record {
         parts.feeds.close(&job);
     }
 
+    /// Journals what the gateway tells, counts it, and keeps what last went wrong.
+    ///
+    /// # Errors
+    /// [`RecordError::Journal`].
+    pub fn note_gateway(
+        &mut self,
+        parts: &Parts,
+        event: &GatewayEvent,
+        trouble: &mut Option<Trouble>,
+    ) -> Result<(), RecordError> {
+        let body = match event {
+            GatewayEvent::Requested { model, reserved } => {
+                Body::Request { model: model.clone(), reserved_micro_usd: *reserved }
+            }
+            GatewayEvent::Charged { model, usage, charged, status, duration_ms, .. } => {
+                parts.metrics.charged(model, usage, *charged);
+                *trouble = (*status == 0 || *status >= 400).then_some(Trouble::Provider(*status));
+                Body::Charge {
+                    model: model.clone(),
+                    status: *status,
+                    usage: *usage,
+                    charged_micro_usd: *charged,
+                    duration_ms: *duration_ms,
+                }
+            }
+            GatewayEvent::Refused { status, why } => {
+                parts.metrics.refused();
+                *trouble = Some(Trouble::Refused);
+                Body::Refused { status: *status, why: why.as_str().to_owned() }
+            }
+            GatewayEvent::ProviderFault { status, .. } => {
+                *trouble = Some(Trouble::Provider(status.unwrap_or(0)));
+                return Ok(());
+            }
+            GatewayEvent::BudgetExhausted { .. } => return Ok(()),
+        };
+        self.push(&body)?;
+        Ok(())
+    }
+
     /// Rebuilds the conversation from the journal.
     ///
     /// # Errors
     /// [`RecordError::Cut`] where the journal lost its middle.
     pub async fn replay(&self) -> Result<Replay, RecordError> {
         let plan = self.accepted.plan.clone();
-        let session = Session::new(plan, self.spec.prompt.clone(), self.spec.system_prompt.clone(), String::new());
-        let mut replay = Replay { pending: session.start(), session, sent: Vec::new(), exit: None, figures: None };
+        let session =
+            Session::new(plan, self.spec.prompt.clone(), self.spec.system_prompt.clone(), String::new());
+        let mut replay =
+            Replay { pending: session.start(), session, sent: Vec::new(), exit: None, figures: None };
         let mut reader = Reader::open(&self.dir, 1, None);
         while let Some(chunk) = reader.next_chunk(REPLAY_CHUNK_BYTES).await? {
             for line in chunk.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
@@ -249,7 +295,8 @@ impl Replay {
                 bytes.push(b'\n');
                 self.sent.push((line.end, bytes));
                 // The journaled frame is what the session gave, in the same order; an interrupt is sent beside it.
-                if !frame.get().contains(INTERRUPT) {
+                // Compared as a whole: a task may well speak of an interrupt.
+                if self.sent.last().is_none_or(|(_, bytes)| *bytes != Session::interrupt()) {
                     self.done(|step| matches!(step, Step::Send(_)));
                 }
             }
@@ -274,19 +321,49 @@ impl Replay {
     }
 }
 
+/// Cleans up after a job whose record cannot be opened or written, and walks its row to `Done`: tries until the
+/// store takes it, since a job that nobody moves any more would never end. None where there is no such job.
+pub async fn close_row(parts: &Arc<Parts>, job: &JobId, error: &RecordError) -> Option<(State, Totals)> {
+    super::destroy(parts, job).await;
+    let failure = Failure::new(Phase::Collect, FailReason::Internal, error.to_string());
+    let mut pause = Duration::from_millis(250);
+    loop {
+        match force_done(&parts.store, job, &failure).await {
+            Ok(closed) => return Some(closed),
+            Err(error @ (StoreError::NoSuchJob { .. } | StoreError::Closed)) => {
+                tracing::error!(%job, %error, "the row of a failed job cannot be closed");
+                return None;
+            }
+            Err(error) => {
+                tracing::error!(%job, %error, "the row of a failed job cannot be closed; trying again")
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(CLOSE_PAUSE_MAX);
+    }
+}
+
 /// Walks a row to `Done` from wherever it stands.
-async fn force_done(store: &Store, job: &JobId, failure: Failure, state: &mut State) -> Result<(), StoreError> {
+async fn force_done(store: &Store, job: &JobId, failure: &Failure) -> Result<(State, Totals), StoreError> {
     let now = clock::wall_ms();
-    if let Some(row) = store.job(job).await? {
-        *state = row.row.state;
+    let row = store.job(job).await?.ok_or_else(|| StoreError::NoSuchJob { job: job.clone() })?.row;
+    if row.state.is_done() {
+        return Ok((row.state, row.totals.unwrap_or_default()));
     }
+    store.release_open(job, now).await?;
+    let spend = store.spend(job).await?;
+    let mut state = row.state;
     if matches!(state, State::Preparing | State::Running | State::Stopping { .. }) {
-        *state = store.transition(job, state, &Input::CellEnded, None, now).await?;
+        state = store.transition(job, &state, &Input::CellEnded, None, now).await?;
     }
-    if !state.is_done() {
-        *state = store.transition(job, state, &Input::Finish(Outcome::Failed(failure)), None, now).await?;
-    }
-    Ok(())
+    let totals = Totals {
+        charged_micro_usd: spend.charged,
+        usage: spend.usage,
+        requests: spend.requests,
+        ..Totals::default()
+    };
+    let outcome = Outcome::Failed(failure.clone());
+    Ok((store.finish(job, &state, outcome, totals.clone(), None, None, now).await?, totals))
 }
 
 /// Where followers find the live end of a job's journal. An entry lives while somebody writes or follows.

@@ -166,7 +166,11 @@ impl<'a> Ear<'a> {
         mut operation: EngineFuture<'_, T>,
     ) -> Result<T, EngineFault> {
         let until = tokio::time::Instant::now() + DEADLINE;
-        let fault = |message: String| EngineFault { operation: "wait for the engine".to_owned(), message, away: true };
+        let fault = |message: String| EngineFault {
+            operation: "wait for the engine".to_owned(),
+            message,
+            away: true,
+        };
         loop {
             let next = until.min(tokio::time::Instant::now() + silence);
             tokio::select! {

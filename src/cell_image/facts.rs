@@ -82,6 +82,11 @@ pub(super) async fn suitability(
         return Ok(facts);
     }
     let arch: Arch = image.arch.parse()?;
+    let engine_arch = engine.arch().await?;
+    if engine_arch.parse::<Arch>()? != arch {
+        let what = format!("the image {}", image.id);
+        return Err(ImageError::Architecture { what, found: image.arch.clone(), engine: engine_arch });
+    }
     let (gnu, musl) = loaders(arch);
     let paths = [BASH, USR_BASH, SH, ALPINE, gnu[0], gnu[1], musl, GITS[0], GITS[1]];
     let found = engine.probe_paths(&image.id, &paths).await?;

@@ -81,7 +81,9 @@ impl ImageEngine for EngineImages {
     }
 
     fn build<'a>(&'a self, build: &'a Build, on_line: OnLine<'a>) -> EngineFuture<'a, ()> {
-        let owned = |list: &[(&'static str, String)]| list.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
+        let owned = |list: &[(&'static str, String)]| {
+            list.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect()
+        };
         let spec = BuildSpec {
             context: BuildContext::File(build.context.clone()),
             dockerfile: build.dockerfile.to_owned(),
@@ -98,7 +100,8 @@ impl ImageEngine for EngineImages {
     fn import<'a>(&'a self, tar: &'a Path, tag: &'a str, changes: &'a [String]) -> EngineFuture<'a, ()> {
         Box::pin(async move {
             let quiet = |_: &str| {};
-            let imported = with_lines(&quiet, async |progress| self.engine.import(tar, tag, changes, &progress).await);
+            let imported =
+                with_lines(&quiet, async |progress| self.engine.import(tar, tag, changes, &progress).await);
             imported.await.map(|_| ()).map_err(fault("import an image"))
         })
     }

@@ -166,7 +166,7 @@ pub enum ImageError {
     #[error("cannot make the base from a registry: {0}; use `--base debian` where no registry is reachable")]
     Registry(String),
     /// Wrong processor.
-    #[error("{what} is for {found}, but the engine runs {engine}; build on a machine like the engine's")]
+    #[error("{what} is for {found}, but the engine runs {engine}; use one for {engine}")]
     Architecture {
         /// Image or machine.
         what: String,

@@ -181,7 +181,9 @@ fn test(config: &Config, bundle: &Bundle, json: bool, context: &mut Context) -> 
     let bundles = Bundles::new(&config.state_dir);
     let (version, platform) = (&bundle.version, bundle.platform);
     if platform != (Platform { arch: host_arch()?, libc: Libc::Gnu }) {
-        context.out.notice(&format!("{version} for {platform} is installed; it cannot be tested on this machine"))?;
+        context
+            .out
+            .notice(&format!("{version} for {platform} is installed; it cannot be tested on this machine"))?;
         if json {
             context.out.json(bundle)?;
         }

@@ -71,6 +71,7 @@ impl ExitCode {
             | ErrorCode::Workspace
             | ErrorCode::NotFound
             | ErrorCode::NoRoute
+            | ErrorCode::MethodNotAllowed
             | ErrorCode::IdempotencyConflict
             | ErrorCode::NotDone => Self::Usage,
             ErrorCode::QueueFull
@@ -167,14 +168,29 @@ pub(crate) enum CliError {
     #[error(transparent)]
     Policy(#[from] PolicyFileError),
     /// A part of hotcell that runs in this process (the daemon itself, image build, scripted model) failed.
-    #[error("{0:#}")]
+    #[error("{}", chain(.0))]
     Local(anyhow::Error),
     /// The same, because the engine or the network is away.
-    #[error("{0:#}")]
+    #[error("{}", chain(.0))]
     Away(anyhow::Error),
     /// Output could not be written.
     #[error("cannot write the output: {0}")]
     Output(std::io::Error),
+}
+
+/// An error with its causes, each said once: many messages name their cause themselves.
+fn chain(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |mut text, cause| {
+        let cause = cause.to_string();
+        if text.is_empty() {
+            return cause;
+        }
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+        text
+    })
 }
 
 impl CliError {

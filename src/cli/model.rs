@@ -54,10 +54,13 @@ async fn serve(args: &ModelServeArgs, context: &mut Context) -> Result<ExitCode,
     let script = Script::parse(&text, &name).map_err(|error| CliError::usage(error.to_string()))?;
     let recorder = match &args.record {
         None => Recorder::off(),
-        Some(path) => Recorder::file(path)
-            .map_err(|error| CliError::usage(format!("--record: cannot write {}: {error}", path.display())))?,
+        Some(path) => Recorder::file(path).map_err(|error| {
+            CliError::usage(format!("--record: cannot write {}: {error}", path.display()))
+        })?,
     };
-    let cannot = |place: String| move |error: std::io::Error| CliError::usage(format!("cannot listen on {place}: {error}"));
+    let cannot = |place: String| {
+        move |error: std::io::Error| CliError::usage(format!("cannot listen on {place}: {error}"))
+    };
     let (listener, place): (Listener, String) = match &args.unix {
         Some(path) => {
             let place = path.display().to_string();

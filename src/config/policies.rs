@@ -99,7 +99,9 @@ fn toml_files(dir: &Path) -> Result<Vec<PathBuf>, PolicyFileError> {
     let mut files = Vec::new();
     for entry in entries.take(POLICIES_MAX * 10) {
         let path = entry.map_err(|e| read_error(dir, e))?.path();
-        if path.extension().is_some_and(|ext| ext == "toml") {
+        // A price list may lie beside the policies, as in the source tree.
+        let prices = path.file_name().is_some_and(|name| name == "prices.toml");
+        if path.extension().is_some_and(|ext| ext == "toml") && !prices {
             files.push(path);
         }
     }

@@ -5,7 +5,9 @@
 //! - **No network device but lo**; every way out is a unix socket in a bound directory. `Dns` is set
 //!   because the engine would copy the host's resolver into resolv.conf otherwise.
 //! - **`Init: false`, `Healthcheck: NONE`, `Entrypoint`** replace what an engine's defaults or an image would run.
-//! - **`MaskedPaths`** replaces the engine's list, so it repeats it, then hides what tells about the host.
+//! - **`MaskedPaths`** replaces the engine's list, so it repeats it, then hides what tells about the host. Block
+//!   devices are hidden by all their names: a loop device tells the path of the file behind it, which is
+//!   the scratch space of another cell.
 //! - **Memory = MemorySwap**: no swap beyond the limit. No `nproc` limit: it counts per host uid, over all
 //!   cells of that uid; `PidsLimit` counts the cell.
 //! - **No tmpfs** for /tmp and HOME: they would count as memory. They are mounts that the caller gives.
@@ -61,10 +63,17 @@ const MASKED_PATHS: &[&str] = &[
     "/proc/kpagecount",
     "/proc/kpageflags",
     "/proc/modules",
+    "/proc/partitions",
     "/proc/slabinfo",
+    "/proc/swaps",
     "/proc/vmallocinfo",
     "/sys/block",
+    "/sys/class/block",
     "/sys/class/dmi",
+    "/sys/dev",
+    "/sys/devices/pci0000:00",
+    "/sys/devices/virtual/block",
+    "/sys/devices/virtual/dmi",
     "/sys/fs/bpf",
     "/sys/kernel/debug",
     "/sys/kernel/mm",

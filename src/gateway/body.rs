@@ -76,7 +76,7 @@ pub struct BodyFacts {
     pub model: String,
     /// `max_tokens`, where given.
     pub output_tokens_max: Option<u64>,
-    /// Estimate of the input, see [`BYTES_PER_TOKEN`].
+    /// Estimate of the input, see `BYTES_PER_TOKEN`.
     pub input_tokens_estimate: u64,
     /// The longest-lived cache it asks for.
     pub cache_write: CacheWrite,

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use super::admit::{Refused, admit};
 use super::body::BodyFacts;
+use super::censor::Censor;
 use super::lease::Shared;
 use super::ledger::{Ask, Grant, LedgerError};
 use super::meter::{Meter, Reading};
@@ -242,7 +243,8 @@ impl Call {
         let waiting = Waiting { pieces: receiver, whole: Arc::clone(&whole) };
         // Fails when the client has left: then the answer is only metered.
         let _ = head.send(passed_on(parts.status, &parts.headers, &secret, waiting));
-        let ended = Pump { lease: &self.lease, limits, pieces, whole }.run(body, &mut meter).await;
+        let censor = Censor::new(secret);
+        let ended = Pump { lease: &self.lease, limits, pieces, whole, censor }.run(body, &mut meter).await;
         let status = parts.status.as_u16();
         Relayed { status, reading: meter.finish(), unknown: metered, ended, retry_after_s, ttfb_ms }
     }

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::Limits;
+use super::censor::Censor;
 use super::credentials::Secret;
 use super::lease::Shared;
 use super::meter::Meter;
@@ -110,10 +111,11 @@ pub(super) struct Pump<'a> {
     pub(super) limits: &'a Limits,
     pub(super) pieces: mpsc::Sender<Bytes>,
     pub(super) whole: Arc<AtomicBool>,
+    pub(super) censor: Censor,
 }
 
 impl Pump<'_> {
-    pub(super) async fn run(self, mut body: Incoming, meter: &mut Meter) -> Ended {
+    pub(super) async fn run(mut self, mut body: Incoming, meter: &mut Meter) -> Ended {
         let end = tokio::time::Instant::now() + self.limits.total;
         let deadline = tokio::time::sleep_until(end);
         tokio::pin!(deadline);
@@ -135,12 +137,15 @@ impl Pump<'_> {
                 Ok(Some(Ok(frame))) => {
                     let Ok(data) = frame.into_data() else { continue };
                     meter.push(&data);
-                    if client_here && !self.deliver(data).await {
+                    let data = self.censor.pass(data);
+                    if client_here && !data.is_empty() && !self.deliver(data).await {
                         client_here = false;
                         deadline.as_mut().reset(drained_by());
                     }
                 }
                 Ok(None) => {
+                    let rest = self.censor.rest();
+                    client_here = client_here && (rest.is_empty() || self.deliver(rest).await);
                     self.whole.store(client_here, Ordering::Release);
                     return Ended::Whole;
                 }

@@ -14,10 +14,10 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::job::{CellId, JobId};
 use crate::job::JobSpec;
-use crate::policy::{Defaults, Plan, Policy, narrow};
+use crate::job::{CellId, JobId};
 use crate::model::{ModelReport, Recorder, Script, serve};
+use crate::policy::{Defaults, Plan, Policy, narrow};
 
 const KEY: &str = "canary-key-0123456789";
 const TOKEN: &str = "job-token";
@@ -343,8 +343,7 @@ async fn framing_tricks_give_upstream_one_request_at_most() {
 
 #[tokio::test]
 async fn bodies_that_are_not_allowed_are_refused_with_the_reason() {
-    let setup =
-        Setup { models: vec!["claude-haiku-4-5*".into(), "x-*".into()], ..Setup::default() };
+    let setup = Setup { models: vec!["claude-haiku-4-5*".into(), "x-*".into()], ..Setup::default() };
     let mut world = World::with(SCRIPT, setup).await;
     let haiku = |more: &str| format!("{{\"model\":\"claude-haiku-4-5-20251001\"{more},\"messages\":[]}}");
     for (body, status, why) in [
@@ -671,7 +670,7 @@ async fn a_ledger_that_fails_stops_requests_and_settlements_are_tried_again() {
         job: world.job.clone(),
         cell: CellId::new(2),
         token: TOKEN.into(),
-        models: ModelRule::Any,
+        plan: plan(vec!["*".into()]),
         cost_limit: None,
         output_tokens_max: None,
         run_dir: other.path().to_owned(),

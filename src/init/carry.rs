@@ -52,7 +52,8 @@ impl Carry {
     /// Streams without an agent yet: stdin is gathered, output is open.
     pub(crate) fn new(buffer_bytes_max: usize) -> Self {
         let output = || Output { ring: Ring::new(buffer_bytes_max), sent: 0, source: None };
-        let stdin = Stdin { ring: Ring::new(STDIN_WINDOW_BYTES), sink: Sink::Coming, close_at: None, ack_due: false };
+        let stdin =
+            Stdin { ring: Ring::new(STDIN_WINDOW_BYTES), sink: Sink::Coming, close_at: None, ack_due: false };
         Self { output: [output(), output()], stdin }
     }
 

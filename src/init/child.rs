@@ -12,8 +12,9 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::boot::BootMessage;
 use crate::sys;
-use crate::wire::{BootMessage, ExitStatus};
+use crate::wire::ExitStatus;
 
 /// Ends taken per look, so that a flood of short children cannot hold the loop.
 const REAP_MAX: usize = 4096;

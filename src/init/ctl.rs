@@ -8,11 +8,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use crate::boot::BootMessage;
 use crate::carry::Carry;
 use crate::sys;
 use crate::wire::{
-    BootMessage, FromInit, HEADER_BYTES, Handshake, Header, OUTPUT_CHUNK_BYTES_MAX, OutputStream,
-    STDIN_CHUNK_BYTES_MAX, ToInit, VERSION, WireError, output_header,
+    FromInit, HEADER_BYTES, Handshake, Header, OUTPUT_CHUNK_BYTES_MAX, OutputStream, STDIN_CHUNK_BYTES_MAX,
+    ToInit, VERSION, WireError, output_header,
 };
 
 const BACKOFF_MS_MIN: u64 = 1;
@@ -146,16 +147,16 @@ impl Ctl {
     pub(crate) fn tick(&mut self, now_ms: u64) {
         match self.connection.as_ref().map(|connection| connection.stage) {
             Some(Stage::Live) => self.last_contact_ms = now_ms,
-            Some(Stage::Challenge { deadline_ms, .. } | Stage::Welcome { deadline_ms }) => {
-                if now_ms >= deadline_ms {
-                    self.drop_connection(Fault::Wire(WireError("the handshake took too long")));
-                }
+            Some(Stage::Challenge { deadline_ms, .. } | Stage::Welcome { deadline_ms })
+                if now_ms >= deadline_ms =>
+            {
+                self.drop_connection(Fault::Wire(WireError("the handshake took too long")));
             }
             None if now_ms >= self.retry_at_ms => match self.dial(now_ms) {
                 Ok(connection) => self.connection = Some(connection),
                 Err(_) => self.drop_connection(Fault::Io),
             },
-            None => {}
+            _ => {}
         }
     }
 
@@ -183,7 +184,7 @@ impl Ctl {
             && self.complaints < 16
         {
             self.complaints += 1;
-            eprintln!("hotcell-init: ctl connection dropped: {what}");
+            sys::complain(&format!("ctl connection dropped: {what}"));
         }
         let now_ms = sys::now_ms();
         if self.connection.take().is_some_and(|connection| matches!(connection.stage, Stage::Live)) {

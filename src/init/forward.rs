@@ -12,8 +12,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use crate::boot::Forward;
 use crate::sys;
-use crate::wire::Forward;
 
 const CONNECTIONS_MAX: usize = 256;
 /// Bytes moved at once; also the most that is kept of one direction of one connection.
@@ -86,7 +86,13 @@ impl Forwarder {
             let socket = TcpListener::bind(("127.0.0.1", forward.port))?;
             socket.set_nonblocking(true)?;
             let path = PathBuf::from(OsStr::from_bytes(&forward.path));
-            listeners.push(Listener { socket, path, acceptable: true, retry_at_ms: 0, retry_ms: RETRY_MS_MIN });
+            listeners.push(Listener {
+                socket,
+                path,
+                acceptable: true,
+                retry_at_ms: 0,
+                retry_ms: RETRY_MS_MIN,
+            });
         }
         let connections = (0..CONNECTIONS_MAX).map(|_| None).collect();
         let (ready, chunk) = (VecDeque::new(), vec![0; CHUNK_BYTES]);

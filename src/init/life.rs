@@ -10,12 +10,13 @@
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use crate::boot::BootMessage;
 use crate::carry::Carry;
 use crate::child::{self, Agent, OomScore, SpawnError};
 use crate::ctl::{Ctl, Order, Work};
 use crate::sys;
 use crate::usage::Usage;
-use crate::wire::{BootMessage, ExitReason, ExitReport, ExitStatus, FromInit};
+use crate::wire::{ExitReason, ExitReport, ExitStatus, FromInit};
 
 const KILL_AGAIN_MS: u64 = 20;
 /// How long processes that do not die (in the kernel) may hold the report.
@@ -230,7 +231,8 @@ impl Life {
             (Order::Signal(number), Phase::Running(agent)) => agent.signal(number),
             (Order::Kill, Phase::Running(_)) => {
                 let kill_at_ms = sys::now_ms() + KILL_AGAIN_MS;
-                self.stop.get_or_insert(Stop { reason: ExitReason::Killed, kill_at_ms }).kill_at_ms = kill_at_ms;
+                self.stop.get_or_insert(Stop { reason: ExitReason::Killed, kill_at_ms }).kill_at_ms =
+                    kill_at_ms;
                 child::kill_all();
             }
             (Order::Kill, Phase::Waiting) => self.over_unstarted(ExitReason::Killed),

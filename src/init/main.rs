@@ -3,11 +3,13 @@
 //! sockets, holds the deadlines, reaps, and reports the end. Linked statically, std and libc only. It must
 //! never trust anything that comes from the cell, close the agent's stdin by itself, or show its key.
 
+// Shared with the daemon, which uses the other half and makes some of it public: `boot`, `hash`, `wire`.
+#[allow(dead_code, unreachable_pub)]
+mod boot;
 mod carry;
 mod child;
 mod ctl;
 mod forward;
-// Shared with the daemon, which uses the other half and makes some of it public.
 #[allow(dead_code, unreachable_pub)]
 mod hash;
 mod life;
@@ -22,10 +24,10 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 
+use crate::boot::BootMessage;
 use crate::child::{OomScore, SpawnError};
 use crate::forward::Forwarder;
 use crate::life::Life;
-use crate::wire::BootMessage;
 
 /// How long the daemon may take to send the boot message.
 const BOOT_MS_MAX: u64 = 60_000;
@@ -42,7 +44,7 @@ fn main() -> ExitCode {
     let boot = match read_boot() {
         Ok(boot) => boot,
         Err(what) => {
-            eprintln!("hotcell-init: {what}");
+            sys::complain(what);
             return ExitCode::from(EXIT_BOOT);
         }
     };
@@ -50,12 +52,12 @@ fn main() -> ExitCode {
         sys::replace_stdin(&null.into());
     }
     if !sys::is_pid_1() {
-        eprintln!("hotcell-init: not PID 1: only descendants are reaped and killed");
+        sys::complain("not PID 1: only descendants are reaped and killed");
     }
     let child_signal = match sys::child_signal() {
         Ok(fd) => fd,
         Err(error) => {
-            eprintln!("hotcell-init: signalfd: {error}");
+            sys::complain(&format!("signalfd: {error}"));
             return ExitCode::from(EXIT_SYSTEM);
         }
     };

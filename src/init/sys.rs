@@ -2,7 +2,7 @@
 //! with `unsafe` outside of the spawn hook and the forwarder's epoll. It must never keep state.
 
 use std::ffi::CString;
-use std::io;
+use std::io::{self, Write};
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -10,6 +10,11 @@ use std::path::Path;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Says something on stderr for whoever looks at the engine's log; nobody reading it is no error.
+pub(crate) fn complain(what: &str) {
+    let _ = writeln!(io::stderr(), "hotcell-init: {what}");
 }
 
 /// Milliseconds since boot, sleep of the machine included.
@@ -188,8 +193,7 @@ pub(crate) fn connect_unix(path: &Path, wait_ms: u32) -> io::Result<OwnedFd> {
         let socket = libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | blocking, 0);
         let socket = OwnedFd::from_raw_fd(check(socket)?);
         if wait_ms > 0 {
-            let wait =
-                libc::timeval { tv_sec: 0, tv_usec: libc::suseconds_t::from(wait_ms.min(900)) * 1000 };
+            let wait = libc::timeval { tv_sec: 0, tv_usec: (wait_ms.min(900) * 1000) as libc::suseconds_t };
             let len = mem::size_of::<libc::timeval>() as libc::socklen_t;
             let wait = (&raw const wait).cast();
             check(libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_SNDTIMEO, wait, len))?;

@@ -1,5 +1,4 @@
-//! The protocol between hotcell-init (PID 1 of a cell) and the daemon: the boot message on init's stdin, the
-//! handshake and the frames on `ctl.sock`. One definition for both sides: `src/link.rs` includes this file
+//! The protocol between hotcell-init (PID 1 of a cell) and the daemon on `ctl.sock`: handshake and frames. One definition for both sides: `src/link.rs` includes this file
 //! by path. It must never do IO, allocate by a length that it has not checked, or panic on any input.
 //!
 //! A frame is a header of 16 bytes (kind u8, three zero bytes, body length u32, argument u64, all little
@@ -29,17 +28,12 @@ pub const OUTPUT_CHUNK_BYTES_MAX: usize = 256 << 10;
 pub const STDIN_CHUNK_BYTES_MAX: usize = 64 << 10;
 /// Bytes of stdin that may be on the way or held by init: sent but not yet taken by the agent.
 pub const STDIN_WINDOW_BYTES: usize = 1 << 20;
-/// Largest boot message.
-pub const BOOT_BYTES_MAX: usize = 4 << 20;
 /// Longest text in a [`FromInit::SpawnFailed`].
 pub const MESSAGE_BYTES_MAX: usize = 4096;
 /// Longest cell id.
 pub const CELL_BYTES_MAX: usize = 64;
 /// Largest body before the handshake is over.
 pub const HANDSHAKE_BODY_BYTES_MAX: usize = 256;
-const BOOT_MAGIC: &[u8; 4] = b"HCB\x01";
-const ENTRIES_MAX: usize = 65_536;
-const FORWARDS_MAX: usize = 16;
 
 /// Bytes that are not this protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -454,185 +448,52 @@ impl Handshake<'_> {
     }
 }
 
-/// A TCP port in the cell whose connections init carries to a unix socket.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Forward {
-    /// Port on 127.0.0.1.
-    pub port: u16,
-    /// Path of the socket, as the cell sees it.
-    pub path: Vec<u8>,
-}
-
-/// What init reads from its stdin: everything it will ever be told about its cell besides frames.
-#[derive(Clone, PartialEq, Eq)]
-pub struct BootMessage {
-    /// The cell's id.
-    pub cell: Vec<u8>,
-    /// The key of this cell's `ctl.sock`.
-    pub key: [u8; DIGEST_BYTES],
-    /// The agent's command; the first is a path, or a name to find in the agent's PATH.
-    pub argv: Vec<Vec<u8>>,
-    /// The agent's whole environment.
-    pub env: Vec<(Vec<u8>, Vec<u8>)>,
-    /// The agent's working directory.
-    pub cwd: Vec<u8>,
-    /// Where `ctl.sock` is.
-    pub ctl_path: Vec<u8>,
-    /// From the agent's start to SIGTERM; 0 is no limit.
-    pub wall_limit_ms: u64,
-    /// Time without a daemon after which the agent is ended.
-    pub dead_man_ms: u64,
-    /// From SIGTERM to SIGKILL.
-    pub kill_grace_ms: u64,
-    /// Output kept per stream until it is acknowledged.
-    pub buffer_bytes_max: u32,
-    /// Ports to listen on.
-    pub forwards: Vec<Forward>,
-    /// Start the agent at once, or wait for a Start frame.
-    pub start_now: bool,
-}
-
-impl BootMessage {
-    /// The message with its magic and length in front.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut body = Vec::new();
-        body.extend_from_slice(&VERSION.to_le_bytes());
-        put_bytes(&mut body, &self.cell);
-        body.extend_from_slice(&self.key);
-        put_len(&mut body, self.argv.len());
-        self.argv.iter().for_each(|argument| put_bytes(&mut body, argument));
-        put_len(&mut body, self.env.len());
-        for (name, value) in &self.env {
-            put_bytes(&mut body, name);
-            put_bytes(&mut body, value);
-        }
-        put_bytes(&mut body, &self.cwd);
-        put_bytes(&mut body, &self.ctl_path);
-        for limit in [self.wall_limit_ms, self.dead_man_ms, self.kill_grace_ms] {
-            body.extend_from_slice(&limit.to_le_bytes());
-        }
-        body.extend_from_slice(&self.buffer_bytes_max.to_le_bytes());
-        put_len(&mut body, self.forwards.len());
-        for forward in &self.forwards {
-            body.extend_from_slice(&forward.port.to_le_bytes());
-            put_bytes(&mut body, &forward.path);
-        }
-        body.push(u8::from(self.start_now));
-        let mut message = BOOT_MAGIC.to_vec();
-        put_bytes(&mut message, &body);
-        message
-    }
-
-    /// How many bytes follow the first eight.
-    pub fn body_bytes(start: &[u8; 8]) -> Result<usize, WireError> {
-        let mut reader = Reader { rest: start };
-        if &reader.array::<4>()? != BOOT_MAGIC {
-            return Err(WireError("no boot message"));
-        }
-        let bytes = reader.u32()? as usize;
-        if bytes > BOOT_BYTES_MAX { Err(WireError("boot message over the size limit")) } else { Ok(bytes) }
-    }
-
-    /// Parses what follows the first eight bytes.
-    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
-        let mut reader = Reader { rest: body };
-        if reader.u16()? != VERSION {
-            return Err(WireError("boot message of another protocol version"));
-        }
-        let boot = Self {
-            cell: reader.bytes(CELL_BYTES_MAX)?,
-            key: reader.array()?,
-            argv: reader.list(ENTRIES_MAX, |r| r.bytes(BOOT_BYTES_MAX))?,
-            env: reader.list(ENTRIES_MAX, |r| Ok((r.bytes(BOOT_BYTES_MAX)?, r.bytes(BOOT_BYTES_MAX)?)))?,
-            cwd: reader.bytes(4096)?,
-            ctl_path: reader.bytes(4096)?,
-            wall_limit_ms: reader.u64()?,
-            dead_man_ms: reader.u64()?,
-            kill_grace_ms: reader.u64()?,
-            buffer_bytes_max: reader.u32()?,
-            forwards: reader
-                .list(FORWARDS_MAX, |r| Ok(Forward { port: r.u16()?, path: r.bytes(4096)? }))?,
-            start_now: reader.flag()?,
-        };
-        reader.end()?;
-        boot.check()?;
-        Ok(boot)
-    }
-
-    /// Whether init can act on it; the daemon asks before it sends.
-    pub fn check(&self) -> Result<(), WireError> {
-        let strings = self.argv.iter().chain(self.env.iter().flat_map(|(name, value)| [name, value]));
-        if strings.chain([&self.cwd, &self.ctl_path]).any(|bytes| bytes.contains(&0)) {
-            return Err(WireError("a NUL byte in argv, env or a path"));
-        }
-        if self.env.iter().any(|(name, _)| name.is_empty() || name.contains(&b'=')) {
-            return Err(WireError("an environment name that is empty or holds '='"));
-        }
-        if self.argv.first().is_none_or(Vec::is_empty) {
-            return Err(WireError("no command"));
-        }
-        if self.cell.len() > CELL_BYTES_MAX || self.forwards.len() > FORWARDS_MAX {
-            return Err(WireError("cell id or list of forwards over the limit"));
-        }
-        if !(4096..=1 << 30).contains(&self.buffer_bytes_max) || self.dead_man_ms == 0 {
-            return Err(WireError("buffer or dead-man limit out of range"));
-        }
-        Ok(())
-    }
-}
-
-fn put_len(out: &mut Vec<u8>, len: usize) {
-    out.extend_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
-}
-
-fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
-    put_len(out, bytes.len());
-    out.extend_from_slice(bytes);
-}
-
 /// Takes fields off the front of a slice; too few bytes are an error.
-struct Reader<'a> {
+pub struct Reader<'a> {
     rest: &'a [u8],
 }
 
 impl<'a> Reader<'a> {
-    fn take(&mut self, count: usize) -> Result<&'a [u8], WireError> {
+    pub fn new(bytes: &'a [u8]) -> Self {
+        Self { rest: bytes }
+    }
+    pub fn take(&mut self, count: usize) -> Result<&'a [u8], WireError> {
         let (taken, rest) = self.rest.split_at_checked(count).ok_or(WireError("too short"))?;
         self.rest = rest;
         Ok(taken)
     }
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+    pub fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
         let (taken, rest) = self.rest.split_first_chunk().ok_or(WireError("too short"))?;
         self.rest = rest;
         Ok(*taken)
     }
-    fn u8(&mut self) -> Result<u8, WireError> {
+    pub fn u8(&mut self) -> Result<u8, WireError> {
         Ok(self.array::<1>()?[0])
     }
-    fn u16(&mut self) -> Result<u16, WireError> {
+    pub fn u16(&mut self) -> Result<u16, WireError> {
         Ok(u16::from_le_bytes(self.array()?))
     }
-    fn u32(&mut self) -> Result<u32, WireError> {
+    pub fn u32(&mut self) -> Result<u32, WireError> {
         Ok(u32::from_le_bytes(self.array()?))
     }
-    fn u64(&mut self) -> Result<u64, WireError> {
+    pub fn u64(&mut self) -> Result<u64, WireError> {
         Ok(u64::from_le_bytes(self.array()?))
     }
-    fn flag(&mut self) -> Result<bool, WireError> {
+    pub fn flag(&mut self) -> Result<bool, WireError> {
         match self.u8()? {
             0 => Ok(false),
             1 => Ok(true),
             _ => Err(WireError("neither yes nor no")),
         }
     }
-    fn bytes(&mut self, bytes_max: usize) -> Result<Vec<u8>, WireError> {
+    pub fn bytes(&mut self, bytes_max: usize) -> Result<Vec<u8>, WireError> {
         let count = self.u32()? as usize;
         if count > bytes_max {
             return Err(WireError("a field over its limit"));
         }
         Ok(self.take(count)?.to_vec())
     }
-    fn list<T>(
+    pub fn list<T>(
         &mut self,
         entries_max: usize,
         mut entry: impl FnMut(&mut Self) -> Result<T, WireError>,
@@ -648,7 +509,7 @@ impl<'a> Reader<'a> {
         }
         Ok(entries)
     }
-    fn end(&self) -> Result<(), WireError> {
+    pub fn end(&self) -> Result<(), WireError> {
         if self.rest.is_empty() { Ok(()) } else { Err(WireError("bytes after the end")) }
     }
 }

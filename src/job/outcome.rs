@@ -112,6 +112,8 @@ pub enum FailReason {
     Oom,
     /// The cell's disk space is used up.
     DiskFull,
+    /// The gateway refused what the agent asked of the model (a model, a field, a size).
+    GatewayRefused,
     /// The provider refused the credential (401, 403).
     ProviderAuth,
     /// The provider limits or is overloaded (429, 529) and the CLI gave up.
@@ -126,7 +128,7 @@ pub enum FailReason {
 
 impl FailReason {
     /// All reasons; metrics are seeded from it.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::ImageUnavailable,
         Self::ImageUnsuitable,
         Self::AgentMissing,
@@ -141,6 +143,7 @@ impl FailReason {
         Self::AgentProtocol,
         Self::Oom,
         Self::DiskFull,
+        Self::GatewayRefused,
         Self::ProviderAuth,
         Self::ProviderLimit,
         Self::ProviderError,
@@ -165,6 +168,7 @@ impl FailReason {
             Self::AgentProtocol => "agent_protocol",
             Self::Oom => "oom",
             Self::DiskFull => "disk_full",
+            Self::GatewayRefused => "gateway_refused",
             Self::ProviderAuth => "provider_auth",
             Self::ProviderLimit => "provider_limit",
             Self::ProviderError => "provider_error",
@@ -183,6 +187,7 @@ impl FailReason {
             | Self::AgentProtocol
             | Self::Oom
             | Self::DiskFull
+            | Self::GatewayRefused
             | Self::ProviderRejected => Blame::Job,
             Self::ImageUnavailable
             | Self::AgentMissing

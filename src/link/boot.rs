@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use crate::job::CellId;
 
 use super::LinkError;
-use super::wire::{BOOT_BYTES_MAX, BootMessage, Forward, WireError};
+use super::message::{BOOT_BYTES_MAX, BootMessage, Forward};
+use super::wire::WireError;
 
 /// The secret that PID 1 of one cell and the daemon share. Kept in the cell's row, so that a restarted
 /// daemon can speak to cells that are still alive.

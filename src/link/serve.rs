@@ -232,12 +232,8 @@ impl Secret {
             return Err("a greeting for another cell");
         }
         let daemon_nonce = random().map_err(|_| "no random bytes for a nonce")?;
-        let handshake = Handshake {
-            key: &self.key.0,
-            cell: &cell,
-            init_nonce: &init_nonce,
-            daemon_nonce: &daemon_nonce,
-        };
+        let handshake =
+            Handshake { key: &self.key.0, cell: &cell, init_nonce: &init_nonce, daemon_nonce: &daemon_nonce };
         let challenge = ToInit::Challenge { nonce: daemon_nonce, mac: handshake.daemon_mac() };
         socket.write_all(&challenge.encode()).await.map_err(|_| "a connection closed in the handshake")?;
         let (header, body) = read_frame(&mut socket).await?;

@@ -14,7 +14,9 @@ use super::LinkEvent;
 use super::state::{Shared, Told};
 use super::wire::{BODY_BYTES_MAX, FromInit, HEADER_BYTES, Header, OutputStream, WireError};
 
-const READ_BYTES: usize = 256 << 10;
+/// Room for one read: little for a quiet cell, more while reads fill it.
+const READ_BYTES_MIN: usize = 8 << 10;
+const READ_BYTES_MAX: usize = 256 << 10;
 /// Pieces given to one write call of the system.
 const SLICES_MAX: usize = 32;
 
@@ -36,12 +38,17 @@ impl From<WireError> for End {
 }
 
 /// Takes whole frames off the front of what was read.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Frames {
     buffer: BytesMut,
+    read_bytes: usize,
 }
 
 impl Frames {
+    pub(super) fn new() -> Self {
+        Self { buffer: BytesMut::new(), read_bytes: READ_BYTES_MIN }
+    }
+
     /// The next whole frame, if it is there.
     pub(super) fn next(&mut self) -> Result<Option<(Header, Bytes)>, WireError> {
         let Some(head) = self.buffer.first_chunk::<HEADER_BYTES>() else { return Ok(None) };
@@ -57,10 +64,19 @@ impl Frames {
 
     /// Where to read to.
     pub(super) fn room(&mut self) -> &mut BytesMut {
-        if self.buffer.capacity() - self.buffer.len() < READ_BYTES / 8 {
-            self.buffer.reserve(READ_BYTES);
+        if self.buffer.capacity() - self.buffer.len() < self.read_bytes / 4 {
+            self.buffer.reserve(self.read_bytes);
         }
         &mut self.buffer
+    }
+
+    /// Fits the room to what the last read brought.
+    pub(super) fn was_read(&mut self, bytes: usize) {
+        if bytes >= self.read_bytes / 2 {
+            self.read_bytes = (self.read_bytes * 2).min(READ_BYTES_MAX);
+        } else if bytes < self.read_bytes / 16 {
+            self.read_bytes = (self.read_bytes / 2).max(READ_BYTES_MIN);
+        }
     }
 }
 
@@ -72,7 +88,7 @@ pub(super) async fn read(
     stop: CancellationToken,
 ) -> End {
     let reading = async {
-        let mut frames = Frames::default();
+        let mut frames = Frames::new();
         loop {
             loop {
                 let (header, body) = match frames.next() {
@@ -85,7 +101,7 @@ pub(super) async fn read(
                 }
             }
             match socket.read_buf(frames.room()).await {
-                Ok(count) if count > 0 => {}
+                Ok(count) if count > 0 => frames.was_read(count),
                 _ => return End::Closed,
             }
         }
@@ -178,8 +194,7 @@ pub(super) async fn write(
 async fn write_all(socket: &mut OwnedWriteHalf, frames: Vec<Bytes>) -> std::io::Result<()> {
     let mut rest = frames.into_iter().collect::<std::collections::VecDeque<_>>();
     while !rest.is_empty() {
-        let slices: Vec<_> =
-            rest.iter().take(SLICES_MAX).map(|piece| std::io::IoSlice::new(piece)).collect();
+        let slices: Vec<_> = rest.iter().take(SLICES_MAX).map(|piece| std::io::IoSlice::new(piece)).collect();
         let mut written = socket.write_vectored(&slices).await?;
         if written == 0 {
             return Err(std::io::ErrorKind::WriteZero.into());

@@ -56,6 +56,9 @@ pub struct Policy {
     pub models: Models,
     /// Images.
     pub images: Images,
+    /// Versions of the CLI.
+    #[serde(default)]
+    pub agents: Agents,
     /// Tools.
     #[serde(default)]
     pub tools: Tools,
@@ -88,6 +91,24 @@ pub struct Images {
     /// What a job gets that names none; the daemon's default where absent.
     #[serde(default)]
     pub default: Option<String>,
+}
+
+/// Versions of the CLI a job may use.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Agents {
+    /// Versions, or beginnings of versions with a final `*`.
+    #[serde(default = "every")]
+    pub allow: Vec<String>,
+    /// What a job gets that names none; the daemon's, else the active bundle where absent.
+    #[serde(default)]
+    pub default: Option<String>,
+}
+
+impl Default for Agents {
+    fn default() -> Self {
+        Self { allow: every(), default: None }
+    }
 }
 
 /// Tools a job may call.
@@ -175,6 +196,7 @@ impl Policy {
             ("permission_modes", self.permission_modes.is_empty()),
             ("models.allow", self.models.allow.is_empty()),
             ("images.allow", self.images.allow.is_empty()),
+            ("agents.allow", self.agents.allow.is_empty()),
             ("tools.allow", self.tools.allow.is_empty()),
             ("workspace.modes", self.workspace.modes.is_empty()),
         ];
@@ -184,6 +206,7 @@ impl Policy {
         for (key, list) in [
             ("models.allow", &self.models.allow),
             ("images.allow", &self.images.allow),
+            ("agents.allow", &self.agents.allow),
             ("tools.allow", &self.tools.allow),
             ("tools.deny", &self.tools.deny),
             ("env.allow", &self.env.allow),
@@ -192,15 +215,19 @@ impl Policy {
                 return Err((key, format!("{bad:?}: a '*' may stand only at the end")));
             }
         }
-        if let Some(model) = &self.models.default
-            && !self.models.allow.iter().any(|p| super::matches(p, model))
-        {
-            return Err(("models.default", format!("{model} is not among models.allow")));
-        }
-        if let Some(image) = &self.images.default
-            && !self.images.allow.iter().any(|p| super::matches(p, image))
-        {
-            return Err(("images.default", format!("{image} is not among images.allow")));
+        for (key, default, allow) in [
+            ("models.default", &self.models.default, &self.models.allow),
+            ("images.default", &self.images.default, &self.images.allow),
+            ("agents.default", &self.agents.default, &self.agents.allow),
+        ] {
+            if let Some(name) = default
+                && !allow.iter().any(|p| super::matches(p, name))
+            {
+                return Err((
+                    key,
+                    format!("{name} is not among what the policy allows ({})", allow.join(", ")),
+                ));
+            }
         }
         self.limits.check()
     }

@@ -165,6 +165,11 @@ pub fn narrow(spec: &JobSpec, policy: &Policy, defaults: &Defaults) -> Result<Pl
         .unwrap_or_else(|| defaults.image.clone());
     one_of("image", &image, &policy.images.allow)?;
 
+    let agent = spec.agent.clone().or_else(|| policy.agents.default.clone());
+    if let Some(agent) = &agent {
+        one_of("agent", agent, &policy.agents.allow)?;
+    }
+
     let mode = spec.permission_mode.unwrap_or(policy.permission_modes[0]);
     if !policy.permission_modes.contains(&mode) {
         let allowed = policy.permission_modes.iter().map(|m| m.as_str()).collect::<Vec<_>>().join(", ");
@@ -192,7 +197,7 @@ pub fn narrow(spec: &JobSpec, policy: &Policy, defaults: &Defaults) -> Result<Pl
         policy: policy.name.clone(),
         policy_hash: policy.hash.clone(),
         image,
-        agent: spec.agent.clone(),
+        agent,
         model,
         fallback_model: spec.fallback_model.clone(),
         effort: spec.effort,

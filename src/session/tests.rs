@@ -159,7 +159,13 @@ fn an_outcome_needs_both_the_exit_status_and_the_result() {
     }
     let mut cut = booted(r#"{"prompt":"x"}"#);
     cut.on_line(br#"{"type":"result","subtype":"success","is_error":true,"result":"Unable to connect"}"#);
-    assert_eq!(reason(cut.outcome(&exit(1), Some(0))).1, FailReason::ProviderError);
+    assert_eq!(reason(cut.outcome(&exit(1), Some(Trouble::Provider(0)))).1, FailReason::ProviderError);
+    let mut refused = booted(r#"{"prompt":"x"}"#);
+    refused.on_line(
+        br#"{"type":"result","subtype":"success","is_error":true,"api_error_status":403,"result":"no"}"#,
+    );
+    let outcome = refused.outcome(&exit(1), Some(Trouble::Refused));
+    assert_eq!(reason(outcome).1, FailReason::GatewayRefused, "the provider is not to blame for our refusal");
     let mut turns = booted(r#"{"prompt":"x"}"#);
     turns.on_line(br#"{"type":"result","subtype":"error_max_turns","is_error":true}"#);
     assert_eq!(turns.outcome(&exit(1), None), Outcome::Stopped { reason: StopReason::Turns });

@@ -173,6 +173,19 @@ impl Store {
         self.write(Durability::Now, move |db| submit(db, &job)).await
     }
 
+    /// The job that a user submitted before with this key and body.
+    ///
+    /// # Errors
+    /// [`StoreError::IdempotencyConflict`] where the key came with another body; those of SQLite.
+    pub async fn submitted_before(
+        &self,
+        uid: u32,
+        key: String,
+        hash: [u8; 32],
+    ) -> Result<Option<JobId>, StoreError> {
+        self.read(move |db| submitted_before(db, uid, &key, &hash)).await
+    }
+
     /// One job with its texts.
     ///
     /// # Errors
@@ -381,20 +394,28 @@ impl Store {
     }
 }
 
+fn submitted_before(
+    db: &Connection,
+    uid: u32,
+    key: &str,
+    hash: &[u8; 32],
+) -> Result<Option<JobId>, StoreError> {
+    let sql = "SELECT id, idem_hash FROM jobs WHERE uid = ?1 AND idem_key = ?2";
+    let found = db
+        .prepare_cached(sql)?
+        .query_row(params![uid, key], |row| Ok((parsed::<JobId>(row, 0)?, row.get::<_, Vec<u8>>(1)?)));
+    match found.optional()? {
+        None => Ok(None),
+        Some((existing, old_hash)) if old_hash == hash => Ok(Some(existing)),
+        Some((existing, _)) => Err(StoreError::IdempotencyConflict { existing }),
+    }
+}
+
 fn submit(db: &Connection, job: &NewJob) -> Result<Submitted, StoreError> {
-    if let Some((key, hash)) = &job.idem {
-        let sql = "SELECT id, idem_hash FROM jobs WHERE uid = ?1 AND idem_key = ?2";
-        let found = db.prepare_cached(sql)?.query_row(params![job.identity.uid, key], |row| {
-            Ok((parsed::<JobId>(row, 0)?, row.get::<_, Vec<u8>>(1)?))
-        });
-        if let Some((existing, old_hash)) = found.optional()? {
-            let same = old_hash == hash;
-            return if same {
-                Ok(Submitted::Existing(existing))
-            } else {
-                Err(StoreError::IdempotencyConflict { existing })
-            };
-        }
+    if let Some((key, hash)) = &job.idem
+        && let Some(existing) = submitted_before(db, job.identity.uid, key, hash)?
+    {
+        return Ok(Submitted::Existing(existing));
     }
     let sql = "INSERT INTO jobs (id, uid, gid, groups_json, state, state_json, attempt, priority, spec_json, \
                plan_json, policy, model, labels_json, idem_key, idem_hash, created_ms) \

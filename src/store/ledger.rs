@@ -93,7 +93,9 @@ impl Store {
         self.write(Durability::Soon, move |db| {
             let (settled, reserved) = (charged(db, &job)?.charged, reserved_open(db, &job)?);
             let amount = money::grant(limit, settled, reserved, want, floor).map_err(|why| match why {
-                NoRoom::Exhausted => StoreError::OverBudget { settled, reserved, limit: limit.unwrap_or_default() },
+                NoRoom::Exhausted => {
+                    StoreError::OverBudget { settled, reserved, limit: limit.unwrap_or_default() }
+                }
                 NoRoom::Busy => StoreError::BudgetBusy { settled, reserved },
             })?;
             let sql = "INSERT INTO ledger (job, cell, model, status, reserved_micro, created_ms) \
@@ -234,11 +236,7 @@ fn sums(row: &rusqlite::Row<'_>) -> rusqlite::Result<Spend> {
     Ok(Spend { charged, reserved_open: MicroUsd::ZERO, requests, usage })
 }
 
-fn put_charge(
-    db: &Connection,
-    charge: &Charge,
-    now_ms: u64,
-) -> Result<(), StoreError> {
+fn put_charge(db: &Connection, charge: &Charge, now_ms: u64) -> Result<(), StoreError> {
     let sql = "UPDATE ledger SET status = 'settled', charged_micro = ?2, usage_json = ?3, settled_ms = ?4 \
                WHERE id = ?1";
     db.prepare_cached(sql)?.execute(params![

@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used)]
+//! The store against a model of it, kill -9, a full disk and damaged files.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{BufRead, BufReader};
@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
+use super::ledger::Settled;
 use super::*;
 use crate::event::Totals;
 use crate::job::{CellId, Identity, Input, Outcome, StopReason};
@@ -218,7 +219,8 @@ async fn a_budget_is_a_bound_and_nothing_is_charged_too_little() {
     store.submit(job.clone()).await.unwrap();
     let cell = CellId::new(5);
     let limit = Some(MicroUsd(100));
-    let (first, granted) = store.reserve(&job.id, &cell, "m", MicroUsd(60), MicroUsd(60), limit, 1).await.unwrap();
+    let (first, granted) =
+        store.reserve(&job.id, &cell, "m", MicroUsd(60), MicroUsd(60), limit, 1).await.unwrap();
     assert_eq!(granted, MicroUsd(60));
     let refused = store.reserve(&job.id, &cell, "m", MicroUsd(41), MicroUsd(41), limit, 1).await;
     let (settled, reserved) = (MicroUsd::ZERO, MicroUsd(60));
@@ -509,9 +511,10 @@ impl Model {
                 let Some((id, _)) = self.pick(job) else { return };
                 let spent = self.charged.get(&id).copied().unwrap_or(0) + self.reserved(&id);
                 let cell = CellId::new(1);
-                let got = store.reserve(&id, &cell, "m", MicroUsd(amount), MicroUsd(amount), Some(LIMIT), 1).await;
+                let got =
+                    store.reserve(&id, &cell, "m", MicroUsd(amount), MicroUsd(amount), Some(LIMIT), 1).await;
                 assert_eq!(got.is_ok(), spent + amount <= LIMIT.0);
-                if let Ok(reservation) = got {
+                if let Ok((reservation, _)) = got {
                     assert!(self.open.insert(reservation, (id, amount)).is_none());
                 }
             }

@@ -1,6 +1,6 @@
 //! The agent's bundle from a registry, and the default cell image from nothing to a command run in it.
 //!
-//! The registry of the bundle tests is a small one on loopback. The image test uses a real engine (`DOCKER_HOST`, else
+//! The registry of the bundle tests is a small one on loopback. The image test uses a real engine (`HOTCELL_ENGINE`, else
 //! the system's socket), the machine's package mirrors and the npm registry, under names of its own that it removes.
 
 mod docker_cli;
@@ -161,7 +161,8 @@ fn refused<'a, T>(operation: &str) -> EngineFuture<'a, T>
 where
     T: Send + 'a,
 {
-    let fault = EngineFault { operation: operation.to_owned(), message: "not in this test".to_owned(), away: false };
+    let fault =
+        EngineFault { operation: operation.to_owned(), message: "not in this test".to_owned(), away: false };
     Box::pin(async move { Err(fault) })
 }
 

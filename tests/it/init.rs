@@ -168,9 +168,8 @@ async fn a_program_runs_and_its_end_is_reported_after_its_output() {
 async fn fifteen_lost_links_lose_and_double_no_byte() {
     let mut cell = Cell::new();
     let count = 400_000; // 25 MB
-    let mut boot = cell.boot(&format!(
-        "awk 'BEGIN {{ for (i = 0; i < {count}; i++) printf \"%063d\\n\", i }}'"
-    ));
+    let mut boot =
+        cell.boot(&format!("awk 'BEGIN {{ for (i = 0; i < {count}; i++) printf \"%063d\\n\", i }}'"));
     boot.buffer_bytes_max = 1 << 20;
     cell.start(&boot);
     let expected = numbers(count);
@@ -312,7 +311,11 @@ async fn an_agent_that_speaks_on_the_socket_gets_nothing_and_disturbs_nothing() 
     journal.extend_from_slice(&finish(&mut link).await.0);
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
     for thread in flood {
-        assert_eq!(thread.join().expect("the impostor ends"), 0, "an impostor was answered as if it were init");
+        assert_eq!(
+            thread.join().expect("the impostor ends"),
+            0,
+            "an impostor was answered as if it were init"
+        );
     }
     assert!(journal == expected);
     link.destroy().await.expect("the link ends");
@@ -448,7 +451,9 @@ async fn children_that_left_the_session_are_killed_and_their_output_is_kept() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_cannot_start_is_named() {
-    for (program, cwd, errno) in [("/nonexistent/agent", "/", 2), ("/etc/passwd", "/", 13), ("true", "/no", 2)] {
+    for (program, cwd, errno) in
+        [("/nonexistent/agent", "/", 2), ("/etc/passwd", "/", 13), ("true", "/no", 2)]
+    {
         let mut cell = Cell::new();
         let mut link = cell.link(Resume::default()).await;
         let mut boot = cell.boot("");
@@ -636,7 +641,13 @@ fn a_broken_connection_is_closed_and_the_number_of_connections_is_bounded() {
 
 #[test]
 fn a_wrong_boot_message_ends_init_with_a_code() {
-    for message in [b"".as_slice(), b"HCB\x01", b"garbage and more of it", b"HCB\x01\xff\xff\xff\xff", b"HCB\x01\x02\0\0\0\x01\0"] {
+    for message in [
+        b"".as_slice(),
+        b"HCB\x01",
+        b"garbage and more of it",
+        b"HCB\x01\xff\xff\xff\xff",
+        b"HCB\x01\x02\0\0\0\x01\0",
+    ] {
         let mut init = Command::new(env!("CARGO_BIN_EXE_hotcell-init"))
             .stdin(Stdio::piped())
             .stderr(Stdio::null())

@@ -5,9 +5,18 @@
 // A test says what it expects by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod api;
+mod bad_input;
+mod command;
+mod crash;
 mod engine;
+mod fake_agent;
 mod image;
 mod init;
+mod life;
+mod provider;
 mod road;
-mod world;
+mod scripted_engine;
+mod walls;
 mod workspace;
+mod world;

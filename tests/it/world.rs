@@ -29,6 +29,9 @@ pub(crate) struct World {
     daemon: Option<Child>,
     base_url: String,
     more: String,
+    engine: Option<String>,
+    /// More variables of the daemon's environment, from its next start on.
+    pub(crate) daemon_env: Vec<(String, String)>,
 }
 
 /// One answer of the daemon.
@@ -60,16 +63,28 @@ impl World {
     pub(crate) fn without_daemon(script: &str, more: &str) -> Self {
         let script = Arc::new(Script::parse(script, "test").expect("the test's script"));
         // Short, since a unix socket's path is; not below /tmp, which may be a small tmpfs.
-        let base = std::env::var_os("HOTCELL_TEST_DIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+        let base =
+            std::env::var_os("HOTCELL_TEST_DIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
         let dir = tempfile::Builder::new().prefix("hc-").tempdir_in(base).expect("temporary directory");
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let recorder = Arc::new(Recorder::memory());
         let stop = CancellationToken::new();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("loopback");
         let base_url = format!("http://{}", listener.local_addr().unwrap());
         runtime.spawn(serve(listener, script, recorder.clone(), stop.clone()));
-        let world = Self { dir, recorder, runtime, stop, daemon: None, base_url, more: more.to_owned() };
+        let world = Self {
+            dir,
+            recorder,
+            runtime,
+            stop,
+            daemon: None,
+            base_url,
+            more: more.to_owned(),
+            engine: None,
+            daemon_env: Vec::new(),
+        };
         world.write_config();
         share(&world.state_dir());
         world
@@ -98,11 +113,21 @@ impl World {
         self.write_config();
     }
 
+    /// Another address of the engine, for the next start of the daemon.
+    pub(crate) fn set_engine(&mut self, address: &str) {
+        self.engine = Some(address.to_owned());
+    }
+
     /// Starts the daemon and waits until it answers.
     pub(crate) fn start(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let mut command = self.hotcell();
-        command.args(["serve", "--log", "info,hotcell=debug"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        command
+            .envs(self.daemon_env.iter().cloned())
+            .args(["serve", "--log", "info,hotcell=debug"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
         let child = command.spawn().expect("hotcell serve");
         self.daemon = Some(child);
         self.wait_for("the daemon answers", |world| {
@@ -120,11 +145,28 @@ impl World {
         daemon.wait().unwrap();
     }
 
+    /// The daemon's process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.daemon.as_ref().expect("a daemon").id()
+    }
+
+    /// SIGTERM to the daemon, which goes on for a while.
+    pub(crate) fn signal(&self) {
+        let pid = rustix::process::Pid::from_child(self.daemon.as_ref().expect("a daemon"));
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
     /// SIGTERM to the daemon; it must end by itself, with code 0.
     pub(crate) fn terminate(&mut self) {
+        if self.daemon.is_some() {
+            self.signal();
+            self.ended();
+        }
+    }
+
+    /// Waits until the daemon has ended by itself, with code 0.
+    pub(crate) fn ended(&mut self) {
         let Some(mut daemon) = self.daemon.take() else { return };
-        let pid = rustix::process::Pid::from_child(&daemon);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let until = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = daemon.try_wait().unwrap() {
@@ -148,7 +190,9 @@ impl World {
 
     /// No container, mount, loop device or cell directory. Waits a moment for the last clean-up.
     pub(crate) fn nothing_left(&mut self) {
-        self.wait_for("no job runs", |world| world.sql("SELECT count(*) FROM jobs WHERE state NOT IN ('done', 'queued')") == "0");
+        self.wait_for("no job runs", |world| {
+            world.sql("SELECT count(*) FROM jobs WHERE state NOT IN ('done', 'queued')") == "0"
+        });
         let instance = self.instance();
         let filter = format!("label=hotcell.instance={instance}");
         let left = docker(&["ps", "-aq", "--filter", &filter]);
@@ -161,7 +205,8 @@ impl World {
             let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
             assert!(!file.starts_with(&*state.to_string_lossy()), "a loop device is left: {file}");
         }
-        let cells: Vec<_> = std::fs::read_dir(state.join("cells")).unwrap().flatten().map(|e| e.path()).collect();
+        let cells: Vec<_> =
+            std::fs::read_dir(state.join("cells")).unwrap().flatten().map(|e| e.path()).collect();
         assert!(cells.is_empty(), "cells are left: {cells:?}");
     }
 
@@ -205,6 +250,7 @@ impl World {
         let keep = ["PATH", "HOTCELL_ENGINE", "DOCKER_HOST", "SSL_CERT_FILE"];
         command.env_clear().envs(std::env::vars_os().filter(|(k, _)| keep.iter().any(|n| k == n)));
         command.env("HOME", "/root").env("HOTCELL_CONFIG", self.path("config.toml"));
+        command.envs(self.engine.iter().map(|address| ("HOTCELL_ENGINE", address)));
         command
     }
 
@@ -217,7 +263,8 @@ impl World {
 
     /// One request, with curl: what a user without our client has.
     pub(crate) fn call(&self, method: &str, path: &str, body: &str) -> Answer {
-        self.try_call(method, path, body).unwrap_or_else(|| panic!("no answer to {method} {path}:\n{}", self.log()))
+        self.try_call(method, path, body)
+            .unwrap_or_else(|| panic!("no answer to {method} {path}:\n{}", self.log()))
     }
 
     fn try_call(&self, method: &str, path: &str, body: &str) -> Option<Answer> {
@@ -225,10 +272,22 @@ impl World {
     }
 
     /// The same with more of curl's arguments, and as another user where one is given.
-    pub(crate) fn curl(&self, method: &str, path: &str, body: &str, more: &[&str], uid: Option<u32>) -> Option<Answer> {
+    pub(crate) fn curl(
+        &self,
+        method: &str,
+        path: &str,
+        body: &str,
+        more: &[&str],
+        uid: Option<u32>,
+    ) -> Option<Answer> {
         use std::os::unix::process::CommandExt;
         let mut command = Command::new("curl");
-        command.args(["-sS", "--unix-socket"]).arg(self.socket()).args(["-X", method, "-w", "\n%{http_code}"]);
+        command.args(["-sS", "--unix-socket"]).arg(self.socket()).args([
+            "-X",
+            method,
+            "-w",
+            "\n%{http_code}",
+        ]);
         command.args(more).arg(format!("http://hotcell{path}"));
         if !body.is_empty() {
             command.args(["--data-binary", "@-", "-H", "content-type: application/json"]);
@@ -236,8 +295,12 @@ impl World {
         if let Some(uid) = uid {
             command.uid(uid).gid(uid);
         }
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("curl");
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("curl");
         let mut stdin = child.stdin.take().unwrap();
         let body = body.to_owned();
         let writer = std::thread::spawn(move || {
@@ -299,22 +362,31 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         // A failed test: its processes must not outlive it. What it left on the engine is said by its failure.
-        if let Some(mut daemon) = self.daemon.take() {
-            let _ = daemon.kill();
-            let _ = daemon.wait();
+        let daemon = self.daemon.take();
+        if daemon.is_some() || std::thread::panicking() {
+            if let Some(mut daemon) = daemon {
+                let _ = daemon.kill();
+                let _ = daemon.wait();
+            }
             let instance = self.instance();
-            for id in docker(&["ps", "-aq", "--filter", &format!("label=hotcell.instance={instance}")]).split_whitespace() {
+            for id in docker(&["ps", "-aq", "--filter", &format!("label=hotcell.instance={instance}")])
+                .split_whitespace()
+            {
                 docker(&["rm", "-f", id]);
             }
             // The next daemon's sweep is what takes mounts down; here it is ours.
             let mut command = self.hotcell();
-            let cleaner = command.args(["serve", "--log", "error"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+            let cleaner =
+                command.args(["serve", "--log", "error"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
             if let Ok(mut cleaner) = cleaner {
                 let until = Instant::now() + Duration::from_secs(20);
                 while Instant::now() < until && self.try_call("GET", "/healthz", "").is_none() {
                     std::thread::sleep(Duration::from_millis(50));
                 }
-                let _ = rustix::process::kill_process(rustix::process::Pid::from_child(&cleaner), rustix::process::Signal::TERM);
+                let _ = rustix::process::kill_process(
+                    rustix::process::Pid::from_child(&cleaner),
+                    rustix::process::Signal::TERM,
+                );
                 let _ = cleaner.wait();
             }
         }
@@ -325,9 +397,14 @@ impl Drop for World {
 
 /// NDJSON → values; numbers must be there without gaps.
 pub(crate) fn events(body: &str) -> Vec<Value> {
-    let events: Vec<Value> = body.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect();
+    let events: Vec<Value> =
+        body.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect();
     for pair in events.windows(2) {
-        assert_eq!(pair[0]["seq"].as_u64().unwrap() + 1, pair[1]["seq"].as_u64().unwrap(), "a gap in the numbers");
+        assert_eq!(
+            pair[0]["seq"].as_u64().unwrap() + 1,
+            pair[1]["seq"].as_u64().unwrap(),
+            "a gap in the numbers"
+        );
     }
     events
 }
@@ -335,7 +412,8 @@ pub(crate) fn events(body: &str) -> Vec<Value> {
 /// All text of tool results, in order.
 pub(crate) fn tool_results(events: &[Value]) -> String {
     let frames = events.iter().filter(|e| e["type"] == "frame" && e["frame"]["type"] == "user");
-    let blocks = frames.flat_map(|e| e["frame"]["message"]["content"].as_array().cloned().unwrap_or_default());
+    let blocks =
+        frames.flat_map(|e| e["frame"]["message"]["content"].as_array().cloned().unwrap_or_default());
     let results = blocks.filter(|b| b["type"] == "tool_result");
     results
         .map(|b| match &b["content"] {
@@ -374,7 +452,8 @@ pub(crate) fn init_binary() -> PathBuf {
 
 /// Bundles and image records of the machine's own state directory, which `make image` fills.
 fn share(state: &Path) {
-    let from = std::env::var_os("HOTCELL_STATE_DIR").map_or_else(|| PathBuf::from("/var/lib/hotcell"), PathBuf::from);
+    let from = std::env::var_os("HOTCELL_STATE_DIR")
+        .map_or_else(|| PathBuf::from("/var/lib/hotcell"), PathBuf::from);
     std::fs::create_dir(state).unwrap();
     for name in ["agents", "images"] {
         let source = from.join(name);

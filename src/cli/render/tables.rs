@@ -184,11 +184,18 @@ pub(crate) fn agents(paint: Paint, bundles: &[Bundle], active: &Version) -> Text
     for bundle in bundles {
         let (style, state) = match &bundle.state {
             Qualification::Installed => (Style::Dim, "not tested".to_owned()),
-            Qualification::Qualified { report } => (Style::Good, words::plural(report.checks.len() as u64, "check") + " passed"),
+            Qualification::Qualified { report } => {
+                (Style::Good, words::plural(report.checks.len() as u64, "check") + " passed")
+            }
             Qualification::Failed { why, .. } => (Style::Bad, format!("failed: {}", one_line(why, 100))),
         };
         let mark = if bundle.version == *active { "*" } else { " " };
-        let name = format!("{mark} {} {}  {:.0} MB  ", bundle.version, bundle.platform, bundle.size_bytes as f64 / 1e6);
+        let name = format!(
+            "{mark} {} {}  {:.0} MB  ",
+            bundle.version,
+            bundle.platform,
+            bundle.size_bytes as f64 / 1e6
+        );
         text = text.plain(&name).add(style, &state).end();
     }
     text

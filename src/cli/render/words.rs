@@ -141,6 +141,9 @@ fn after_failure(reason: FailReason, job: &str) -> String {
         FailReason::AgentProtocol => "this version of the CLI may not be supported: hotcell agent ls".into(),
         FailReason::Oom => "give it more with --memory; its policy is the ceiling".into(),
         FailReason::DiskFull => "give it more with --disk; its policy is the ceiling".into(),
+        FailReason::GatewayRefused => {
+            format!("its policy does not allow what it asked of the model; hotcell logs {job} shows what")
+        }
         FailReason::ProviderAuth => {
             "the daemon's credential was refused: see [provider.anthropic] in its configuration".into()
         }

@@ -9,10 +9,10 @@ use tokio::process::Command;
 pub(super) struct DockerCli;
 
 impl DockerCli {
-    /// Uses the engine of `DOCKER_HOST`, else the system's; fails the test where none answers.
+    /// Uses the engine that hotcell itself finds; fails the test where none answers.
     pub(super) async fn connect() -> Self {
         let answer = docker(&["version", "--format", "{{.Server.APIVersion}}"]).await;
-        assert!(answer.is_ok(), "this test needs a Docker engine (set DOCKER_HOST): {answer:?}");
+        assert!(answer.is_ok(), "this test needs a Docker engine (run `make engine`): {answer:?}");
         Self
     }
 
@@ -57,8 +57,11 @@ impl DockerCli {
 }
 
 async fn docker(arguments: &[&str]) -> Result<String, EngineFault> {
-    let fault = |message: String| EngineFault { operation: format!("docker {}", arguments[0]), message, away: false };
+    let fault =
+        |message: String| EngineFault { operation: format!("docker {}", arguments[0]), message, away: false };
+    let address = hotcell::engine::find_address(None).map_err(|error| fault(error.to_string()))?;
     let mut command = Command::new("docker");
+    command.args(["-H", &address]);
     command.args(arguments).env("DOCKER_BUILDKIT", "0").stdin(Stdio::null()).kill_on_drop(true);
     let output = command.output().await.map_err(|error| fault(error.to_string()))?;
     if !output.status.success() {
@@ -108,7 +111,9 @@ impl ImageEngine for DockerCli {
             }
             arguments.push("-".to_owned());
             let context = std::fs::File::open(&build.context).unwrap();
+            let address = hotcell::engine::find_address(None).expect("an engine: run `make engine`");
             let mut command = Command::new("docker");
+            command.args(["-H", &address]);
             command.args(&arguments).env("DOCKER_BUILDKIT", "0").stdin(context).kill_on_drop(true);
             let output = command.output().await.unwrap();
             String::from_utf8_lossy(&output.stdout).lines().for_each(on_line);

@@ -1,0 +1,199 @@
+//! The rooms of a cell on the host: its directory, its staged workspace, its scratch space, and the user
+//! database it sees. All of it blocks. What is made here is taken down by the sweep of the cell's directory,
+//! whoever of us is still alive then.
+
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use super::prepare::{PrepareError, failed};
+use super::{Accepted, Settings};
+use crate::agent::options;
+use crate::job::spec::WorkspaceMode;
+use crate::job::{FailReason, Identity};
+use crate::policy::PlanLimits;
+use crate::workspace::{
+    self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, WorkspaceError,
+};
+
+/// Files and directories that a scratch space can hold, per MiB of its size.
+const INODES_PER_MIB: u64 = 128;
+/// Longest CLAUDE.md that is handed over, in bytes.
+const CLAUDE_MD_BYTES_MAX: u64 = 64 * 1024;
+
+/// Where the cell's parts lie on the host.
+pub(super) struct Dirs {
+    pub(super) run: PathBuf,
+    pub(super) etc: PathBuf,
+    pub(super) home: PathBuf,
+    pub(super) tmp: PathBuf,
+    pub(super) workspace: PathBuf,
+}
+
+/// Whom the cell runs as.
+pub(super) struct Who {
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) groups: Vec<u32>,
+}
+
+impl Who {
+    pub(super) fn owner(&self) -> (u32, u32) {
+        (self.uid, self.gid)
+    }
+}
+
+/// What the blocking part of the preparation gives back.
+pub(super) struct Made {
+    pub(super) dirs: Dirs,
+    pub(super) who: Who,
+    pub(super) notes: Vec<String>,
+    pub(super) claude_md: Option<String>,
+}
+
+/// Makes all rooms of one cell in `dir`. Blocks.
+pub(super) fn make(
+    settings: &Settings,
+    accepted: &Accepted,
+    identity: &Identity,
+    uid: u32,
+    dir: &Path,
+) -> Result<Made, PrepareError> {
+    let staged = stage(settings, accepted, identity, uid, dir)?;
+    finish_directories(settings, &accepted.plan.limits, dir, staged)
+}
+
+/// The workspace, and whom the cell must run as for it.
+struct StagedDir {
+    path: Option<PathBuf>,
+    who: Who,
+    notes: Vec<String>,
+    claude_md: Option<String>,
+}
+
+fn stage(
+    settings: &Settings,
+    accepted: &Accepted,
+    identity: &Identity,
+    uid: u32,
+    dir: &Path,
+) -> Result<StagedDir, PrepareError> {
+    make_dir(&settings.cells_dir(), 0o711)?;
+    make_dir(dir, 0o711)?;
+    let plan = &accepted.plan;
+    let read_only = plan.workspace_mode == WorkspaceMode::ReadOnly;
+    let record = match (&accepted.workspace, plan.workspace_mode) {
+        (Some(record), WorkspaceMode::Bind | WorkspaceMode::ReadOnly) => record,
+        (_, WorkspaceMode::None) | (None, _) => {
+            let own = rustix::process::geteuid().as_raw();
+            let (uid, gid) = if own == 0 { (uid, uid) } else { (own, rustix::process::getegid().as_raw()) };
+            let who = Who { uid, gid, groups: Vec::new() };
+            return Ok(StagedDir { path: None, who, notes: Vec::new(), claude_md: None });
+        }
+    };
+    let guard = Guard::for_user(&settings.state_dir, identity.uid);
+    let fd = workspace::reopen_as(identity, record, &guard).map_err(|e| workspace_failure(&e))?;
+    // Private ids of the submitter's groups follow the cell's own.
+    let count = identity.groups.len().min(40) as u32;
+    let groups: Vec<u32> = (1..=count).map(|n| uid.wrapping_add(n)).collect();
+    let ids = CellIds {
+        submitter: identity,
+        cell_uid: uid,
+        cell_gid: uid,
+        cell_groups: &groups,
+        runtime_maps_ids: true,
+    };
+    let mode = if read_only { Mode::ReadOnly } else { Mode::Bind };
+    let staged =
+        workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
+    let who = match staged.ids().clone() {
+        StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
+            Who { uid, gid, groups }
+        }
+    };
+    let notes = staged.note().map(str::to_owned).into_iter().collect();
+    let hand_over = plan.hand_over_claude_md && !plan.project_settings;
+    let claude_md = match hand_over {
+        true => workspace::read_text(identity, record, &fd, "CLAUDE.md", CLAUDE_MD_BYTES_MAX)
+            .map_err(|e| workspace_failure(&e))?,
+        false => None,
+    };
+    // Taken down by the sweep of the cell's directory, like everything else in it.
+    let path = staged.path().to_owned();
+    Ok(StagedDir { path: Some(path), who, notes, claude_md })
+}
+
+fn finish_directories(
+    settings: &Settings,
+    limits: &PlanLimits,
+    dir: &Path,
+    staged: StagedDir,
+) -> Result<Made, PrepareError> {
+    let StagedDir { path, who, mut notes, claude_md } = staged;
+    let plan = ScratchPlan {
+        bytes_max: limits.disk_bytes,
+        inodes_max: limits.disk_bytes / (1024 * 1024) * INODES_PER_MIB,
+        host_reserve_bytes: settings.disk_reserve_bytes,
+        template_dir: settings.state_dir.join("scratch-templates"),
+    };
+    make_dir(&plan.template_dir, 0o700)?;
+    let scratch = Scratch::create(dir, &plan, who.uid, who.gid).map_err(|e| scratch_failure(&e))?;
+    if let Some(why) = scratch.fallback_reason() {
+        notes.push(format!("the disk limit is not enforced by the kernel here: {why}"));
+    }
+    let run = dir.join("run");
+    make_dir(&run, 0o711)?;
+    let etc = dir.join("etc");
+    make_dir(&etc, 0o711)?;
+    write_users(&etc, &who)?;
+    make_dir(&etc.join("claude-code"), 0o755)?;
+    // A job without a directory works in an empty one on its scratch space.
+    let workspace = path.unwrap_or_else(|| scratch.work());
+    let dirs = Dirs { run, etc, home: scratch.home(), tmp: scratch.tmp(), workspace };
+    Ok(Made { dirs, who, notes, claude_md })
+}
+
+/// A user database for the cell: programs ask for the name of the user they run as.
+fn write_users(etc: &Path, who: &Who) -> Result<(), PrepareError> {
+    let home = options::HOME;
+    let passwd = format!(
+        "root:x:0:0:root:/root:/usr/sbin/nologin\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\nagent:x:{}:{}:agent:{home}:/bin/sh\n",
+        who.uid, who.gid
+    );
+    let mut group = format!("root:x:0:\nnogroup:x:65534:\nagent:x:{}:\n", who.gid);
+    for (index, gid) in who.groups.iter().enumerate() {
+        group.push_str(&format!("group{}:x:{gid}:agent\n", index + 1));
+    }
+    for (name, text) in [("passwd", passwd), ("group", group)] {
+        let path = etc.join(name);
+        let written = std::fs::write(&path, text)
+            .and_then(|()| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)));
+        written.map_err(|e| io_failure(&path, &e))?;
+    }
+    Ok(())
+}
+
+fn make_dir(path: &Path, mode: u32) -> Result<(), PrepareError> {
+    match std::fs::DirBuilder::new().mode(mode).create(path) {
+        Ok(()) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
+        Err(e) => return Err(io_failure(path, &e)),
+    }
+    // The umask may have taken bits away.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(|e| io_failure(path, &e))
+}
+
+fn workspace_failure(error: &WorkspaceError) -> PrepareError {
+    let reason = match error {
+        WorkspaceError::Moved { .. } => FailReason::WorkspaceMoved,
+        _ => FailReason::WorkspaceSetup,
+    };
+    failed(reason, error)
+}
+
+fn scratch_failure(error: &ScratchError) -> PrepareError {
+    failed(FailReason::WorkspaceSetup, error)
+}
+
+fn io_failure(path: &Path, error: &std::io::Error) -> PrepareError {
+    failed(FailReason::Internal, format!("cannot write {}: {error}", path.display()))
+}

@@ -1,0 +1,144 @@
+//! A made-up CLI for tests: speaks the least of the stream-json protocol and does what the task says. Compiled
+//! by the tests with rustc, static, without dependencies. A task is a list of commands with `;` between:
+//!
+//! `print N BYTES [PAUSE_US]` numbered lines; `flood` without end; `sleep S`; `ask N` tool calls, each waits for its
+//! answer; `empty N` empty lines; `partial` a line without an end; `long BYTES` one line; `deaf` to interrupt, SIGINT
+//! and SIGTERM; `linger` after the result; `exit CODE` at once, without a result. Then comes the result.
+//! The variable FAKE_BOOT is `deaf` (never answers), `die`, or a number of milliseconds to wait.
+
+use std::io::{BufRead, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+unsafe extern "C" {
+    fn signal(number: i32, handler: usize) -> usize;
+}
+
+static DEAF: AtomicBool = AtomicBool::new(false);
+static LINGER: AtomicBool = AtomicBool::new(false);
+
+/// The text of a string field; good enough for the daemon's own frames and for tasks without escapes.
+fn text<'a>(line: &'a str, name: &str) -> Option<&'a str> {
+    let start = line.find(&format!("\"{name}\":\""))? + name.len() + 4;
+    line[start..].split('"').next()
+}
+
+fn say(line: &str) {
+    let mut out = std::io::stdout().lock();
+    out.write_all(line.as_bytes()).unwrap();
+    out.write_all(b"\n").unwrap();
+    out.flush().unwrap();
+}
+
+fn answer(id: &str) {
+    say(&format!(
+        "{{\"type\":\"control_response\",\"response\":{{\"subtype\":\"success\",\"request_id\":\"{id}\",\"response\":{{}}}}}}"
+    ));
+}
+
+fn main() {
+    let boot = std::env::var("FAKE_BOOT").unwrap_or_default();
+    if boot == "die" {
+        eprintln!("the made-up agent dies in its boot");
+        std::process::exit(3);
+    }
+    if let Ok(ms) = boot.parse() {
+        std::thread::sleep(Duration::from_millis(ms));
+    }
+    let (tasks, task) = channel();
+    let (answers, answered) = channel();
+    let reader = std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines() {
+            let line = line.unwrap();
+            if boot == "deaf" {
+                continue;
+            }
+            let id = text(&line, "request_id").unwrap_or_default();
+            match () {
+                () if line.contains("\"type\":\"control_response\"") => answers.send(id.to_owned()).unwrap(),
+                () if line.contains("\"subtype\":\"interrupt\"") => {
+                    if !DEAF.load(Ordering::SeqCst) {
+                        std::process::exit(130);
+                    }
+                }
+                () if line.contains("\"subtype\":\"end_session\"") => {
+                    if !LINGER.load(Ordering::SeqCst) {
+                        answer(id);
+                        std::process::exit(0);
+                    }
+                }
+                () if line.contains("\"type\":\"control_request\"") => answer(id),
+                () => tasks.send(text(&line, "content").unwrap_or_default().to_owned()).unwrap(),
+            }
+        }
+    });
+    for task in task {
+        for command in task.split(';') {
+            act(command.trim(), &answered);
+        }
+        say(
+            "{\"type\":\"result\",\"subtype\":\"success\",\"is_error\":false,\"result\":\"all done\",\"total_cost_usd\":0}",
+        );
+    }
+    reader.join().unwrap();
+}
+
+fn act(command: &str, answered: &Receiver<String>) {
+    let words: Vec<&str> = command.split_whitespace().collect();
+    let number = |at: usize| words.get(at).and_then(|w| w.parse::<u64>().ok()).unwrap_or(0);
+    match words.first().copied().unwrap_or_default() {
+        "print" => {
+            let pad = "x".repeat(number(2) as usize);
+            for n in 0..number(1) {
+                say(&format!("{{\"type\":\"system\",\"subtype\":\"line\",\"n\":{n},\"pad\":\"{pad}\"}}"));
+                if number(3) > 0 {
+                    std::thread::sleep(Duration::from_micros(number(3)));
+                }
+            }
+        }
+        "flood" => {
+            let line =
+                format!("{{\"type\":\"system\",\"subtype\":\"flood\",\"pad\":\"{}\"}}\n", "x".repeat(1000));
+            let block = line.repeat(256);
+            loop {
+                std::io::stdout().lock().write_all(block.as_bytes()).unwrap();
+            }
+        }
+        "sleep" => std::thread::sleep(Duration::from_secs(number(1))),
+        "ask" => {
+            for n in 0..number(1) {
+                let id = format!("ask-{n}");
+                say(&format!(
+                    "{{\"type\":\"control_request\",\"request_id\":\"{id}\",\"request\":{{\"subtype\":\"can_use_tool\",\
+                     \"tool_name\":\"Bash\",\"input\":{{}},\"tool_use_id\":\"use-{n}\"}}}}"
+                ));
+                let got = answered.recv().unwrap();
+                say(&format!(
+                    "{{\"type\":\"system\",\"subtype\":\"got\",\"asked\":\"{id}\",\"got\":\"{got}\"}}"
+                ));
+                std::thread::sleep(Duration::from_micros(number(2)));
+            }
+        }
+        "empty" => (0..number(1)).for_each(|_| say("")),
+        "long" => say(&"y".repeat(number(1) as usize)),
+        "partial" => {
+            let mut out = std::io::stdout().lock();
+            out.write_all(b"no line feed").unwrap();
+            out.flush().unwrap();
+        }
+        "stderr" => eprintln!("{}", words[1..].join(" ")),
+        "deaf" => {
+            DEAF.store(true, Ordering::SeqCst);
+            // SAFETY: 1 is SIG_IGN; 2 and 15 are SIGINT and SIGTERM.
+            unsafe {
+                signal(2, 1);
+                signal(15, 1);
+            }
+            say("{\"type\":\"system\",\"subtype\":\"deaf\"}");
+        }
+        "linger" => LINGER.store(true, Ordering::SeqCst),
+        "exit" => std::process::exit(number(1) as i32),
+        _ => {}
+    }
+}

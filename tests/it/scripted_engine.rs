@@ -1,0 +1,410 @@
+//! The daemon in this process, with an engine that has no containers at all: it keeps a list, says what the test
+//! tells it to say, and remembers what it was asked. For what a real engine does not do on demand.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use hotcell::config::{ApiKeySource, Config, Defaults, Limits, Provider};
+use hotcell::daemon::{self, Listeners, Shutdown};
+use hotcell::engine::{
+    BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Found, ImageInfo, Progress,
+    Reply,
+};
+use hotcell::job::{CellId, InstanceId};
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+
+use crate::fake_agent;
+use crate::world::{PATIENCE, init_binary};
+
+/// What goes wrong.
+#[derive(Default)]
+struct Script {
+    create_fails: bool,
+    /// Creates wait until it is false.
+    create_held: bool,
+    start_fails: bool,
+    /// Waits fail as if the engine were away.
+    wait_fails: bool,
+    /// Removals fail until it is false.
+    remove_fails: bool,
+}
+
+#[derive(Default)]
+struct State {
+    script: Script,
+    containers: BTreeMap<String, (CellId, bool)>,
+    calls: Vec<&'static str>,
+}
+
+#[derive(Default)]
+struct Scripted {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+impl Scripted {
+    fn with<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
+        let result = look(&mut self.state.lock().unwrap());
+        self.changed.notify_waiters();
+        result
+    }
+
+    fn script(&self, change: impl FnOnce(&mut Script)) {
+        self.with(|state| change(&mut state.script));
+    }
+
+    fn count(&self, call: &str) -> usize {
+        self.state.lock().unwrap().calls.iter().filter(|c| **c == call).count()
+    }
+
+    async fn until<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> T {
+        loop {
+            let changed = self.changed.notified();
+            let found = ready(&mut self.state.lock().unwrap());
+            if let Some(found) = found {
+                return found;
+            }
+            changed.await;
+        }
+    }
+}
+
+fn refused(what: &'static str) -> EngineError {
+    EngineError::Refused { what, status: 500, message: "as the test says".to_owned() }
+}
+
+fn image(reference: &str) -> ImageInfo {
+    let id = if reference.starts_with("sha256:") {
+        reference.to_owned()
+    } else {
+        format!("sha256:{}", "a".repeat(64))
+    };
+    let labels = BTreeMap::new();
+    let (os, path_env, volumes) = ("linux".to_owned(), None, Vec::new());
+    ImageInfo { id, arch: "x64".to_owned(), os, labels, size_bytes: 1, path_env, volumes }
+}
+
+impl Engine for Scripted {
+    fn info(&self) -> Reply<'_, EngineInfo> {
+        let text = str::to_owned;
+        let (version, api_version, arch, os) = (text("0"), text("1.41"), text("x64"), text("linux"));
+        let (runtimes, default_runtime, cgroup_version) = (Vec::new(), text("none"), text("2"));
+        let root_dir = "/nowhere".into();
+        Box::pin(async move {
+            Ok(EngineInfo {
+                version,
+                api_version,
+                arch,
+                os,
+                runtimes,
+                default_runtime,
+                cgroup_version,
+                root_dir,
+            })
+        })
+    }
+    fn image<'a>(&'a self, reference: &'a str) -> Reply<'a, Option<ImageInfo>> {
+        Box::pin(async move { Ok(Some(image(reference))) })
+    }
+    fn pull<'a>(&'a self, reference: &'a str, _: &'a Progress) -> Reply<'a, ImageInfo> {
+        Box::pin(async move { Ok(image(reference)) })
+    }
+    fn build<'a>(&'a self, _: &'a BuildSpec, _: &'a Progress) -> Reply<'a, ImageInfo> {
+        Box::pin(async { Err(refused("build")) })
+    }
+    fn import<'a>(
+        &'a self,
+        _: &'a Path,
+        _: &'a str,
+        _: &'a [String],
+        _: &'a Progress,
+    ) -> Reply<'a, ImageInfo> {
+        Box::pin(async { Err(refused("import")) })
+    }
+    fn tag<'a>(&'a self, _: &'a str, _: &'a str) -> Reply<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+    fn remove_image<'a>(&'a self, _: &'a str) -> Reply<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+    fn probe_paths<'a>(
+        &'a self,
+        _: &'a InstanceId,
+        _: &'a str,
+        paths: &'a [&'a str],
+    ) -> Reply<'a, Vec<bool>> {
+        Box::pin(async move {
+            Ok(paths.iter().map(|path| !path.contains("alpine") && !path.contains("musl")).collect())
+        })
+    }
+    fn create<'a>(&'a self, spec: &'a CellSpec) -> Reply<'a, ContainerId> {
+        Box::pin(async move {
+            self.with(|state| state.calls.push("create"));
+            self.until(|state| (!state.script.create_held).then_some(())).await;
+            self.with(|state| {
+                if state.script.create_fails {
+                    return Err(refused("create a container"));
+                }
+                let id = hotcell::engine::container_name(&spec.instance, &spec.cell);
+                state.containers.insert(id.as_str().to_owned(), (spec.cell.clone(), false));
+                Ok(id)
+            })
+        })
+    }
+    fn start<'a>(&'a self, container: &'a ContainerId, _: &'a [u8]) -> Reply<'a, ()> {
+        Box::pin(async move {
+            self.with(|state| {
+                state.calls.push("start");
+                if state.script.start_fails {
+                    return Err(refused("start a container"));
+                }
+                state.containers.get_mut(container.as_str()).unwrap().1 = true;
+                Ok(())
+            })
+        })
+    }
+    fn wait<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, Exit> {
+        Box::pin(async move {
+            self.with(|state| state.calls.push("wait"));
+            self.until(|state| {
+                if state.script.wait_fails {
+                    let (address, detail) = ("unix:///nowhere".to_owned(), "as the test says".to_owned());
+                    return Some(Err(EngineError::Unavailable { address, detail }));
+                }
+                let (oom_killed, error, stderr_tail) = (false, None, String::new());
+                match state.containers.get(container.as_str()) {
+                    Some((_, true)) => None,
+                    _ => Some(Ok(Exit { code: 137, oom_killed, error, stderr_tail })),
+                }
+            })
+            .await
+        })
+    }
+    fn kill<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, ()> {
+        Box::pin(async move {
+            self.with(|state| {
+                state.calls.push("kill");
+                if let Some(entry) = state.containers.get_mut(container.as_str()) {
+                    entry.1 = false;
+                }
+            });
+            Ok(())
+        })
+    }
+    fn remove<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, ()> {
+        Box::pin(async move {
+            self.with(|state| {
+                state.calls.push("remove");
+                if state.script.remove_fails {
+                    return Err(refused("remove a container"));
+                }
+                state.containers.remove(container.as_str());
+                Ok(())
+            })
+        })
+    }
+    fn list<'a>(&'a self, _: &'a InstanceId) -> Reply<'a, Vec<Found>> {
+        Box::pin(async move {
+            let found = |(id, (cell, running)): (&String, &(CellId, bool))| Found {
+                container: ContainerId::new(id.clone()),
+                cell: Some(cell.clone()),
+                running: *running,
+                state: String::new(),
+            };
+            Ok(self.with(|state| state.containers.iter().map(found).collect()))
+        })
+    }
+    fn state_pid<'a>(&'a self, _: &'a ContainerId) -> Reply<'a, Option<u32>> {
+        Box::pin(async { Ok(None) })
+    }
+}
+
+/// A daemon in this process.
+struct House {
+    dir: tempfile::TempDir,
+    engine: Arc<Scripted>,
+    shutdown: Shutdown,
+    daemon: Option<std::thread::JoinHandle<()>>,
+}
+
+impl House {
+    fn new(slots: u32, script: Script) -> Self {
+        let dir = tempfile::Builder::new().prefix("hc-").tempdir_in("/var/tmp").unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::create_dir_all(dir.path().join("state/images")).unwrap();
+        fake_agent::install(&dir.path().join("state"));
+        std::fs::write(dir.path().join("key"), "sk-test").unwrap();
+        let engine = Arc::new(Scripted::default());
+        engine.script(|s| *s = script);
+        let shutdown = Shutdown::default();
+        let config = config(dir.path(), slots);
+        let (engine_of, shutdown_of) = (engine.clone(), shutdown.clone());
+        let (listening, listens) = std::sync::mpsc::channel();
+        let daemon = std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+            runtime.block_on(async move {
+                let api = tokio::net::UnixListener::bind(&config.socket).unwrap();
+                listening.send(()).unwrap();
+                let listeners = Listeners { api, metrics: None };
+                daemon::run(config, listeners, engine_of, "scripted".to_owned(), shutdown_of).await.unwrap();
+            });
+        });
+        listens.recv().unwrap();
+        Self { dir, engine, shutdown, daemon: Some(daemon) }
+    }
+
+    fn call(&self, method: &str, path: &str, body: &str) -> Value {
+        let mut socket = UnixStream::connect(self.dir.path().join("s")).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let length = body.len();
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n"
+        );
+        write!(socket, "{head}content-type: application/json\r\n\r\n{body}").unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).unwrap();
+        let (_, body) =
+            answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer to {path}: {answer}"));
+        serde_json::from_str(body).unwrap_or_else(|e| panic!("{e}: {answer}"))
+    }
+
+    fn submit(&self) -> String {
+        let spec = json!({ "prompt": "x", "image": "some/image", "policy": "trusted", "limits": { "disk_mib": 64 } });
+        self.call("POST", "/v1/jobs", &spec.to_string())["id"].as_str().unwrap().to_owned()
+    }
+
+    fn show(&self, job: &str) -> Value {
+        self.call("GET", &format!("/v1/jobs/{job}"), "")
+    }
+
+    fn cancel(&self, job: &str) {
+        self.call("POST", &format!("/v1/jobs/{job}/cancel"), "");
+    }
+
+    fn wait_for(&self, what: &str, mut condition: impl FnMut(&Self) -> bool) {
+        let until = Instant::now() + PATIENCE;
+        while !condition(self) {
+            assert!(Instant::now() < until, "waited in vain: {what}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn done(&self, job: &str) -> Value {
+        self.wait_for("the job is over", |house| house.show(job)["state"] == "done");
+        self.show(job)
+    }
+
+    fn end(mut self) {
+        self.shutdown.drain.cancel();
+        self.daemon.take().unwrap().join().unwrap();
+        assert!(self.engine.state.lock().unwrap().containers.is_empty(), "containers are left");
+        let state = self.dir.path().join("state");
+        assert_eq!(std::fs::read_dir(state.join("cells")).unwrap().count(), 0, "cells are left");
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(&*state.to_string_lossy()), "mounts are left");
+    }
+}
+
+impl Drop for House {
+    fn drop(&mut self) {
+        // A failed test: what it holds back and breaks is let go, so that the daemon can clean up.
+        if let Some(daemon) = self.daemon.take() {
+            self.engine.script(|s| *s = Script::default());
+            self.shutdown.drain.cancel();
+            self.shutdown.hurry.cancel();
+            let _ = daemon.join();
+        }
+    }
+}
+
+fn config(dir: &Path, slots: u32) -> Config {
+    let (queued_jobs_max, journal_bytes_max) = (100, 32 << 20);
+    let limits = Limits {
+        slots,
+        queued_jobs_max,
+        journal_bytes_max,
+        cancel_grace_s: 1,
+        drain_s: 30,
+        disk_reserve_mib: 64,
+    };
+    let (policy, model, image) = ("trusted".into(), "claude-sonnet-4-6".into(), "some/image".into());
+    let (base_url, api_key) = ("http://127.0.0.1:9".into(), ApiKeySource::File(dir.join("key")));
+    Config {
+        file: None,
+        state_dir: dir.join("state"),
+        socket: dir.join("s"),
+        socket_mode: 0o666,
+        engine: None,
+        metrics: None,
+        policy_dirs: Vec::new(),
+        prices_file: None,
+        provider: Provider { base_url, api_key },
+        defaults: Defaults { policy, model, image, agent: None },
+        limits,
+        admin_uids: vec![0],
+        init_binary: init_binary(),
+        log: "warn".into(),
+    }
+}
+
+fn reason(job: &Value) -> (&str, &str) {
+    (job["outcome"].as_str().unwrap_or_default(), job["reason"].as_str().unwrap_or_default())
+}
+
+#[test]
+fn a_cell_that_cannot_be_made_or_started_fails_its_job_and_leaves_nothing() {
+    let house = House::new(1, Script { create_fails: true, ..Script::default() });
+    assert_eq!(reason(&house.done(&house.submit())), ("failed", "container_create"));
+    house.engine.script(|s| (s.create_fails, s.start_fails) = (false, true));
+    assert_eq!(reason(&house.done(&house.submit())), ("failed", "container_start"));
+    house.end();
+}
+
+#[test]
+fn a_job_cancelled_while_its_cell_is_made_is_never_started() {
+    let house = House::new(1, Script { create_held: true, ..Script::default() });
+    let job = house.submit();
+    house.wait_for("a create", |house| house.engine.count("create") == 1);
+    house.cancel(&job);
+    house.cancel(&job);
+    house.engine.script(|s| s.create_held = false);
+    assert_eq!(reason(&house.done(&job)), ("stopped", "cancelled"));
+    assert_eq!(house.engine.count("start"), 0);
+    house.end();
+}
+
+#[test]
+fn a_slot_is_free_only_when_the_engine_has_let_go_of_the_container() {
+    let house = House::new(1, Script { remove_fails: true, ..Script::default() });
+    let (first, second) = (house.submit(), house.submit());
+    house.wait_for("the first cell runs", |house| house.engine.count("wait") == 1);
+    house.cancel(&first);
+    house.wait_for("removals are tried again and again", |house| house.engine.count("remove") >= 3);
+    assert_eq!(house.show(&first)["state"], "collecting", "it is not over while its container is there");
+    assert_eq!(house.show(&second)["state"], "queued");
+    assert_eq!(house.engine.count("create"), 1);
+    house.engine.script(|s| s.remove_fails = false);
+    assert_eq!(reason(&house.done(&first)), ("stopped", "cancelled"));
+    house.wait_for("the second cell runs", |house| house.engine.count("wait") == 2);
+    house.cancel(&second);
+    house.done(&second);
+    house.end();
+}
+
+#[test]
+fn an_engine_that_is_away_is_no_proof_that_a_cell_has_ended() {
+    let house = House::new(1, Script { wait_fails: true, ..Script::default() });
+    let job = house.submit();
+    house.wait_for("it is asked again", |house| house.engine.count("wait") >= 3);
+    assert_eq!(house.show(&job)["state"], "preparing");
+    house.cancel(&job);
+    assert_eq!(reason(&house.done(&job)), ("stopped", "cancelled"));
+    house.end();
+}

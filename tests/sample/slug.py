@@ -1,0 +1,5 @@
+"""Turns a title into a part of a URL."""
+
+
+def slug(title):
+    return title.replace(" ", "-")
