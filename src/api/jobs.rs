@@ -65,7 +65,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         created_at: clock::rfc3339(row.created_ms),
         started_at: row.started_ms.map(clock::rfc3339),
         ended_at: row.ended_ms.map(clock::rfc3339),
-        last_seq: row.state_seq.unwrap_or(0),
+        last_seq: api.parts.feeds.last_seq(&row.id).or(row.state_seq).unwrap_or(0),
         cost_limit_usd: accepted.plan.limits.cost_micro_usd.as_usd(),
         cost_usd: totals.charged_micro_usd.as_usd(),
         totals,

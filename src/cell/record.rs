@@ -381,6 +381,12 @@ impl Feeds {
         jobs.entry(job.clone()).or_insert_with(|| watch::Sender::new(None)).subscribe()
     }
 
+    /// Number of the last event that a job's writer has published; none while nobody writes.
+    pub fn last_seq(&self, job: &JobId) -> Option<u64> {
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.get(job).and_then(|sender| sender.borrow().as_ref().map(Feed::last_seq))
+    }
+
     /// A writer has begun.
     pub fn publish(&self, job: &JobId, feed: Feed) {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
