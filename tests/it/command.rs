@@ -288,7 +288,8 @@ fn what_needs_no_daemon_works_without_one() {
     }
     assert_eq!(world.run(&["completions", "tcsh"]).0, 2);
     let (code, stdout, _) = world.run(&["agent", "ls"]);
-    assert!(code == 0 && stdout.contains("2.1.197") && stdout.contains("checks passed"), "{stdout}");
+    // Tested or not: that depends on who used this machine's agents before.
+    assert!(code == 0 && stdout.contains("* 2.1.197 x64-gnu"), "{stdout}");
     let (code, stdout, _) = world.run(&["agent", "ls", "--json"]);
     let bundles: Value = serde_json::from_str(&stdout).expect("JSON");
     assert!(code == 0 && bundles.as_array().unwrap().iter().any(|b| b["version"] == "2.1.197"), "{stdout}");

@@ -210,6 +210,13 @@ impl World {
         assert!(cells.is_empty(), "cells are left: {cells:?}");
     }
 
+    fn remove_containers(&self) {
+        let filter = format!("label=hotcell.instance={}", self.instance());
+        for id in docker(&["ps", "-aq", "--filter", &filter]).split_whitespace() {
+            docker(&["rm", "-f", id]);
+        }
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -363,16 +370,14 @@ impl Drop for World {
     fn drop(&mut self) {
         // A failed test: its processes must not outlive it. What it left on the engine is said by its failure.
         let daemon = self.daemon.take();
-        if daemon.is_some() || std::thread::panicking() {
+        let ever_ran = self.state_dir().join(hotcell::store::FILE_NAME).exists();
+        if daemon.is_some() || (std::thread::panicking() && ever_ran) {
             if let Some(mut daemon) = daemon {
                 let _ = daemon.kill();
                 let _ = daemon.wait();
             }
-            let instance = self.instance();
-            for id in docker(&["ps", "-aq", "--filter", &format!("label=hotcell.instance={instance}")])
-                .split_whitespace()
-            {
-                docker(&["rm", "-f", id]);
+            if ever_ran {
+                self.remove_containers();
             }
             // The next daemon's sweep is what takes mounts down; here it is ours.
             let mut command = self.hotcell();
