@@ -5,7 +5,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, OpenFlags};
 
@@ -106,6 +106,9 @@ pub(super) fn make_state_dir(state_dir: &Path) -> Result<(), StoreError> {
     made.map_err(|error| StoreError::io("make", state_dir, &error))
 }
 
+/// Longest wait for the lock.
+const LOCK_WAIT: Duration = Duration::from_millis(500);
+
 /// Takes the lock of the state directory, or says who has it. Closing the file lets go of it.
 pub(super) fn lock(state_dir: &Path) -> Result<File, StoreError> {
     use rustix::fs::{FlockOperation, flock};
@@ -114,14 +117,21 @@ pub(super) fn lock(state_dir: &Path) -> Result<File, StoreError> {
     // Not truncated at open: until the lock is ours the file holds the other's pid.
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let mut file = options.open(&path).map_err(|error| StoreError::io("open", &path, &error))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let mut text = String::new();
-            let _ = (&file).take(32).read_to_string(&mut text);
-            return Err(StoreError::Locked { path, pid: text.trim().parse().ok() });
+    // A child that is between fork and exec still holds what its parent has let go of: ask again for a while.
+    let until = Instant::now() + LOCK_WAIT;
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let mut text = String::new();
+                let _ = (&file).take(32).read_to_string(&mut text);
+                return Err(StoreError::Locked { path, pid: text.trim().parse().ok() });
+            }
+            Err(error) => return Err(StoreError::io("lock", &path, &error.into())),
         }
-        Err(error) => return Err(StoreError::io("lock", &path, &error.into())),
     }
     let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
     written.map_err(|error| StoreError::io("write", &path, &error))?;

@@ -422,11 +422,12 @@ async fn a_kill_reaches_a_cell_that_neither_reads_nor_is_read() {
 async fn a_signal_reaches_the_agent() {
     let mut cell = Cell::new();
     let mut link = cell.link(Resume::default()).await;
-    cell.start(&cell.boot("trap 'echo int; exit 4' INT; echo ready; while :; do sleep 0.02; done"));
+    // No trap of a shell: when one forks just then, its trap may not run (seen once in two thousand).
+    cell.start(&cell.boot("echo ready; exec sleep 1000"));
     while !matches!(next(&mut link).await, LinkEvent::Stdout { .. }) {}
-    link.handle().signal(2);
+    link.handle().signal(libc::SIGINT);
     let (stdout, _, report) = finish(&mut link).await;
-    assert_eq!((stdout.as_slice(), report.status), (b"int\n".as_slice(), ExitStatus::Code(4)));
+    assert_eq!((stdout.as_slice(), report.status), (b"".as_slice(), ExitStatus::Signal(libc::SIGINT)));
     link.destroy().await.expect("the link ends");
 }
 

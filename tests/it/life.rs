@@ -326,8 +326,8 @@ impl SmallDisk {
         self.0.path().join(name)
     }
 
-    fn fill(&self) -> std::path::PathBuf {
-        let file = self.path("filler");
+    fn fill(&self, name: &str) -> std::path::PathBuf {
+        let file = self.path(name);
         let filled = std::fs::write(&file, vec![0; 256 << 20]);
         assert_eq!(filled.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
         file
@@ -338,6 +338,10 @@ impl Drop for SmallDisk {
     fn drop(&mut self) {
         let _ = std::process::Command::new("umount").arg(self.0.path()).status();
     }
+}
+
+fn no_cells(world: &World) -> bool {
+    std::fs::read_dir(world.state_dir().join("cells")).unwrap().next().is_none()
 }
 
 #[test]
@@ -356,11 +360,15 @@ fn a_full_disk_refuses_new_jobs_and_ends_running_ones_and_is_got_over() {
 
     let running = world.submit(&spec("print 1000000 1000 1000"));
     until_event(&mut world, &running, "\"n\":0");
-    let filler = disk.fill();
+    let filler = disk.fill("filler");
     world.wait_for("the running job is ended", |world| containers(world).is_empty());
+    // What the cell gave back is taken, too.
+    world.wait_for("the cell's directory is gone", |world| no_cells(world));
+    let second = disk.fill("second");
     let refused = world.call("POST", "/v1/jobs", &spec("x").to_string());
     assert!(refused.status >= 500 && refused.body.contains("space"), "{} {}", refused.status, refused.body);
     std::fs::remove_file(filler).unwrap();
+    std::fs::remove_file(second).unwrap();
 
     until_state(&mut world, &running, "done");
     let job = world.show(&running);
