@@ -81,7 +81,7 @@ pub(crate) fn spawn(boot: &BootMessage, oom: &mut OomScore) -> Result<(Agent, St
     // SAFETY: the hook makes async-signal-safe system calls only.
     unsafe {
         command.pre_exec(|| {
-            sys::unblock_signals();
+            sys::default_signals();
             sys::new_session()
         });
     }

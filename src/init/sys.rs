@@ -46,10 +46,14 @@ pub(crate) fn block_signals() {
     }
 }
 
-/// Unblocks all signals. Async-signal-safe: it runs in the child between fork and exec.
-pub(crate) fn unblock_signals() {
-    // SAFETY: as above.
+/// Gives the child signals as a program expects them: none ignored (whoever started init may have ignored
+/// some, and exec keeps that), none blocked. Async-signal-safe: it runs in the child between fork and exec.
+pub(crate) fn default_signals() {
+    // SAFETY: as above; a number that cannot be set is refused and nothing more.
     unsafe {
+        for number in 1..=31 {
+            libc::signal(number, libc::SIG_DFL);
+        }
         let mut set: libc::sigset_t = mem::zeroed();
         libc::sigemptyset(&mut set);
         libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
