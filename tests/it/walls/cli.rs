@@ -33,9 +33,11 @@ fn nobody_looks_into_the_cli_or_the_first_process_and_signals_to_it_have_no_effe
     assert_eq!((seen.get("cli_exe"), seen.get("cli_write")), (&json!("EACCES"), &json!("EACCES")));
     assert_eq!((seen.get("cli_copy"), seen.get("cli_chmod")), (&json!("EXDEV"), &json!("EROFS")));
     assert_eq!(*seen.get("cli_mode"), "0o711");
-    // The kernel takes signals to the first process and drops them: it lives, sleeps, and the job went on.
+    // The kernel takes signals to the first process and drops them: it is neither stopped nor dead, and the job
+    // went on.
     assert_eq!((seen.get("kill KILL"), seen.get("kill STOP")), (&json!("done"), &json!("done")));
-    assert_eq!(*seen.get("init_state"), "S");
+    let state = seen.get("init_state");
+    assert!(["S", "R", "D"].iter().any(|alive| *state == *alive), "{state}");
     world.end();
 }
 
