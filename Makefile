@@ -43,8 +43,8 @@ test: tools init engine ## Run all tests, those with the real engine and the rea
 	HOTCELL_ENGINE=$(ENGINE) target/debug/hotcell image build
 	HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --locked --no-fail-fast
 
-test-full: test ## The tests, and the longer ones.
-	HOTCELL_ENGINE=$(ENGINE) HOTCELL_TEST_FULL=1 $(CARGO) test --release --no-fail-fast
+test-full: test ## The tests, and the property tests with many more cases.
+	PROPTEST_CASES=5000 $(CARGO) test --locked --lib
 
 lint: tools ## Format, clippy, docs, shell scripts: no warning is let through.
 	$(CARGO) fmt --check
