@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::world::{World, tool_results};
+use crate::world::{World, docker, tool_results};
 
 const EDIT_AND_RUN: &str = include_str!("../scripts/edit-and-run.toml");
 
@@ -62,4 +62,28 @@ fn a_version_is_chosen_only_after_it_passed_the_protocol_self_test() {
     let (code, _, err) = world.run(&["agent", "use", "9.9.9"]);
     assert_eq!(code, 1, "{err}");
     assert!(err.contains("9.9.9") && err.contains("hotcell agent install"), "{err}");
+}
+
+#[test]
+fn the_cli_is_bound_into_an_image_that_does_not_have_it() {
+    let world = World::new(EDIT_AND_RUN);
+    // The base of our own image: node and tools, but no CLI and no mount points of a cell.
+    let list =
+        docker(&["images", "--filter", "label=hotcell.image=base", "--format", "{{.Repository}}:{{.Tag}}"]);
+    let image = list.lines().next().expect("the base that `make image` leaves");
+    let workspace = world.workspace("repo", 4242);
+    std::fs::write(workspace.join("greeting.txt"), "hello\n").unwrap();
+    let (events, job) = world.job(&json!({
+        "prompt": "greeting", "policy": "trusted", "image": image,
+        "workspace": { "path": workspace, "mode": "read-only" },
+    }));
+    assert_eq!(job["outcome"], "succeeded", "{job}");
+    assert_eq!(job["image"], image);
+    assert!(tool_results(&events).contains("hello"), "the agent reads the workspace");
+    assert_eq!(
+        std::fs::read_to_string(workspace.join("greeting.txt")).unwrap(),
+        "hello\n",
+        "and changes nothing"
+    );
+    world.end();
 }
