@@ -182,7 +182,8 @@ pub async fn adopt(
     record.push(&Body::Note { text: "the daemon was restarted and took the cell over".to_owned() })?;
     record.commit()?;
     let run = parts.settings.cells_dir().join(cell.as_str()).join("run");
-    let owner = (row.cell_uid, row.cell_uid);
+    let owner = rooms::owner_of(&parts.settings.cells_dir().join(cell.as_str()))
+        .unwrap_or((row.cell_uid, row.cell_uid));
     let resume = Resume { stdout: record.recovered.stdout_end, stderr: record.recovered.stderr_end };
     let link = match Link::bind(&run, &cell, key, resume, owner).await {
         Ok(link) => link,
@@ -202,7 +203,7 @@ pub async fn adopt(
         }
     };
     let (session, pending, sent) = (replay.session, replay.pending, replay.sent);
-    let age = Duration::from_millis(clock::wall_ms().saturating_sub(row.created_ms));
+    let age = Duration::from_millis(clock::boot_ms().saturating_sub(row.created_boot_ms));
     Ok(Some(Prepared { session, link, lease, container, pending, sent, booted: true, age }))
 }
 
@@ -319,7 +320,7 @@ impl Names {
             ctl_key: self.key.to_bytes().to_vec(),
             token: self.token.clone(),
             cell_uid: self.uid,
-            created_ms: clock::wall_ms(),
+            created_boot_ms: clock::boot_ms(),
             gone_ms: None,
         }
     }

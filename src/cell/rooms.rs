@@ -50,6 +50,13 @@ pub(super) struct Made {
     pub(super) claude_md: Option<String>,
 }
 
+/// Whom the cell in `dir` runs as: not always its private uid, since some file systems cannot map ids.
+pub(super) fn owner_of(dir: &Path) -> Option<(u32, u32)> {
+    use std::os::unix::fs::MetadataExt;
+    let home = Scratch::adopt(dir).ok()??.home();
+    std::fs::symlink_metadata(home).ok().map(|meta| (meta.uid(), meta.gid()))
+}
+
 /// Makes all rooms of one cell in `dir`. Blocks.
 pub(super) fn make(
     settings: &Settings,

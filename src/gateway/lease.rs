@@ -160,11 +160,6 @@ impl Lease {
         self.shared.revoked.cancel();
     }
 
-    /// Whether it was revoked.
-    pub fn is_revoked(&self) -> bool {
-        self.shared.revoked.is_cancelled()
-    }
-
     /// Revokes, waits for the requests under way to settle (at most [`super::Limits::drain`], then they stop
     /// and settle with what they saw), removes the socket, and gives the events that nobody read yet.
     pub async fn destroy(mut self) -> Vec<GatewayEvent> {

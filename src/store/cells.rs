@@ -27,8 +27,8 @@ pub struct CellRow {
     pub token: String,
     /// The private host uid of the cell's processes.
     pub cell_uid: u32,
-    /// Wall clock, milliseconds since 1970.
-    pub created_ms: u64,
+    /// When it was made, on the clock that never jumps: milliseconds since boot.
+    pub created_boot_ms: u64,
     /// When all of it was proven gone.
     pub gone_ms: Option<u64>,
 }
@@ -41,13 +41,13 @@ impl fmt::Debug for CellRow {
             .field("attempt", &self.attempt)
             .field("container", &self.container)
             .field("cell_uid", &self.cell_uid)
-            .field("created_ms", &self.created_ms)
+            .field("created_boot_ms", &self.created_boot_ms)
             .field("gone_ms", &self.gone_ms)
             .finish_non_exhaustive()
     }
 }
 
-const COLUMNS: &str = "cell, job, attempt, container, ctl_key, token, cell_uid, created_ms, gone_ms";
+const COLUMNS: &str = "cell, job, attempt, container, ctl_key, token, cell_uid, created_boot_ms, gone_ms";
 
 impl Store {
     /// Stores a cell that is about to be made; on the disk before it returns.
@@ -65,7 +65,7 @@ impl Store {
                 cell.ctl_key,
                 cell.token,
                 cell.cell_uid,
-                Int(cell.created_ms),
+                Int(cell.created_boot_ms),
                 cell.gone_ms.map(Int),
             ])?;
             Ok(())
@@ -107,7 +107,8 @@ impl Store {
     /// Those of SQLite.
     pub async fn live_cells(&self) -> Result<Vec<CellRow>, StoreError> {
         self.read(|db| {
-            let sql = format!("SELECT {COLUMNS} FROM cells WHERE gone_ms IS NULL ORDER BY created_ms, cell");
+            let sql =
+                format!("SELECT {COLUMNS} FROM cells WHERE gone_ms IS NULL ORDER BY created_boot_ms, cell");
             let mut statement = db.prepare_cached(&sql)?;
             let rows = statement.query_map([], cell_row)?;
             Ok(rows.collect::<Result<_, _>>()?)
@@ -138,7 +139,7 @@ fn cell_row(row: &Row<'_>) -> rusqlite::Result<CellRow> {
         ctl_key: row.get(4)?,
         token: row.get(5)?,
         cell_uid: row.get(6)?,
-        created_ms: int(row, 7)?,
+        created_boot_ms: int(row, 7)?,
         gone_ms: maybe_int(row, 8)?,
     })
 }

@@ -66,11 +66,11 @@ CREATE TABLE cells (
     ctl_key BLOB NOT NULL,
     token TEXT NOT NULL,
     cell_uid INTEGER NOT NULL,
-    created_ms INTEGER NOT NULL,
+    created_boot_ms INTEGER NOT NULL,
     gone_ms INTEGER
 );
 CREATE INDEX cells_by_job ON cells (job);
-CREATE INDEX cells_alive ON cells (created_ms) WHERE gone_ms IS NULL;
+CREATE INDEX cells_alive ON cells (created_boot_ms) WHERE gone_ms IS NULL;
 CREATE TABLE ledger (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
