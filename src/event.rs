@@ -30,6 +30,8 @@ pub enum Decision {
     Allow,
     /// The call does not run; the agent reads the reason.
     Deny,
+    /// The call runs with another input.
+    Rewrite,
 }
 
 /// What happened. In JSON the fields stand beside `seq`, `at_ms` and `origin`, with `type` as the tag.
@@ -79,6 +81,53 @@ pub enum Body {
         /// What the agent reads when it was denied.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         reason: Option<String>,
+        /// The CLI's question that this answers; two questions can be about one call.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        request_id: String,
+        /// The input that it runs with, where it was rewritten.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        input: Option<Box<RawValue>>,
+    },
+    /// Something in the cell wanted to reach a host.
+    Egress {
+        /// The host as decided, in lower case.
+        host: String,
+        /// The port.
+        port: u16,
+        /// The method, where the request was looked into.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        method: Option<String>,
+        /// The path without its query, where the request was looked into.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        path: Option<String>,
+        /// Allowed or not.
+        decision: Decision,
+        /// The rule that decided.
+        rule: String,
+        /// Why not, where it was denied or failed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+        /// The credential that was added, by name.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        credential: Option<String>,
+        /// Bytes that left the cell.
+        bytes_up: u64,
+        /// Bytes that came to it.
+        bytes_down: u64,
+        /// How long it took, in milliseconds.
+        duration_ms: u64,
+    },
+    /// A budget has no room for the next request.
+    Budget {
+        /// Which one: `job`, `batch`, `user_day`, `day`, `month`.
+        scope: String,
+        /// Settled spend, in micro-USD.
+        spent_micro_usd: MicroUsd,
+        /// The limit, in micro-USD.
+        limit_micro_usd: MicroUsd,
+        /// When it is empty again, in milliseconds since 1970.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        resets_at_ms: Option<u64>,
     },
     /// A request for the model passed the gateway's checks and its worst cost was set aside.
     Request {
@@ -86,6 +135,9 @@ pub enum Body {
         model: String,
         /// What was set aside, in micro-USD.
         reserved_micro_usd: MicroUsd,
+        /// The credential that it goes out with, by name.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        credential: String,
     },
     /// A request for the model ended.
     Charge {
@@ -233,7 +285,11 @@ impl Body {
     pub fn origin(&self) -> Origin {
         match self {
             Self::Frame { .. } | Self::Output { .. } => Origin::Agent,
-            Self::Request { .. } | Self::Charge { .. } | Self::Refused { .. } => Origin::Gateway,
+            Self::Request { .. }
+            | Self::Charge { .. }
+            | Self::Refused { .. }
+            | Self::Egress { .. }
+            | Self::Budget { .. } => Origin::Gateway,
             Self::State { .. }
             | Self::Sent { .. }
             | Self::Tool { .. }

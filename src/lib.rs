@@ -12,7 +12,8 @@
 //! faces     main, cli, config, daemon, api, selftest
 //! doing     cell (one cell's life), driver (the one loop), sweeper
 //! deciding  scheduler (+ recover), session                    pure: no IO, no clock, no chance
-//! hands     store, journal, engine, link, workspace, gateway, cell_image, agent_bundle, npm, model, metrics
+//! hands     store, journal, engine, link, workspace, gateway, cell_image, agent_bundle, npm, run_as,
+//!           model, metrics
 //! facts     job, policy, agent, event, money, pricing, clock  pure types
 //! ```
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
@@ -60,6 +61,7 @@ pub mod link;
 pub mod metrics;
 pub mod model;
 pub mod npm;
+pub mod run_as;
 pub mod store;
 pub mod workspace;
 // doing

@@ -208,7 +208,7 @@ impl Metrics {
                 self.tokens_total.with_label_values(&[model.as_str(), kind]);
             }
         }
-        for decision in ["allow", "deny"] {
+        for decision in ["allow", "deny", "rewrite"] {
             self.tool_calls_total.with_label_values(&[decision]);
         }
         for direction in ["above", "below"] {
@@ -289,6 +289,7 @@ impl Metrics {
         let label = match decision {
             Decision::Allow => "allow",
             Decision::Deny => "deny",
+            Decision::Rewrite => "rewrite",
         };
         self.tool_calls_total.with_label_values(&[label]).inc();
     }

@@ -7,12 +7,16 @@
 //! environment, and nothing answers "yes" but by building a [`Permit`], which only this module can.
 
 pub mod decide;
+pub mod egress;
 pub mod file;
 pub mod narrow;
+pub mod output;
+pub mod requests;
+pub mod rule;
 
 pub use decide::{Ask, Denial, Permit, decide};
 pub use file::{Policy, PolicyError};
-pub use narrow::{Defaults, NarrowError, Plan, PlanLimits, narrow};
+pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
 
 /// True when `name` is `pattern`, or begins with what stands before a final `*` in it.
 pub fn matches(pattern: &str, name: &str) -> bool {

@@ -319,7 +319,15 @@ impl Session {
         if decision == Decision::Deny {
             self.tool_denials += 1;
         }
-        Body::Tool { tool_use_id: tool_use_id.to_owned(), tool: tool.to_owned(), decision, rule, reason }
+        Body::Tool {
+            tool_use_id: tool_use_id.to_owned(),
+            tool: tool.to_owned(),
+            decision,
+            rule,
+            reason,
+            request_id: String::new(),
+            input: None,
+        }
     }
 
     fn on_message(&mut self, message_id: &str, nested: bool) -> Vec<Step> {

@@ -21,6 +21,7 @@ const LAYERS: [(&str, &[&str]); 5] = [
             "metrics",
             "model",
             "npm",
+            "run_as",
             "store",
             "workspace",
         ],
@@ -30,8 +31,11 @@ const LAYERS: [(&str, &[&str]); 5] = [
 ];
 
 /// What hands may use of each other: everything else goes through the layer above.
-const BETWEEN_HANDS: [(&str, &[&str]); 3] =
-    [("agent_bundle", &["npm"]), ("cell_image", &["agent_bundle", "engine", "npm"]), ("gateway", &["store"])];
+const BETWEEN_HANDS: [(&str, &[&str]); 3] = [
+    ("agent_bundle", &["npm"]),
+    ("cell_image", &["agent_bundle", "engine", "npm"]),
+    ("gateway", &["run_as", "store"]),
+];
 
 /// Deciding may use facts; doing and faces may use what is below and their own layer.
 fn allowed(user: &str, used: &str) -> bool {

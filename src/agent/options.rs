@@ -70,7 +70,8 @@ pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
         argv.push(format!("--allowedTools={}", plan.allowed_tools.join(",")));
     }
     let mut refused: Vec<&str> = REMOVED_TOOLS.to_vec();
-    let exact = plan.tools_deny.iter().chain(&plan.disallowed_tools).map(String::as_str);
+    let denied = plan.layers.iter().flat_map(|layer| &layer.tools_deny);
+    let exact = denied.chain(&plan.disallowed_tools).map(String::as_str);
     refused.extend(exact.filter(|p| !p.ends_with('*') && !REMOVED_TOOLS.contains(p)));
     argv.push(format!("--disallowedTools={}", refused.join(",")));
     argv

@@ -231,9 +231,11 @@ impl Record {
         trouble: &mut Option<Trouble>,
     ) -> Result<(), RecordError> {
         let body = match event {
-            GatewayEvent::Requested { model, reserved } => {
-                Body::Request { model: model.clone(), reserved_micro_usd: *reserved }
-            }
+            GatewayEvent::Requested { model, reserved } => Body::Request {
+                model: model.clone(),
+                reserved_micro_usd: *reserved,
+                credential: String::new(),
+            },
             GatewayEvent::Charged { model, usage, charged, status, duration_ms, .. } => {
                 parts.metrics.charged(model, usage, *charged);
                 *trouble = (*status == 0 || *status >= 400).then_some(Trouble::Provider(*status));

@@ -51,8 +51,9 @@ pub(super) fn plan(models: Vec<String>) -> Arc<Plan> {
     let policy = Policy::parse("test", include_str!("../../policies/default.toml")).unwrap();
     let defaults = Defaults { model: MODEL.into(), image: "x".into() };
     let spec = JobSpec::parse(br#"{"prompt":"x"}"#).unwrap();
-    let plan = narrow(&spec, &policy, &defaults).unwrap();
-    Arc::new(Plan { models_allow: models, ..plan })
+    let mut plan = narrow(&spec, &policy, &defaults).unwrap();
+    plan.layers[0].models_allow = models;
+    Arc::new(plan)
 }
 
 struct Answer {

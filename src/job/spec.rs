@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 pub const PROMPT_BYTES_MAX: usize = 1024 * 1024;
 /// Longest system prompt or appended system prompt, in bytes.
 pub const SYSTEM_PROMPT_BYTES_MAX: usize = 256 * 1024;
+/// Longest policy of a user's own, in bytes.
+pub const NARROW_BYTES_MAX: usize = 128 * 1024;
 /// Most entries of a list (tools, labels, environment variables).
 pub const ENTRIES_MAX: usize = 256;
 /// Longest name (model, image, tool pattern, label), in bytes.
@@ -52,6 +54,18 @@ pub struct JobSpec {
     /// The image of the cell; the policy's default where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
+    /// What isolates the cell; the policy's where absent. A runtime that is named is required.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime: Option<Runtime>,
+    /// The model provider, by its name in the daemon's configuration; the policy's default where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provider: Option<String>,
+    /// The user's own policy, as the text of a TOML file: it can only narrow the one named by `policy`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub narrow: Option<String>,
+    /// Jobs of one submitter with the same batch share its budget.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch: Option<BatchSpec>,
     /// The version of the CLI; the active bundle where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<String>,
@@ -96,6 +110,18 @@ pub struct JobSpec {
     pub priority: i8,
 }
 
+/// A group of jobs that share a budget.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BatchSpec {
+    /// Its name among the submitter's batches.
+    pub name: String,
+    /// What all its jobs may spend together, in USD. The first job with the name decides; another figure later
+    /// is an error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost_usd: Option<f64>,
+}
+
 /// The directory a job works on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -117,6 +143,27 @@ pub enum WorkspaceMode {
     ReadOnly,
     /// An empty directory that is thrown away.
     None,
+}
+
+/// What isolates a cell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Runtime {
+    /// Namespaces, seccomp and dropped capabilities of the host's kernel.
+    #[default]
+    Runc,
+    /// gVisor: a kernel of its own in user space.
+    Runsc,
+}
+
+impl Runtime {
+    /// The name the engine knows it by.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Runsc => "runsc",
+        }
+    }
 }
 
 /// The CLI's permission modes that a policy can allow (`auto` is not among them: it is refused by name).
@@ -236,6 +283,7 @@ impl JobSpec {
             ("policy", &self.policy),
             ("image", &self.image),
             ("agent", &self.agent),
+            ("provider", &self.provider),
             ("model", &self.model),
             ("fallback_model", &self.fallback_model),
         ] {
@@ -260,6 +308,13 @@ impl JobSpec {
         }
         if let Some(workspace) = &self.workspace {
             check_path(&workspace.path)?;
+        }
+        text("narrow", self.narrow.as_deref().unwrap_or(""), NARROW_BYTES_MAX)?;
+        if let Some(batch) = &self.batch {
+            name("batch.name", &batch.name)?;
+            if let Some(Err(e)) = batch.cost_usd.map(crate::money::MicroUsd::from_usd) {
+                return Err(field("batch.cost_usd", &e.to_string()));
+            }
         }
         self.check_maps()?;
         if !(-100..=100).contains(&self.priority) {

@@ -9,6 +9,7 @@
 
 use super::Plan;
 use super::matches;
+use super::narrow::Layer;
 
 /// A question about a running job.
 #[derive(Debug, Clone, Copy)]
@@ -56,43 +57,46 @@ pub struct Denial {
 /// # Errors
 /// [`Denial`] when no rule allows it; what no rule names is denied.
 pub fn decide(plan: &Plan, ask: Ask<'_>) -> Result<Permit, Denial> {
-    match ask {
-        Ask::Tool { name } => {
-            let denied = plan.disallowed_tools.iter().filter(|p| !p.contains('('));
-            if let Some(pattern) = plan.tools_deny.iter().find(|p| matches(p, name)) {
-                return refuse(
-                    plan,
-                    format!("tools.deny {pattern}"),
-                    format!("the tool {name} is not allowed"),
-                );
-            }
-            if let Some(pattern) = denied.into_iter().find(|p| matches(p, name)) {
-                return refuse(
-                    plan,
-                    format!("job disallowed_tools {pattern}"),
-                    format!("the job refuses {name}"),
-                );
-            }
-            if let Some(list) = &plan.tools
-                && !name.starts_with("mcp__")
-                && !list.iter().any(|tool| tool == name)
-            {
-                return refuse(plan, "job tools".into(), format!("the job's tools do not include {name}"));
-            }
-            allow(plan, &plan.tools_allow, "tools.allow", name)
-        }
-        Ask::Model { name } => allow(plan, &plan.models_allow, "models.allow", name),
+    let mut permit = Err(Denial { rule: "layers".into(), reason: "the job has no policy".into() });
+    for layer in &plan.layers {
+        permit = Ok(match ask {
+            Ask::Tool { name } => tool(layer, plan, name)?,
+            Ask::Model { name } => allow(layer, &layer.models_allow, "models.allow", name)?,
+        });
     }
+    permit
 }
 
-fn allow(plan: &Plan, patterns: &[String], key: &str, name: &str) -> Result<Permit, Denial> {
+fn tool(layer: &Layer, plan: &Plan, name: &str) -> Result<Permit, Denial> {
+    if let Some(pattern) = layer.tools_deny.iter().find(|p| matches(p, name)) {
+        return refuse(layer, format!("tools.deny {pattern}"), format!("the tool {name} is not allowed"));
+    }
+    let mut denied = plan.disallowed_tools.iter().filter(|p| !p.contains('('));
+    if let Some(pattern) = denied.find(|p| matches(p, name)) {
+        return refuse(layer, format!("job disallowed_tools {pattern}"), format!("the job refuses {name}"));
+    }
+    if let Some(list) = &plan.tools
+        && !name.starts_with("mcp__")
+        && !list.iter().any(|tool| tool == name)
+    {
+        return refuse(layer, "job tools".into(), format!("the job's tools do not include {name}"));
+    }
+    allow(layer, &layer.tools_allow, "tools.allow", name)
+}
+
+/// For the other files of the policy: what they allow, they allow here.
+pub(super) fn permit(rule: String) -> Permit {
+    Permit { rule, seal: () }
+}
+
+fn allow(layer: &Layer, patterns: &[String], key: &str, name: &str) -> Result<Permit, Denial> {
     match patterns.iter().find(|p| matches(p, name)) {
-        Some(pattern) => Ok(Permit { rule: format!("{key} {pattern}"), seal: () }),
-        None => refuse(plan, key.to_owned(), format!("{name} is not in {key}")),
+        Some(pattern) => Ok(permit(format!("{key} {pattern}"))),
+        None => refuse(layer, key.to_owned(), format!("{name} is not in {key}")),
     }
 }
 
-fn refuse(plan: &Plan, rule: String, reason: String) -> Result<Permit, Denial> {
-    let reason = format!("{reason} (policy {}, rule {rule})", plan.policy);
+fn refuse(layer: &Layer, rule: String, reason: String) -> Result<Permit, Denial> {
+    let reason = format!("{reason} (policy {}, rule {rule})", layer.name);
     Err(Denial { rule, reason })
 }

@@ -5,7 +5,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::job::spec::{PermissionMode, WorkspaceMode};
+use super::egress::Egress;
+use super::output::Output;
+use super::requests::Requests;
+use super::rule::Rule;
+use crate::job::spec::{PermissionMode, Runtime, WorkspaceMode};
 use crate::money::MicroUsd;
 
 /// A policy file that cannot be used.
@@ -25,7 +29,7 @@ pub enum PolicyError {
         /// The file's name.
         file: String,
         /// The key, with dots for nesting.
-        key: &'static str,
+        key: String,
         /// What is wrong and what is allowed.
         problem: String,
     },
@@ -69,6 +73,45 @@ pub struct Policy {
     pub env: Env,
     /// Ceilings, which are also the defaults.
     pub limits: Limits,
+    /// What isolates the cell: required, not wished for.
+    #[serde(default)]
+    pub runtime: Runtime,
+    /// Runtimes that do as well, tried in order where the machine has not the one above. Empty: none does.
+    #[serde(default)]
+    pub runtime_fallback: Vec<Runtime>,
+    /// Model providers.
+    #[serde(default)]
+    pub providers: Providers,
+    /// What a job may reach beside its model.
+    #[serde(default)]
+    pub egress: Egress,
+    /// What its requests for the model may hold.
+    #[serde(default)]
+    pub requests: Requests,
+    /// What comes out of it.
+    #[serde(default)]
+    pub output: Output,
+    /// Rules on tool calls, in order.
+    #[serde(default, rename = "rule")]
+    pub rules: Vec<Rule>,
+}
+
+/// Model providers a job may use.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Providers {
+    /// Names of the daemon's configuration, or beginnings of names with a final `*`.
+    #[serde(default = "every")]
+    pub allow: Vec<String>,
+    /// What a job gets that names none; the daemon's default where absent.
+    #[serde(default)]
+    pub default: Option<String>,
+}
+
+impl Default for Providers {
+    fn default() -> Self {
+        Self { allow: every(), default: None }
+    }
 }
 
 /// Models a job may use.
@@ -80,6 +123,20 @@ pub struct Models {
     /// What a job gets that names none; the daemon's default where absent.
     #[serde(default)]
     pub default: Option<String>,
+    /// The price of models that have none, in USD per million tokens: the highest that any of them may have.
+    /// Absent: a model without a price is refused.
+    #[serde(default)]
+    pub unpriced: Option<Unpriced>,
+}
+
+/// The highest price of a model without one, in USD per million tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Unpriced {
+    /// Input; cache writes cost twice as much.
+    pub input: f64,
+    /// Output.
+    pub output: f64,
 }
 
 /// Images a job may use.
@@ -135,6 +192,10 @@ impl Default for Tools {
 pub struct Workspaces {
     /// Modes a job may choose; the first is the default for a job that names a directory.
     pub modes: Vec<WorkspaceMode>,
+    /// With `bind`: what can be written, as paths relative to the workspace (files or directories that exist);
+    /// the rest is read-only. Absent: all of it.
+    #[serde(default)]
+    pub writable: Option<Vec<std::path::PathBuf>>,
 }
 
 /// Environment variables a job may set for its agent.
@@ -191,17 +252,18 @@ impl Policy {
         Ok(policy)
     }
 
-    fn check(&self) -> Result<(), (&'static str, String)> {
+    fn check(&self) -> Result<(), (String, String)> {
         let filled = [
             ("permission_modes", self.permission_modes.is_empty()),
             ("models.allow", self.models.allow.is_empty()),
             ("images.allow", self.images.allow.is_empty()),
             ("agents.allow", self.agents.allow.is_empty()),
             ("tools.allow", self.tools.allow.is_empty()),
+            ("providers.allow", self.providers.allow.is_empty()),
             ("workspace.modes", self.workspace.modes.is_empty()),
         ];
         if let Some((key, _)) = filled.into_iter().find(|(_, empty)| *empty) {
-            return Err((key, "is empty: no job could run".into()));
+            return Err((key.into(), "is empty: no job could run".into()));
         }
         for (key, list) in [
             ("models.allow", &self.models.allow),
@@ -209,27 +271,38 @@ impl Policy {
             ("agents.allow", &self.agents.allow),
             ("tools.allow", &self.tools.allow),
             ("tools.deny", &self.tools.deny),
+            ("providers.allow", &self.providers.allow),
             ("env.allow", &self.env.allow),
         ] {
             if let Some(bad) = list.iter().find(|p| p.is_empty() || p[..p.len() - 1].contains('*')) {
-                return Err((key, format!("{bad:?}: a '*' may stand only at the end")));
+                return Err((key.into(), format!("{bad:?}: a '*' may stand only at the end")));
             }
         }
         for (key, default, allow) in [
             ("models.default", &self.models.default, &self.models.allow),
             ("images.default", &self.images.default, &self.images.allow),
             ("agents.default", &self.agents.default, &self.agents.allow),
+            ("providers.default", &self.providers.default, &self.providers.allow),
         ] {
             if let Some(name) = default
                 && !allow.iter().any(|p| super::matches(p, name))
             {
                 return Err((
-                    key,
+                    key.into(),
                     format!("{name} is not among what the policy allows ({})", allow.join(", ")),
                 ));
             }
         }
-        self.limits.check()
+        for (key, runtimes) in [("runtime_fallback", &self.runtime_fallback)] {
+            if runtimes.contains(&self.runtime) {
+                return Err((key.into(), "holds the runtime itself".into()));
+            }
+        }
+        self.egress.check()?;
+        self.requests.check()?;
+        self.output.check()?;
+        Rule::check_all(&self.rules)?;
+        self.limits.check().map_err(|(key, problem)| (key.into(), problem))
     }
 }
 

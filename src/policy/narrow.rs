@@ -3,11 +3,17 @@
 //! ceiling. Nothing is silently lowered.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Policy, matches};
-use crate::job::spec::{Effort, JobSpec, PermissionMode, WorkspaceMode};
+use super::egress::Egress;
+use super::file::{Policy, Unpriced};
+use super::matches;
+use super::output::Output;
+use super::requests::Requests;
+use super::rule::Rule;
+use crate::job::spec::{Effort, JobSpec, PermissionMode, Runtime, WorkspaceMode};
 use crate::money::MicroUsd;
 
 /// Variables that steer the CLI, the loader or the way out: no job may set them, whatever its policy says.
@@ -90,12 +96,19 @@ pub struct Plan {
     pub allowed_tools: Vec<String>,
     /// Tools the job refuses.
     pub disallowed_tools: Vec<String>,
-    /// The policy's patterns of tools allowed.
-    pub tools_allow: Vec<String>,
-    /// The policy's patterns of tools denied.
-    pub tools_deny: Vec<String>,
-    /// The policy's patterns of models allowed.
-    pub models_allow: Vec<String>,
+    /// The policy, and what narrows it: a thing is allowed only where every layer allows it.
+    pub layers: Vec<Layer>,
+    /// What isolates the cell: the first is required, each further one does as well where the machine has not
+    /// the one before.
+    pub runtimes: Vec<Runtime>,
+    /// The model provider; the daemon's default where absent.
+    pub provider: Option<String>,
+    /// The price of models that have none.
+    pub unpriced: Option<Unpriced>,
+    /// What of the workspace can be written in `bind`; all of it where absent.
+    pub writable: Option<Vec<PathBuf>>,
+    /// What comes out of the job.
+    pub output: Output,
     /// Let the repository's own settings load.
     pub project_settings: bool,
     /// Hand CLAUDE.md over in the system prompt.
@@ -128,6 +141,40 @@ pub struct PlanLimits {
     pub pids_max: u32,
     /// Disk space for HOME and /tmp, in bytes.
     pub disk_bytes: u64,
+}
+
+/// What one file says about single things: tools, models, hosts, requests.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    /// The file's name, for the words of a refusal.
+    pub name: String,
+    /// Patterns of tools allowed.
+    pub tools_allow: Vec<String>,
+    /// Patterns of tools denied; they win.
+    pub tools_deny: Vec<String>,
+    /// Patterns of models allowed.
+    pub models_allow: Vec<String>,
+    /// Rules on tool calls, in order.
+    pub rules: Vec<Rule>,
+    /// What may be reached.
+    pub egress: Egress,
+    /// What requests for the model may hold.
+    pub requests: Requests,
+}
+
+impl Layer {
+    fn of(policy: &Policy) -> Self {
+        Self {
+            name: policy.name.clone(),
+            tools_allow: policy.tools.allow.clone(),
+            tools_deny: policy.tools.deny.clone(),
+            models_allow: policy.models.allow.clone(),
+            rules: policy.rules.clone(),
+            egress: policy.egress.clone(),
+            requests: policy.requests.clone(),
+        }
+    }
 }
 
 /// Narrows `spec` to `policy`.
@@ -165,6 +212,10 @@ pub fn narrow(spec: &JobSpec, policy: &Policy, defaults: &Defaults) -> Result<Pl
         .unwrap_or_else(|| defaults.image.clone());
     one_of("image", &image, &policy.images.allow)?;
 
+    let provider = spec.provider.clone().or_else(|| policy.providers.default.clone());
+    if let Some(provider) = &provider {
+        one_of("provider", provider, &policy.providers.allow)?;
+    }
     let agent = spec.agent.clone().or_else(|| policy.agents.default.clone());
     if let Some(agent) = &agent {
         one_of("agent", agent, &policy.agents.allow)?;
@@ -205,15 +256,33 @@ pub fn narrow(spec: &JobSpec, policy: &Policy, defaults: &Defaults) -> Result<Pl
         tools: spec.tools.clone(),
         allowed_tools: spec.allowed_tools.clone(),
         disallowed_tools: spec.disallowed_tools.clone(),
-        tools_allow: policy.tools.allow.clone(),
-        tools_deny: policy.tools.deny.clone(),
-        models_allow: policy.models.allow.clone(),
+        layers: vec![Layer::of(policy)],
+        runtimes: runtimes(spec, policy)?,
+        provider,
+        unpriced: policy.models.unpriced,
+        writable: policy.workspace.writable.clone(),
+        output: policy.output.clone(),
         project_settings: policy.project_settings,
         hand_over_claude_md: policy.hand_over_claude_md,
         workspace_mode: workspace_mode(spec, policy)?,
         env: spec.env.clone(),
         limits: limits(spec, policy)?,
     })
+}
+
+fn runtimes(spec: &JobSpec, policy: &Policy) -> Result<Vec<Runtime>, NarrowError> {
+    let all: Vec<Runtime> = [policy.runtime].into_iter().chain(policy.runtime_fallback.clone()).collect();
+    match spec.runtime {
+        // Asked for by name: no other one will do.
+        Some(asked) if all.contains(&asked) => Ok(vec![asked]),
+        Some(asked) => Err(NarrowError {
+            key: "runtime".into(),
+            asked: asked.as_str().into(),
+            policy: policy.name.clone(),
+            allowed: all.iter().map(|r| r.as_str()).collect::<Vec<_>>().join(", "),
+        }),
+        None => Ok(all),
+    }
 }
 
 fn workspace_mode(spec: &JobSpec, policy: &Policy) -> Result<WorkspaceMode, NarrowError> {

@@ -111,7 +111,7 @@ impl StreamView {
         match body {
             Body::State { state } => self.state(&state),
             Body::Output { stream, end, text } => self.output(stream, end, &text),
-            Body::Tool { tool_use_id, tool, decision: Decision::Deny, reason, rule } => {
+            Body::Tool { tool_use_id, tool, decision: Decision::Deny, reason, rule, .. } => {
                 self.denied(tool_use_id, &tool, &reason.unwrap_or(format!("by {rule}")))
             }
             Body::Charge { charged_micro_usd, .. } => {
@@ -131,7 +131,21 @@ impl StreamView {
                 self.remark(Style::Warn, &format!("… events {first} to {last} are gone: the journal's limit"))
             }
             Body::Summary { outcome, totals, result } => self.end(outcome, &totals, result),
+            Body::Tool { decision: Decision::Rewrite, tool, rule, .. } => {
+                self.remark(Style::Dim, &format!("· {tool} runs with another input (rule {rule})"))
+            }
+            Body::Egress { host, port, decision: Decision::Deny, rule, reason, .. } => {
+                let why = reason.unwrap_or(format!("by {rule}"));
+                self.remark(Style::Warn, &format!("! {host}:{port} was not reached: {why}"))
+            }
+            Body::Budget { scope, spent_micro_usd, limit_micro_usd, .. } => {
+                let words = format!(
+                    "! the {scope} budget of {limit_micro_usd} USD has no room ({spent_micro_usd} USD spent)"
+                );
+                self.remark(Style::Warn, &words)
+            }
             Body::Tool { decision: Decision::Allow, .. }
+            | Body::Egress { decision: Decision::Allow | Decision::Rewrite, .. }
             | Body::Frame { .. }
             | Body::Sent { .. }
             | Body::Request { .. }
