@@ -7,6 +7,7 @@
 //!
 //! Read in this order: [`prepare`], [`live`], `collect` below, [`record`] (journal and row together).
 
+mod errands;
 mod lines;
 pub mod live;
 pub mod prepare;

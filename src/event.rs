@@ -266,6 +266,21 @@ pub struct Line<'a> {
     /// The frame, unchanged.
     #[serde(borrow, default)]
     pub frame: Option<&'a RawValue>,
+    /// The CLI's question, for `tool`.
+    #[serde(default)]
+    pub request_id: std::borrow::Cow<'a, str>,
+    /// The decision, for `tool`.
+    #[serde(default)]
+    pub decision: Option<Decision>,
+    /// The rule, for `tool`.
+    #[serde(default)]
+    pub rule: std::borrow::Cow<'a, str>,
+    /// The reason of a denial, for `tool`.
+    #[serde(default)]
+    pub reason: Option<std::borrow::Cow<'a, str>>,
+    /// The rewritten input, for `tool`.
+    #[serde(borrow, default)]
+    pub input: Option<&'a RawValue>,
     /// Exit code, for `exit`.
     #[serde(default)]
     pub code: i32,

@@ -9,6 +9,7 @@
 pub mod decide;
 pub mod egress;
 pub mod file;
+pub mod judge;
 pub mod narrow;
 pub mod output;
 pub mod requests;

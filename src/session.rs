@@ -7,18 +7,22 @@
 //!
 //! *Invariant*: a question of the CLI gets an answer; one that cannot be judged is denied.
 
-use std::collections::BTreeSet;
+mod gate;
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::json;
 
-use crate::agent::frames::{self, Answer, HookCall, Incoming, ToolAsk, TurnResult};
+use crate::agent::frames::{self, Answer, Incoming, TurnResult};
 use crate::agent::options;
-use crate::event::{Body, Decision};
+use crate::event::Body;
 use crate::job::outcome::Failure;
-use crate::job::spec::PermissionMode;
 use crate::job::{FailReason, Outcome, Phase, StopReason};
 use crate::money::MicroUsd;
-use crate::policy::{Ask, Plan, decide};
+use crate::policy::Plan;
+
+use gate::Pending;
+pub use gate::{Errand, Finding, What};
 
 /// Most background tasks that are kept track of.
 const TASKS_MAX: usize = 1024;
@@ -30,6 +34,8 @@ pub enum Step {
     Send(Vec<u8>),
     /// Journal this.
     Event(Body),
+    /// Find this out and tell [`Session::on_found`]; a tool call waits for it.
+    Find(Errand),
     /// The gate stands and the task is being sent.
     Booted,
     /// The model said something: its number of messages so far.
@@ -84,6 +90,8 @@ pub struct Session {
     tool_calls: u64,
     tool_denials: u64,
     background: BTreeSet<String>,
+    /// Questions of the CLI that wait for something to be found out, by their ids.
+    pending: BTreeMap<String, Pending>,
     result: Option<TurnResult>,
 }
 
@@ -106,6 +114,7 @@ impl Session {
             tool_calls: 0,
             tool_denials: 0,
             background: BTreeSet::new(),
+            pending: BTreeMap::new(),
             result: None,
         }
     }
@@ -124,8 +133,9 @@ impl Session {
         match frame {
             Incoming::Other => Vec::new(),
             Incoming::Answer(answer) => self.on_answer(&answer),
-            Incoming::CanUseTool(ask) => self.on_tool(&ask),
-            Incoming::Hook(call) => self.on_hook(&call),
+            Incoming::CanUseTool(ask) => self.on_tool(ask),
+            Incoming::Hook(call) => self.on_hook(call),
+            Incoming::Cancelled { request_id } => self.withdrawn(&request_id),
             Incoming::Foreign { request_id, subtype } => {
                 vec![Step::Send(frames::answer_error(
                     &request_id,
@@ -244,90 +254,6 @@ impl Session {
         }
         self.stage = Stage::Talking;
         vec![Step::Booted, Step::Send(frames::user(&self.prompt))]
-    }
-
-    /// In `bypassPermissions` this is the gate; in the other modes it is the CLI asking a person, and in a
-    /// one-shot job there is none.
-    fn on_tool(&mut self, ask: &ToolAsk) -> Vec<Step> {
-        let verdict = decide(&self.plan, Ask::Tool { name: &ask.tool_name });
-        let (decision, rule, reason) = match verdict {
-            Err(denial) => (Decision::Deny, denial.rule, Some(denial.reason)),
-            Ok(permit) if self.plan.permission_mode == PermissionMode::BypassPermissions => {
-                (Decision::Allow, permit.rule().to_owned(), None)
-            }
-            Ok(_) => {
-                let mode = self.plan.permission_mode.as_str();
-                let reason = format!(
-                    "permission mode {mode} would ask a person here, and nobody can be asked in this job; go on without {}",
-                    ask.tool_name
-                );
-                (Decision::Deny, format!("permission_mode {mode}"), Some(reason))
-            }
-        };
-        let response = match &reason {
-            None => json!({ "behavior": "allow", "updatedInput": {} }),
-            Some(reason) => json!({ "behavior": "deny", "message": reason }),
-        };
-        let event = self.judged(&ask.tool_use_id, &ask.tool_name, decision, rule, reason);
-        vec![Step::Event(event), Step::Send(frames::answer(&ask.request_id, &response))]
-    }
-
-    /// The gate in the modes that keep the CLI's own decisions: deny holds, `{}` leaves it to the CLI.
-    fn on_hook(&mut self, call: &HookCall) -> Vec<Step> {
-        let deny = |reason: &str| {
-            json!({ "hookSpecificOutput": {
-                "hookEventName": "PreToolUse", "permissionDecision": "deny", "permissionDecisionReason": reason,
-            } })
-        };
-        let verdict = decide(&self.plan, Ask::Tool { name: &call.tool_name });
-        let (event, response) = match verdict {
-            // Never an error answer: the CLI would run the tool.
-            _ if call.callback_id != options::GATE_CALLBACK => {
-                let reason = "not a callback of this daemon".to_owned();
-                let response = deny(&reason);
-                let rule = "unknown callback".to_owned();
-                (
-                    self.judged(&call.tool_use_id, &call.tool_name, Decision::Deny, rule, Some(reason)),
-                    response,
-                )
-            }
-            Ok(permit) => {
-                let rule = permit.rule().to_owned();
-                (self.judged(&call.tool_use_id, &call.tool_name, Decision::Allow, rule, None), json!({}))
-            }
-            Err(denial) => {
-                let response = deny(&denial.reason);
-                let reason = Some(denial.reason);
-                (
-                    self.judged(&call.tool_use_id, &call.tool_name, Decision::Deny, denial.rule, reason),
-                    response,
-                )
-            }
-        };
-        vec![Step::Event(event), Step::Send(frames::answer(&call.request_id, &response))]
-    }
-
-    fn judged(
-        &mut self,
-        tool_use_id: &str,
-        tool: &str,
-        decision: Decision,
-        rule: String,
-        reason: Option<String>,
-    ) -> Body {
-        self.tool_calls += 1;
-        if decision == Decision::Deny {
-            self.tool_denials += 1;
-        }
-        Body::Tool {
-            tool_use_id: tool_use_id.to_owned(),
-            tool: tool.to_owned(),
-            decision,
-            rule,
-            reason,
-            request_id: String::new(),
-            input: None,
-        }
     }
 
     fn on_message(&mut self, message_id: &str, nested: bool) -> Vec<Step> {

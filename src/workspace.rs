@@ -7,6 +7,7 @@
 //!
 //! **Every function here blocks** (system calls, at most seconds): call it inside `spawn_blocking`.
 
+mod follow;
 mod idmap;
 mod loopdev;
 mod mounts;
@@ -20,6 +21,7 @@ mod sweep;
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub use follow::View;
 pub use idmap::{CELL_IDS, MapError};
 pub use peer::{WorkspaceRecord, open_as, read_text, reopen_as};
 pub use rules::Guard;

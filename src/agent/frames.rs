@@ -16,6 +16,11 @@ pub enum Incoming<'a> {
     CanUseTool(ToolAsk),
     /// A hook callback that we registered.
     Hook(HookCall),
+    /// The CLI waits no longer for the answer to one of its questions.
+    Cancelled {
+        /// Which question.
+        request_id: Cow<'a, str>,
+    },
     /// A control request that we do not serve.
     Foreign {
         /// Its id, to answer it.
@@ -66,6 +71,8 @@ pub struct ToolAsk {
     pub tool_name: String,
     /// The call.
     pub tool_use_id: String,
+    /// Its input.
+    pub input: Value,
 }
 
 /// A `hook_callback` request.
@@ -79,6 +86,10 @@ pub struct HookCall {
     pub tool_name: String,
     /// The call, for tool events.
     pub tool_use_id: String,
+    /// Its input.
+    pub input: Value,
+    /// What the tool gave, for events after the call.
+    pub response: Option<Value>,
 }
 
 /// A `result` frame.
@@ -147,14 +158,13 @@ struct RequestBody {
     #[serde(default)]
     callback_id: String,
     #[serde(default)]
-    input: HookInput,
+    input: Value,
 }
 
-#[derive(Deserialize, Default)]
-#[serde(default)]
-struct HookInput {
-    tool_name: Value,
-    tool_use_id: Value,
+#[derive(Deserialize)]
+struct Cancel<'a> {
+    #[serde(borrow)]
+    request_id: Cow<'a, str>,
 }
 
 #[derive(Deserialize)]
@@ -198,6 +208,10 @@ pub fn parse(line: &[u8]) -> Option<Incoming<'_>> {
             };
             Some(Incoming::Answer(Answer { request_id: response.request_id, error }))
         }
+        "control_cancel_request" => {
+            let Cancel { request_id } = serde_json::from_str(line).ok()?;
+            Some(Incoming::Cancelled { request_id })
+        }
         "assistant" => {
             let frame: AssistantFrame = serde_json::from_str(line).ok()?;
             let nested = frame.parent_tool_use_id.is_some();
@@ -217,19 +231,25 @@ pub fn parse(line: &[u8]) -> Option<Incoming<'_>> {
 }
 
 fn incoming_request(request_id: String, request: RequestBody) -> Incoming<'static> {
-    let text = |value: Value| value.as_str().unwrap_or("").to_owned();
+    let mut input = request.input;
     match request.subtype.as_str() {
         "can_use_tool" => Incoming::CanUseTool(ToolAsk {
             request_id,
             tool_name: request.tool_name,
             tool_use_id: request.tool_use_id,
+            input,
         }),
-        "hook_callback" => Incoming::Hook(HookCall {
-            request_id,
-            callback_id: request.callback_id,
-            tool_name: text(request.input.tool_name),
-            tool_use_id: text(request.input.tool_use_id),
-        }),
+        "hook_callback" => {
+            let text = |value: &Value| value.as_str().unwrap_or("").to_owned();
+            Incoming::Hook(HookCall {
+                request_id,
+                callback_id: request.callback_id,
+                tool_name: text(&input["tool_name"]),
+                tool_use_id: text(&input["tool_use_id"]),
+                response: input.get_mut("tool_response").map(Value::take),
+                input: input.get_mut("tool_input").map(Value::take).unwrap_or_default(),
+            })
+        }
         _ => Incoming::Foreign { request_id, subtype: request.subtype },
     }
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use crate::job::spec::PermissionMode;
-use crate::policy::Plan;
+use crate::policy::{Plan, judge};
 
 /// Where the CLI is mounted in a cell.
 pub const CLI_PATH: &str = "/.hotcell-agent/claude";
@@ -18,6 +18,8 @@ pub const HOME: &str = "/home/agent";
 pub const WORKSPACE: &str = "/workspace";
 /// Hook callback id of the gate in the modes that keep the CLI's own decisions.
 pub const GATE_CALLBACK: &str = "hotcell-gate";
+/// Hook callback id of what is asked after calls.
+pub const AFTER_CALLBACK: &str = "hotcell-after";
 /// How long the CLI waits for the gate's answer before it denies, in seconds. The daemon may be restarted
 /// meanwhile; a pending callback is denied when it runs out and never allowed.
 pub const GATE_TIMEOUT_S: u32 = 3600;
@@ -119,9 +121,12 @@ pub fn initialize(plan: &Plan, system_prompt: Option<&str>, append: &str) -> Val
     if !append.is_empty() {
         request["appendSystemPrompt"] = json!(append);
     }
+    let callback = |id: &str| json!([{ "hookCallbackIds": [id], "timeout": GATE_TIMEOUT_S }]);
     if plan.permission_mode != PermissionMode::BypassPermissions {
-        request["hooks"] =
-            json!({ "PreToolUse": [{ "hookCallbackIds": [GATE_CALLBACK], "timeout": GATE_TIMEOUT_S }] });
+        request["hooks"]["PreToolUse"] = callback(GATE_CALLBACK);
+    }
+    if judge::asks_after(plan) {
+        request["hooks"]["PostToolUse"] = callback(AFTER_CALLBACK);
     }
     request
 }

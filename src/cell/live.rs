@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::errands::{Errands, Found, Place};
 use super::lines::{LINE_BYTES_MAX, Lines};
 use super::prepare::Prepared;
 use super::record::{ExitFigures, Record, RecordError};
@@ -23,7 +24,7 @@ use crate::gateway::{GatewayEvent, Lease};
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Input, Phase, State, StopReason};
 use crate::link::{ExitReason, ExitReport, ExitStatus, Link, LinkEvent, LinkHandle, OutputStream};
-use crate::session::{AgentExit, Session, Step, Trouble};
+use crate::session::{AgentExit, Session, Step, Trouble, What};
 
 /// What the cell keeps of each stream until it is acknowledged, in bytes.
 pub const CELL_BUFFER_BYTES_MAX: u32 = 16 * 1024 * 1024;
@@ -80,6 +81,8 @@ pub struct Live<'a> {
     to_cell: LinkHandle,
     lease: Lease,
     container: ContainerId,
+    dir: std::path::PathBuf,
+    errands: Errands,
     lines: Lines,
     stderr: VecDeque<u8>,
     stdin_end: u64,
@@ -98,6 +101,7 @@ pub struct Live<'a> {
 enum Next {
     Link(LinkEvent),
     Gateway(GatewayEvent),
+    Found(Found),
     Wish,
     Timer,
     ContainerEnded(Result<Exit, EngineError>),
@@ -112,7 +116,7 @@ impl<'a> Live<'a> {
         stop: watch::Receiver<StopWish>,
     ) -> Self {
         let now = Instant::now();
-        let Prepared { session, link, lease, container, pending, sent, booted, age } = prepared;
+        let Prepared { session, link, lease, cell, container, pending, sent, booted, age } = prepared;
         Self {
             parts,
             stop,
@@ -121,6 +125,8 @@ impl<'a> Live<'a> {
             link,
             lease,
             container,
+            dir: parts.settings.cells_dir().join(cell.as_str()),
+            errands: Errands::default(),
             lines: Lines::new(record.recovered.stdout_end),
             stderr: VecDeque::new(),
             stdin_end: record.recovered.stdin_end,
@@ -163,6 +169,7 @@ impl<'a> Live<'a> {
                 () = tokio::time::sleep_until(deadline) => Next::Timer,
                 exit = &mut ended, if container_gone.is_none() => Next::ContainerEnded(exit),
                 event = self.lease.next_event() => Next::Gateway(event),
+                found = self.errands.next() => Next::Found(found),
                 event = self.link.next() => Next::Link(event),
             };
             match next {
@@ -175,6 +182,10 @@ impl<'a> Live<'a> {
                 }
                 Next::Link(event) => self.on_link(event).await?,
                 Next::Gateway(event) => self.on_gateway(event).await?,
+                Next::Found((request_id, finding)) => {
+                    let steps = self.session.on_found(&request_id, finding);
+                    self.steps(steps).await?;
+                }
                 Next::Wish => self.on_wish().await?,
                 Next::ContainerEnded(exit) => {
                     // Its last frames may still be on their way to us.
@@ -364,6 +375,14 @@ impl<'a> Live<'a> {
                         self.parts.metrics.tool(*decision);
                     }
                     self.record.push(&body)?;
+                }
+                Step::Find(errand) => {
+                    let pid = match &errand.what {
+                        What::Paths(_) => self.parts.engine.state_pid(&self.container).await.ok().flatten(),
+                        What::Hook { .. } => None,
+                    };
+                    let who = self.record.identity.clone();
+                    self.errands.add(errand, Place { who, dir: self.dir.clone(), pid });
                 }
                 Step::Booted => {
                     if self.booted.is_none() {

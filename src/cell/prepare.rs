@@ -43,6 +43,8 @@ pub struct Prepared {
     pub link: Link,
     /// The way to the model.
     pub lease: Lease,
+    /// The cell.
+    pub cell: CellId,
     /// The engine's id.
     pub container: ContainerId,
     /// Steps that are due at once.
@@ -121,7 +123,7 @@ pub async fn prepare(
     };
     let pending = session.start();
     let (sent, booted, age) = (Vec::new(), false, Duration::ZERO);
-    Ok(Prepared { session, link, lease, container, pending, sent, booted, age })
+    Ok(Prepared { session, link, lease, cell: names.cell, container, pending, sent, booted, age })
 }
 
 async fn start(
@@ -204,7 +206,7 @@ pub async fn adopt(
     };
     let (session, pending, sent) = (replay.session, replay.pending, replay.sent);
     let age = Duration::from_millis(clock::boot_ms().saturating_sub(row.created_boot_ms));
-    Ok(Some(Prepared { session, link, lease, container, pending, sent, booted: true, age }))
+    Ok(Some(Prepared { session, link, lease, cell, container, pending, sent, booted: true, age }))
 }
 
 async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {

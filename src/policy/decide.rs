@@ -1,4 +1,4 @@
-//! The one place that says yes or no while a job runs. A pure function of the stored plan and the
+//! The one place that says yes or no while a job runs; for tool calls it is [`super::judge`]. A pure function of the stored plan and the
 //! question, so that `explain`, the audit and the real decision can never differ.
 //!
 //! *Invariant*: a [`Permit`] cannot be built outside this file:
@@ -14,11 +14,6 @@ use super::narrow::Layer;
 /// A question about a running job.
 #[derive(Debug, Clone, Copy)]
 pub enum Ask<'a> {
-    /// May this tool be called?
-    Tool {
-        /// The tool's name, `mcp__server__tool` for MCP.
-        name: &'a str,
-    },
     /// May this model be asked, with the provider's credential?
     Model {
         /// The model's name as in the request.
@@ -60,28 +55,10 @@ pub fn decide(plan: &Plan, ask: Ask<'_>) -> Result<Permit, Denial> {
     let mut permit = Err(Denial { rule: "layers".into(), reason: "the job has no policy".into() });
     for layer in &plan.layers {
         permit = Ok(match ask {
-            Ask::Tool { name } => tool(layer, plan, name)?,
             Ask::Model { name } => allow(layer, &layer.models_allow, "models.allow", name)?,
         });
     }
     permit
-}
-
-fn tool(layer: &Layer, plan: &Plan, name: &str) -> Result<Permit, Denial> {
-    if let Some(pattern) = layer.tools_deny.iter().find(|p| matches(p, name)) {
-        return refuse(layer, format!("tools.deny {pattern}"), format!("the tool {name} is not allowed"));
-    }
-    let mut denied = plan.disallowed_tools.iter().filter(|p| !p.contains('('));
-    if let Some(pattern) = denied.find(|p| matches(p, name)) {
-        return refuse(layer, format!("job disallowed_tools {pattern}"), format!("the job refuses {name}"));
-    }
-    if let Some(list) = &plan.tools
-        && !name.starts_with("mcp__")
-        && !list.iter().any(|tool| tool == name)
-    {
-        return refuse(layer, "job tools".into(), format!("the job's tools do not include {name}"));
-    }
-    allow(layer, &layer.tools_allow, "tools.allow", name)
 }
 
 /// For the other files of the policy: what they allow, they allow here.

@@ -344,6 +344,7 @@ fn limits(spec: &JobSpec, policy: &Policy) -> Result<PlanLimits, NarrowError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::judge::{Call, Findings, Judgement, judge};
     use crate::policy::{Ask, decide};
     use proptest::prelude::*;
 
@@ -394,9 +395,11 @@ mod tests {
         let spec = JobSpec::parse(br#"{"prompt":"x","tools":["Read"],"disallowed_tools":["mcp__a__*"]}"#)
             .expect("spec");
         let plan = narrow(&spec, &policy("default"), &defaults()).expect("plan");
-        assert!(decide(&plan, Ask::Tool { name: "Read" }).is_ok());
+        let input = serde_json::json!({});
+        let allowed = |tool| matches!(judge(&plan, Call { tool, input: &input }, &Findings::default()), Judgement::Allow { .. });
+        assert!(allowed("Read"));
         for denied in ["Bash", "WebFetch", "mcp__a__b"] {
-            assert!(decide(&plan, Ask::Tool { name: denied }).is_err(), "{denied}");
+            assert!(!allowed(denied), "{denied}");
         }
         assert!(decide(&plan, Ask::Model { name: "gpt-9" }).is_err());
     }

@@ -201,3 +201,99 @@ proptest! {
         prop_assert_eq!(run(), run());
     }
 }
+
+/// A session under `trusted` with rules of its own.
+fn ruled(rules: &str, spec: &str) -> Session {
+    let text = format!("{}\n{rules}", include_str!("../../policies/trusted.toml"));
+    let policy = Policy::parse("test", &text).expect("policy");
+    let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into() };
+    let plan = narrow(&JobSpec::parse(spec.as_bytes()).expect("spec"), &policy, &defaults).expect("plan");
+    let mut session = Session::new(plan, "do it".into(), None, String::new());
+    session.on_line(ok(INITIALIZE).as_bytes());
+    session.on_line(ok(SETTINGS).as_bytes());
+    session
+}
+
+const HOOKED: &str = "[[rule]]\ntool = 'Bash'\naction = 'hook'\nrun = ['/bin/check']";
+const BASH: &str = r#"{"type":"control_request","request_id":"q","request":{"subtype":"can_use_tool","tool_name":"Bash","input":{"command":"ls"},"tool_use_id":"t"}}"#;
+
+fn errand(steps: &[Step]) -> &Errand {
+    match steps {
+        [Step::Find(errand)] => errand,
+        other => panic!("an errand and nothing else: {other:?}"),
+    }
+}
+
+#[test]
+fn a_call_waits_for_its_hook_and_runs_with_what_it_gives() {
+    let mut session = ruled(HOOKED, r#"{"prompt":"x"}"#);
+    let steps = session.on_line(BASH.as_bytes());
+    let What::Hook { id, run, stdin, .. } = errand(&steps).what.clone() else { panic!("a hook") };
+    assert_eq!(run, [std::path::PathBuf::from("/bin/check")]);
+    let stdin: serde_json::Value = serde_json::from_slice(&stdin).expect("json");
+    assert_eq!(
+        (&stdin["tool_input"]["command"], &stdin["hook_event_name"]),
+        (&json!("ls"), &json!("PreToolUse"))
+    );
+    let answer = crate::policy::judge::HookAnswer::Pass(Some(json!({ "command": "ls -l" })));
+    let steps = session.on_found("q", Finding::Hook(id, answer.clone()));
+    assert!(matches!(&steps[0], Step::Event(Body::Tool { decision: crate::event::Decision::Rewrite, .. })));
+    assert_eq!(sent(&steps)[0]["response"]["response"]["updatedInput"]["command"], "ls -l");
+    assert!(session.on_found("q", Finding::Hook(id, answer)).is_empty(), "a question is answered once");
+}
+
+#[test]
+fn a_call_that_the_cli_gave_up_is_not_answered_but_told() {
+    let mut session = ruled(HOOKED, r#"{"prompt":"x"}"#);
+    let steps = session.on_line(BASH.as_bytes());
+    let What::Hook { id, .. } = errand(&steps).what.clone() else { panic!("a hook") };
+    let steps = session.on_line(br#"{"type":"control_cancel_request","request_id":"q"}"#);
+    assert!(matches!(&steps[..], [Step::Event(Body::Tool { decision: crate::event::Decision::Deny, .. })]));
+    let late = crate::policy::judge::HookAnswer::Pass(None);
+    assert!(session.on_found("q", Finding::Hook(id, late)).is_empty());
+}
+
+#[test]
+fn a_decision_of_the_journal_is_sent_again_byte_for_byte() {
+    let mut first = ruled(HOOKED, r#"{"prompt":"x"}"#);
+    let steps = first.on_line(BASH.as_bytes());
+    let What::Hook { id, .. } = errand(&steps).what.clone() else { panic!("a hook") };
+    let answer = crate::policy::judge::HookAnswer::Pass(Some(json!({ "command": "ls -l" })));
+    let decided = first.on_found("q", Finding::Hook(id, answer));
+    let Step::Event(body) = &decided[0] else { panic!("the event comes first") };
+    let line = serde_json::to_string(&crate::event::Event {
+        seq: 1,
+        at_ms: 1,
+        origin: body.origin(),
+        body: body.clone(),
+    });
+    let line = line.expect("json");
+    let mut second = ruled(HOOKED, r#"{"prompt":"x"}"#);
+    second.on_line(BASH.as_bytes());
+    let again = second.on_journaled(&serde_json::from_str(&line).expect("line"));
+    assert_eq!(sent(&again), sent(&decided));
+}
+
+#[test]
+fn what_is_asked_after_a_call_blocks_and_never_lets_an_error_through() {
+    let after = "[[rule]]\ntool = 'Bash'\naction = 'hook'\nwhen = 'after'\nrun = ['/bin/check']";
+    let mut session = ruled(after, r#"{"prompt":"x"}"#);
+    assert_eq!(
+        sent(&session.start())[0]["request"]["hooks"]["PostToolUse"][0]["hookCallbackIds"][0],
+        options::AFTER_CALLBACK
+    );
+    // Before the call nothing is asked.
+    assert_eq!(sent(&session.on_line(BASH.as_bytes())).len(), 1);
+    let call = format!(
+        r#"{{"type":"control_request","request_id":"p","request":{{"subtype":"hook_callback","callback_id":"{}","input":{{"tool_name":"Bash","tool_use_id":"t","tool_input":{{"command":"ls"}},"tool_response":{{"stdout":"key"}}}}}}}}"#,
+        options::AFTER_CALLBACK
+    );
+    let steps = session.on_line(call.as_bytes());
+    let What::Hook { id, stdin, .. } = errand(&steps).what.clone() else { panic!("a hook") };
+    assert!(String::from_utf8(stdin).expect("text").contains("\"stdout\":\"key\""));
+    let failed = crate::policy::judge::HookAnswer::Failed("boom".into());
+    let steps = session.on_found("p", Finding::Hook(id, failed));
+    let answer = &sent(&steps)[0]["response"];
+    assert_eq!((&answer["subtype"], &answer["response"]["decision"]), (&json!("success"), &json!("block")));
+    assert_eq!(session.tool_counts(), (1, 0), "one call, allowed");
+}
