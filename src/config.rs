@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-pub use policies::{PolicyFileError, PolicyOrigin, PolicySource, policy_sources};
+pub use policies::{PolicyFileError, PolicyOrigin, PolicySource, policy_sources, read_policy_text};
 pub use settings::{SETTINGS, Setting};
 
 use raw::Layers;

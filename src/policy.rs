@@ -11,13 +11,16 @@ pub mod egress;
 pub mod file;
 pub mod judge;
 pub mod narrow;
+pub mod narrowing;
 pub mod output;
+mod place;
 pub mod requests;
 pub mod rule;
 
 pub use decide::{Ask, Denial, Permit, decide};
 pub use file::{Policy, PolicyError};
 pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
+pub use narrowing::Narrowing;
 
 /// True when `name` is `pattern`, or begins with what stands before a final `*` in it.
 pub fn matches(pattern: &str, name: &str) -> bool {

@@ -65,7 +65,7 @@ pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
     if let Some(fallback) = &plan.fallback_model {
         argv.push(format!("--fallback-model={fallback}"));
     }
-    if let Some(tools) = &plan.tools {
+    if let Some(tools) = built_in_tools(plan) {
         argv.push(format!("--tools={}", tools.join(",")));
     }
     if !plan.allowed_tools.is_empty() {
@@ -77,6 +77,24 @@ pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
     refused.extend(exact.filter(|p| !p.ends_with('*') && !REMOVED_TOOLS.contains(p)));
     argv.push(format!("--disallowedTools={}", refused.join(",")));
     argv
+}
+
+/// The built-in tools that exist for the agent; `None` for all. A tool that no call of could be allowed is left out:
+/// the model should not spend a turn on it.
+fn built_in_tools(plan: &Plan) -> Option<Vec<String>> {
+    let mut tools = plan.tools.clone();
+    for layer in &plan.layers {
+        let named = layer.tools_allow.iter().filter(|pattern| !pattern.starts_with("mcp__"));
+        if named.clone().any(|pattern| pattern.ends_with('*')) {
+            continue;
+        }
+        let named: Vec<String> = named.cloned().collect();
+        tools = Some(match tools {
+            Some(tools) => tools.into_iter().filter(|tool| named.contains(tool)).collect(),
+            None => named,
+        });
+    }
+    tools
 }
 
 /// The agent's whole environment; nothing of the daemon's is inherited. `token` opens this cell's gateway

@@ -20,7 +20,7 @@ use crate::event::Body;
 use crate::job::spec::{SPEC_BYTES_MAX, SpecError, WorkspaceMode};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
-use crate::policy::{Plan, narrow};
+use crate::policy::{Narrowing, Plan, narrow};
 use crate::store::{NewJob, StoreError, Submitted};
 use crate::workspace::{self, Access, Guard, WorkspaceRecord};
 
@@ -117,7 +117,12 @@ fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
         )
         .hint("`hotcell policy ls` lists them")
     })?;
-    let plan = narrow(spec, policy, &api.defaults).map_err(|error| {
+    let own = spec.narrow.as_deref().map(|text| Narrowing::parse("narrow", text)).transpose();
+    let own = own.map_err(|error| {
+        ApiError::new(ErrorCode::InvalidSpec, error)
+            .hint("`hotcell policy check --narrow FILE` checks a policy of your own")
+    })?;
+    let plan = narrow(spec, policy, own.as_ref(), &api.defaults).map_err(|error| {
         ApiError::new(ErrorCode::AbovePolicy, error)
             .hint(format!("`hotcell policy show {name}` shows its limits"))
     })?;

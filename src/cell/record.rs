@@ -306,7 +306,9 @@ impl Replay {
                 // A call that waited then: its decision is in the journal, and nothing has to be found out again.
                 let steps = self.session.on_journaled(line);
                 if !steps.is_empty() {
-                    self.done(|step| matches!(step, Step::Find(errand) if errand.request_id == line.request_id));
+                    self.done(
+                        |step| matches!(step, Step::Find(errand) if errand.request_id == line.request_id),
+                    );
                     self.pending.extend(steps);
                 }
                 self.done(|step| matches!(step, Step::Event(Body::Tool { .. })));

@@ -1,6 +1,8 @@
 //! `hotcell policy`: the policies that a daemon with this configuration has. Reads files only; a job's own
 //! copy of its policy is in its row.
 
+mod explain;
+
 use clap::{Args, Subcommand};
 use serde_json::json;
 
@@ -27,6 +29,10 @@ enum PolicyCommand {
         #[command(flatten)]
         config: ConfigFlags,
     },
+    /// Check a policy file: errors name file, line and key
+    Check(explain::CheckArgs),
+    /// Say which rule decides a question, and why; exit code 0 for yes, 1 for no
+    Explain(explain::ExplainArgs),
     /// Print one
     Show {
         /// Its name
@@ -44,32 +50,36 @@ impl PolicyArgs {
     pub(super) fn json(&self) -> bool {
         match &self.command {
             PolicyCommand::Ls { json, .. } | PolicyCommand::Show { json, .. } => *json,
+            PolicyCommand::Check(args) => args.json,
+            PolicyCommand::Explain(args) => args.json,
         }
     }
 }
 
 pub(super) fn policy(args: &PolicyArgs, context: &mut Context) -> Result<ExitCode, CliError> {
-    let (PolicyCommand::Ls { config, .. } | PolicyCommand::Show { config, .. }) = &args.command;
+    let (json, config) = match &args.command {
+        PolicyCommand::Check(args) => return explain::check(args, context),
+        PolicyCommand::Explain(args) => return explain::explain(args, context),
+        PolicyCommand::Ls { json, config } | PolicyCommand::Show { json, config, .. } => (*json, config),
+    };
     let config = Config::load(&config.flags(), &context.machine)?;
     let all = policy_sources(&config.policy_dirs)?;
-    match &args.command {
-        PolicyCommand::Ls { json: true, .. } => {
+    let PolicyCommand::Show { name, .. } = &args.command else {
+        if json {
             context.out.json(&all.iter().map(|(name, source)| as_json(name, source)).collect::<Vec<_>>())?;
-        }
-        PolicyCommand::Ls { .. } => {
+        } else {
             context.out.print(&tables::policies(context.out.paint, all.iter()))?;
         }
-        PolicyCommand::Show { name, json, .. } => {
-            let source = all.get(name).ok_or_else(|| {
-                let names = all.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-                CliError::usage_hint(format!("there is no policy {name}"), format!("there are: {names}"))
-            })?;
-            if *json {
-                context.out.json(&as_json(name, source))?;
-            } else {
-                context.out.print(&Text::new(context.out.paint).plain(&source.text))?;
-            }
-        }
+        return Ok(ExitCode::Succeeded);
+    };
+    let source = all.get(name).ok_or_else(|| {
+        let names = all.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        CliError::usage_hint(format!("there is no policy {name}"), format!("there are: {names}"))
+    })?;
+    if json {
+        context.out.json(&as_json(name, source))?;
+    } else {
+        context.out.print(&Text::new(context.out.paint).plain(&source.text))?;
     }
     Ok(ExitCode::Succeeded)
 }

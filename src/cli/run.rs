@@ -15,7 +15,8 @@ use super::render::stream::StreamView;
 use super::render::{Style, Text, one_line};
 use super::{Connection, Context, args, wait};
 use crate::api::wire::JobView;
-use crate::job::spec::{JobSpec, PROMPT_BYTES_MAX, SPEC_BYTES_MAX, SpecError};
+use crate::job::spec::{JobSpec, NARROW_BYTES_MAX, PROMPT_BYTES_MAX, SPEC_BYTES_MAX, SpecError};
+use crate::policy::Narrowing;
 
 /// Most attempts to submit when the connection breaks before the answer came.
 const SUBMIT_ATTEMPTS: u32 = 3;
@@ -40,6 +41,9 @@ pub(super) struct RunArgs {
     /// Policy that bounds the job [default: the daemon's]
     #[arg(short, long, value_name = "NAME")]
     policy: Option<String>,
+    /// A policy file of your own that narrows it
+    #[arg(long, value_name = "FILE")]
+    narrow: Option<PathBuf>,
     /// Start from a job spec in JSON; flags win over it; `-` reads it from standard input
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
@@ -90,6 +94,12 @@ struct AgentFlags {
     /// Version of the agent
     #[arg(long, value_name = "VERSION")]
     agent: Option<String>,
+    /// What isolates the cell: runc, or runsc for gVisor; no other one will do then
+    #[arg(long, value_name = "NAME", value_parser = ["runc", "runsc"])]
+    runtime: Option<String>,
+    /// Model provider, by its name in the daemon's configuration
+    #[arg(long, value_name = "NAME")]
+    provider: Option<String>,
     /// The agent's permission mode
     #[arg(long, value_name = "MODE", value_parser = ["bypassPermissions", "default", "acceptEdits", "plan", "dontAsk"])]
     permission_mode: Option<String>,
@@ -304,6 +314,12 @@ fn job_spec(args: &RunArgs, context: &Context) -> Result<Bytes, CliError> {
     }
     workspace(args, &mut spec)?;
     put(&mut spec, "policy", args.policy.as_ref());
+    if let Some(path) = &args.narrow {
+        let text = read_text("the narrowing policy", path, NARROW_BYTES_MAX)?;
+        // Checked here, where the file has its name.
+        Narrowing::parse(&path.display().to_string(), &text).map_err(|e| CliError::usage(e.to_string()))?;
+        put(&mut spec, "narrow", Some(text));
+    }
     agent(&args.agent, context, &mut spec)?;
     limits(&args.limits, &mut spec);
     for (key, value) in &args.job.label {
@@ -386,6 +402,8 @@ fn agent(flags: &AgentFlags, context: &Context, spec: &mut Map<String, Value>) -
     put(spec, "effort", flags.effort.as_ref());
     put(spec, "image", flags.image.as_ref());
     put(spec, "agent", flags.agent.as_ref());
+    put(spec, "runtime", flags.runtime.as_ref());
+    put(spec, "provider", flags.provider.as_ref());
     put(spec, "permission_mode", flags.permission_mode.as_ref());
     put(spec, "system_prompt", flags.system_prompt.as_ref());
     put(spec, "append_system_prompt", flags.append_system_prompt.as_ref());

@@ -56,9 +56,12 @@ pub enum PolicyFileError {
     },
 }
 
-const BUILT_IN: [(&str, &str); 2] = [
+const BUILT_IN: [(&str, &str); 5] = [
     ("default", include_str!("../../policies/default.toml")),
+    ("refactor", include_str!("../../policies/refactor.toml")),
+    ("review", include_str!("../../policies/review.toml")),
     ("trusted", include_str!("../../policies/trusted.toml")),
+    ("untrusted", include_str!("../../policies/untrusted.toml")),
 ];
 
 /// All policies by name. A file wins over a built-in one of its name, and a later directory over an earlier
@@ -88,6 +91,14 @@ pub fn policy_sources(dirs: &[PathBuf]) -> Result<BTreeMap<String, PolicySource>
         }
     }
     Ok(all)
+}
+
+/// The text of one policy file.
+///
+/// # Errors
+/// [`PolicyFileError::Read`].
+pub fn read_policy_text(path: &Path) -> Result<String, PolicyFileError> {
+    super::raw::read_bounded(path).map_err(|e| read_error(path, e))
 }
 
 fn toml_files(dir: &Path) -> Result<Vec<PathBuf>, PolicyFileError> {
@@ -124,7 +135,7 @@ mod tests {
         std::fs::write(dir.path().join("default.toml"), text).expect("write");
         std::fs::write(dir.path().join("notes.txt"), "no policy").expect("write");
         let all = policy_sources(&[dir.path().to_owned(), dir.path().join("absent")]).expect("policies");
-        assert_eq!(all.keys().collect::<Vec<_>>(), ["default", "trusted"]);
+        assert_eq!(all.keys().collect::<Vec<_>>(), ["default", "refactor", "review", "trusted", "untrusted"]);
         assert_eq!(all["default"].policy.limits.cost_usd, 3.0);
         assert_eq!(all["trusted"].origin, PolicyOrigin::BuiltIn);
     }

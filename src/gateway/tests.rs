@@ -51,7 +51,7 @@ pub(super) fn plan(models: Vec<String>) -> Arc<Plan> {
     let policy = Policy::parse("test", include_str!("../../policies/default.toml")).unwrap();
     let defaults = Defaults { model: MODEL.into(), image: "x".into() };
     let spec = JobSpec::parse(br#"{"prompt":"x"}"#).unwrap();
-    let mut plan = narrow(&spec, &policy, &defaults).unwrap();
+    let mut plan = narrow(&spec, &policy, None, &defaults).unwrap();
     plan.layers[0].models_allow = models;
     Arc::new(plan)
 }

@@ -24,15 +24,25 @@ pub enum PolicyError {
         detail: String,
     },
     /// A value outside its limit.
-    #[error("policy {file}: {key}: {problem}")]
+    #[error("policy {file}{}: {key}: {problem}", .line.map(|line| format!(", line {line}")).unwrap_or_default())]
     Value {
         /// The file's name.
         file: String,
+        /// The line of the key, counted from 1.
+        line: Option<usize>,
         /// The key, with dots for nesting.
         key: String,
         /// What is wrong and what is allowed.
         problem: String,
     },
+}
+
+impl PolicyError {
+    /// An error about a key, with the line it stands on in `text`.
+    pub(super) fn at(file: &str, text: &str, key: String, problem: String) -> Self {
+        let line = super::place::line_of(text, &key);
+        Self::Value { file: file.to_owned(), line, key, problem }
+    }
 }
 
 /// What jobs under this policy may do and spend: the ceiling.
@@ -229,6 +239,18 @@ pub struct Limits {
     pub disk_mib: u32,
 }
 
+/// Patterns have their `*` at the end only.
+pub(super) fn check_patterns(lists: &[(&str, Option<&Vec<String>>)]) -> Result<(), (String, String)> {
+    for (key, list) in lists {
+        let mut patterns = list.iter().copied().flatten().enumerate();
+        if let Some((index, bad)) = patterns.find(|(_, p)| p.is_empty() || p[..p.len() - 1].contains('*')) {
+            let problem = format!("{bad:?}: a name, or the beginning of one with a '*' at its end");
+            return Err((format!("{key}[{index}]"), problem));
+        }
+    }
+    Ok(())
+}
+
 fn yes() -> bool {
     true
 }
@@ -238,6 +260,17 @@ fn every() -> Vec<String> {
 }
 
 impl Policy {
+    /// What in it can have no effect, as (key, words): worth a look, no error.
+    pub fn warnings(&self) -> Vec<(String, String)> {
+        let rules = Rule::warnings(&self.rules, &self.tools.allow, &self.tools.deny);
+        rules.into_iter().map(|(index, words)| (format!("rule[{index}]"), words)).collect()
+    }
+
+    /// The line of a key in this file's text, counted from 1.
+    pub fn line_of(text: &str, key: &str) -> Option<usize> {
+        super::place::line_of(text, key)
+    }
+
     /// Parses and checks the text of the file `<name>.toml`.
     ///
     /// # Errors
@@ -248,7 +281,7 @@ impl Policy {
             .map_err(|e| PolicyError::Syntax { file: file.clone(), detail: e.to_string() })?;
         name.clone_into(&mut policy.name);
         policy.hash = Sha256::digest(text.as_bytes()).iter().map(|b| format!("{b:02x}")).collect();
-        policy.check().map_err(|(key, problem)| PolicyError::Value { file, key, problem })?;
+        policy.check().map_err(|(key, problem)| PolicyError::at(&file, text, key, problem))?;
         Ok(policy)
     }
 
@@ -265,19 +298,15 @@ impl Policy {
         if let Some((key, _)) = filled.into_iter().find(|(_, empty)| *empty) {
             return Err((key.into(), "is empty: no job could run".into()));
         }
-        for (key, list) in [
-            ("models.allow", &self.models.allow),
-            ("images.allow", &self.images.allow),
-            ("agents.allow", &self.agents.allow),
-            ("tools.allow", &self.tools.allow),
-            ("tools.deny", &self.tools.deny),
-            ("providers.allow", &self.providers.allow),
-            ("env.allow", &self.env.allow),
-        ] {
-            if let Some(bad) = list.iter().find(|p| p.is_empty() || p[..p.len() - 1].contains('*')) {
-                return Err((key.into(), format!("{bad:?}: a '*' may stand only at the end")));
-            }
-        }
+        check_patterns(&[
+            ("models.allow", Some(&self.models.allow)),
+            ("images.allow", Some(&self.images.allow)),
+            ("agents.allow", Some(&self.agents.allow)),
+            ("tools.allow", Some(&self.tools.allow)),
+            ("tools.deny", Some(&self.tools.deny)),
+            ("providers.allow", Some(&self.providers.allow)),
+            ("env.allow", Some(&self.env.allow)),
+        ])?;
         for (key, default, allow) in [
             ("models.default", &self.models.default, &self.models.allow),
             ("images.default", &self.images.default, &self.images.allow),

@@ -400,7 +400,7 @@ mod tests {
         let text = format!("{}\n{rules}", include_str!("../../policies/trusted.toml"));
         let policy = Policy::parse("test", &text).expect("policy");
         let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into() };
-        narrow(&JobSpec::parse(br#"{"prompt":"x"}"#).expect("spec"), &policy, &defaults).expect("plan")
+        narrow(&JobSpec::parse(br#"{"prompt":"x"}"#).expect("spec"), &policy, None, &defaults).expect("plan")
     }
 
     fn call<'a>(tool: &'a str, input: &'a Value) -> Call<'a> {

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::egress::Egress;
 use super::file::{Policy, Unpriced};
 use super::matches;
+use super::narrowing::Narrowing;
 use super::output::Output;
 use super::requests::Requests;
 use super::rule::Rule;
@@ -181,44 +182,63 @@ impl Layer {
 ///
 /// # Errors
 /// [`NarrowError`] for the first key that asks for more than the policy allows.
-pub fn narrow(spec: &JobSpec, policy: &Policy, defaults: &Defaults) -> Result<Plan, NarrowError> {
+pub fn narrow(
+    spec: &JobSpec,
+    policy: &Policy,
+    narrowing: Option<&Narrowing>,
+    defaults: &Defaults,
+) -> Result<Plan, NarrowError> {
+    let narrowed = narrowing.map(|own| own.narrowed(policy)).transpose()?;
+    let policy = narrowed.as_ref().unwrap_or(policy);
+    let own = |list: fn(&Narrowing) -> Option<&Vec<String>>| narrowing.and_then(list);
     let deny = |key: &str, asked: &str, allowed: String| NarrowError {
         key: key.to_owned(),
         asked: asked.to_owned(),
         policy: policy.name.clone(),
         allowed,
     };
-    let one_of = |key: &str, asked: &str, patterns: &[String]| {
-        if patterns.iter().any(|p| matches(p, asked)) {
-            Ok(())
-        } else {
-            Err(deny(key, asked, patterns.join(", ")))
+    let one_of = |key: &str, asked: &str, patterns: &[String], own: Option<&Vec<String>>| {
+        let fits = |patterns: &[String]| patterns.iter().any(|p| matches(p, asked));
+        match own {
+            _ if !fits(patterns) => Err(deny(key, asked, patterns.join(", "))),
+            Some(own) if !fits(own) => {
+                Err(deny(key, asked, format!("narrowed by your own file to {}", own.join(", "))))
+            }
+            Some(_) | None => Ok(()),
         }
     };
 
     let model = spec
         .model
         .clone()
+        .or_else(|| narrowing.and_then(|n| n.models.as_ref()?.default.clone()))
         .or_else(|| policy.models.default.clone())
         .unwrap_or_else(|| defaults.model.clone());
-    one_of("model", &model, &policy.models.allow)?;
+    let models = own(|n| n.models.as_ref().map(|m| &m.allow));
+    one_of("model", &model, &policy.models.allow, models)?;
     if let Some(fallback) = &spec.fallback_model {
-        one_of("fallback_model", fallback, &policy.models.allow)?;
+        one_of("fallback_model", fallback, &policy.models.allow, models)?;
     }
     let image = spec
         .image
         .clone()
+        .or_else(|| narrowing.and_then(|n| n.images.as_ref()?.default.clone()))
         .or_else(|| policy.images.default.clone())
         .unwrap_or_else(|| defaults.image.clone());
-    one_of("image", &image, &policy.images.allow)?;
+    one_of("image", &image, &policy.images.allow, own(|n| n.images.as_ref().map(|m| &m.allow)))?;
 
     let provider = spec.provider.clone().or_else(|| policy.providers.default.clone());
     if let Some(provider) = &provider {
-        one_of("provider", provider, &policy.providers.allow)?;
+        one_of(
+            "provider",
+            provider,
+            &policy.providers.allow,
+            own(|n| n.providers.as_ref().map(|m| &m.allow)),
+        )?;
     }
     let agent = spec.agent.clone().or_else(|| policy.agents.default.clone());
     if let Some(agent) = &agent {
-        one_of("agent", agent, &policy.agents.allow)?;
+        one_of("agent", agent, &policy.agents.allow, own(|n| n.agents.as_ref().map(|m| &m.allow)))?;
     }
 
     let mode = spec.permission_mode.unwrap_or(policy.permission_modes[0]);
@@ -228,7 +248,7 @@ pub fn narrow(spec: &JobSpec, policy: &Policy, defaults: &Defaults) -> Result<Pl
     }
     for (index, tool) in spec.tools.iter().flatten().enumerate() {
         let key = format!("tools[{index}]");
-        one_of(&key, tool, &policy.tools.allow)?;
+        one_of(&key, tool, &policy.tools.allow, own(|n| n.tools.as_ref().map(|m| &m.allow)))?;
         if let Some(pattern) = policy.tools.deny.iter().find(|p| matches(p, tool)) {
             return Err(deny(&key, tool, format!("tools.deny has {pattern}")));
         }
@@ -242,7 +262,7 @@ pub fn narrow(spec: &JobSpec, policy: &Policy, defaults: &Defaults) -> Result<Pl
                 "this variable steers the CLI or its way out and is the daemon's".into(),
             ));
         }
-        one_of(&key, name, &policy.env.allow)?;
+        one_of(&key, name, &policy.env.allow, own(|n| n.env.as_ref().map(|m| &m.allow)))?;
     }
     Ok(Plan {
         policy: policy.name.clone(),
@@ -256,7 +276,7 @@ pub fn narrow(spec: &JobSpec, policy: &Policy, defaults: &Defaults) -> Result<Pl
         tools: spec.tools.clone(),
         allowed_tools: spec.allowed_tools.clone(),
         disallowed_tools: spec.disallowed_tools.clone(),
-        layers: vec![Layer::of(policy)],
+        layers: [Layer::of(policy)].into_iter().chain(narrowing.map(|own| own.layer(policy))).collect(),
         runtimes: runtimes(spec, policy)?,
         provider,
         unpriced: policy.models.unpriced,
@@ -363,7 +383,7 @@ mod tests {
 
     fn refused(json: &str) -> NarrowError {
         let spec = JobSpec::parse(json.as_bytes()).expect("spec");
-        narrow(&spec, &policy("default"), &defaults()).expect_err("must be refused")
+        narrow(&spec, &policy("default"), None, &defaults()).expect_err("must be refused")
     }
 
     #[test]
@@ -387,16 +407,21 @@ mod tests {
     #[test]
     fn reserved_variables_stay_reserved_where_every_name_is_allowed() {
         let spec = JobSpec::parse(br#"{"prompt":"x","env":{"LD_PRELOAD":"/tmp/x.so"}}"#).expect("spec");
-        assert!(narrow(&spec, &policy("trusted"), &defaults()).is_err());
+        assert!(narrow(&spec, &policy("trusted"), None, &defaults()).is_err());
     }
 
     #[test]
     fn a_tool_that_nothing_names_is_denied() {
         let spec = JobSpec::parse(br#"{"prompt":"x","tools":["Read"],"disallowed_tools":["mcp__a__*"]}"#)
             .expect("spec");
-        let plan = narrow(&spec, &policy("default"), &defaults()).expect("plan");
+        let plan = narrow(&spec, &policy("default"), None, &defaults()).expect("plan");
         let input = serde_json::json!({});
-        let allowed = |tool| matches!(judge(&plan, Call { tool, input: &input }, &Findings::default()), Judgement::Allow { .. });
+        let allowed = |tool| {
+            matches!(
+                judge(&plan, Call { tool, input: &input }, &Findings::default()),
+                Judgement::Allow { .. }
+            )
+        };
         assert!(allowed("Read"));
         for denied in ["Bash", "WebFetch", "mcp__a__b"] {
             assert!(!allowed(denied), "{denied}");
@@ -410,7 +435,7 @@ mod tests {
             let policy = policy("default");
             let spec = serde_json::json!({"prompt":"x","limits":{"cost_usd":cost,"wall_s":wall,"max_turns":turns}}).to_string();
             let spec = JobSpec::parse(spec.as_bytes()).expect("spec");
-            match narrow(&spec, &policy, &defaults()) {
+            match narrow(&spec, &policy, None, &defaults()) {
                 Ok(plan) => {
                     prop_assert!(plan.limits.cost_micro_usd.as_usd() <= policy.limits.cost_usd + 1e-6);
                     prop_assert!(plan.limits.wall_ms <= u64::from(policy.limits.wall_s) * 1000);
@@ -418,6 +443,62 @@ mod tests {
                 }
                 Err(_) => prop_assert!(cost.unwrap_or(0.0) > 1.0 || wall.unwrap_or(0) > 1800 || turns.unwrap_or(0) > 100),
             }
+        }
+    }
+
+    fn own(text: &str) -> Narrowing {
+        Narrowing::parse("mine.toml", text).expect("narrowing")
+    }
+
+    fn spec(json: &str) -> JobSpec {
+        JobSpec::parse(json.as_bytes()).expect("spec")
+    }
+
+    #[test]
+    fn a_users_file_narrows_and_says_so() {
+        let policy = policy("trusted");
+        let own = own(
+            "permission_modes = ['plan']\n[limits]\ncost_usd = 0.5\nwall_s = 999999\n[models]\nallow = ['claude-haiku-*']\n[tools]\ndeny = ['Bash']\n[workspace]\nwritable = ['src']",
+        );
+        let error = narrow(&spec(r#"{"prompt":"x"}"#), &policy, Some(&own), &defaults()).expect_err("model");
+        assert!(error.to_string().contains("your own file"), "{error}");
+        let plan =
+            narrow(&spec(r#"{"prompt":"x","model":"claude-haiku-4-5"}"#), &policy, Some(&own), &defaults());
+        let plan = plan.expect("plan");
+        assert_eq!(plan.limits.cost_micro_usd, MicroUsd(500_000));
+        assert_eq!(plan.limits.wall_ms, u64::from(policy.limits.wall_s) * 1000);
+        assert_eq!(plan.permission_mode, PermissionMode::Plan);
+        assert_eq!(plan.writable, Some(vec!["src".into()]));
+        let input = serde_json::json!({});
+        let judged = judge(&plan, Call { tool: "Bash", input: &input }, &Findings::default());
+        assert!(matches!(judged, Judgement::Deny(denial) if denial.reason.contains("mine.toml")));
+        let more = spec(r#"{"prompt":"x","model":"claude-haiku-4-5","limits":{"cost_usd":1}}"#);
+        assert_eq!(narrow(&more, &policy, Some(&own), &defaults()).expect_err("cost").key, "limits.cost_usd");
+    }
+
+    #[test]
+    fn an_error_in_a_file_names_line_and_key() {
+        let error = Narrowing::parse("mine.toml", "\n[tools]\nallow = ['A*b']").expect_err("pattern");
+        assert!(error.to_string().starts_with("policy mine.toml, line 3: tools.allow[0]: "), "{error}");
+        let error = Narrowing::parse("mine.toml", "[limits]\ncost = 1").expect_err("key");
+        assert!(error.to_string().contains("line 2") && error.to_string().contains("cost"), "{error}");
+        let text = include_str!("../../policies/trusted.toml").replace("max_turns = 1000", "max_turns = 0");
+        let error = Policy::parse("bad", &text).expect_err("limit").to_string();
+        assert!(error.contains("policy bad.toml, line ") && error.contains("limits.max_turns"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn a_narrowing_never_widens(modes in proptest::sample::subsequence(vec!["plan", "default", "bypassPermissions"], 1..3), cost in 0.0f64..50.0, pids in 1u32..10_000, tool in "(Bash|Read|WebFetch)", deny in "(Bash|Re\\*|\\*)") {
+            let text = format!("permission_modes = {modes:?}\n[limits]\ncost_usd = {cost:?}\npids = {pids}\n[tools]\nallow = ['*']\ndeny = ['{deny}']");
+            let policy = policy("trusted");
+            let plain = narrow(&spec(r#"{"prompt":"x"}"#), &policy, None, &defaults()).expect("plan");
+            let Ok(small) = narrow(&spec(r#"{"prompt":"x"}"#), &policy, Some(&own(&text)), &defaults()) else { return Ok(()) };
+            prop_assert!(small.limits.cost_micro_usd <= plain.limits.cost_micro_usd);
+            prop_assert!(small.limits.pids_max <= plain.limits.pids_max);
+            let input = serde_json::json!({});
+            let runs = |plan: &Plan| matches!(judge(plan, Call { tool: &tool, input: &input }, &Findings::default()), Judgement::Allow { .. });
+            prop_assert!(!runs(&small) || runs(&plain));
         }
     }
 }

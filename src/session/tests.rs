@@ -14,7 +14,7 @@ impl Session {
 fn plan(spec: &str) -> Plan {
     let policy = Policy::parse("trusted", include_str!("../../policies/trusted.toml")).expect("policy");
     let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into() };
-    narrow(&JobSpec::parse(spec.as_bytes()).expect("spec"), &policy, &defaults).expect("plan")
+    narrow(&JobSpec::parse(spec.as_bytes()).expect("spec"), &policy, None, &defaults).expect("plan")
 }
 
 fn session(spec: &str) -> Session {
@@ -207,7 +207,8 @@ fn ruled(rules: &str, spec: &str) -> Session {
     let text = format!("{}\n{rules}", include_str!("../../policies/trusted.toml"));
     let policy = Policy::parse("test", &text).expect("policy");
     let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into() };
-    let plan = narrow(&JobSpec::parse(spec.as_bytes()).expect("spec"), &policy, &defaults).expect("plan");
+    let plan =
+        narrow(&JobSpec::parse(spec.as_bytes()).expect("spec"), &policy, None, &defaults).expect("plan");
     let mut session = Session::new(plan, "do it".into(), None, String::new());
     session.on_line(ok(INITIALIZE).as_bytes());
     session.on_line(ok(SETTINGS).as_bytes());

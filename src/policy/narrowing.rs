@@ -1,0 +1,212 @@
+//! A user's own policy file: every key may be left out, and what stands there can only narrow. A thing is allowed
+//! only where the policy and this file allow it; a smaller limit of either holds.
+//!
+//! *Invariant*: no plan made with a narrowing allows what the same plan without it refuses.
+
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::egress::Egress;
+use super::file::{Agents, Env, Images, Models, Policy, PolicyError, Providers, Tools};
+use super::narrow::{Layer, NarrowError};
+use super::requests::Requests;
+use super::rule::Rule;
+use crate::job::spec::{LimitsSpec, PermissionMode, Runtime, WorkspaceMode};
+
+/// What a user's own file says.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Narrowing {
+    /// What it is called in refusals.
+    #[serde(skip)]
+    pub name: String,
+    /// One line for people.
+    #[serde(default)]
+    pub description: Option<String>,
+    /// `false` keeps the repository's own settings out.
+    #[serde(default)]
+    pub project_settings: Option<bool>,
+    /// Permission modes; the first that the policy has too is the default.
+    #[serde(default)]
+    pub permission_modes: Option<Vec<PermissionMode>>,
+    /// Models.
+    #[serde(default)]
+    pub models: Option<Models>,
+    /// Images.
+    #[serde(default)]
+    pub images: Option<Images>,
+    /// Versions of the CLI.
+    #[serde(default)]
+    pub agents: Option<Agents>,
+    /// Model providers.
+    #[serde(default)]
+    pub providers: Option<Providers>,
+    /// Tools.
+    #[serde(default)]
+    pub tools: Option<Tools>,
+    /// Workspaces.
+    #[serde(default)]
+    pub workspace: NarrowWorkspaces,
+    /// Environment variables.
+    #[serde(default)]
+    pub env: Option<Env>,
+    /// Limits; the smaller one holds.
+    #[serde(default)]
+    pub limits: LimitsSpec,
+    /// What isolates the cell; one of the policy's, and no other one will do then.
+    #[serde(default)]
+    pub runtime: Option<Runtime>,
+    /// What a job may reach beside its model.
+    #[serde(default)]
+    pub egress: Option<Egress>,
+    /// What its requests for the model may hold.
+    #[serde(default)]
+    pub requests: Option<Requests>,
+    /// Rules on tool calls. An `allow` here ends the reading of this file only.
+    #[serde(default, rename = "rule")]
+    pub rules: Vec<Rule>,
+}
+
+/// Workspaces a job may have.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NarrowWorkspaces {
+    /// Modes; the first that the policy has too is the default.
+    #[serde(default)]
+    pub modes: Option<Vec<WorkspaceMode>>,
+    /// What can be written with `bind`, as paths relative to the workspace.
+    #[serde(default)]
+    pub writable: Option<Vec<PathBuf>>,
+}
+
+impl Narrowing {
+    /// Parses and checks the text of a user's file.
+    ///
+    /// # Errors
+    /// [`PolicyError`], naming file, line and key.
+    pub fn parse(name: &str, text: &str) -> Result<Self, PolicyError> {
+        let mut narrowing: Self = toml::from_str(text)
+            .map_err(|e| PolicyError::Syntax { file: name.to_owned(), detail: e.to_string() })?;
+        name.clone_into(&mut narrowing.name);
+        narrowing.check().map_err(|(key, problem)| PolicyError::at(name, text, key, problem))?;
+        Ok(narrowing)
+    }
+
+    /// What in it can have no effect, as (key, words).
+    pub fn warnings(&self) -> Vec<(String, String)> {
+        let every = ["*".to_owned()];
+        let tools = self.tools.as_ref();
+        let (allow, deny) = (tools.map_or(&every[..], |t| &t.allow), tools.map_or(&[][..], |t| &t.deny));
+        let rules = Rule::warnings(&self.rules, allow, deny);
+        rules.into_iter().map(|(index, words)| (format!("rule[{index}]"), words)).collect()
+    }
+
+    fn check(&self) -> Result<(), (String, String)> {
+        let wrong = |key: &str, problem: &str| Err((key.to_owned(), problem.to_owned()));
+        if self.models.as_ref().is_some_and(|models| models.unpriced.is_some()) {
+            return wrong("models.unpriced", "only the policy itself can name a price");
+        }
+        let empty = "is empty: no job could run";
+        if self.permission_modes.as_ref().is_some_and(Vec::is_empty) {
+            return wrong("permission_modes", empty);
+        }
+        if self.workspace.modes.as_ref().is_some_and(Vec::is_empty) {
+            return wrong("workspace.modes", empty);
+        }
+        super::file::check_patterns(&[
+            ("models.allow", self.models.as_ref().map(|m| &m.allow)),
+            ("images.allow", self.images.as_ref().map(|m| &m.allow)),
+            ("agents.allow", self.agents.as_ref().map(|m| &m.allow)),
+            ("providers.allow", self.providers.as_ref().map(|m| &m.allow)),
+            ("tools.allow", self.tools.as_ref().map(|m| &m.allow)),
+            ("tools.deny", self.tools.as_ref().map(|m| &m.deny)),
+            ("env.allow", self.env.as_ref().map(|m| &m.allow)),
+        ])?;
+        if let Some(egress) = &self.egress {
+            egress.check()?;
+        }
+        if let Some(requests) = &self.requests {
+            requests.check()?;
+        }
+        Rule::check_all(&self.rules)
+    }
+
+    /// `policy` with everything that is one value narrowed; what is a pattern stays and is asked of both.
+    ///
+    /// # Errors
+    /// [`NarrowError`] where nothing is left of a list.
+    pub(super) fn narrowed(&self, policy: &Policy) -> Result<Policy, NarrowError> {
+        let nothing = |key: &str, asked: String, allowed: String| NarrowError {
+            key: format!("narrow: {key}"),
+            asked,
+            policy: policy.name.clone(),
+            allowed,
+        };
+        let mut own = policy.clone();
+        own.project_settings &= self.project_settings.unwrap_or(true);
+        if let Some(modes) = &self.permission_modes {
+            own.permission_modes = common(modes, &policy.permission_modes);
+            if own.permission_modes.is_empty() {
+                let list = |modes: &[PermissionMode]| {
+                    modes.iter().map(|m| m.as_str()).collect::<Vec<_>>().join(", ")
+                };
+                return Err(nothing("permission_modes", list(modes), list(&policy.permission_modes)));
+            }
+        }
+        if let Some(modes) = &self.workspace.modes {
+            own.workspace.modes = common(modes, &policy.workspace.modes);
+        }
+        if let Some(paths) = &self.workspace.writable {
+            let within = |path: &Path| match &policy.workspace.writable {
+                Some(ceiling) => ceiling.iter().any(|top| path.starts_with(top)),
+                None => true,
+            };
+            own.workspace.writable = Some(paths.iter().filter(|path| within(path)).cloned().collect());
+        }
+        if let Some(runtime) = self.runtime {
+            let all: Vec<Runtime> =
+                [policy.runtime].into_iter().chain(policy.runtime_fallback.clone()).collect();
+            if !all.contains(&runtime) {
+                let allowed = all.iter().map(|r| r.as_str()).collect::<Vec<_>>().join(", ");
+                return Err(nothing("runtime", runtime.as_str().to_owned(), allowed));
+            }
+            (own.runtime, own.runtime_fallback) = (runtime, Vec::new());
+        }
+        let (limits, asked) = (&mut own.limits, &self.limits);
+        limits.cost_usd = asked.cost_usd.map_or(limits.cost_usd, |x| x.min(limits.cost_usd));
+        limits.cpus = asked.cpus.map_or(limits.cpus, |x| x.min(limits.cpus));
+        for (top, asked) in [
+            (&mut limits.max_turns, asked.max_turns),
+            (&mut limits.wall_s, asked.wall_s),
+            (&mut limits.silence_s, asked.silence_s),
+            (&mut limits.memory_mib, asked.memory_mib),
+            (&mut limits.pids, asked.pids),
+            (&mut limits.disk_mib, asked.disk_mib),
+        ] {
+            *top = asked.map_or(*top, |x| x.min(*top));
+        }
+        Ok(own)
+    }
+
+    /// What it says about single things. Where it says nothing, the policy's word is repeated.
+    pub(super) fn layer(&self, policy: &Policy) -> Layer {
+        let every = || vec!["*".to_owned()];
+        let tools = self.tools.as_ref();
+        Layer {
+            name: self.name.clone(),
+            tools_allow: tools.map_or_else(every, |t| t.allow.clone()),
+            tools_deny: tools.map_or_else(Vec::new, |t| t.deny.clone()),
+            models_allow: self.models.as_ref().map_or_else(every, |m| m.allow.clone()),
+            rules: self.rules.clone(),
+            egress: self.egress.clone().unwrap_or_else(|| policy.egress.clone()),
+            requests: self.requests.clone().unwrap_or_else(|| policy.requests.clone()),
+        }
+    }
+}
+
+/// What is in both, in the order of the first.
+fn common<T: Copy + PartialEq>(first: &[T], second: &[T]) -> Vec<T> {
+    first.iter().copied().filter(|item| second.contains(item)).collect()
+}
