@@ -68,6 +68,8 @@ impl ExitCode {
             | ErrorCode::TooLarge
             | ErrorCode::UnknownPolicy
             | ErrorCode::AbovePolicy
+            | ErrorCode::NotListed
+            | ErrorCode::AboveAccess
             | ErrorCode::Workspace
             | ErrorCode::NotFound
             | ErrorCode::NoRoute
