@@ -103,7 +103,9 @@ pub async fn daemon(
         live: SelectAll::new(),
         tick,
     };
-    Ok(ndjson(stream::unfold(all, |mut all| async move { all.next().await.map(|chunk| (chunk, all)) }).boxed()))
+    Ok(ndjson(
+        stream::unfold(all, |mut all| async move { all.next().await.map(|chunk| (chunk, all)) }).boxed(),
+    ))
 }
 
 fn ndjson(chunks: BoxStream<'static, Bytes>) -> Response {
@@ -243,11 +245,8 @@ impl All {
     /// The next job of those that were there when the reader came.
     async fn following(&mut self) -> Option<AuditJob> {
         if self.page.is_empty() {
-            let filter = AuditFilter {
-                uid: self.uid,
-                since_ms: self.asked.filter.since_ms,
-                over: self.asked.follow,
-            };
+            let filter =
+                AuditFilter { uid: self.uid, since_ms: self.asked.filter.since_ms, over: self.asked.follow };
             let page = self.api.parts.store.audit_page(filter, self.reached?).await;
             let page = page.inspect_err(|error| tracing::warn!(%error, "an audit ends early")).ok()?;
             self.reached = page.last().map(|row| row.n);

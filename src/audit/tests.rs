@@ -35,9 +35,7 @@ fn tool(decision: Decision, input: Option<&str>) -> Body {
 
 #[test]
 fn each_decision_is_one_record_with_the_number_and_origin_of_its_event() {
-    let front = |kind: &str, origin: &str| {
-        json!({ "at_ms": 9, "job": job(), "uid": 1000, "seq": 3, "origin": origin, "kind": kind })
-    };
+    let front = |kind: &str, origin: &str| json!({ "at_ms": 9, "job": job(), "uid": 1000, "seq": 3, "origin": origin, "kind": kind });
     let with = |mut front: Value, more: Value| {
         front.as_object_mut().expect("object").extend(more.as_object().expect("object").clone());
         Some(front)
@@ -45,10 +43,7 @@ fn each_decision_is_one_record_with_the_number_and_origin_of_its_event() {
     let call = json!({ "tool_use_id": "toolu_1", "tool": "Bash", "rule": "tools.allow *" });
     let call = |more: Value| with(with(front("tool", "daemon"), call.clone()).expect("object"), more);
     assert_eq!(seen(&line(tool(Decision::Allow, None))), call(json!({ "decision": "allow" })));
-    assert_eq!(
-        seen(&line(tool(Decision::Deny, None))),
-        call(json!({ "decision": "deny", "reason": "no" }))
-    );
+    assert_eq!(seen(&line(tool(Decision::Deny, None))), call(json!({ "decision": "deny", "reason": "no" })));
     let sha = digest(r#"{"command":"ls"}"#);
     assert_eq!(
         seen(&line(tool(Decision::Rewrite, Some(r#"{"command":"ls"}"#)))),
@@ -62,11 +57,8 @@ fn each_decision_is_one_record_with_the_number_and_origin_of_its_event() {
     let mut fields = egress;
     fields.as_object_mut().expect("object").remove("type");
     assert_eq!(seen(&event.to_string()), with(front("egress", "gateway"), fields));
-    let request = Body::Request {
-        model: "m".into(),
-        reserved_micro_usd: MicroUsd(5),
-        credential: "anthropic".into(),
-    };
+    let request =
+        Body::Request { model: "m".into(), reserved_micro_usd: MicroUsd(5), credential: "anthropic".into() };
     let fields = json!({ "model": "m", "reserved_micro_usd": 5, "credential": "anthropic" });
     assert_eq!(seen(&line(request)), with(front("request", "gateway"), fields));
     let refused = Body::Refused { status: 403, why: "no".into() };
@@ -92,7 +84,10 @@ fn each_decision_is_one_record_with_the_number_and_origin_of_its_event() {
     assert_eq!(seen(&line(charge)).expect("charge")["charged_micro_usd"], 4);
     let exit = |oom_kills| Body::Exit { code: 137, oom_kills, peak_memory_bytes: 1, cpu_us: 1 };
     assert_eq!(seen(&line(exit(0))), None);
-    assert_eq!(seen(&line(exit(2))), with(front("limit", "daemon"), json!({ "limit": "memory", "count": 2 })));
+    assert_eq!(
+        seen(&line(exit(2))),
+        with(front("limit", "daemon"), json!({ "limit": "memory", "count": 2 }))
+    );
     let end = Body::Summary {
         outcome: Outcome::Stopped { reason: StopReason::Budget },
         totals: Totals { tool_calls: 2, tool_denials: 1, ..Totals::default() },
@@ -231,7 +226,9 @@ fn a_filter_chooses_by_kind_credential_denial_and_time_and_never_hides_a_gap() {
     let only_denied = Filter { denied: true, ..Filter::default() };
     assert!(only_denied.keeps(&denied) && !only_denied.keeps(&allowed));
     let credential = kinds(&[Kind::Credential]);
-    assert!(credential.keeps(&request("key")) && !credential.keeps(&request("")) && !credential.keeps(&denied));
+    assert!(
+        credential.keeps(&request("key")) && !credential.keeps(&request("")) && !credential.keeps(&denied)
+    );
     assert!(!Filter { since_ms: 10, ..Filter::default() }.keeps(&allowed));
     let gap = r#"{"seq":3,"at_ms":9,"origin":"daemon","type":"truncated","first":1,"last":3}"#;
     let gap = project(&job(), 1, gap.as_bytes()).expect("line").expect("record");

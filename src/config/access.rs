@@ -149,7 +149,11 @@ impl Place<'_> {
             let text = &entry.get_ref().0;
             let what = key.trim_end_matches('s');
             ids.push(find(text).ok_or_else(|| {
-                self.wrong(entry.span().start, key, format!("there is no {what} {text:?} on this machine; a number is an id"))
+                self.wrong(
+                    entry.span().start,
+                    key,
+                    format!("there is no {what} {text:?} on this machine; a number is an id"),
+                )
             })?);
         }
         Ok(ids)
@@ -182,7 +186,13 @@ impl Place<'_> {
         let slots = match &raw.slots {
             None => None,
             Some(n) => Some(u32::try_from(*n.get_ref()).ok().filter(|n| (1..=4096).contains(n)).ok_or_else(
-                || self.wrong(n.span().start, "slots", format!("{} is not a whole number from 1 to 4096", n.get_ref())),
+                || {
+                    self.wrong(
+                        n.span().start,
+                        "slots",
+                        format!("{} is not a whole number from 1 to 4096", n.get_ref()),
+                    )
+                },
             )?),
         };
         let day_usd = match &raw.user_day_usd {
@@ -221,7 +231,11 @@ pub(super) fn rules(
 ) -> Result<Vec<Rule>, ConfigError> {
     if let Some(beyond) = raw.get(ENTRIES_MAX) {
         let place = Place { path, text, number: ENTRIES_MAX + 1 };
-        return Err(place.wrong(beyond.span().start, "", format!("there can be at most {ENTRIES_MAX} entries")));
+        return Err(place.wrong(
+            beyond.span().start,
+            "",
+            format!("there can be at most {ENTRIES_MAX} entries"),
+        ));
     }
     let rule = |(index, raw)| Place { path, text, number: index + 1 }.rule(raw, names);
     raw.iter().enumerate().map(rule).collect()
@@ -265,11 +279,17 @@ mod tests {
                     slots = 2\nuser_day_usd = 5.0\n\n[[access]]\ngroups = [7]\npolicies = [\"*\"]\nproviders = [\"a\"]\n\
                     images = [\"x*\"]\ndefault_policy = \"review\"\n";
         let rules = read(text).expect("rules");
-        assert_eq!((rules[0].uids.as_slice(), rules[0].gids.as_slice()), ([1001, 1002, 1003].as_slice(), [50].as_slice()));
+        assert_eq!(
+            (rules[0].uids.as_slice(), rules[0].gids.as_slice()),
+            ([1001, 1002, 1003].as_slice(), [50].as_slice())
+        );
         assert_eq!((rules[0].slots, rules[0].day_usd), (Some(2), Some(MicroUsd(5_000_000))));
         assert_eq!((&rules[0].providers, &rules[0].images), (&vec!["*".to_owned()], &vec!["*".to_owned()]));
         assert_eq!(rules[0].name, "[[access]] 1 (config.toml, line 2)");
-        assert_eq!((rules[1].gids.as_slice(), rules[1].name.as_str()), ([7].as_slice(), "[[access]] 2 (config.toml, line 9)"));
+        assert_eq!(
+            (rules[1].gids.as_slice(), rules[1].name.as_str()),
+            ([7].as_slice(), "[[access]] 2 (config.toml, line 9)")
+        );
         assert_eq!(rules[1].default_policy.as_deref(), Some("review"));
     }
 
@@ -285,7 +305,11 @@ mod tests {
             ("users = [1]\npolicies = [\"a\"]\nimages = [\"\"]", 4, "images: \"\""),
             ("users = [1]\npolicies = [\"a\"]\nslots = 0", 4, "slots: 0 is not"),
             ("users = [1]\npolicies = [\"a\"]\nuser_day_usd = -1.0", 4, "user_day_usd: not an amount"),
-            ("users = [1]\npolicies = [\"a\"]\ndefault_policy = \"b\"", 4, "default_policy: \"b\" is not among"),
+            (
+                "users = [1]\npolicies = [\"a\"]\ndefault_policy = \"b\"",
+                4,
+                "default_policy: \"b\" is not among",
+            ),
         ] {
             let error = read(&format!("[[access]]\n{text}\n")).expect_err(text);
             let place = format!("config.toml, line {line}: [[access]] 1");
@@ -306,7 +330,10 @@ mod tests {
         let rules = read("[[access]]\nusers = [1]\npolicies = [\"review\", \"x*\"]\n").expect("rules");
         assert_eq!(unknown_name(&rules, &BTreeSet::from(["review"])), None);
         let said = unknown_name(&rules, &BTreeSet::from(["default", "trusted"])).expect("unknown");
-        assert_eq!(said, "[[access]] 1 (config.toml, line 1): there is no policy \"review\" (there are: default, trusted)");
+        assert_eq!(
+            said,
+            "[[access]] 1 (config.toml, line 1): there is no policy \"review\" (there are: default, trusted)"
+        );
     }
 
     #[test]

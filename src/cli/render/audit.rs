@@ -14,7 +14,11 @@ pub(crate) fn record(paint: Paint, record: &Record, jobs: bool) -> Text {
     }
     let kind = record.what.kind().map_or("gap", |kind| kind.as_str());
     let (style, word, words) = line(&record.what);
-    text.plain(&format!("{kind:<8} ")).add(style, &format!("{word:<8}")).plain(" ").plain(&one_line(&words, 300)).end()
+    text.plain(&format!("{kind:<8} "))
+        .add(style, &format!("{word:<8}"))
+        .plain(" ")
+        .plain(&one_line(&words, 300))
+        .end()
 }
 
 fn decided(decision: Decision) -> (Style, &'static str) {
@@ -37,7 +41,19 @@ fn line(what: &What) -> (Style, String, String) {
             let (style, word) = decided(*decision);
             (style, word.into(), format!("{tool}  [{rule}]{}", because(reason.as_ref())))
         }
-        What::Egress { host, port, method, path, decision, rule, reason, credential, bytes_up, bytes_down, .. } => {
+        What::Egress {
+            host,
+            port,
+            method,
+            path,
+            decision,
+            rule,
+            reason,
+            credential,
+            bytes_up,
+            bytes_down,
+            ..
+        } => {
             let (style, word) = decided(*decision);
             let request = match (method, path) {
                 (Some(method), Some(path)) => format!("{method} {host}:{port}{path}"),
@@ -57,11 +73,16 @@ fn line(what: &What) -> (Style, String, String) {
         }
         What::Refused { status, why } => (Style::Bad, "refuse".into(), format!("{status}: {why}")),
         What::Budget { scope, spent_micro_usd, limit_micro_usd, .. } => {
-            let words =
-                format!("{scope}: {} of {} spent", words::usd(*spent_micro_usd), words::usd(*limit_micro_usd));
+            let words = format!(
+                "{scope}: {} of {} spent",
+                words::usd(*spent_micro_usd),
+                words::usd(*limit_micro_usd)
+            );
             (Style::Bad, "no room".into(), words)
         }
-        What::Stop { reason, detail } => (Style::Warn, "stop".into(), format!("{}: {detail}", reason.as_str())),
+        What::Stop { reason, detail } => {
+            (Style::Warn, "stop".into(), format!("{}: {detail}", reason.as_str()))
+        }
         What::Limit { limit, count } => {
             (Style::Bad, "killed".into(), format!("{limit}: {}", words::plural(*count, "process")))
         }
@@ -78,8 +99,12 @@ fn line(what: &What) -> (Style, String, String) {
 fn end(outcome: &Outcome, totals: String) -> (Style, String, String) {
     match outcome {
         Outcome::Succeeded => (Style::Good, "success".into(), totals),
-        Outcome::Failed(failure) => (Style::Bad, "failed".into(), format!("{}; {totals}", failure.reason.as_str())),
-        Outcome::Stopped { reason } => (Style::Warn, "stopped".into(), format!("{}; {totals}", reason.as_str())),
+        Outcome::Failed(failure) => {
+            (Style::Bad, "failed".into(), format!("{}; {totals}", failure.reason.as_str()))
+        }
+        Outcome::Stopped { reason } => {
+            (Style::Warn, "stopped".into(), format!("{}; {totals}", reason.as_str()))
+        }
         Outcome::Lost => (Style::Bad, "lost".into(), totals),
     }
 }
@@ -105,7 +130,7 @@ mod tests {
             "credential":"git","bytes_up":10,"bytes_down":20,"duration_ms":5}"#;
         assert_eq!(
             shown(egress, false),
-            "1970-01-01T00:00:00Z  egress   allow    GET example.org:443/a 10 B up, 20 B down, with git [egress.allow 1]\n"
+            "1970-01-01T00:00:00.000Z  egress   allow    GET example.org:443/a 10 B up, 20 B down, with git [egress.allow 1]\n"
         );
     }
 }

@@ -6,7 +6,8 @@ use crate::api::wire::{BudgetView, WhoAmI};
 /// Who we are and what we may do.
 pub(crate) fn whoami(paint: Paint, me: &WhoAmI) -> Text {
     let name = me.user.clone().unwrap_or_else(|| "(no name)".into());
-    let mut text = Text::new(paint).add(Style::Bold, &one_line(&name, 80)).plain(&format!("  uid {}", me.uid));
+    let mut text =
+        Text::new(paint).add(Style::Bold, &one_line(&name, 80)).plain(&format!("  uid {}", me.uid));
     if me.admin {
         text = text.plain("  ").add(Style::Good, "admin");
     }
