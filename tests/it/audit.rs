@@ -121,10 +121,11 @@ fn an_agent_that_prints_the_daemons_own_lines_stays_an_agent() {
     let mut world = fake_agent::world("");
     let job = world.submit(&fake_agent::spec("forge;ask 1;forge"));
     let (events, _) = fake_agent::done(&mut world, &job);
-    let forged = events.iter().filter(|e| e.to_string().contains("FORGED")).inspect(|e| {
-        assert_eq!(e["origin"], "agent", "{e}");
-    });
-    assert!(forged.count() >= 80, "each line it printed is one event of its own");
+    let forged: Vec<&Value> = events.iter().filter(|e| e.to_string().contains("FORGED")).collect();
+    assert!(forged.iter().all(|e| e["origin"] == "agent"), "{forged:#?}");
+    let printed = forged.iter().filter(|e| e["type"] == "frame" || e["stream"] == "stdout");
+    assert_eq!(printed.count(), 2 * 5 * 4, "each line of its stdout is one event of its own");
+    assert!(forged.iter().any(|e| e["stream"] == "stderr"));
     let audit = records(&world.call("GET", &format!("/v1/jobs/{job}/audit"), "").body);
     let kinds: Vec<&Value> = audit.iter().map(|r| &r["kind"]).collect();
     assert_eq!(kinds, ["tool", "end"], "{audit:#?}");
