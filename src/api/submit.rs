@@ -75,7 +75,7 @@ pub async fn submit(
     }
     room(&api).await?;
     let record = open_workspace(&api, &identity, &spec, &plan).await?;
-    let accepted = Accepted { plan, workspace: record };
+    let accepted = Accepted { plan, workspace: record, user_day_micro_usd: granted.day_usd };
     let (id, fresh) = store(&api, &identity, &spec, &accepted, &body, idem).await?;
     let job = api
         .parts
@@ -84,7 +84,9 @@ pub async fn submit(
         .await?
         .ok_or_else(|| ApiError::new(ErrorCode::Internal, "the new job has no row"))?;
     if fresh {
-        api.driver.limit(identity.uid, granted.slots.and_then(|n| usize::try_from(n).ok())).await;
+        if !api.access.rules.is_empty() {
+            api.driver.limit(identity.uid, granted.slots.and_then(|n| usize::try_from(n).ok())).await;
+        }
         api.driver.submitted(id, identity.uid, spec.priority).await;
     }
     let status = if fresh { StatusCode::CREATED } else { StatusCode::OK };

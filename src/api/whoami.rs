@@ -8,7 +8,7 @@ use axum::extract::{ConnectInfo, State};
 
 use super::peer::Peer;
 use super::submit::identity;
-use super::wire::{BudgetView, ErrorCode, GroupView, PolicyView, SlotsView, WhoAmI};
+use super::wire::{AllowedBudget, ErrorCode, GroupView, PolicyView, SlotsView, WhoAmI};
 use super::{Api, ApiError};
 use crate::config::Names;
 use crate::policy::Grant;
@@ -61,13 +61,13 @@ fn policies(api: &Api, grant: &Grant) -> (Vec<PolicyView>, Option<String>) {
 }
 
 /// Budgets that the entries set. What is spent of them is not known here.
-fn budgets(grant: &Grant) -> Vec<BudgetView> {
-    let day = |limit: crate::money::MicroUsd| BudgetView {
+fn budgets(grant: &Grant) -> Vec<AllowedBudget> {
+    let day = |limit: crate::money::MicroUsd| AllowedBudget {
         scope: "user_day".to_owned(),
         limit_usd: limit.as_usd(),
         spent_usd: None,
-        left_usd: None,
-        resets_at_ms: None,
+        reserved_usd: None,
+        resets_at: None,
     };
     grant.day_usd.map(day).into_iter().collect()
 }

@@ -95,7 +95,7 @@ pub struct WhoAmI {
     /// Jobs at the same time.
     pub slots: SlotsView,
     /// Budgets beyond the single job's.
-    pub budgets: Vec<BudgetView>,
+    pub budgets: Vec<AllowedBudget>,
     /// The `[[access]]` entries that matched. Empty: there are none, or this is an admin.
     pub access: Vec<String>,
 }
@@ -133,17 +133,17 @@ pub struct SlotsView {
 
 /// A budget and where it stands.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct BudgetView {
+pub struct AllowedBudget {
     /// Which one: `user_day`, `day`, `month`.
     pub scope: String,
     /// The limit, in USD.
     pub limit_usd: f64,
     /// Charged in the present period, in USD, where it is known.
     pub spent_usd: Option<f64>,
-    /// What is left of it, in USD, where it is known.
-    pub left_usd: Option<f64>,
-    /// When it is empty again, in milliseconds since 1970, where it is known.
-    pub resets_at_ms: Option<u64>,
+    /// Set aside for requests under way, in USD, where it is known.
+    pub reserved_usd: Option<f64>,
+    /// When it is empty again, RFC 3339, where it is known.
+    pub resets_at: Option<String>,
 }
 
 /// What `GET /healthz` answers.

@@ -241,8 +241,8 @@ pub(super) fn rules(
     raw.iter().enumerate().map(rule).collect()
 }
 
-/// The first policy or provider that an entry names outright and that does not exist: a slip of the pen there
-/// would only show as a refusal much later. Gives the entry's name and what is wrong.
+/// The first policy that an entry names outright and that does not exist: a slip of the pen there would only
+/// show as a refusal much later. Gives the entry's name and what is wrong.
 pub fn unknown_name(rules: &[Rule], policies: &BTreeSet<&str>) -> Option<String> {
     let known = policies.iter().copied().collect::<Vec<_>>().join(", ");
     rules.iter().find_map(|rule| {

@@ -134,6 +134,34 @@ fn an_agent_that_prints_the_daemons_own_lines_stays_an_agent() {
 }
 
 #[test]
+fn a_follower_of_all_jobs_has_each_record_once_though_the_daemon_was_killed_meanwhile() {
+    let mut world = fake_agent::world("");
+    let first = world.submit(&fake_agent::spec("ask 1"));
+    fake_agent::done(&mut world, &first);
+    let mut follower = world.hotcell();
+    let mut follower =
+        follower.args(["audit", "-f"]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut lines = BufReader::new(follower.stdout.take().unwrap()).lines();
+    let mut next = || serde_json::from_str::<Value>(&lines.next().expect("more").unwrap()).unwrap();
+    let second = world.submit(&fake_agent::spec("ask 2;sleep 2;ask 1"));
+    let mut seen = Vec::new();
+    let judged = |seen: &[Value]| seen.iter().filter(|r| r["job"] == second && r["kind"] == "tool").count();
+    while judged(&seen) < 2 {
+        seen.push(next());
+    }
+    world.kill();
+    world.start();
+    while seen.last().unwrap()["job"] != second || seen.last().unwrap()["kind"] != "end" {
+        seen.push(next());
+    }
+    follower.kill().unwrap();
+    follower.wait().unwrap();
+    assert_eq!(seen, records(&world.call("GET", "/v1/audit", "").body));
+    assert_eq!(judged(&seen), 3);
+    world.end();
+}
+
+#[test]
 fn nobody_reads_another_users_audit_and_an_admin_reads_all() {
     let mut world = fake_agent::world("");
     let by = |world: &World, uid, method: &str, path: &str, body: &Value| {
