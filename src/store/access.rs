@@ -95,3 +95,78 @@ impl Store {
         .await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::{Identity, Input, Outcome, State, StopReason};
+    use crate::store::NewJob;
+
+    async fn submit(store: &Store, n: u64, uid: u32) -> JobId {
+        let id = JobId::new(n, 0);
+        let job = NewJob {
+            id: id.clone(),
+            identity: Identity { uid, gid: uid, groups: Vec::new() },
+            priority: 0,
+            spec_json: "{}".into(),
+            plan_json: "{}".into(),
+            policy: "default".into(),
+            model: "m".into(),
+            labels: Default::default(),
+            idem: None,
+            created_ms: n,
+        };
+        store.submit(job).await.expect("submit");
+        id
+    }
+
+    async fn end(store: &Store, job: &JobId, now_ms: u64) {
+        let stopped = Outcome::Stopped { reason: StopReason::Cancelled };
+        store
+            .finish(job, &State::Queued, stopped, Default::default(), None, None, now_ms)
+            .await
+            .expect("end");
+    }
+
+    fn ids(jobs: &[AuditJob]) -> Vec<&str> {
+        jobs.iter().map(|job| job.id.as_str()).collect()
+    }
+
+    #[tokio::test]
+    async fn a_look_for_news_finds_what_began_or_ended_and_the_next_one_begins_at_the_oldest_open_job() {
+        let dir = tempfile::tempdir().expect("dir");
+        let store = Store::open(dir.path()).await.expect("store");
+        assert_eq!(store.audit_news(None, 0, 0).await.expect("news"), (Vec::new(), 1), "an empty store");
+        let mut jobs = Vec::new();
+        for (n, uid) in [(1, 7), (2, 8), (3, 7), (4, 7)] {
+            jobs.push(submit(&store, n, uid).await);
+        }
+        end(&store, &jobs[0], 100).await;
+        end(&store, &jobs[2], 200).await;
+        store.transition(&jobs[3], &State::Queued, &Input::Admit, None, 150).await.expect("admit");
+        let (found, floor) = store.audit_news(None, 0, 0).await.expect("news");
+        assert_eq!(
+            ids(&found),
+            [jobs[0].as_str(), jobs[2].as_str(), jobs[3].as_str()],
+            "not what only waits"
+        );
+        assert_eq!((floor, found[1].uid, found[1].ended_ms), (2, 7, Some(200)));
+        let (found, _) = store.audit_news(None, floor, 0).await.expect("news");
+        assert_eq!(ids(&found), [jobs[2].as_str(), jobs[3].as_str()]);
+        let (found, _) = store.audit_news(Some(8), 0, 0).await.expect("news");
+        assert_eq!(ids(&found), [""; 0]);
+        let (found, _) = store.audit_news(None, 0, 201).await.expect("news");
+        assert_eq!(ids(&found), [jobs[3].as_str()]);
+
+        let page = |filter, after| store.audit_page(filter, after);
+        let all = page(AuditFilter::default(), 0).await.expect("page");
+        assert_eq!(ids(&all), jobs.iter().map(JobId::as_str).collect::<Vec<_>>());
+        assert_eq!(page(AuditFilter::default(), all[1].n).await.expect("page"), all[2..]);
+        let over = AuditFilter { uid: Some(7), since_ms: 150, over: true };
+        assert_eq!(ids(&page(over, 0).await.expect("page")), [jobs[2].as_str()]);
+        let mut counts = store.open_counts(7).await.expect("counts");
+        counts.sort();
+        assert_eq!(counts, [("preparing".to_owned(), 1)]);
+        store.close().await.expect("close");
+    }
+}
