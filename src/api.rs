@@ -2,11 +2,14 @@
 //! change it. A job is visible to its owner and to the admin uids, and to everybody else it does not exist.
 //! Every error has the one shape of [`wire::ErrorBody`].
 
+pub mod access;
+pub mod audit;
 pub mod events;
 pub mod jobs;
 pub mod openapi;
 pub mod peer;
 pub mod submit;
+pub mod whoami;
 pub mod wire;
 
 use std::collections::BTreeMap;
@@ -22,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cell::Parts;
 use crate::driver::{self, Handle};
 use crate::job::spec::SPEC_BYTES_MAX;
-use crate::policy::{Defaults, Policy};
+use crate::policy::{Access, Defaults, Policy};
 use wire::{ErrorBody, ErrorCode, ErrorInfo, Health};
 
 /// What the handlers need.
@@ -38,8 +41,12 @@ pub struct Api {
     pub default_policy: String,
     /// Model and image where neither job nor policy names one.
     pub defaults: Defaults,
-    /// Users who see all jobs.
-    pub admin_uids: Vec<u32>,
+    /// Who may use what, and who sees all jobs.
+    pub access: Access,
+    /// The provider of a job where neither it nor its policy names one.
+    pub default_provider: String,
+    /// Jobs that run at the same time.
+    pub slots: u32,
     /// Most jobs that wait.
     pub queued_jobs_max: u64,
     /// The engine's address, for people.
@@ -88,7 +95,10 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs", post(submit::submit).get(jobs::list))
         .route("/v1/jobs/{id}", get(jobs::show).delete(jobs::delete))
         .route("/v1/jobs/{id}/events", get(events::events))
+        .route("/v1/jobs/{id}/audit", get(audit::job))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
+        .route("/v1/audit", get(audit::daemon))
+        .route("/v1/whoami", get(whoami::whoami))
         .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health))
         .route("/metrics", get(metrics))
@@ -96,6 +106,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .method_not_allowed_fallback(no_method)
         // A little more than the largest spec, so that the spec's own error can name its size.
         .layer(DefaultBodyLimit::max(SPEC_BYTES_MAX + 64 * 1024))
+        .layer(axum::middleware::from_fn_with_state(api.clone(), access::listed))
         .with_state(api)
 }
 

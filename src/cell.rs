@@ -30,6 +30,7 @@ use crate::job::outcome::Failure;
 use crate::job::{CellId, FailReason, Input, JobId, Outcome, Phase, State, StopReason};
 use crate::journal;
 use crate::metrics::Metrics;
+use crate::money::MicroUsd;
 use crate::policy::Plan;
 use crate::session::{AgentExit, Session};
 use crate::store::Store;
@@ -101,6 +102,9 @@ pub struct Accepted {
     pub plan: Plan,
     /// The directory it works on, as it was at submit.
     pub workspace: Option<WorkspaceRecord>,
+    /// The submitter's own budget per day, in micro-USD, where their access entries give one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_day_micro_usd: Option<MicroUsd>,
 }
 
 /// A wish to stop, with words for the journal.

@@ -4,6 +4,7 @@
 
 mod agent;
 mod args;
+mod audit;
 mod cancel;
 mod client;
 mod completions;
@@ -22,6 +23,7 @@ mod schema;
 mod serve;
 mod show;
 mod version;
+mod whoami;
 
 use std::ffi::OsString;
 use std::future::Future;
@@ -51,6 +53,7 @@ enum Command {
     Ls(ls::LsArgs),
     Show(show::ShowArgs),
     Logs(logs::LogsArgs),
+    Audit(audit::AuditArgs),
     Cancel(cancel::CancelArgs),
     Rm(rm::RmArgs),
     Serve(serve::ServeArgs),
@@ -58,6 +61,7 @@ enum Command {
     Agent(agent::AgentArgs),
     Model(model::ModelArgs),
     Policy(policy::PolicyArgs),
+    Whoami(whoami::WhoamiArgs),
     Health(health::HealthArgs),
     Schema(schema::SchemaArgs),
     Completions(completions::CompletionsArgs),
@@ -146,6 +150,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Ls(args) => wait(ls::ls(&args, context)),
         Command::Show(args) => wait(show::show(&args, context)),
         Command::Logs(args) => wait(logs::logs(&args, context)),
+        Command::Audit(args) => wait(audit::audit(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
@@ -153,6 +158,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Agent(args) => agent::agent(&args, context),
         Command::Model(args) => model::model(&args, context),
         Command::Policy(args) => policy::policy(&args, context),
+        Command::Whoami(args) => wait(whoami::whoami(&args, context)),
         Command::Health(args) => wait(health::health(&args, context)),
         Command::Schema(_) => schema::schema(context),
         Command::Completions(args) => completions::completions(&args, context),
@@ -167,11 +173,13 @@ impl Command {
             Self::Ls(args) => args.json,
             Self::Show(args) => args.json,
             Self::Logs(args) => args.json,
+            Self::Audit(args) => args.json,
             Self::Cancel(args) => args.json,
             Self::Rm(args) => args.json,
             Self::Image(args) => args.json(),
             Self::Agent(args) => args.json(),
             Self::Policy(args) => args.json(),
+            Self::Whoami(args) => args.json,
             Self::Health(args) => args.json,
             Self::Version(args) => args.json,
             Self::Serve(_) | Self::Model(_) | Self::Schema(_) | Self::Completions(_) => false,

@@ -3,6 +3,7 @@
 //! A flag wins over a variable, that over the file, that over the default. Reads the file, the environment
 //! it is given and nothing else; never reads a credential, only where one is to be found.
 
+mod access;
 mod policies;
 mod raw;
 mod settings;
@@ -11,10 +12,13 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+pub use access::{Names, unknown_name};
 pub use policies::{PolicyFileError, PolicyOrigin, PolicySource, policy_sources, read_policy_text};
 pub use settings::{SETTINGS, Setting};
 
 use raw::Layers;
+
+use crate::policy::access::Rule;
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +50,18 @@ pub enum ConfigError {
         origin: String,
         /// The three places where it can be set.
         places: String,
+    },
+    /// A wrong value in one of several entries, which only the file can have.
+    #[error("{}, line {line}: {key}: {problem}", path.display())]
+    Entry {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The entry and its key.
+        key: String,
+        /// What is wrong and what is allowed.
+        problem: String,
     },
 }
 
@@ -167,6 +183,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Its permission bits.
     pub socket_mode: u32,
+    /// Host group id it is given; the daemon's own where absent.
+    pub socket_group: Option<u32>,
     /// The container engine, `unix:///path`; the daemon searches where absent.
     pub engine: Option<String>,
     /// Where `/metrics` is served over TCP as well.
@@ -183,6 +201,8 @@ pub struct Config {
     pub limits: Limits,
     /// Host user ids that see and cancel everybody's jobs.
     pub admin_uids: Vec<u32>,
+    /// Who may use what; empty: everybody who can open the socket may use everything.
+    pub access: Vec<Rule>,
     /// The static PID 1 of a cell.
     pub init_binary: PathBuf,
     /// Filter of the daemon's log, as `tracing` writes it.
@@ -200,10 +220,15 @@ impl Config {
         let state_dir = state_dir(&layers, &raw.state_dir)?;
         let socket = socket(&layers, &raw.socket, Some(&state_dir))?;
         let config_dir = machine.config_dir();
+        let socket_group = layers.checked("socket_group", &raw.socket_group, parse_group)?;
         let beside = || machine.exe_dir.as_ref().map(|dir| dir.join("hotcell-init"));
         Ok(Self {
             socket,
-            socket_mode: layers.checked("socket_mode", &raw.socket_mode, parse_mode)?.unwrap_or(0o660),
+            // Without a group of its own the socket has the daemon's, which half the machine may be in.
+            socket_mode: layers
+                .checked("socket_mode", &raw.socket_mode, parse_mode)?
+                .unwrap_or(if socket_group.is_some() { 0o660 } else { 0o600 }),
+            socket_group,
             engine: layers.checked("engine", &raw.engine, parse_engine)?,
             metrics: layers.checked("metrics", &raw.metrics, parse_metrics)?,
             policy_dirs: layers
@@ -230,6 +255,7 @@ impl Config {
                     text.parse().map_err(|_| format!("{text:?} is not a user id"))
                 })?
                 .unwrap_or_else(|| vec![0]),
+            access: layers.access(&raw.access)?,
             init_binary: layers
                 .checked("init_binary", &raw.init_binary, absolute)?
                 .or_else(beside)
@@ -342,6 +368,11 @@ fn parse_mode(text: &str) -> Result<u32, String> {
         Ok(mode) if mode <= 0o777 => Ok(mode),
         Ok(_) | Err(_) => Err(format!("{text:?} is not a file mode in octal, such as \"0660\"")),
     }
+}
+
+fn parse_group(text: &str) -> Result<u32, String> {
+    let unknown = || format!("there is no group {text:?} on this machine; a number is an id");
+    text.parse().ok().or_else(|| Names::of_machine().gid(text)).ok_or_else(unknown)
 }
 
 fn parse_engine(text: &str) -> Result<String, String> {

@@ -1,7 +1,7 @@
 //! The daemon's composition root: configuration → parts → run → drain. The caller owns socket, engine and
 //! stop ([`run`]); [`serve`] is the caller for `hotcell serve`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, UnixListener, UnixSocket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -18,16 +18,17 @@ use crate::agent_bundle::Bundles;
 use crate::api::{self, Api, peer::PeerListener};
 use crate::cell::record::Feeds;
 use crate::cell::{Parts, Settings};
-use crate::config::{ApiKeySource, Config, policy_sources};
+use crate::config::{ApiKeySource, Config, policy_sources, unknown_name};
 use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
 use crate::gateway::{self, AuthStyle, CredentialSource, Gateway, Provider};
+use crate::job::State;
 use crate::journal;
 use crate::metrics::Metrics;
-use crate::policy::{Defaults, Policy};
+use crate::policy::{Access, Defaults, Policy};
 use crate::pricing::Prices;
-use crate::store::Store;
+use crate::store::{Filter, Store};
 use crate::sweeper;
 
 /// Longest wait for `initialize`: a cold disk reads 245 MB first.
@@ -37,6 +38,11 @@ const BOOT_MAX: Duration = Duration::from_secs(60);
 const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// Time for open connections to end after the jobs have.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
+
+/// The provider of jobs that name none.
+const DEFAULT_PROVIDER: &str = "anthropic";
+/// Connections that the kernel holds until they are accepted.
+const LISTEN_BACKLOG: u32 = 1024;
 
 /// Two stops: the first lets jobs end, the second stops them.
 #[derive(Debug, Clone, Default)]
@@ -72,7 +78,7 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
         let address = find_address(config.engine.as_deref())?;
         let engine: Arc<dyn Engine> = Arc::new(Docker::connect(&address).await?);
         let listeners = Listeners {
-            api: listen(&config.socket, config.socket_mode)?,
+            api: listen(&config.socket, config.socket_mode, config.socket_group)?,
             metrics: match config.metrics {
                 Some(at) => {
                     Some(TcpListener::bind(at).await.with_context(|| format!("cannot listen on {at}"))?)
@@ -108,6 +114,8 @@ pub async fn run(
     let (mut driver, handle) =
         Driver::new(parts.clone(), slots, Duration::from_secs(config.limits.drain_s.into()));
     parts.metrics.engine_up.set(1);
+    let access = Access { rules: config.access.clone(), admin_uids: config.admin_uids.clone() };
+    slot_limits(&parts, &access, &mut driver).await?;
     driver.recover().await.context("cannot take up what an earlier daemon left")?;
     sweeper::once(&parts).await.context("cannot clean up what an earlier daemon left")?;
 
@@ -119,7 +127,9 @@ pub async fn run(
         policies,
         default_policy: config.defaults.policy.clone(),
         defaults: Defaults { model: config.defaults.model.clone(), image: config.defaults.image.clone() },
-        admin_uids: config.admin_uids.clone(),
+        access,
+        default_provider: DEFAULT_PROVIDER.to_owned(),
+        slots: config.limits.slots,
         queued_jobs_max: config.limits.queued_jobs_max.into(),
         engine_address,
         problems: RwLock::new(problems(&parts)),
@@ -185,6 +195,30 @@ pub async fn run(
     }
 }
 
+/// Tells the loop how many jobs each user with open ones may run: as their entries say now, for the identity
+/// that submitted them.
+async fn slot_limits(parts: &Parts, access: &Access, driver: &mut Driver) -> anyhow::Result<()> {
+    if access.rules.is_empty() {
+        return Ok(());
+    }
+    let open = State::NAMES.iter().filter(|name| **name != "done").map(|name| (*name).to_owned()).collect();
+    let mut filter = Filter { states: Some(open), ..Filter::default() };
+    let mut told = BTreeSet::new();
+    loop {
+        let page = parts.store.jobs(filter.clone()).await?;
+        // Newest first: the identity of the last submit counts, as it does while the daemon runs.
+        for row in page.rows.iter().filter(|row| told.insert(row.identity.uid)) {
+            // A user taken off the list keeps what was accepted, one job at a time.
+            let slots = access.grant(&row.identity).map_or(Some(1), |grant| grant.slots);
+            driver.limit(row.identity.uid, slots.and_then(|n| usize::try_from(n).ok()));
+        }
+        match page.next_cursor {
+            Some(cursor) => filter.cursor = Some(cursor),
+            None => return Ok(()),
+        }
+    }
+}
+
 async fn build(
     config: &Config,
     engine: Arc<dyn Engine>,
@@ -198,6 +232,9 @@ async fn build(
         let known = policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         bail!("defaults.policy: there is no policy {:?} (there are: {known})", config.defaults.policy);
     }
+    if let Some(problem) = unknown_name(&config.access, &policies.keys().map(String::as_str).collect()) {
+        bail!(problem);
+    }
     let prices = Arc::new(prices(config.prices_file.as_deref())?);
     let bundles = Bundles::new(&state_dir);
     let agent = match &config.defaults.agent {
@@ -208,7 +245,7 @@ async fn build(
     let metrics = Arc::new(Metrics::new(&agent, &models)?);
     let store = Store::open(&state_dir).await?;
     let provider = Provider {
-        name: "anthropic".to_owned(),
+        name: DEFAULT_PROVIDER.to_owned(),
         base_url: config.provider.base_url.clone(),
         credential: credential(&config.provider.api_key),
         style: AuthStyle::ApiKey,
@@ -317,7 +354,7 @@ fn problems(parts: &Parts) -> Vec<String> {
 }
 
 /// Takes the socket's path over from a daemon that died; a live one is left alone.
-fn listen(path: &Path, mode: u32) -> anyhow::Result<UnixListener> {
+fn listen(path: &Path, mode: u32, group: Option<u32>) -> anyhow::Result<UnixListener> {
     let shown = path.display();
     if let Some(dir) = path.parent().filter(|d| !d.exists()) {
         std::fs::DirBuilder::new()
@@ -338,10 +375,21 @@ fn listen(path: &Path, mode: u32) -> anyhow::Result<UnixListener> {
     }
     let fresh = path.with_extension("new");
     let _ = std::fs::remove_file(&fresh);
-    let listener = UnixListener::bind(&fresh).with_context(|| format!("socket: cannot listen on {shown}"))?;
-    // The mode is there before the name is: nobody connects in between.
+    let failed = || format!("socket: cannot listen on {shown}");
+    let socket = UnixSocket::new_stream().with_context(failed)?;
+    socket.bind(&fresh).with_context(failed)?;
+    // Nobody can connect before `listen`, and by then group and mode are there.
+    if let Some(group) = group {
+        std::os::unix::fs::chown(&fresh, None, Some(group)).with_context(|| {
+            let _ = std::fs::remove_file(&fresh);
+            format!(
+                "socket_group: cannot give {shown} to group {group}; only root, or a member of it, can do that"
+            )
+        })?;
+    }
     std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(mode))?;
-    std::fs::rename(&fresh, path).with_context(|| format!("socket: cannot listen on {shown}"))?;
+    let listener = socket.listen(LISTEN_BACKLOG).with_context(failed)?;
+    std::fs::rename(&fresh, path).with_context(failed)?;
     Ok(listener)
 }
 

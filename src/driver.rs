@@ -26,6 +26,7 @@ const STOP_SLACK: Duration = Duration::from_secs(30);
 /// What the API asks for.
 #[derive(Debug)]
 enum Message {
+    Limit { uid: u32, slots: Option<usize> },
     Submitted { job: JobId, uid: u32, priority: i8 },
     Stop { job: JobId, reason: StopReason, detail: String, done: oneshot::Sender<Result<(), StopError>> },
 }
@@ -71,6 +72,11 @@ impl Handle {
         let _ = self.inbox.send(Message::Submitted { job, uid, priority }).await;
     }
 
+    /// From now on a user has at most so many running jobs; all slots where absent.
+    pub async fn limit(&self, uid: u32, slots: Option<usize>) {
+        let _ = self.inbox.send(Message::Limit { uid, slots }).await;
+    }
+
     /// Stops a job: one that waits is over when this returns; one that runs is being stopped.
     ///
     /// # Errors
@@ -99,6 +105,11 @@ impl Driver {
             drain_max,
         };
         (driver, Handle { inbox: sender })
+    }
+
+    /// The same as [`Handle::limit`], before the loop runs: what waits from earlier is bound too.
+    pub fn limit(&mut self, uid: u32, slots: Option<usize>) {
+        self.step(Input::Limit { uid, slots });
     }
 
     /// Takes up what an earlier daemon left, by the plan of [`recover::plan`].
@@ -233,6 +244,7 @@ impl Driver {
 
     async fn on_message(&mut self, message: Message) {
         match message {
+            Message::Limit { uid, slots } => self.limit(uid, slots),
             Message::Submitted { job, uid, priority } => self.step(Input::Submitted { job, uid, priority }),
             Message::Stop { job, reason, detail, done } => {
                 let answer = self.stop(job, reason, detail).await;

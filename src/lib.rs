@@ -14,7 +14,7 @@
 //! deciding  scheduler (+ recover), session                    pure: no IO, no clock, no chance
 //! hands     store, journal, engine, link, workspace, gateway, cell_image, agent_bundle, npm, run_as,
 //!           model, metrics
-//! facts     job, policy, agent, event, money, pricing, clock  pure types
+//! facts     job, policy, agent, event, audit, money, pricing, clock  pure types
 //! ```
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
 //!
@@ -42,6 +42,7 @@
 
 // facts
 pub mod agent;
+pub mod audit;
 pub mod clock;
 pub mod event;
 pub mod job;

@@ -46,6 +46,7 @@ pub struct Metrics {
     cost_difference_total: CounterVec,
     orphans_total: IntCounterVec,
     refused_total: IntCounter,
+    not_listed_total: IntCounter,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -179,6 +180,11 @@ impl Metrics {
                 "hotcell_gateway_refused_total",
                 "Requests the gateway turned away.",
             )?,
+            not_listed_total: counter(
+                &registry,
+                "hotcell_access_refused_total",
+                "Requests of users that no access entry names.",
+            )?,
             registry,
             models,
         };
@@ -297,6 +303,11 @@ impl Metrics {
     /// The gateway turned a request away.
     pub fn refused(&self) {
         self.refused_total.inc();
+    }
+
+    /// A user asked whom no access entry names.
+    pub fn not_listed(&self) {
+        self.not_listed_total.inc();
     }
 
     /// Something was left over and is removed.

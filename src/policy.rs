@@ -6,6 +6,7 @@
 //! *Invariant*: a plan never allows more than its policy. Nothing here reads a file, a clock or the
 //! environment, and nothing answers "yes" but by building a [`Permit`], which only this module can.
 
+pub mod access;
 pub mod decide;
 pub mod egress;
 pub mod file;
@@ -17,6 +18,7 @@ mod place;
 pub mod requests;
 pub mod rule;
 
+pub use access::{Access, AccessError, Grant};
 pub use decide::{Ask, Denial, Permit, decide};
 pub use file::{Policy, PolicyError};
 pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};

@@ -3,7 +3,8 @@
 //!
 //! *Invariant*: at most `slots` jobs run. Among users, the one with the fewest running jobs goes first, and
 //! among those the one that was served longest ago; among one user's jobs the higher priority, then the
-//! older. A slot is free when its job's end was reported, never when it was asked to end.
+//! older. A user with a limit of their own starts none above it, whatever is free. A slot is free when its
+//! job's end was reported, never when it was asked to end.
 
 pub mod recover;
 
@@ -40,6 +41,13 @@ pub enum Input {
         /// Its id.
         job: JobId,
     },
+    /// From now on a user has at most so many running jobs; all slots where absent.
+    Limit {
+        /// Whose.
+        uid: u32,
+        /// The limit.
+        slots: Option<usize>,
+    },
     /// Start nothing more.
     Drain,
 }
@@ -68,6 +76,7 @@ pub struct Scheduler {
     users: BTreeMap<u32, User>,
     queued: BTreeMap<JobId, (u32, i16)>,
     running: BTreeMap<JobId, u32>,
+    limits: BTreeMap<u32, usize>,
 }
 
 impl Scheduler {
@@ -80,6 +89,7 @@ impl Scheduler {
             users: BTreeMap::new(),
             queued: BTreeMap::new(),
             running: BTreeMap::new(),
+            limits: BTreeMap::new(),
         }
     }
 
@@ -107,6 +117,12 @@ impl Scheduler {
                     self.prune(uid);
                 }
             }
+            Input::Limit { uid, slots } => {
+                match slots {
+                    Some(slots) => self.limits.insert(uid, slots),
+                    None => self.limits.remove(&uid),
+                };
+            }
             Input::Drain => self.draining = true,
         }
         self.fill()
@@ -125,7 +141,9 @@ impl Scheduler {
     fn fill(&mut self) -> Vec<Action> {
         let mut actions = Vec::new();
         while !self.draining && self.running.len() < self.slots {
-            let waiting = self.users.iter().filter(|(_, user)| !user.queued.is_empty());
+            let below = |uid, user: &User| self.limits.get(uid).is_none_or(|limit| user.running < *limit);
+            let waiting =
+                self.users.iter().filter(|(uid, user)| !user.queued.is_empty() && below(*uid, user));
             let Some(uid) =
                 waiting.min_by_key(|(uid, user)| (user.running, user.served, **uid)).map(|(uid, _)| *uid)
             else {
@@ -208,7 +226,47 @@ mod tests {
         assert_eq!((scheduler.queued(), scheduler.running()), (1, 0));
     }
 
+    #[test]
+    fn a_users_limit_holds_beside_free_slots_and_keeps_nobody_else_waiting() {
+        let mut scheduler = Scheduler::new(4);
+        scheduler.step(Input::Limit { uid: 7, slots: Some(1) });
+        assert_eq!(scheduler.step(submit(1, 7, 0)), [Action::Start(job(1))]);
+        assert!(scheduler.step(submit(2, 7, 0)).is_empty());
+        assert!(scheduler.step(submit(3, 7, 9)).is_empty());
+        assert_eq!(scheduler.step(submit(4, 8, 0)), [Action::Start(job(4))]);
+        assert_eq!(scheduler.step(Input::Ended { job: job(1) }), [Action::Start(job(3))]);
+        let raised = scheduler.step(Input::Limit { uid: 7, slots: None });
+        assert_eq!(raised, [Action::Start(job(2))], "a limit that goes lets the next one start");
+        // Found after a restart, one too many: it runs, and the limit holds for what comes.
+        scheduler.step(Input::Limit { uid: 9, slots: Some(1) });
+        scheduler.step(Input::Adopted { job: job(20), uid: 9 });
+        scheduler.step(Input::Ended { job: job(4) });
+        assert!(scheduler.step(submit(21, 9, 0)).is_empty());
+    }
+
     proptest! {
+        #[test]
+        fn limits_hold_and_only_they_keep_a_free_slot_from_a_waiting_job(
+            slots in 1usize..5,
+            limits in proptest::collection::vec(proptest::option::of(1usize..3), 4),
+            script in proptest::collection::vec((0u64..30, 0u32..4, any::<bool>()), 0..200),
+        ) {
+            let mut scheduler = Scheduler::new(slots);
+            for (uid, slots) in (0u32..).zip(&limits) {
+                scheduler.step(Input::Limit { uid, slots: *slots });
+            }
+            for (n, uid, comes) in script {
+                scheduler.step(if comes { submit(n, uid, 0) } else { Input::Ended { job: job(n) } });
+                for (uid, limit) in (0u32..).zip(&limits) {
+                    let running = scheduler.running.values().filter(|u| **u == uid).count();
+                    let waits = scheduler.queued.values().any(|(u, _)| *u == uid);
+                    prop_assert!(limit.is_none_or(|limit| running <= limit));
+                    let full = scheduler.running() == slots || limit.is_some_and(|limit| running == limit);
+                    prop_assert!(full || !waits, "nothing keeps this user's job waiting");
+                }
+            }
+        }
+
         #[test]
         fn slots_hold_and_every_job_starts_once(slots in 1usize..5, script in proptest::collection::vec((0u64..30, 0u32..4, -3i8..3, 0u8..3), 0..200)) {
             let mut scheduler = Scheduler::new(slots);

@@ -15,6 +15,7 @@
 //! *Invariant*: one daemon per state directory, by `flock` on `<state>/lock`, held until the last connection
 //! is closed.
 
+pub mod access;
 pub mod cells;
 pub mod jobs;
 pub mod ledger;
@@ -35,6 +36,7 @@ use crate::job::state::IllegalMove;
 use crate::job::{InstanceId, JobId, State};
 use crate::money::MicroUsd;
 
+pub use access::{AuditFilter, AuditJob};
 pub use cells::CellRow;
 pub use jobs::{Filter, Job, JobRow, NewJob, OpenJob, Page, Submitted};
 pub use ledger::{ModelCost, ReservationId, Spend};

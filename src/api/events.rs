@@ -44,16 +44,7 @@ pub async fn events(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let Query(query) = query.map_err(|e| ApiError::new(ErrorCode::InvalidRequest, e.body_text()))?;
-    let follow = match query.follow.as_deref() {
-        None | Some("0" | "false") => false,
-        Some("1" | "true" | "") => true,
-        Some(other) => {
-            return Err(ApiError::new(
-                ErrorCode::InvalidRequest,
-                format!("follow: {other:?} is neither 0 nor 1"),
-            ));
-        }
-    };
+    let follow = flag("follow", query.follow.as_deref())?;
     let job = api.own_job(&peer, path_text(&id)).await?.row.id;
     let accepts = |kind: &str| {
         headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).is_some_and(|v| v.contains(kind))
@@ -82,9 +73,24 @@ pub async fn events(
     Ok((headers, HttpBody::from_stream(body)).into_response())
 }
 
+/// A parameter that is on or off.
+///
+/// # Errors
+/// `invalid_request`.
+pub(super) fn flag(key: &str, value: Option<&str>) -> Result<bool, ApiError> {
+    match value {
+        None | Some("0" | "false") => Ok(false),
+        Some("1" | "true" | "") => Ok(true),
+        Some(other) => {
+            let words = format!("{key}: {other:?} is neither 0 nor 1");
+            Err(ApiError::new(ErrorCode::InvalidRequest, words))
+        }
+    }
+}
+
 /// Reads on through the times in which nobody writes: before a job has its slot, and while a record changes
 /// hands.
-struct Follower {
+pub(super) struct Follower {
     api: Arc<Api>,
     job: JobId,
     follow: bool,
@@ -94,14 +100,14 @@ struct Follower {
 }
 
 impl Follower {
-    fn new(api: Arc<Api>, job: JobId, from: u64, follow: bool) -> Self {
+    pub(super) fn new(api: Arc<Api>, job: JobId, from: u64, follow: bool) -> Self {
         let mut feed = api.parts.feeds.follow(&job);
         let live = feed.borrow_and_update().clone().filter(|_| follow);
         let reader = Reader::open(api.parts.settings.journal_dir(&job), from, live);
         Self { api, job, follow, reader, feed, over: false }
     }
 
-    fn ended(mut self) -> Self {
+    pub(super) fn ended(mut self) -> Self {
         self.over = true;
         self
     }
@@ -110,7 +116,8 @@ impl Follower {
         self.feed.borrow_and_update().clone().filter(|feed| !feed.closed())
     }
 
-    async fn next(&mut self) -> Result<Option<Bytes>, JournalError> {
+    /// The next whole lines; none when there are no more.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, JournalError> {
         while !self.over {
             if let Some(chunk) = self.reader.next_chunk(CHUNK_BYTES_MAX).await? {
                 return Ok(Some(chunk));

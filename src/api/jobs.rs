@@ -91,8 +91,8 @@ pub fn path_text(path: &JobPath) -> &str {
 }
 
 impl Api {
-    fn sees_all(&self, who: &Identity) -> bool {
-        self.admin_uids.contains(&who.uid)
+    pub(super) fn sees_all(&self, who: &Identity) -> bool {
+        self.access.is_admin(who.uid)
     }
 
     /// A job that the peer may see. Somebody else's job is answered like one that is not there.

@@ -3,7 +3,8 @@
 use axum::Json;
 use serde_json::{Value, json};
 
-use super::wire::{ErrorBody, Health, JobList, JobView};
+use super::wire::{ErrorBody, Health, JobList, JobView, WhoAmI};
+use crate::audit::Record;
 use crate::job::JobSpec;
 
 /// Answers with the document.
@@ -26,6 +27,8 @@ pub fn openapi() -> Value {
         generator.subschema_for::<JobView>(),
         generator.subschema_for::<JobList>(),
         generator.subschema_for::<Health>(),
+        generator.subschema_for::<WhoAmI>(),
+        generator.subschema_for::<Record>(),
         generator.subschema_for::<ErrorBody>(),
     ] {}
     let schemas = generator.take_definitions(true);
@@ -51,6 +54,25 @@ fn answer(description: &str, name: &str) -> Value {
 
 fn query(name: &str, description: &str) -> Value {
     json!({ "name": name, "in": "query", "required": false, "description": description, "schema": { "type": "string" } })
+}
+
+/// A stream of records, and the parameters that choose them.
+fn audit(operation: &str, summary: &str, more: Vec<Value>) -> Value {
+    let common = [
+        query("follow", "1: wait for more"),
+        query("kind", "tool, egress, request, charge, refused, budget, stop, limit, end, credential; several with commas"),
+        query("denied", "1: only what was denied or refused"),
+        query("since_ms", "at or after, in milliseconds since 1970"),
+    ];
+    let parameters: Vec<Value> = more.into_iter().chain(common).collect();
+    let records = json!({ "application/x-ndjson": { "schema": { "$ref": "#/components/schemas/Record" } } });
+    json!({ "get": {
+        "operationId": operation, "summary": summary, "parameters": parameters,
+        "responses": {
+            "200": { "description": "One record a line", "content": records },
+            "default": answer("What went wrong, whose fault it is, and what to do", "ErrorBody"),
+        },
+    } })
 }
 
 fn paths() -> Value {
@@ -115,7 +137,7 @@ fn paths() -> Value {
             "get": {
                 "operationId": "followJob",
                 "summary": "A job's events as NDJSON, or as server-sent events where Accept says text/event-stream",
-                "parameters": [id, query("from", "first number wanted"), query("follow", "1: wait for more until the job is over")],
+                "parameters": [id.clone(), query("from", "first number wanted"), query("follow", "1: wait for more until the job is over")],
                 "responses": {
                     "200": { "description": "One event a line: seq, at_ms, origin, type and what belongs to it",
                              "content": { "application/x-ndjson": {}, "text/event-stream": {} } },
@@ -123,6 +145,20 @@ fn paths() -> Value {
                 },
             },
         },
+        "/v1/jobs/{id}/audit": audit(
+            "auditJob",
+            "What was decided in a job",
+            vec![id, query("after_seq", "number of the last event that is known")],
+        ),
+        "/v1/audit": audit(
+            "audit",
+            "What was decided in all jobs of the user, for admins in those of all users",
+            vec![query("after", "JOB:SEQ, the last event of a job that is known; may be given more than once")],
+        ),
+        "/v1/whoami": { "get": {
+            "operationId": "whoami", "summary": "Who asks, and what they may do",
+            "responses": { "200": answer("The user", "WhoAmI"), "default": error },
+        } },
         "/v1/openapi.json": { "get": {
             "operationId": "openapi", "summary": "This document", "responses": { "200": { "description": "OpenAPI 3.1" } },
         } },

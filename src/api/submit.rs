@@ -20,7 +20,7 @@ use crate::event::Body;
 use crate::job::spec::{SPEC_BYTES_MAX, SpecError, WorkspaceMode};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
-use crate::policy::{Narrowing, Plan, narrow};
+use crate::policy::{Grant, Narrowing, Plan, narrow};
 use crate::store::{NewJob, StoreError, Submitted};
 use crate::workspace::{self, Access, Guard, WorkspaceRecord};
 
@@ -66,7 +66,8 @@ pub async fn submit(
         };
         ApiError::new(code, error).hint("`hotcell schema` prints the JSON Schema of a job spec")
     })?;
-    let plan = plan(&api, &spec)?;
+    let granted = api.granted(&identity)?;
+    let plan = plan(&api, &spec, &granted)?;
     if api.parts.metrics.engine_up.get() == 0 {
         let words = format!("the container engine at {} does not answer", api.engine_address);
         return Err(ApiError::new(ErrorCode::EngineUnavailable, words)
@@ -74,7 +75,7 @@ pub async fn submit(
     }
     room(&api).await?;
     let record = open_workspace(&api, &identity, &spec, &plan).await?;
-    let accepted = Accepted { plan, workspace: record };
+    let accepted = Accepted { plan, workspace: record, user_day_micro_usd: granted.day_usd };
     let (id, fresh) = store(&api, &identity, &spec, &accepted, &body, idem).await?;
     let job = api
         .parts
@@ -83,6 +84,9 @@ pub async fn submit(
         .await?
         .ok_or_else(|| ApiError::new(ErrorCode::Internal, "the new job has no row"))?;
     if fresh {
+        if !api.access.rules.is_empty() {
+            api.driver.limit(identity.uid, granted.slots.and_then(|n| usize::try_from(n).ok())).await;
+        }
         api.driver.submitted(id, identity.uid, spec.priority).await;
     }
     let status = if fresh { StatusCode::CREATED } else { StatusCode::OK };
@@ -107,10 +111,12 @@ fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<(String, [u8; 
     Ok(Some((key.to_owned(), Sha256::digest(body).into())))
 }
 
-fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
-    let name = spec.policy.as_deref().unwrap_or(&api.default_policy);
+fn plan(api: &Api, spec: &JobSpec, granted: &Grant) -> Result<Plan, ApiError> {
+    let name = spec.policy.as_deref().or(granted.default_policy.as_deref()).unwrap_or(&api.default_policy);
+    granted.policy(name)?;
     let policy = api.policies.get(name).ok_or_else(|| {
-        let known = api.policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let mine = api.policies.keys().map(String::as_str).filter(|name| granted.has_policy(name));
+        let known = mine.collect::<Vec<_>>().join(", ");
         ApiError::new(
             ErrorCode::UnknownPolicy,
             format!("policy: there is no policy {name:?} (there are: {known})"),
@@ -126,6 +132,8 @@ fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
         ApiError::new(ErrorCode::AbovePolicy, error)
             .hint(format!("`hotcell policy show {name}` shows its limits"))
     })?;
+    granted.image(&plan.image)?;
+    granted.provider(plan.provider.as_deref().unwrap_or(&api.default_provider))?;
     for (key, model) in [("model", Some(&plan.model)), ("fallback_model", plan.fallback_model.as_ref())] {
         if let Some(model) = model.filter(|model| !api.parts.gateway.knows_model(model)) {
             let words = format!("{key}: {model:?} has no price, so its cost could not be bounded");

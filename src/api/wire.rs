@@ -71,6 +71,81 @@ pub struct JobList {
     pub next_cursor: Option<String>,
 }
 
+/// What `GET /v1/whoami` answers: who asks, and what they may do.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct WhoAmI {
+    /// Host user id, as the kernel tells it.
+    pub uid: u32,
+    /// The user's name, where the machine's user file has one.
+    pub user: Option<String>,
+    /// Host groups, the primary one first.
+    pub groups: Vec<GroupView>,
+    /// Sees and cancels everybody's jobs, and may use everything.
+    pub admin: bool,
+    /// False: the daemon's `[[access]]` does not name this user, and every other request is refused.
+    pub listed: bool,
+    /// Policies a job may name.
+    pub policies: Vec<PolicyView>,
+    /// The policy of a job that names none; absent where it must name one.
+    pub default_policy: Option<String>,
+    /// Providers a job may name, or beginnings of names with a final `*`.
+    pub providers: Vec<String>,
+    /// Images a job may name, or beginnings of references with a final `*`.
+    pub images: Vec<String>,
+    /// Jobs at the same time.
+    pub slots: SlotsView,
+    /// Budgets beyond the single job's.
+    pub budgets: Vec<AllowedBudget>,
+    /// The `[[access]]` entries that matched. Empty: there are none, or this is an admin.
+    pub access: Vec<String>,
+}
+
+/// A host group.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct GroupView {
+    /// Its id.
+    pub gid: u32,
+    /// Its name, where the machine's group file has one.
+    pub name: Option<String>,
+}
+
+/// A policy that may be named.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct PolicyView {
+    /// Its name.
+    pub name: String,
+    /// What it is for.
+    pub description: String,
+    /// What one job may spend under it, in USD.
+    pub cost_usd: f64,
+}
+
+/// Jobs at the same time.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct SlotsView {
+    /// Jobs that have a slot now.
+    pub used: u64,
+    /// Jobs that wait for one.
+    pub queued: u64,
+    /// Most of this user's jobs at the same time.
+    pub max: u32,
+}
+
+/// A budget and where it stands.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct AllowedBudget {
+    /// Which one: `user_day`, `day`, `month`.
+    pub scope: String,
+    /// The limit, in USD.
+    pub limit_usd: f64,
+    /// Charged in the present period, in USD, where it is known.
+    pub spent_usd: Option<f64>,
+    /// Set aside for requests under way, in USD, where it is known.
+    pub reserved_usd: Option<f64>,
+    /// When it is empty again, RFC 3339, where it is known.
+    pub resets_at: Option<String>,
+}
+
 /// What `GET /healthz` answers.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct Health {
@@ -121,6 +196,10 @@ pub enum ErrorCode {
     UnknownPolicy,
     /// The job asks for more than its policy allows. 403
     AbovePolicy,
+    /// The daemon's `[[access]]` does not name the user or a group of theirs. 403
+    NotListed,
+    /// The job asks for a policy, a provider or an image that its submitter may not use. 403
+    AboveAccess,
     /// The workspace cannot be used. 400
     Workspace,
     /// No such job, or not yours. 404
@@ -150,7 +229,7 @@ impl ErrorCode {
     pub fn status(self) -> u16 {
         match self {
             Self::InvalidSpec | Self::InvalidRequest | Self::UnknownPolicy | Self::Workspace => 400,
-            Self::AbovePolicy => 403,
+            Self::AbovePolicy | Self::NotListed | Self::AboveAccess => 403,
             Self::NotFound | Self::NoRoute => 404,
             Self::MethodNotAllowed => 405,
             Self::IdempotencyConflict | Self::NotDone => 409,
@@ -169,6 +248,8 @@ impl ErrorCode {
             | Self::TooLarge
             | Self::UnknownPolicy
             | Self::AbovePolicy
+            | Self::NotListed
+            | Self::AboveAccess
             | Self::Workspace
             | Self::NotFound
             | Self::NoRoute

@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::fail::{ApiError, CliError};
-use crate::api::wire::{Health, JobList, JobView};
+use crate::api::wire::{Health, JobList, JobView, WhoAmI};
 use crate::job::JobId;
 
 /// How long connecting may take.
@@ -124,8 +124,29 @@ impl Client {
     /// Events from number `from` on; with `follow` until the job is done.
     pub(crate) async fn events(&self, id: &JobId, from: u64, follow: bool) -> Result<Events, CliError> {
         let follow = u8::from(follow);
-        let request = Request::get(format!("/v1/jobs/{id}/events?from={from}&follow={follow}"))
-            .header("accept", "application/x-ndjson");
+        self.stream(&format!("/v1/jobs/{id}/events?from={from}&follow={follow}")).await
+    }
+
+    /// Who the daemon says we are, and what we may do.
+    pub(crate) async fn whoami(&self) -> Result<WhoAmI, CliError> {
+        self.get("/v1/whoami").await
+    }
+
+    /// Records of one job, or of all that we may see; `query` is `key=value` pairs.
+    pub(crate) async fn audit(
+        &self,
+        id: Option<&JobId>,
+        query: &[(&str, String)],
+    ) -> Result<Events, CliError> {
+        let mut path = id.map_or("/v1/audit".to_owned(), |id| format!("/v1/jobs/{id}/audit"));
+        for (n, (key, value)) in query.iter().enumerate() {
+            path += &format!("{}{key}={}", if n == 0 { '?' } else { '&' }, encode(value));
+        }
+        self.stream(&path).await
+    }
+
+    async fn stream(&self, path: &str) -> Result<Events, CliError> {
+        let request = Request::get(path).header("accept", "application/x-ndjson");
         let answer = self.send(request.body(Full::default())).await?;
         if !answer.response.status().is_success() {
             self.whole(answer).await?;

@@ -68,6 +68,8 @@ impl ExitCode {
             | ErrorCode::TooLarge
             | ErrorCode::UnknownPolicy
             | ErrorCode::AbovePolicy
+            | ErrorCode::NotListed
+            | ErrorCode::AboveAccess
             | ErrorCode::Workspace
             | ErrorCode::NotFound
             | ErrorCode::NoRoute
@@ -239,7 +241,7 @@ impl CliError {
         match self {
             Self::Api(error) => error.text("hint").map(str::to_owned),
             Self::NoDaemon { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
-                Some("the socket's owner can admit you: by its group or by socket_mode".into())
+                Some("whoever runs the daemon can admit you: by socket_group and socket_mode".into())
             }
             Self::NoDaemon { .. } => Some(
                 "start one with `hotcell serve`, or name its socket with --socket or HOTCELL_SOCKET".into(),

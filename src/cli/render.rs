@@ -2,9 +2,11 @@
 //! [`Text`], which makes it safe ([`escape`]); `--raw` lifts that for what the agent itself said.
 //! A reader that went away (a closed pipe) ends the command without a word.
 
+pub(crate) mod audit;
 pub(crate) mod escape;
 pub(crate) mod stream;
 pub(crate) mod tables;
+pub(crate) mod whoami;
 pub(crate) mod words;
 
 use std::io::{IsTerminal, Write};
@@ -119,6 +121,8 @@ pub(crate) struct Out {
     /// Errors go to standard output as JSON.
     json: bool,
     live: bool,
+    /// Standard output is a terminal: a person reads it.
+    terminal: bool,
     status: Option<ProgressBar>,
 }
 
@@ -135,6 +139,7 @@ impl Out {
             error_paint: paint(stderr_live),
             json: false,
             live: stderr_live && machine.var("TERM") != Some("dumb"),
+            terminal: std::io::stdout().is_terminal(),
             status: None,
         }
     }
@@ -142,7 +147,7 @@ impl Out {
     #[cfg(test)]
     pub(crate) fn to(stdout: Box<dyn Write + Send>, stderr: Box<dyn Write + Send>) -> Self {
         let paint = Paint::default();
-        Self { stdout, stderr, paint, error_paint: paint, json: false, live: false, status: None }
+        Self { stdout, stderr, paint, error_paint: paint, json: false, live: false, terminal: false, status: None }
     }
 
     /// From now on errors are JSON too.
@@ -153,6 +158,11 @@ impl Out {
     /// True where a status line can be shown.
     pub(crate) fn is_live(&self) -> bool {
         self.live && !self.json
+    }
+
+    /// True where a person reads standard output.
+    pub(crate) fn is_terminal(&self) -> bool {
+        self.terminal && !self.json
     }
 
     /// Writes to standard output; it is on its way when this returns.

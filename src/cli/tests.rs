@@ -32,6 +32,8 @@ async fn hotcell(daemon: &Daemon, args: &[&str], context: &mut Context) -> ExitC
         Command::Cancel(args) => cancel::cancel(&args, context).await,
         Command::Rm(args) => rm::rm(&args, context).await,
         Command::Health(args) => health::health(&args, context).await,
+        Command::Whoami(args) => whoami::whoami(&args, context).await,
+        Command::Audit(args) => audit::audit(&args, context).await,
         Command::Run(args) => {
             let (_hand, hand) = mpsc::channel(1);
             run_with(&args, daemon, context, hand).await
@@ -325,6 +327,47 @@ async fn logs_begin_where_asked_and_follow_gives_the_jobs_exit_code() {
     // Nothing follows the last event: the stream's end is the end.
     let args = ["logs", "-f", JOB, "--from", "30"];
     assert_eq!(hotcell(&daemon, &args, &mut context).await, ExitCode::Stopped);
+}
+
+#[tokio::test]
+async fn whoami_tells_what_may_be_done_and_fails_who_is_not_listed() {
+    let me = json!({"uid": 1001, "user": "alice", "groups": [{"gid": 100, "name": "users"}, {"gid": 7, "name": null}],
+        "admin": false, "listed": true, "default_policy": "review",
+        "policies": [{"name": "review", "description": "reads\u{1b}[2J", "cost_usd": 0.5}],
+        "providers": ["*"], "images": ["hotcell/cell*"], "slots": {"used": 1, "queued": 2, "max": 3},
+        "budgets": [{"scope": "user_day", "limit_usd": 5.0, "spent_usd": 1.25, "reserved_usd": 0.0, "resets_at": null}],
+        "access": ["[[access]] 1 (config.toml, line 2)"]});
+    let mut stranger = me.clone();
+    (stranger["listed"], stranger["access"]) = (json!(false), json!([]));
+    let daemon = Daemon::start(Script { errors: vec![("GET /v1/whoami", 200, me)], ..Script::default() });
+    let (mut context, stdout, _) = context();
+    assert_eq!(hotcell(&daemon, &["whoami"], &mut context).await, ExitCode::Succeeded);
+    assert_eq!(
+        stdout.text(),
+        "alice  uid 1001\n  groups    users, 7\n  access    [[access]] 1 (config.toml, line 2)\n\
+         \x20 policies  review (default), $0.50 a job: reads\n  providers *\n  images    hotcell/cell*\n\
+         \x20 slots     1 of 3 in use, 2 waiting\n\
+         \x20 budget    user per day: $5.00, $1.2500 spent, $3.7500 left\n"
+    );
+    daemon.script.lock().expect("lock").errors = vec![("GET /v1/whoami", 200, stranger)];
+    assert_eq!(hotcell(&daemon, &["whoami"], &mut context).await, ExitCode::Usage);
+    assert!(stdout.text().contains("  not listed: "), "{}", stdout.text());
+}
+
+#[tokio::test]
+async fn an_audit_asks_for_what_was_chosen_and_passes_records_on_as_they_came() {
+    let record = json!({"at_ms": 5, "job": JOB, "uid": 1000, "seq": 3, "origin": "daemon", "kind": "stop",
+        "reason": "deadline", "detail": "60 s"});
+    let errors = vec![("GET /v1/audit", 200, record.clone()), ("GET /v1/jobs", 200, record.clone())];
+    let daemon = Daemon::start(Script { errors, ..Script::default() });
+    let (mut context, stdout, _) = context();
+    let args = ["audit", "--kind", "tool,stop", "--denied", "--since", "1970-01-01T00:00:02Z"];
+    assert_eq!(hotcell(&daemon, &args, &mut context).await, ExitCode::Succeeded);
+    assert_eq!(daemon.requests()[0].0, "GET /v1/audit?kind=tool%2Cstop&denied=1&since_ms=2000");
+    assert_eq!(hotcell(&daemon, &["audit", JOB], &mut context).await, ExitCode::Succeeded);
+    assert_eq!(daemon.requests()[1].0, format!("GET /v1/jobs/{JOB}/audit?since_ms=0"));
+    // A record without its line feed is torn: it is not shown.
+    assert_eq!(stdout.text(), "");
 }
 
 #[tokio::test]

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::access::{Names, RawAccess};
 use super::settings::Setting;
 use super::{ApiKeySource, ConfigError, Flags, Machine};
+use crate::policy::access::Rule;
 
 /// Largest configuration or policy file that is read, in bytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -21,6 +23,7 @@ pub(super) struct RawConfig {
     pub(super) state_dir: Opt<String>,
     pub(super) socket: Opt<String>,
     pub(super) socket_mode: Opt<String>,
+    pub(super) socket_group: Opt<String>,
     pub(super) engine: Opt<String>,
     pub(super) metrics: Opt<String>,
     pub(super) policy_dirs: Opt<Vec<String>>,
@@ -29,6 +32,7 @@ pub(super) struct RawConfig {
     pub(super) defaults: RawDefaults,
     pub(super) limits: RawLimits,
     pub(super) admin_uids: Opt<Vec<u32>>,
+    pub(super) access: Vec<Spanned<RawAccess>>,
     pub(super) init_binary: Opt<String>,
     pub(super) log: Opt<String>,
 }
@@ -211,6 +215,13 @@ impl<'a> Layers<'a> {
         parsed.map(Some).map_err(|problem| self.wrong(key, problem, &origin))
     }
 
+    /// The entries that say who may use what.
+    pub(super) fn access(&self, raw: &[Spanned<RawAccess>]) -> Result<Vec<Rule>, ConfigError> {
+        // Most files have none, and then nobody's names matter.
+        let names = if raw.is_empty() { Names::default() } else { Names::of_machine() };
+        super::access::rules(&self.path, &self.text, raw, &names)
+    }
+
     /// Where the API key is: the highest layer that names a place decides, and it must name exactly one.
     pub(super) fn api_key(&self, raw: &RawAnthropic) -> Result<ApiKeySource, ConfigError> {
         const ENV: &str = "provider.anthropic.api_key_env";
@@ -255,12 +266,16 @@ impl<'a> Layers<'a> {
 }
 
 pub(super) fn read_bounded(path: &Path) -> std::io::Result<String> {
+    read_at_most(path, FILE_BYTES_MAX)
+}
+
+pub(super) fn read_at_most(path: &Path, bytes_max: u64) -> std::io::Result<String> {
     use std::io::Read;
     let mut text = String::new();
     let file = std::fs::File::open(path)?;
-    file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > FILE_BYTES_MAX {
-        let words = format!("it has more than {FILE_BYTES_MAX} bytes");
+    file.take(bytes_max + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > bytes_max {
+        let words = format!("it has more than {bytes_max} bytes");
         return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, words));
     }
     Ok(text)

@@ -39,7 +39,7 @@ const fn everyday(key: &'static str, value_name: &'static str, help: &'static st
 }
 
 /// All settings.
-pub const SETTINGS: [Setting; 24] = [
+pub const SETTINGS: [Setting; 25] = [
     everyday(
         "state_dir",
         "DIR",
@@ -50,7 +50,12 @@ pub const SETTINGS: [Setting; 24] = [
         "PATH",
         "The API's unix socket [default: /run/hotcell/hotcell.sock as root, else $XDG_RUNTIME_DIR/hotcell.sock]",
     ),
-    setting("socket_mode", "OCTAL", "Permission bits of the socket [default: 0660]"),
+    setting(
+        "socket_mode",
+        "OCTAL",
+        "Permission bits of the socket [default: 0660 with a socket_group, else 0600]",
+    ),
+    setting("socket_group", "GROUP", "Group of the socket, by name or id [default: the daemon's own]"),
     everyday("engine", "ADDRESS", "The container engine, unix:///path [default: searched for]"),
     everyday(
         "metrics",

@@ -5,7 +5,9 @@
 // A test says what it expects by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod access;
 mod api;
+mod audit;
 mod bad_input;
 mod command;
 mod crash;

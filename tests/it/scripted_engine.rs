@@ -341,6 +341,7 @@ fn config(dir: &Path, slots: u32) -> Config {
         state_dir: dir.join("state"),
         socket: dir.join("s"),
         socket_mode: 0o666,
+        socket_group: None,
         engine: None,
         metrics: None,
         policy_dirs: Vec::new(),
@@ -349,6 +350,7 @@ fn config(dir: &Path, slots: u32) -> Config {
         defaults: Defaults { policy, model, image, agent: None },
         limits,
         admin_uids: vec![0],
+        access: Vec::new(),
         init_binary: init_binary(),
         log: "warn".into(),
     }
