@@ -7,6 +7,7 @@ mod args;
 mod cancel;
 mod client;
 mod completions;
+mod cost;
 mod fail;
 mod follow;
 mod health;
@@ -53,6 +54,7 @@ enum Command {
     Logs(logs::LogsArgs),
     Cancel(cancel::CancelArgs),
     Rm(rm::RmArgs),
+    Cost(cost::CostArgs),
     Serve(serve::ServeArgs),
     Image(image::ImageArgs),
     Agent(agent::AgentArgs),
@@ -148,6 +150,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Logs(args) => wait(logs::logs(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
+        Command::Cost(args) => wait(cost::cost(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
         Command::Image(args) => image::image(&args, context),
         Command::Agent(args) => agent::agent(&args, context),
@@ -169,6 +172,7 @@ impl Command {
             Self::Logs(args) => args.json,
             Self::Cancel(args) => args.json,
             Self::Rm(args) => args.json,
+            Self::Cost(args) => args.json,
             Self::Image(args) => args.json(),
             Self::Agent(args) => args.json(),
             Self::Policy(args) => args.json(),

@@ -91,7 +91,8 @@ pub fn path_text(path: &JobPath) -> &str {
 }
 
 impl Api {
-    fn sees_all(&self, who: &Identity) -> bool {
+    /// Whether somebody is an admin.
+    pub(super) fn sees_all(&self, who: &Identity) -> bool {
         self.admin_uids.contains(&who.uid)
     }
 

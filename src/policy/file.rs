@@ -298,11 +298,27 @@ impl Policy {
                 return Err((key.into(), "holds the runtime itself".into()));
             }
         }
+        self.models.unpriced.map_or(Ok(()), |unpriced| unpriced.rates().map(|_| ()))?;
         self.egress.check()?;
         self.requests.check()?;
         self.output.check()?;
         Rule::check_all(&self.rules)?;
         self.limits.check().map_err(|(key, problem)| (key.into(), problem))
+    }
+}
+
+impl Unpriced {
+    /// Input and output in micro-USD per million tokens.
+    ///
+    /// # Errors
+    /// (key, problem): a figure that is no price, or zero, which would let such a model be used for nothing.
+    pub fn rates(&self) -> Result<(MicroUsd, MicroUsd), (String, String)> {
+        let rate = |name: &str, usd: f64| match MicroUsd::from_usd(usd) {
+            Ok(MicroUsd::ZERO) => Err((format!("models.unpriced.{name}"), "must be above 0".to_owned())),
+            Ok(rate) => Ok(rate),
+            Err(error) => Err((format!("models.unpriced.{name}"), error.to_string())),
+        };
+        Ok((rate("input", self.input)?, rate("output", self.output)?))
     }
 }
 
