@@ -33,6 +33,9 @@ pub struct JobView {
     pub workspace_mode: crate::job::spec::WorkspaceMode,
     /// The submitter's labels.
     pub labels: BTreeMap<String, String>,
+    /// The batch it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch: Option<String>,
     /// Its priority.
     pub priority: i8,
     /// The cell that runs or ran it.

@@ -370,4 +370,20 @@ mod tests {
         let trusted = Policy::parse("trusted", include_str!("../../policies/trusted.toml")).expect("trusted");
         assert!(trusted.project_settings);
     }
+
+    #[test]
+    fn a_price_for_models_without_one_must_be_a_price() {
+        let with = |unpriced: &str| DEFAULT.replace("[models]", &format!("[models]\nunpriced = {unpriced}"));
+        assert!(Policy::parse("p", &with("{ input = 20, output = 100.0 }")).is_ok());
+        for (bad, key) in [
+            ("{ input = 0, output = 1 }", "models.unpriced.input"),
+            ("{ input = 1, output = -1 }", "models.unpriced.output"),
+            ("{ input = nan, output = 1 }", "models.unpriced.input"),
+            ("{ input = 1, output = inf }", "models.unpriced.output"),
+            ("{ input = 1 }", "output"),
+        ] {
+            let error = Policy::parse("p", &with(bad)).unwrap_err().to_string();
+            assert!(error.contains(key), "{bad}: {error}");
+        }
+    }
 }

@@ -116,6 +116,9 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
         let labels: Vec<String> = job.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
         row("labels", &labels.join(" "));
     }
+    if let Some(batch) = &job.batch {
+        row("batch", batch);
+    }
     if job.priority != 0 {
         row("priority", &job.priority.to_string());
     }

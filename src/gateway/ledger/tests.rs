@@ -17,6 +17,7 @@ use crate::gateway::{
 use crate::job::Identity;
 use crate::model::{Recorder, Script, serve};
 use crate::money::Caps;
+use crate::policy::{Plan, Unpriced};
 use crate::pricing::Prices;
 use crate::store::ledger::report::{By, CostQuery};
 use crate::store::{NewJob, Payer};
@@ -34,6 +35,7 @@ struct World {
     recorder: Arc<Recorder>,
     stop: CancellationToken,
     leases: Vec<Lease>,
+    plan: Arc<Plan>,
 }
 
 fn utc() -> Calendar {
@@ -78,7 +80,7 @@ impl World {
         for n in 0..4 {
             store.submit(new_job(n, 1000 + (n / 2) as u32)).await.unwrap();
         }
-        Self { dir, store, gateway, recorder, stop, leases: Vec::new() }
+        Self { dir, store, gateway, recorder, stop, leases: Vec::new(), plan: plan(vec!["*".into()]) }
     }
 
     /// Opens the lease of every job under these budgets.
@@ -91,7 +93,7 @@ impl World {
                 job: JobId::new(n, 0),
                 cell: cell.clone(),
                 token: TOKEN.into(),
-                plan: plan(vec!["*".into()]),
+                plan: self.plan.clone(),
                 budgets: caps.of_job(Some(MicroUsd(5_000_000)), None, None),
                 output_tokens_max: None,
                 run_dir,
@@ -103,7 +105,7 @@ impl World {
     }
 
     async fn post(&self, job: usize) -> (u16, String) {
-        post(self.dir.path().join(job.to_string()).join("api.sock")).await
+        post(self.dir.path().join(job.to_string()).join("api.sock"), "claude-sonnet-4-6").await
     }
 
     async fn destroy_leases(&mut self) -> Vec<GatewayEvent> {
@@ -120,11 +122,11 @@ impl World {
     }
 }
 
-async fn post(socket: std::path::PathBuf) -> (u16, String) {
+async fn post(socket: std::path::PathBuf, model: &'static str) -> (u16, String) {
     let stream = UnixStream::connect(socket).await.unwrap();
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
     tokio::spawn(connection);
-    let body: Value = json!({ "model": "claude-sonnet-4-6", "max_tokens": 8000,
+    let body: Value = json!({ "model": model, "max_tokens": 8000,
         "messages": [{ "role": "user", "content": "x" }] });
     let request = Request::post("/v1/messages").header("host", "model").header("x-api-key", TOKEN);
     let response =
@@ -155,7 +157,7 @@ async fn of_two_hundred_calls_of_four_jobs_with_a_day_for_one_only_one_goes_upst
     world.lease(Caps { day: Some(limit), ..Caps::default() }).await;
     let mut calls = tokio::task::JoinSet::new();
     for n in 0..200 {
-        calls.spawn(post(world.dir.path().join((n % 4).to_string()).join("api.sock")));
+        calls.spawn(post(world.dir.path().join((n % 4).to_string()).join("api.sock"), "claude-sonnet-4-6"));
     }
     let answers = calls.join_all().await;
     let of = |status| answers.iter().filter(|(found, _)| *found == status).count();
@@ -216,6 +218,25 @@ async fn an_answer_cut_short_by_the_month_names_the_month() {
     let (scope, spent, told, resets) = exhausted.expect("it was told");
     assert_eq!((scope, told, resets), (Scope::Month, limit, true));
     assert!(spent <= limit && spent > MicroUsd::ZERO, "{spent}");
+    world.stop.cancel();
+    world.store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_model_without_a_price_costs_the_policys_maximum_or_is_refused() {
+    let mut world = World::new().await;
+    let socket = world.dir.path().join("0/api.sock");
+    world.lease(Caps::default()).await;
+    let (status, body) = post(socket.clone(), "somebodys-model").await;
+    assert!(status == 403 && body.contains("has no price"), "{body}");
+    world.destroy_leases().await;
+    let unpriced = Some(Unpriced { input: 10.0, output: 50.0 });
+    world.plan = Arc::new(Plan { unpriced, ..(*world.plan).clone() });
+    world.lease(Caps::default()).await;
+    let (status, body) = post(socket, "somebodys-model").await;
+    assert_eq!(status, 200, "{body}");
+    assert!(reserved(&world.destroy_leases().await) > MicroUsd(8000 * 50));
+    assert_eq!(world.store.spend(&JobId::new(0, 0)).await.unwrap().charged, MicroUsd(8000 * 50));
     world.stop.cancel();
     world.store.close().await.unwrap();
 }
