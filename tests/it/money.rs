@@ -41,7 +41,11 @@ fn a_batch_shares_its_budget_and_the_report_has_every_cent_of_it() {
     assert_eq!((&job["outcome"], &job["reason"]), (&json!("stopped"), &json!("budget")), "{job}");
     assert_eq!(job["cost_usd"], 0.0);
     let budget = events.iter().find(|event| event["type"] == "budget").expect("a budget event");
-    assert_eq!((&budget["scope"], &budget["limit_micro_usd"]), (&json!("batch"), &json!(300_000)), "{budget}");
+    assert_eq!(
+        (&budget["scope"], &budget["limit_micro_usd"]),
+        (&json!("batch"), &json!(300_000)),
+        "{budget}"
+    );
     assert_eq!(budget["spent_micro_usd"], COST_MICRO);
     let stop = events.iter().find(|event| event["type"] == "stop").expect("a stop");
     assert!(stop["detail"].as_str().unwrap().contains("batch budget"), "{stop}");
@@ -92,7 +96,10 @@ fn reports(world: &World, first: &str) {
     ] {
         let report = cost(world, &["--by", by]);
         assert_eq!(keys(&report), whole(key), "{report}");
-        assert_eq!((&report["total"]["cost_micro_usd"], &report["total"]["requests"]), (&json!(ledger), &json!(1)));
+        assert_eq!(
+            (&report["total"]["cost_micro_usd"], &report["total"]["requests"]),
+            (&json!(ledger), &json!(1))
+        );
     }
     assert_eq!(keys(&cost(world, &["--by", "label", "--label", "team"])), whole(Some("red")));
     assert_eq!(keys(&cost(world, &["--by", "job"])), [(Some(first), ledger)]);
@@ -123,11 +130,15 @@ fn reports(world: &World, first: &str) {
         assert!(code == 2 && err.contains(words), "{args:?}: {err}");
     }
     // Somebody else has spent nothing, whatever they ask for.
-    for (query, status) in [("", 200), ("?by=user", 200), ("?by=x", 400), ("?since=x", 400), ("?all=1", 400)] {
+    for (query, status) in [("", 200), ("?by=user", 200), ("?by=x", 400), ("?since=x", 400), ("?all=1", 400)]
+    {
         let answer = world.curl("GET", &format!("/v1/cost{query}"), "", &[], Some(4242)).expect("an answer");
         assert_eq!(answer.status, status, "{query}: {}", answer.body);
         if status == 200 {
-            assert_eq!((&answer.json()["rows"], &answer.json()["total"]["requests"]), (&json!([]), &json!(0)));
+            assert_eq!(
+                (&answer.json()["rows"], &answer.json()["total"]["requests"]),
+                (&json!([]), &json!(0))
+            );
         }
     }
 }

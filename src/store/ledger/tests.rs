@@ -184,8 +184,7 @@ impl World {
     }
 
     /// Everything that must hold at any moment, read beside the store.
-    fn check(&self, dir: &TempDir) {
-        let db = rusqlite::Connection::open(dir.path().join(FILE_NAME)).unwrap();
+    fn check(&self, db: &rusqlite::Connection) {
         let limit = |scope: &str| match scope {
             "job" => self.job_limit,
             "batch" => self.batch_limit,
@@ -238,9 +237,10 @@ async fn run(ops: Vec<Op>, limits: [u64; 5]) {
         charged: 0,
         unseen: 0,
     };
+    let db = rusqlite::Connection::open(dir.path().join(FILE_NAME)).unwrap();
     for op in ops {
         world.step(&mut store, &dir, op).await;
-        world.check(&dir);
+        world.check(&db);
     }
     // The end of all jobs.
     world.step(&mut store, &dir, Op::Kill { billed_percent: 50 }).await;
@@ -248,8 +248,7 @@ async fn run(ops: Vec<Op>, limits: [u64; 5]) {
     for job in 0..USERS.len() {
         world.take_up(&store, job).await;
     }
-    world.check(&dir);
-    let db = rusqlite::Connection::open(dir.path().join(FILE_NAME)).unwrap();
+    world.check(&db);
     let left = "SELECT (SELECT count(*) FROM ledger WHERE status = 'open') + (SELECT coalesce(sum(reserved_micro), 0) \
                 FROM budget_sums)";
     assert_eq!(db.query_row(left, [], |row| int(row, 0)).unwrap(), 0, "a reservation is left");
