@@ -4,6 +4,7 @@
 
 pub mod access;
 pub mod audit;
+pub mod cost;
 pub mod events;
 pub mod jobs;
 pub mod openapi;
@@ -99,6 +100,8 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/audit", get(audit::daemon))
         .route("/v1/whoami", get(whoami::whoami))
+        .route("/v1/cost", get(cost::cost))
+        .route("/v1/budgets", get(cost::budgets))
         .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health))
         .route("/metrics", get(metrics))

@@ -8,6 +8,7 @@ mod audit;
 mod cancel;
 mod client;
 mod completions;
+mod cost;
 mod fail;
 mod follow;
 mod health;
@@ -56,6 +57,7 @@ enum Command {
     Audit(audit::AuditArgs),
     Cancel(cancel::CancelArgs),
     Rm(rm::RmArgs),
+    Cost(cost::CostArgs),
     Serve(serve::ServeArgs),
     Image(image::ImageArgs),
     Agent(agent::AgentArgs),
@@ -153,6 +155,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Audit(args) => wait(audit::audit(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
+        Command::Cost(args) => wait(cost::cost(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
         Command::Image(args) => image::image(&args, context),
         Command::Agent(args) => agent::agent(&args, context),
@@ -176,6 +179,7 @@ impl Command {
             Self::Audit(args) => args.json,
             Self::Cancel(args) => args.json,
             Self::Rm(args) => args.json,
+            Self::Cost(args) => args.json,
             Self::Image(args) => args.json(),
             Self::Agent(args) => args.json(),
             Self::Policy(args) => args.json(),

@@ -4,6 +4,7 @@
 //! it is given and nothing else; never reads a credential, only where one is to be found.
 
 mod access;
+mod budgets;
 mod policies;
 mod raw;
 mod settings;
@@ -13,6 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 pub use access::{Names, unknown_name};
+pub use budgets::Budgets;
 pub use policies::{PolicyFileError, PolicyOrigin, PolicySource, policy_sources, read_policy_text};
 pub use settings::{SETTINGS, Setting};
 
@@ -199,6 +201,8 @@ pub struct Config {
     pub defaults: Defaults,
     /// Bounds.
     pub limits: Limits,
+    /// Money of users and of the daemon.
+    pub budgets: Budgets,
     /// Host user ids that see and cancel everybody's jobs.
     pub admin_uids: Vec<u32>,
     /// Who may use what; empty: everybody who can open the socket may use everything.
@@ -250,6 +254,7 @@ impl Config {
                 agent: layers.name("defaults.agent", &raw.defaults.agent)?,
             },
             limits: limits(&layers, &raw.limits, machine.cores)?,
+            budgets: budgets::budgets(&layers, &raw.budgets)?,
             admin_uids: layers
                 .list("admin_uids", &raw.admin_uids, ',', |text| {
                     text.parse().map_err(|_| format!("{text:?} is not a user id"))

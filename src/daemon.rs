@@ -26,6 +26,7 @@ use crate::gateway::{self, AuthStyle, CredentialSource, Gateway, Provider};
 use crate::job::State;
 use crate::journal;
 use crate::metrics::Metrics;
+use crate::money::Calendar;
 use crate::policy::{Access, Defaults, Policy};
 use crate::pricing::Prices;
 use crate::store::{Filter, Store};
@@ -261,6 +262,8 @@ async fn build(
         journal: journal_limits(config.limits.journal_bytes_max),
         disk_reserve_bytes: u64::from(config.limits.disk_reserve_mib) * 1024 * 1024,
         agent: config.defaults.agent.clone(),
+        caps: config.budgets.caps,
+        calendar: Calendar::new(config.budgets.time_zone.as_deref())?,
     };
     let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds: Feeds::default() };
     Ok((Arc::new(parts), policies))

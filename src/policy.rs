@@ -20,7 +20,7 @@ pub mod rule;
 
 pub use access::{Access, AccessError, Grant};
 pub use decide::{Ask, Denial, Permit, decide};
-pub use file::{Policy, PolicyError};
+pub use file::{Policy, PolicyError, Unpriced};
 pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
 pub use narrowing::Narrowing;
 

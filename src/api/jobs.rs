@@ -60,6 +60,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         workspace: accepted.workspace.map(|record| record.path.display().to_string()),
         workspace_mode: accepted.plan.workspace_mode,
         labels: row.labels.clone(),
+        batch: spec.batch.map(|batch| batch.name),
         priority: row.priority,
         cell: api.parts.store.cell_of(&row.id).await?.map(|row| row.cell.to_string()),
         created_at: clock::rfc3339(row.created_ms),
@@ -91,6 +92,7 @@ pub fn path_text(path: &JobPath) -> &str {
 }
 
 impl Api {
+    /// Whether somebody is an admin.
     pub(super) fn sees_all(&self, who: &Identity) -> bool {
         self.access.is_admin(who.uid)
     }

@@ -33,6 +33,9 @@ pub struct JobView {
     pub workspace_mode: crate::job::spec::WorkspaceMode,
     /// The submitter's labels.
     pub labels: BTreeMap<String, String>,
+    /// The batch it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch: Option<String>,
     /// Its priority.
     pub priority: i8,
     /// The cell that runs or ran it.
@@ -94,8 +97,8 @@ pub struct WhoAmI {
     pub images: Vec<String>,
     /// Jobs at the same time.
     pub slots: SlotsView,
-    /// Budgets beyond the single job's.
-    pub budgets: Vec<AllowedBudget>,
+    /// Budgets beyond the single job's: the user's own, and the daemon's.
+    pub budgets: Vec<super::cost::BudgetView>,
     /// The `[[access]]` entries that matched. Empty: there are none, or this is an admin.
     pub access: Vec<String>,
 }
@@ -129,21 +132,6 @@ pub struct SlotsView {
     pub queued: u64,
     /// Most of this user's jobs at the same time.
     pub max: u32,
-}
-
-/// A budget and where it stands.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct AllowedBudget {
-    /// Which one: `user_day`, `day`, `month`.
-    pub scope: String,
-    /// The limit, in USD.
-    pub limit_usd: f64,
-    /// Charged in the present period, in USD, where it is known.
-    pub spent_usd: Option<f64>,
-    /// Set aside for requests under way, in USD, where it is known.
-    pub reserved_usd: Option<f64>,
-    /// When it is empty again, RFC 3339, where it is known.
-    pub resets_at: Option<String>,
 }
 
 /// What `GET /healthz` answers.

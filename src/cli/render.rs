@@ -3,6 +3,7 @@
 //! A reader that went away (a closed pipe) ends the command without a word.
 
 pub(crate) mod audit;
+pub(crate) mod cost;
 pub(crate) mod escape;
 pub(crate) mod stream;
 pub(crate) mod tables;

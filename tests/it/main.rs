@@ -16,6 +16,7 @@ mod fake_agent;
 mod image;
 mod init;
 mod life;
+mod money;
 mod policies;
 mod provider;
 mod road;
