@@ -256,7 +256,7 @@ impl Record {
                 *trouble = Some(Trouble::Provider(status.unwrap_or(0)));
                 return Ok(());
             }
-            GatewayEvent::BudgetExhausted { .. } => return Ok(()),
+            GatewayEvent::BudgetExhausted { .. } | GatewayEvent::ProviderPaused { .. } => return Ok(()),
         };
         self.push(&body)?;
         Ok(())

@@ -28,6 +28,8 @@ pub struct Reading {
     pub output_bytes: u64,
     /// Whether a thinking block was begun: its tokens may not be visible in the stream.
     pub thinking: bool,
+    /// Web searches that the provider made.
+    pub web_searches: Option<u64>,
 }
 
 impl Reading {
@@ -94,6 +96,7 @@ fn json_reading(body: &[u8]) -> Reading {
     raw.update(&message["usage"]);
     Reading {
         usage: raw.usage(),
+        web_searches: raw.web_searches,
         complete: raw.usage().is_some(),
         stop_reason: text(&message["stop_reason"]),
         error: text(&message["error"]["type"]),
@@ -208,6 +211,7 @@ impl SseMeter {
         }
         self.dispatch();
         self.reading.usage = self.raw.usage();
+        self.reading.web_searches = self.raw.web_searches;
         self.reading.complete &= self.reading.usage.is_some();
         std::mem::take(&mut self.reading)
     }
@@ -226,6 +230,7 @@ struct RawUsage {
     cache_write: Option<u64>,
     cache_write_5m: Option<u64>,
     cache_write_1h: Option<u64>,
+    web_searches: Option<u64>,
 }
 
 impl RawUsage {
@@ -237,6 +242,7 @@ impl RawUsage {
         take(&mut self.cache_write, &usage["cache_creation_input_tokens"]);
         take(&mut self.cache_write_5m, &usage["cache_creation"]["ephemeral_5m_input_tokens"]);
         take(&mut self.cache_write_1h, &usage["cache_creation"]["ephemeral_1h_input_tokens"]);
+        take(&mut self.web_searches, &usage["server_tool_use"]["web_search_requests"]);
     }
 
     /// `None` unless input and output were both said. Cache writes whose duration was not said are charged
