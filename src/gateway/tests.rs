@@ -1,5 +1,7 @@
 //! The gateway on real sockets against the scripted model, in one process.
 
+mod requests;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -358,7 +360,7 @@ async fn bodies_that_are_not_allowed_are_refused_with_the_reason() {
         (haiku(""), 400, Refusal::Malformed),
         (haiku(",\"max_tokens\":0"), 400, Refusal::Malformed),
         (haiku(",\"max_tokens\":5,\"max_tokens\":6"), 400, Refusal::Malformed),
-        (haiku(",\"max_tokens\":5,\"mcp_servers\":[]"), 403, Refusal::Content),
+        (haiku(",\"max_tokens\":5,\"mcp_servers\":[{\"url\":\"https://m/\"}]"), 403, Refusal::Content),
         (haiku(",\"max_tokens\":5,\"tools\":[{\"type\":\"web_search_20250305\"}]"), 403, Refusal::Content),
         (ask("x", true).to_string(), 403, Refusal::Model),
         (ask("x", true).to_string().replace(MODEL, "x-unknown"), 403, Refusal::Price),

@@ -401,7 +401,10 @@ impl<'de> Visitor<'de> for Parts<'_, 'de> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
-        while items.next_element_seed(Block { top: &mut *self.top, of: self.of, depth: self.depth })?.is_some() {}
+        while items
+            .next_element_seed(Block { top: &mut *self.top, of: self.of, depth: self.depth })?
+            .is_some()
+        {}
         Ok(())
     }
 
@@ -453,7 +456,9 @@ impl<'de> Visitor<'de> for Block<'_, 'de> {
             }
             match key.as_ref() {
                 "type" => kind = Some(inner::<Text<'de>, A::Error>(raw)?.0),
-                "content" => seeded(raw, Parts { top: &mut *self.top, of: Of::Block, depth: self.depth + 1 })?,
+                "content" => {
+                    seeded(raw, Parts { top: &mut *self.top, of: Of::Block, depth: self.depth + 1 })?
+                }
                 "source" => data_bytes = seeded(raw, Source { top: &mut *self.top, depth: self.depth })?,
                 "file_id" => self.file(raw)?,
                 _ => {}
@@ -527,7 +532,9 @@ impl<'de> Visitor<'de> for Source<'_, 'de> {
                 "data" => bytes = map.next_value::<&RawValue>()?.get().len() as u64,
                 "url" => url = Some(map.next_value::<Text<'de>>()?.0),
                 "file_id" => file = Some(map.next_value::<Text<'de>>()?.0),
-                "content" => map.next_value_seed(Parts { top: &mut *self.top, of: Of::Block, depth: self.depth + 1 })?,
+                "content" => {
+                    map.next_value_seed(Parts { top: &mut *self.top, of: Of::Block, depth: self.depth + 1 })?
+                }
                 _ => {
                     map.next_value::<IgnoredAny>()?;
                 }
