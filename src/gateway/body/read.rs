@@ -94,14 +94,14 @@ struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 struct Names<'a>(Vec<Cow<'a, str>>);
 
 impl<'a> Names<'a> {
-    fn add<E: Error>(&mut self, name: &Cow<'a, str>) -> Result<(), E> {
-        if self.0.contains(name) {
-            return Err(E::custom(format_args!("the field {:?} stands twice", shown(name))));
+    fn add<E: Error>(&mut self, name: Cow<'a, str>) -> Result<(), E> {
+        if self.0.contains(&name) {
+            return Err(E::custom(format_args!("the field {:?} stands twice", shown(&name))));
         }
         if self.0.len() >= FIELDS_MAX {
             return Err(E::custom(format_args!("more than {FIELDS_MAX} fields in one object")));
         }
-        self.0.push(name.clone());
+        self.0.push(name);
         Ok(())
     }
 }
@@ -149,7 +149,7 @@ impl<'de> Visitor<'de> for TopVisitor {
         let mut top = Top::default();
         let mut names = Names::default();
         while let Some(Text(key)) = map.next_key::<Text<'de>>()? {
-            names.add(&key)?;
+            names.add(key.clone())?;
             match FIELDS.iter().find(|field| **field == key) {
                 Some(field) => top.field(field, &mut map)?,
                 None => {
@@ -331,7 +331,7 @@ impl<'de> Visitor<'de> for Message<'_, 'de> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let (mut names, mut role) = (Names::default(), None);
         while let Some(Text(key)) = map.next_key::<Text<'de>>()? {
-            names.add(&key)?;
+            names.add(key.clone())?;
             match key.as_ref() {
                 "role" => role = Some(map.next_value::<Text<'de>>()?.0),
                 "content" => {
@@ -443,7 +443,7 @@ impl<'de> Visitor<'de> for Block<'_, 'de> {
         let (mut kind, mut data_bytes) = (None, 0);
         let before = self.top.media;
         while let Some(Text(key)) = map.next_key::<Text<'de>>()? {
-            names.add(&key)?;
+            names.add(key.clone())?;
             let raw: &'de RawValue = map.next_value()?;
             if key == "cache_control" {
                 let control = inner::<Option<CacheControl<'de>>, A::Error>(raw)?;
@@ -526,7 +526,7 @@ impl<'de> Visitor<'de> for Source<'_, 'de> {
         let mut names = Names::default();
         let (mut kind, mut url, mut file, mut bytes) = (None, None, None, 0);
         while let Some(Text(key)) = map.next_key::<Text<'de>>()? {
-            names.add(&key)?;
+            names.add(key.clone())?;
             match key.as_ref() {
                 "type" => kind = Some(map.next_value::<Text<'de>>()?.0),
                 "data" => bytes = map.next_value::<&RawValue>()?.get().len() as u64,
