@@ -357,6 +357,9 @@ pub enum RecoverError {
 /// # Errors
 /// [`StoreError`].
 pub async fn refresh_gauges(parts: &Parts) -> Result<(), StoreError> {
+    let pace = parts.gateway.pace();
+    parts.metrics.provider_concurrency.set(i64::from(pace.limit));
+    parts.metrics.provider_paused_s.set(pace.paused.as_secs_f64());
     let counts: Vec<(String, u64)> =
         parts.store.counts_by_state().await?.into_iter().map(|(name, n)| (name.to_owned(), n)).collect();
     parts.metrics.set_jobs(&counts);

@@ -2,21 +2,27 @@
 //! credential that the cell never sees, and the ledger. It must never forward a request that was not authorised
 //! and paid for beforehand, never let a credential out, and never forget to settle what it forwarded.
 //!
-//! The road of one request is `messages`: admit it (`admit`: credential, path, [`body`], model), reserve its worst
-//! case ([`ledger`]), inject the credential ([`credentials`]), forward (`upstream`), pass the answer on while
-//! metering it (`relay`, [`meter`]), settle. [`lease`] holds a cell's socket and what is under way for it.
+//! The road of one request is `messages`: admit it (`admit`: credential, path, headers, [`body`], model), wait for
+//! its turn ([`pace`]), bound its input (`estimate`), reserve its worst case ([`ledger`]), inject the credential
+//! ([`credentials`]), forward (`upstream`), pass the answer on while metering it (`relay`, [`meter`]), settle.
+//! [`lease`] holds a cell's socket and what is under way for it.
 //!
-//! **Invariant**: Σ billed ≤ Σ charged + what the input estimate was short of; and once a limit is reached, no
-//! paid request goes upstream. The estimate is bytes/3 for now, so spend can pass a limit by one request's input at most.
+//! **Invariant**: Σ billed ≤ Σ charged, and what is charged for a request is within what was reserved for it, so
+//! spend never passes a limit. It rests on three things: a token is at least one byte; what a beginning of a
+//! conversation was billed for, or counted by the provider plus a margin, bounds it in later requests; and images
+//! have a largest size. It does not cover what the provider itself adds to the input: pages of a web search (an
+//! allowance is reserved for each) and results of MCP servers that a policy lets it connect to.
 
 mod admit;
 pub mod body;
 mod censor;
 pub mod credentials;
+mod estimate;
 pub mod lease;
 pub mod ledger;
 mod messages;
 pub mod meter;
+pub mod pace;
 mod relay;
 mod upstream;
 
@@ -31,11 +37,14 @@ use serde::Serialize;
 pub use credentials::{AuthStyle, CredentialError, CredentialSource};
 pub use lease::{Lease, LeaseSpec};
 pub use ledger::{Ask, Grant, Ledger, LedgerError, MemoryLedger, ReservationId, StoreLedger};
+pub use pace::PaceView;
 
 use crate::money::{MicroUsd, Scope};
 use crate::policy::Plan;
 use crate::pricing::{Prices, Usage};
 use credentials::Credential;
+use estimate::Estimates;
+use pace::Pacer;
 use upstream::Upstream;
 
 /// Limits of the gateway; all of them count per lease, times per request.
@@ -53,6 +62,9 @@ pub struct Limits {
     pub body_wait: Duration,
     /// Longest wait for other reservations to make room.
     pub budget_wait: Duration,
+    /// Longest that a request is held while the provider limits the credential, its own repetitions included.
+    /// Below the 600 seconds after which the CLI gives an answer up.
+    pub pace_wait: Duration,
     /// Longest wait for the provider's first byte.
     pub first_byte_wait: Duration,
     /// Longest silence of the provider, or of a client that does not read.
@@ -72,6 +84,7 @@ impl Default for Limits {
             requests_max: 64,
             body_wait: Duration::from_secs(60),
             budget_wait: Duration::from_secs(600),
+            pace_wait: Duration::from_secs(300),
             first_byte_wait: Duration::from_secs(600),
             idle: Duration::from_secs(300),
             total: Duration::from_secs(3600),
@@ -147,6 +160,8 @@ pub enum Refusal {
     Price,
     /// Too many requests under way.
     Busy,
+    /// The provider limits the credential, for longer than a request is held.
+    Paused,
     /// The cost limit leaves no room.
     Budget,
     /// The ledger does not answer.
@@ -157,7 +172,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// All refusals; metrics are seeded from it.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Credential,
         Self::Path,
         Self::Transport,
@@ -166,6 +181,7 @@ impl Refusal {
         Self::Model,
         Self::Price,
         Self::Busy,
+        Self::Paused,
         Self::Budget,
         Self::Ledger,
         Self::Provider,
@@ -182,6 +198,7 @@ impl Refusal {
             Self::Model => "model",
             Self::Price => "price",
             Self::Busy => "busy",
+            Self::Paused => "paused",
             Self::Budget => "budget",
             Self::Ledger => "ledger",
             Self::Provider => "provider",
@@ -242,6 +259,11 @@ pub enum GatewayEvent {
         /// How long it asks to wait, in seconds.
         retry_after_s: Option<u64>,
     },
+    /// The provider limits the credential for longer than a request of this job is held: the job should be parked.
+    ProviderPaused {
+        /// When the pause ends, in milliseconds of the wall clock.
+        until_ms: u64,
+    },
 }
 
 /// What all leases share: provider, connections, prices.
@@ -253,6 +275,8 @@ pub struct Gateway {
     upstream: Upstream,
     prices: Arc<Prices>,
     limits: Limits,
+    estimates: Estimates,
+    pacer: Arc<Pacer>,
 }
 
 impl Gateway {
@@ -270,7 +294,13 @@ impl Gateway {
         let credential = Credential::open(provider.credential, provider.style)
             .await
             .map_err(|source| GatewayError::Credential { provider: provider.name, source })?;
-        Ok(Arc::new(Self { name, credential, upstream, prices, limits }))
+        let (estimates, pacer) = (Estimates::default(), Pacer::new());
+        Ok(Arc::new(Self { name, credential, upstream, prices, limits, estimates, pacer }))
+    }
+
+    /// How fast the credential is used just now.
+    pub fn pace(&self) -> PaceView {
+        self.pacer.view()
     }
 
     /// Whether a model has a price, its own or the plan's for such models; without one no request for it is

@@ -31,6 +31,10 @@ pub struct Metrics {
     pub slots: IntGauge,
     /// Slots taken.
     pub slots_used: IntGauge,
+    /// Requests that may go to the model provider at once.
+    pub provider_concurrency: IntGauge,
+    /// Seconds for which the provider still pauses all requests.
+    pub provider_paused_s: Gauge,
     /// Seconds since the oldest queued job was submitted.
     pub queue_age_s: Gauge,
     jobs: IntGaugeVec,
@@ -109,6 +113,16 @@ impl Metrics {
             engine_up: gauge(&registry, "hotcell_engine_up", "1 while the container engine answers.")?,
             slots: gauge(&registry, "hotcell_slots", "Jobs that may run at once.")?,
             slots_used: gauge(&registry, "hotcell_slots_used", "Jobs that hold a slot.")?,
+            provider_concurrency: gauge(
+                &registry,
+                "hotcell_provider_concurrency",
+                "Requests that may go to the model provider at once; fewer after it was limited.",
+            )?,
+            provider_paused_s: float_gauge(
+                &registry,
+                "hotcell_provider_paused_seconds",
+                "What is left of a pause that the model provider asked for.",
+            )?,
             queue_age_s: float_gauge(
                 &registry,
                 "hotcell_queue_age_seconds",

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use crate::job::spec::PermissionMode;
+use crate::policy::requests::web_search_uses_max;
 use crate::policy::{Plan, judge};
 
 /// Where the CLI is mounted in a cell.
@@ -72,9 +73,15 @@ pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
         argv.push(format!("--allowedTools={}", plan.allowed_tools.join(",")));
     }
     let mut refused: Vec<&str> = REMOVED_TOOLS.to_vec();
+    if web_search_uses_max(&plan.layers).is_some() {
+        refused.retain(|tool| *tool != "WebSearch");
+    }
     let denied = plan.layers.iter().flat_map(|layer| &layer.tools_deny);
-    let exact = denied.chain(&plan.disallowed_tools).map(String::as_str);
-    refused.extend(exact.filter(|p| !p.ends_with('*') && !REMOVED_TOOLS.contains(p)));
+    for name in denied.chain(&plan.disallowed_tools).map(String::as_str).filter(|p| !p.ends_with('*')) {
+        if !refused.contains(&name) {
+            refused.push(name);
+        }
+    }
     argv.push(format!("--disallowedTools={}", refused.join(",")));
     argv
 }

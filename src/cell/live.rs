@@ -472,7 +472,8 @@ impl<'a> Live<'a> {
             GatewayEvent::Requested { .. }
             | GatewayEvent::Charged { .. }
             | GatewayEvent::Refused { .. }
-            | GatewayEvent::ProviderFault { .. } => Ok(()),
+            | GatewayEvent::ProviderFault { .. }
+            | GatewayEvent::ProviderPaused { .. } => Ok(()),
         }
     }
 

@@ -261,6 +261,7 @@ impl Record {
                 limit_micro_usd: *limit,
                 resets_at_ms: *resets_at_ms,
             },
+            GatewayEvent::ProviderPaused { .. } => return Ok(()),
         };
         self.push(&body)?;
         Ok(())

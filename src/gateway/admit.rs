@@ -20,23 +20,38 @@ use super::messages::Call;
 use super::relay::{Body, error_response};
 use super::upstream::Target;
 use super::{GatewayEvent, Refusal};
-use crate::policy::{Ask, decide};
+use crate::policy::requests::{Part, web_search_uses_max};
+use crate::policy::{Ask, Plan, decide};
 
 /// Largest body that is looked through on the spot.
 const BODY_BYTES_INLINE: usize = 512 << 10;
 /// Request headers that go upstream, besides those that begin with one of [`REQUEST_PREFIXES`].
 const REQUEST_HEADERS: [HeaderName; 2] = [header::ACCEPT, header::USER_AGENT];
-/// What the API and its clients call their own.
+/// What the API and its clients call their own. What begins with the first one means something to the provider:
+/// see [`inspect`].
 const REQUEST_PREFIXES: [&str; 4] = ["anthropic-", "x-stainless-", "x-claude-", "x-app"];
+/// The version of the API that is understood here.
+const API_VERSION: &str = "2023-06-01";
+/// Most beta features that one request names.
+const BETAS_MAX: usize = 64;
+
 /// A refusal with its words.
 pub(super) struct Refused {
     why: Refusal,
     message: String,
+    retry_after_s: Option<u64>,
 }
 
 impl Refused {
     pub(super) fn new(why: Refusal, message: impl Into<String>) -> Self {
-        Self { why, message: message.into() }
+        let retry_after_s = (why == Refusal::Busy).then_some(1);
+        Self { why, message: message.into(), retry_after_s }
+    }
+
+    /// The provider limits the credential for so long.
+    pub(super) fn paused(retry_after_s: u64) -> Self {
+        let message = format!("the model provider limits this credential for {retry_after_s} s more");
+        Self { why: Refusal::Paused, message, retry_after_s: Some(retry_after_s) }
     }
 
     /// Statuses that the CLI does not retry (403, 400, 413), where trying again gives the same.
@@ -44,7 +59,7 @@ impl Refused {
         match self.why {
             Refusal::Transport => (StatusCode::PAYLOAD_TOO_LARGE, "request_too_large"),
             Refusal::Malformed => (StatusCode::BAD_REQUEST, "invalid_request_error"),
-            Refusal::Busy => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error"),
+            Refusal::Busy | Refusal::Paused => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error"),
             Refusal::Ledger | Refusal::Provider => (StatusCode::SERVICE_UNAVAILABLE, "api_error"),
             Refusal::Credential
             | Refusal::Path
@@ -59,8 +74,8 @@ impl Refused {
         let (status, kind) = self.status();
         lease.event(GatewayEvent::Refused { status: status.as_u16(), why: self.why });
         let mut response = error_response(status, kind, &format!("hotcell: {}", self.message));
-        if self.why == Refusal::Busy {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        if let Some(seconds) = self.retry_after_s {
+            response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
         }
         response
     }
@@ -74,11 +89,17 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
     let (target, beta) = route(request.method(), request.uri())?;
     let busy = |_| Refused::new(Refusal::Busy, "too many requests at a time");
     let place = Arc::clone(&lease.requests).try_acquire_owned().map_err(busy)?;
+    inspect(&lease.plan, request.headers())?;
     let headers = forwarded(request.headers());
     let late = |_| Refused::new(Refusal::Transport, "the request body did not arrive in time");
     let read = timeout(limits.body_wait, read_body(lease, request));
     let (body, body_memory) = read.await.map_err(late)??;
     let facts = read_facts(&body).await?;
+    for wanted in &facts.wanted {
+        decide(&lease.plan, Ask::Request { part: wanted.part() })
+            .map_err(|denial| Refused::new(Refusal::Content, denial.reason))?;
+    }
+    let searches_each = web_search_uses_max(&lease.plan.layers).unwrap_or(0);
     let permit = decide(&lease.plan, Ask::Model { name: &facts.model })
         .map_err(|denial| Refused::new(Refusal::Model, denial.reason))?;
     let price = lease.gateway.prices.of_or(&facts.model, lease.plan.unpriced.as_ref()).ok_or_else(|| {
@@ -88,6 +109,11 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
         );
         Refused::new(Refusal::Price, message)
     })?;
+    let web_searches = facts.web_searches_max(searches_each);
+    if web_searches > 0 && price.web_search.is_none() {
+        let message = "a web search has no price: add web_search_per_use to prices.toml";
+        return Err(Refused::new(Refusal::Price, message));
+    }
     let output_tokens_max = match (target, facts.output_tokens_max) {
         (Target::CountTokens, asked) => asked.unwrap_or(0),
         (Target::Messages, None | Some(0)) => {
@@ -102,6 +128,9 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
         beta,
         headers,
         body,
+        web_searches,
+        searches_each,
+        input_tokens_max: 0,
         facts,
         price,
         output_tokens_max,
@@ -165,6 +194,37 @@ fn route(method: &Method, uri: &Uri) -> Result<(Target, bool), Refused> {
         Some("beta=true") => Ok((target, true)),
         Some(_) => Err(refused()),
     }
+}
+
+/// The headers that mean something to the provider: its own version, the CLI's flag for browsers, and beta
+/// features, each with the policy's word. They can make it fetch, store and bill just as the body can.
+fn inspect(plan: &Plan, headers: &HeaderMap) -> Result<(), Refused> {
+    let refused = |message: String| Refused::new(Refusal::Content, message);
+    let mut betas = 0;
+    for (name, value) in headers.iter().filter(|(name, _)| name.as_str().starts_with(REQUEST_PREFIXES[0])) {
+        let text = value.to_str().map_err(|_| refused(format!("the header {name} is no visible text")))?;
+        match name.as_str() {
+            "anthropic-beta" => {
+                for beta in text.split(',').map(str::trim).filter(|beta| !beta.is_empty()) {
+                    betas += 1;
+                    if betas > BETAS_MAX {
+                        return Err(refused(format!("more than {BETAS_MAX} beta features")));
+                    }
+                    decide(plan, Ask::Request { part: Part::Beta(beta) })
+                        .map_err(|denial| refused(denial.reason))?;
+                }
+            }
+            "anthropic-version" if text == API_VERSION => {}
+            "anthropic-dangerous-direct-browser-access" if text == "true" => {}
+            _ => {
+                return Err(refused(format!("the header {name}: {} is not allowed here", shown(text))));
+            }
+        }
+    }
+    if headers.get_all("anthropic-version").iter().count() > 1 {
+        return Err(refused("the header anthropic-version stands twice".to_owned()));
+    }
+    Ok(())
 }
 
 /// The headers that go upstream. `accept-encoding` does not: a compressed answer could not be metered.

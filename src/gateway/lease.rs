@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use hyper::server::conn::http1;
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::credentials::Secret;
+use super::estimate::Learnt;
 use super::ledger::Ledger;
 use super::messages;
 use super::{Gateway, GatewayEvent};
@@ -82,6 +84,10 @@ pub(super) struct Shared {
     pub(super) plan: Arc<Plan>,
     pub(super) budgets: Vec<Budget>,
     pub(super) output_tokens_max: Option<u64>,
+    /// What its conversations were billed for.
+    pub(super) learnt: Learnt,
+    /// The end of the pause that was told of last, in milliseconds of the wall clock.
+    pub(super) pause_told_ms: AtomicU64,
     /// No connections any more.
     revoked: CancellationToken,
     /// Requests under way stop and settle with what they have.
@@ -132,6 +138,8 @@ impl Lease {
             plan: spec.plan,
             budgets: spec.budgets,
             output_tokens_max: spec.output_tokens_max,
+            learnt: Learnt::default(),
+            pause_told_ms: AtomicU64::new(0),
             revoked: CancellationToken::new(),
             cut: CancellationToken::new(),
             settled: Notify::new(),

@@ -1,9 +1,9 @@
-//! The road of one request, from top to bottom: admit → reserve → forward → pass on and meter → settle. Nothing
-//! goes upstream before its reservation; from admission on the request lives in a task of its own, which
-//! settles whatever becomes of the client.
+//! The road of one request, from top to bottom: admit → wait for a turn → reserve → forward → pass on and meter →
+//! settle. Nothing that costs goes upstream before its reservation; from admission on the request lives in a task
+//! of its own, which settles whatever becomes of the client.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -16,12 +16,16 @@ use tokio::time::timeout;
 use super::admit::{Refused, admit};
 use super::body::BodyFacts;
 use super::censor::Censor;
+use super::credentials::Secret;
+use super::estimate::with_searches;
 use super::lease::Shared;
 use super::ledger::{Ask, Grant, LedgerError};
 use super::meter::{Meter, Reading};
+use super::pace::{Ending, Turn};
 use super::relay::{Body, Ended, Pump, Waiting, error_response, passed_on, whole};
 use super::upstream::Target;
 use super::{GatewayEvent, Refusal};
+use crate::clock;
 use crate::money::MicroUsd;
 use crate::policy::Permit;
 use crate::pricing::{Price, Usage};
@@ -34,6 +38,9 @@ const OUTPUT_TOKENS_FLOOR: u64 = 4_096;
 const ROOM_POLL: Duration = Duration::from_millis(500);
 /// Tries to settle, and the time between them.
 const SETTLE_TRIES: (u32, Duration) = (5, Duration::from_millis(300));
+/// How often one request is sent while the provider says that it is limited.
+const LIMITED_TRIES: u32 = 3;
+
 /// Answers one request of a cell.
 pub(super) async fn answer(lease: Arc<Shared>, request: Request<Incoming>) -> Response<Body> {
     if request.method() == Method::HEAD && request.uri().path() == "/" {
@@ -73,6 +80,11 @@ pub(super) struct Call {
     pub(super) body: Bytes,
     pub(super) facts: BodyFacts,
     pub(super) price: Price,
+    /// Web searches that the provider may make for it, and the most that each tool for it may.
+    pub(super) web_searches: u64,
+    pub(super) searches_each: u32,
+    /// The bound on its input, once it is known.
+    pub(super) input_tokens_max: u64,
     /// `max_tokens` as it goes upstream.
     pub(super) output_tokens_max: u64,
     /// The policy's word that this model may be asked.
@@ -94,20 +106,31 @@ struct Relayed {
     ttfb_ms: u64,
 }
 
+/// Why a request goes no further.
+enum Stop {
+    /// The client has left, or the lease is cut.
+    Gone,
+    /// This is the answer.
+    Refused(Refused),
+}
+
+type Head = oneshot::Sender<Response<Body>>;
+
 impl Call {
-    async fn run(mut self, mut head: oneshot::Sender<Response<Body>>) {
-        let grant = match self.target {
-            Target::CountTokens => None,
-            Target::Messages => match self.reserve(&mut head).await {
-                Ok(grant) => Some(grant),
-                Err(None) => return,
-                Err(Some(refused)) => {
+    async fn run(mut self, mut head: Head) {
+        let (grant, turn) = match self.target {
+            // Free, and limited apart: it has nothing to wait for.
+            Target::CountTokens => (None, None),
+            Target::Messages => match self.prepare(&mut head).await {
+                Ok((grant, turn)) => (Some(grant), Some(turn)),
+                Err(Stop::Gone) => return,
+                Err(Stop::Refused(refused)) => {
                     let _ = head.send(refused.response(&self.lease));
                     return;
                 }
             },
         };
-        let relayed = self.forward(head).await;
+        let relayed = self.forward(head, turn).await;
         if let Some(grant) = grant {
             self.settle(grant, &relayed).await;
         }
@@ -117,23 +140,83 @@ impl Call {
         self.tell_faults(&relayed);
     }
 
-    /// Reserves the worst case; waits while others are in the way. `Err(None)`: the client has left.
-    async fn reserve(
-        &mut self,
-        head: &mut oneshot::Sender<Response<Body>>,
-    ) -> Result<Grant, Option<Refused>> {
-        let (input, cache) = (self.facts.input_tokens_estimate, self.facts.cache_write);
+    /// Turn, bound, reservation. Who waits for money gives the turn back meanwhile: those that hold the money may
+    /// wait for it.
+    async fn prepare(&mut self, head: &mut Head) -> Result<(Grant, Turn), Stop> {
+        let mut turn = Some(self.turn(head).await?);
+        self.input_tokens_max = tokio::select! {
+            bound = self.bound_input() => with_searches(bound, self.web_searches),
+            () = head.closed() => return Err(Stop::Gone),
+            () = self.lease.cut.cancelled() => return Err(Stop::Gone),
+        };
+        let grant = self.reserve(head, &mut turn).await?;
+        match turn {
+            Some(turn) => Ok((grant, turn)),
+            None => match self.turn(head).await {
+                Ok(turn) => Ok((grant, turn)),
+                Err(stop) => {
+                    self.release(grant).await;
+                    Err(stop)
+                }
+            },
+        }
+    }
+
+    /// Waits for a turn at the provider. A pause that lasts longer than the wait is told at once, so that the job
+    /// can be parked.
+    async fn turn(&self, head: &mut Head) -> Result<Turn, Stop> {
+        let lease = &self.lease;
+        let give_up = self.arrived + lease.gateway.limits.pace_wait;
+        let waiting = lease.gateway.pacer.turn(give_up, |paused| self.tell_pause(paused));
+        let paused = tokio::select! {
+            turn = waiting => match turn {
+                Ok(turn) => return Ok(turn),
+                Err(paused) => paused,
+            },
+            () = head.closed() => return Err(Stop::Gone),
+            () = lease.cut.cancelled() => return Err(Stop::Gone),
+        };
+        let retry_after_s = seconds(paused);
+        lease.event(GatewayEvent::ProviderFault { status: Some(429), retry_after_s: Some(retry_after_s) });
+        Err(Stop::Refused(Refused::paused(retry_after_s)))
+    }
+
+    /// Says once that a pause is longer than requests are held.
+    fn tell_pause(&self, paused: Duration) {
+        /// The same pause, seen at another time, differs by less.
+        const SAME_MS: u64 = 1_000;
+        let paused_ms = u64::try_from(paused.as_millis()).unwrap_or(u64::MAX);
+        let until_ms = clock::wall_ms().saturating_add(paused_ms);
+        let told_ms = self.lease.pause_told_ms.fetch_max(until_ms, Ordering::Relaxed);
+        if until_ms > told_ms.saturating_add(SAME_MS) {
+            self.lease.event(GatewayEvent::ProviderPaused { until_ms });
+        }
+    }
+
+    /// What it can cost at the most with this many output tokens.
+    fn worst_case(&self, output_tokens: u64) -> MicroUsd {
+        let tokens = self.price.worst_case(self.input_tokens_max, output_tokens, self.facts.cache_write);
+        tokens.plus(self.searches_price(self.web_searches))
+    }
+
+    fn searches_price(&self, searches: u64) -> MicroUsd {
+        MicroUsd(self.price.web_search.unwrap_or_default().0.saturating_mul(searches))
+    }
+
+    /// Reserves the worst case; waits while others are in the way.
+    async fn reserve(&mut self, head: &mut Head, turn: &mut Option<Turn>) -> Result<Grant, Stop> {
         let ask = Ask {
             job: self.lease.job.clone(),
             model: self.facts.model.clone(),
             credential: self.lease.gateway.name.clone(),
             provider: self.lease.gateway.name.clone(),
-            want: self.price.worst_case(input, self.output_tokens_max, cache),
-            floor: self.price.worst_case(input, self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR), cache),
+            want: self.worst_case(self.output_tokens_max),
+            floor: self.worst_case(self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR)),
             budgets: self.lease.budgets.clone(),
         };
         let give_up = Instant::now() + self.lease.gateway.limits.budget_wait;
         let lease = Arc::clone(&self.lease);
+        let refused = |why, message: &str| Stop::Refused(Refused::new(why, message));
         let grant = loop {
             let settled = lease.settled.notified();
             tokio::pin!(settled);
@@ -141,24 +224,21 @@ impl Call {
             settled.as_mut().enable();
             match lease.ledger.reserve(ask.clone()).await {
                 Ok(grant) => break grant,
-                Err(error @ LedgerError::Exhausted { .. }) => return Err(Some(self.exhausted(&error))),
-                Err(LedgerError::Busy) if Instant::now() < give_up => {}
+                Err(error @ LedgerError::Exhausted { .. }) => return Err(Stop::Refused(self.exhausted(&error))),
+                Err(LedgerError::Busy) if Instant::now() < give_up => drop(turn.take()),
                 Err(LedgerError::Busy) => {
-                    return Err(Some(Refused::new(
-                        Refusal::Busy,
-                        "other requests hold the rest of a budget",
-                    )));
+                    return Err(refused(Refusal::Busy, "other requests hold the rest of a budget"));
                 }
                 Err(LedgerError::Store(error)) => {
                     tracing::error!(%error, job = %lease.job, "the ledger cannot reserve");
-                    return Err(Some(Refused::new(Refusal::Ledger, "the ledger does not answer")));
+                    return Err(refused(Refusal::Ledger, "the ledger does not answer"));
                 }
             }
             tokio::select! {
                 () = settled => {}
                 () = tokio::time::sleep(ROOM_POLL) => {}
-                () = head.closed() => return Err(None),
-                () = lease.cut.cancelled() => return Err(None),
+                () = head.closed() => return Err(Stop::Gone),
+                () = lease.cut.cancelled() => return Err(Stop::Gone),
             }
         };
         self.fit(&ask, grant);
@@ -167,18 +247,17 @@ impl Call {
         Ok(grant)
     }
 
-    /// Lowers `max_tokens` to what was granted, and writes it into the body if it differs from what was asked.
+    /// Lowers `max_tokens` to what was granted, and writes into the body what differs from what was asked.
     fn fit(&mut self, ask: &Ask, grant: Grant) {
         if grant.amount < ask.want {
-            let (input, cache) = (self.facts.input_tokens_estimate, self.facts.cache_write);
-            let paid = self.price.output_tokens_within(grant.amount, input, cache);
+            let (input, cache) = (self.input_tokens_max, self.facts.cache_write);
+            let for_tokens = grant.amount.minus(self.searches_price(self.web_searches));
+            let paid = self.price.output_tokens_within(for_tokens, input, cache);
             // The floor was granted; rounding must not take a token of it.
             let floor = self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR);
             self.output_tokens_max = paid.clamp(floor, self.output_tokens_max);
         }
-        if self.facts.output_tokens_max != Some(self.output_tokens_max) {
-            self.body = self.facts.with_output_tokens(&self.body, self.output_tokens_max);
-        }
+        self.body = self.facts.rewritten(&self.body, self.output_tokens_max, self.searches_each);
     }
 
     fn exhausted(&self, error: &LedgerError) -> Refused {
@@ -188,53 +267,98 @@ impl Call {
         Refused::new(Refusal::Budget, error.to_string())
     }
 
-    /// Sends the request upstream and the answer back. Returns when the answer is over, whoever ended it.
-    async fn forward(&mut self, mut head: oneshot::Sender<Response<Body>>) -> Relayed {
+    /// Sends the request upstream and the answer back. Returns when the answer is over, whoever ended it. Where the
+    /// provider is limited, the request is held and sent again: nothing was billed for it.
+    async fn forward(&mut self, mut head: Head, mut turn: Option<Turn>) -> Relayed {
+        let give_up = self.arrived + self.lease.gateway.limits.pace_wait;
+        for attempt in 1.. {
+            let (answer, secret, ttfb_ms) = match self.send(&mut head).await {
+                Ok(sent) => sent,
+                Err((relayed, response)) => {
+                    let _ = head.send(*response);
+                    return relayed;
+                }
+            };
+            let limit = limit_of(answer.status(), answer.headers());
+            let paused = match (limit, turn.take()) {
+                (Some(ending), Some(turn)) => turn.end(ending),
+                (None, Some(turn)) => return self.relay(head, answer, secret, ttfb_ms, Some(turn)).await,
+                (_, None) => return self.relay(head, answer, secret, ttfb_ms, None).await,
+            };
+            let last = attempt >= LIMITED_TRIES || head.is_closed() || Instant::now() + paused >= give_up;
+            if last {
+                if Instant::now() + paused >= give_up {
+                    self.tell_pause(paused);
+                }
+                return self.relay(head, answer, secret, ttfb_ms, None).await;
+            }
+            drop(answer);
+            match self.turn(&mut head).await {
+                Ok(again) => turn = Some(again),
+                Err(stop) => {
+                    if let Stop::Refused(refused) = stop {
+                        let _ = head.send(refused.response(&self.lease));
+                    }
+                    break;
+                }
+            }
+        }
+        lost(StatusCode::TOO_MANY_REQUESTS, false, Ended::ByUs, 0)
+    }
+
+    /// Sends the request; gives the head of the answer.
+    async fn send(&mut self, head: &mut Head) -> Result<Sent, (Relayed, Box<Response<Body>>)> {
         let gateway = Arc::clone(&self.lease.gateway);
         let limits = &gateway.limits;
-        let mut headers = std::mem::take(&mut self.headers);
+        let mut headers = self.headers.clone();
         let secret = gateway.credential.inject(&self.permit, &mut headers).await;
         let sent = Instant::now();
-        let sending = gateway.upstream.send(self.target, self.beta, headers, std::mem::take(&mut self.body));
+        let sending = gateway.upstream.send(self.target, self.beta, headers, self.body.clone());
         let answer = tokio::select! {
             answer = timeout(limits.first_byte_wait, sending) => answer.map_err(|_| Ended::ByProvider),
-            () = left_for(&mut head, limits.drain) => Err(Ended::ByUs),
+            () = left_for(head, limits.drain) => Err(Ended::ByUs),
             () = self.lease.cut.cancelled() => Err(Ended::ByUs),
         };
-        self.body_memory = None;
         let ttfb_ms = millis(sent);
-        let lost = |status: StatusCode, unknown, ended| Relayed {
-            status: status.as_u16(),
-            reading: Reading::default(),
-            unknown,
-            ended,
-            retry_after_s: None,
-            ttfb_ms,
-        };
-        let answer = match answer {
-            Ok(Ok(answer)) => answer,
+        match answer {
+            Ok(Ok(answer)) => Ok((answer, secret, ttfb_ms)),
             Ok(Err(error)) => {
                 let why = with_causes(&error);
                 tracing::warn!(why, job = %self.lease.job, "the provider cannot be reached");
                 let message = format!("hotcell: the provider cannot be reached: {why}");
-                let _ = head.send(error_response(StatusCode::BAD_GATEWAY, "api_error", &message));
+                let response = error_response(StatusCode::BAD_GATEWAY, "api_error", &message);
                 // A stream's head comes before its tokens; a whole message may have been made and lost.
                 let unknown = !error.is_connect() && !self.facts.stream;
-                return lost(StatusCode::BAD_GATEWAY, unknown, Ended::ByProvider);
+                let relayed = lost(StatusCode::BAD_GATEWAY, unknown, Ended::ByProvider, ttfb_ms);
+                Err((relayed, Box::new(response)))
             }
             Err(ended) => {
                 let message = "hotcell: the provider did not answer in time";
-                let _ = head.send(error_response(StatusCode::GATEWAY_TIMEOUT, "timeout_error", message));
-                return lost(StatusCode::GATEWAY_TIMEOUT, true, ended);
+                let response = error_response(StatusCode::GATEWAY_TIMEOUT, "timeout_error", message);
+                Err((lost(StatusCode::GATEWAY_TIMEOUT, true, ended, ttfb_ms), Box::new(response)))
             }
-        };
+        }
+    }
+
+    /// Passes an answer on, metering it.
+    async fn relay(
+        &mut self,
+        head: Head,
+        answer: Response<Incoming>,
+        secret: Secret,
+        ttfb_ms: u64,
+        turn: Option<Turn>,
+    ) -> Relayed {
+        // It is upstream, and not sent again.
+        self.body = Bytes::new();
+        self.body_memory = None;
+        let limits = &self.lease.gateway.limits;
         let (parts, body) = answer.into_parts();
         let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let metered = self.target == Target::Messages && parts.status.is_success();
         let mut meter =
             if metered { Meter::for_content_type(content_type.unwrap_or_default()) } else { Meter::Blind };
-        let retry_after = parts.headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
-        let retry_after_s = retry_after.and_then(|text| text.trim().parse().ok());
+        let retry_after_s = retry_after_ms(&parts.headers).map(|ms| ms.div_ceil(1_000));
         let (pieces, receiver) = mpsc::channel(PIECES_MAX);
         let whole = Arc::new(AtomicBool::new(false));
         let waiting = Waiting { pieces: receiver, whole: Arc::clone(&whole) };
@@ -242,8 +366,17 @@ impl Call {
         let _ = head.send(passed_on(parts.status, &parts.headers, &secret, waiting));
         let censor = Censor::new(secret);
         let ended = Pump { lease: &self.lease, limits, pieces, whole, censor }.run(body, &mut meter).await;
+        let reading = meter.finish();
+        if let Some(turn) = turn {
+            let limited = matches!(reading.error.as_deref(), Some("rate_limit_error" | "overloaded_error"));
+            turn.end(match parts.status {
+                _ if limited => Ending::Limited { retry_after_ms: None },
+                status if status.is_success() && ended == Ended::Whole => Ending::Served,
+                _ => Ending::Other,
+            });
+        }
         let status = parts.status.as_u16();
-        Relayed { status, reading: meter.finish(), unknown: metered, ended, retry_after_s, ttfb_ms }
+        Relayed { status, reading, unknown: metered, ended, retry_after_s, ttfb_ms }
     }
 
     /// What the request costs: what the provider said it billed; else the whole reservation if the provider
@@ -251,7 +384,13 @@ impl Call {
     fn charge(&self, grant: Grant, relayed: &Relayed) -> (Usage, MicroUsd) {
         let reading = &relayed.reading;
         match reading.billable(self.output_tokens_max) {
-            Some(usage) => (usage, self.price.cost(&usage)),
+            Some(mut usage) => {
+                // What was not said before the end may have been searched for all the same.
+                if !reading.complete {
+                    usage.web_searches = self.web_searches;
+                }
+                (usage, self.price.cost(&usage))
+            }
             // An error instead of a first event: it did not begin.
             None if relayed.unknown && reading.error.is_none() => (Usage::default(), grant.amount),
             None => (Usage::default(), MicroUsd::ZERO),
@@ -260,21 +399,10 @@ impl Call {
 
     async fn settle(&self, grant: Grant, relayed: &Relayed) {
         let (usage, charged) = self.charge(grant, relayed);
-        let (tries, pause) = SETTLE_TRIES;
-        let mut spent = None;
-        for attempt in 1..=tries {
-            match self.lease.ledger.settle(grant.id, usage, charged).await {
-                Ok(sum) => {
-                    spent = Some(sum);
-                    break;
-                }
-                Err(error) => {
-                    tracing::error!(%error, attempt, job = %self.lease.job, "the ledger cannot settle");
-                    tokio::time::sleep(pause).await;
-                }
-            }
+        if relayed.reading.usage.is_some() {
+            self.learn(&usage);
         }
-        self.lease.settled.notify_waiters();
+        let spent = self.write_down(grant, usage, charged).await;
         self.lease.event(GatewayEvent::Charged {
             model: self.facts.model.clone(),
             usage,
@@ -291,6 +419,31 @@ impl Call {
             let (limit, resets_at_ms) = (by.limit, by.resets_at_ms);
             self.lease.event(GatewayEvent::BudgetExhausted { scope, spent, limit, resets_at_ms });
         }
+    }
+
+    /// Settles in the ledger; gives the job's spend, or nothing where the ledger does not answer.
+    async fn write_down(&self, grant: Grant, usage: Usage, charged: MicroUsd) -> Option<MicroUsd> {
+        let (tries, pause) = SETTLE_TRIES;
+        let mut spent = None;
+        for attempt in 1..=tries {
+            match self.lease.ledger.settle(grant.id, usage, charged).await {
+                Ok(sum) => {
+                    spent = Some(sum);
+                    break;
+                }
+                Err(error) => {
+                    tracing::error!(%error, attempt, job = %self.lease.job, "the ledger cannot settle");
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
+        self.lease.settled.notify_waiters();
+        spent
+    }
+
+    /// Gives a reservation back for a request that never went out.
+    async fn release(&self, grant: Grant) {
+        self.settle(grant, &lost(StatusCode::TOO_MANY_REQUESTS, false, Ended::ByUs, 0)).await;
     }
 
     fn tell_faults(&self, relayed: &Relayed) {
@@ -312,6 +465,40 @@ impl Call {
     }
 }
 
+/// The head of an answer, the secret that it must not show, and how long it took.
+type Sent = (Response<Incoming>, Secret, u64);
+
+fn lost(status: StatusCode, unknown: bool, ended: Ended, ttfb_ms: u64) -> Relayed {
+    let reading = Reading::default();
+    Relayed { status: status.as_u16(), reading, unknown, ended, retry_after_s: None, ttfb_ms }
+}
+
+/// Whether an answer says that the credential, not the request, is limited.
+fn limit_of(status: StatusCode, headers: &HeaderMap) -> Option<Ending> {
+    let retry_after_ms = retry_after_ms(headers);
+    // A limit that waiting does not lift concerns this request alone.
+    let hopeless = headers.get("x-should-retry").is_some_and(|value| value.as_bytes() == b"false");
+    let limited = match status.as_u16() {
+        429 | 529 => !hopeless,
+        503 => retry_after_ms.is_some(),
+        _ => false,
+    };
+    limited.then_some(Ending::Limited { retry_after_ms })
+}
+
+/// What `retry-after-ms` or `retry-after` says, the latter in seconds; a date says nothing here.
+fn retry_after_ms(headers: &HeaderMap) -> Option<u64> {
+    let number = |name: &str| headers.get(name)?.to_str().ok()?.trim().parse::<f64>().ok();
+    let ms = number("retry-after-ms").or_else(|| Some(number("retry-after")? * 1_000.0))?;
+    // Rounding and saturating are meant.
+    (ms.is_finite() && ms >= 0.0).then_some(ms.ceil() as u64)
+}
+
+/// Whole seconds, at least one.
+fn seconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis().div_ceil(1_000)).unwrap_or(u64::MAX).max(1)
+}
+
 fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
@@ -329,7 +516,7 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 }
 
 /// Returns `limit` after the client has left.
-async fn left_for(head: &mut oneshot::Sender<Response<Body>>, limit: Duration) {
+async fn left_for(head: &mut Head, limit: Duration) {
     head.closed().await;
     tokio::time::sleep(limit).await;
 }

@@ -226,6 +226,7 @@ struct RawUsage {
     cache_write: Option<u64>,
     cache_write_5m: Option<u64>,
     cache_write_1h: Option<u64>,
+    web_searches: Option<u64>,
 }
 
 impl RawUsage {
@@ -237,6 +238,7 @@ impl RawUsage {
         take(&mut self.cache_write, &usage["cache_creation_input_tokens"]);
         take(&mut self.cache_write_5m, &usage["cache_creation"]["ephemeral_5m_input_tokens"]);
         take(&mut self.cache_write_1h, &usage["cache_creation"]["ephemeral_1h_input_tokens"]);
+        take(&mut self.web_searches, &usage["server_tool_use"]["web_search_requests"]);
     }
 
     /// `None` unless input and output were both said. Cache writes whose duration was not said are charged
@@ -247,7 +249,14 @@ impl RawUsage {
         let total = self.cache_write.unwrap_or(0);
         let cache_write_1h = long.max(total.saturating_sub(short));
         let cache_read = self.cache_read.unwrap_or(0);
-        Some(Usage { input, output, cache_read, cache_write_5m: short, cache_write_1h, ..Usage::default() })
+        Some(Usage {
+            input,
+            output,
+            cache_read,
+            cache_write_5m: short,
+            cache_write_1h,
+            web_searches: self.web_searches.unwrap_or(0),
+        })
     }
 }
 

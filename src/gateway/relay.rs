@@ -91,6 +91,10 @@ pub(super) fn passed_on(
             response.headers_mut().append(name.clone(), value.clone());
         }
     }
+    if status == StatusCode::UNAUTHORIZED {
+        // The CLI would try for three minutes, with a credential that is not its own.
+        response.headers_mut().insert("x-should-retry", HeaderValue::from_static("false"));
+    }
     response
 }
 

@@ -1,5 +1,7 @@
 //! The gateway on real sockets against the scripted model, in one process.
 
+mod requests;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -55,6 +57,11 @@ pub(super) fn plan(models: Vec<String>) -> Arc<Plan> {
     let mut plan = narrow(&spec, &policy, None, &defaults).unwrap();
     plan.layers[0].models_allow = models;
     Arc::new(plan)
+}
+
+/// Nothing is held while the provider is limited.
+fn unheld() -> Limits {
+    Limits { pace_wait: Duration::ZERO, ..Limits::default() }
 }
 
 struct Answer {
@@ -187,18 +194,18 @@ const SCRIPT_COST: u64 = 300 + 3000 + 90 + 1500 + 3000;
 
 #[tokio::test]
 async fn the_key_is_injected_and_nothing_of_it_comes_back() {
-    let world = World::new(&format!(
+    let script = format!(
         "{SCRIPT}\n[[reply]]\nwhen={{prompt=\"limit\"}}\nfault={{status=429,\
         headers={{retry-after=\"7\",set-cookie=\"a=b\",x-echo=\"{KEY}\",anthropic-organization-id=\"o\"}}}}"
-    ))
-    .await;
+    );
+    let world = World::with(&script, Setup { limits: unheld(), ..Setup::default() }).await;
     let headers = [
         ("x-api-key", TOKEN),
         ("anthropic-version", "2023-06-01"),
         ("cookie", "c"),
         ("accept-encoding", "gzip"),
         ("x-forwarded-for", "1"),
-        ("anthropic-beta", "b"),
+        ("anthropic-beta", "context-management-2025-06-27, effort-2025-11-24"),
     ];
     let answer = read(world.send("/v1/messages?beta=true", &headers, ask("x", true).to_string()).await).await;
     assert!(
@@ -215,7 +222,8 @@ async fn the_key_is_injected_and_nothing_of_it_comes_back() {
 
     let seen = world.recorder.requests();
     assert_eq!(seen[0].target, "/some/prefix/v1/messages?beta=true");
-    assert_eq!((seen[0].header("x-api-key"), seen[0].header("anthropic-beta")), (Some(KEY), Some("b")));
+    assert_eq!(seen[0].header("x-api-key"), Some(KEY));
+    assert_eq!(seen[0].header("anthropic-beta"), Some("context-management-2025-06-27, effort-2025-11-24"));
     assert_eq!(seen[0].body, ask("x", true).to_string(), "the body goes on as it came");
     for name in ["cookie", "accept-encoding", "x-forwarded-for", "authorization"] {
         assert_eq!(seen[0].header(name), None, "{name}");
@@ -357,7 +365,7 @@ async fn bodies_that_are_not_allowed_are_refused_with_the_reason() {
         (haiku(""), 400, Refusal::Malformed),
         (haiku(",\"max_tokens\":0"), 400, Refusal::Malformed),
         (haiku(",\"max_tokens\":5,\"max_tokens\":6"), 400, Refusal::Malformed),
-        (haiku(",\"max_tokens\":5,\"mcp_servers\":[]"), 403, Refusal::Content),
+        (haiku(",\"max_tokens\":5,\"mcp_servers\":[{\"url\":\"https://m/\"}]"), 403, Refusal::Content),
         (haiku(",\"max_tokens\":5,\"tools\":[{\"type\":\"web_search_20250305\"}]"), 403, Refusal::Content),
         (ask("x", true).to_string(), 403, Refusal::Model),
         (ask("x", true).to_string().replace(MODEL, "x-unknown"), 403, Refusal::Price),
@@ -469,9 +477,11 @@ async fn errors_of_the_provider_pass_and_cost_nothing() {
         let script = format!(
             "[default]\nfault = {{ status = {status}, message = \"no\", headers = {{ location = \"http://x\" }} }}"
         );
-        let mut world = World::new(&script).await;
+        let mut world = World::with(&script, Setup { limits: unheld(), ..Setup::default() }).await;
         let answer = world.post(ask("x", true)).await;
         assert_eq!(answer.status, status);
+        let hopeless = answer.headers.get("x-should-retry").is_some_and(|value| value == "false");
+        assert_eq!(hopeless, status == 401, "the CLI must not try for minutes with a key that is not its own");
         assert!(
             answer.body.contains("\"no\"") && !answer.headers.contains_key("location"),
             "{}",
@@ -553,7 +563,7 @@ async fn a_request_is_lowered_to_what_is_left_and_its_thinking_with_it() {
 async fn of_many_at_once_with_budget_for_one_only_one_goes_upstream() {
     let price = *Prices::built_in().unwrap().of(MODEL).unwrap();
     let body = ask("x", true);
-    let input = body::BodyFacts::read(body.to_string().as_bytes()).unwrap().input_tokens_estimate;
+    let input = body::BodyFacts::read(body.to_string().as_bytes()).unwrap().shape.bound(&[]).tokens;
     let cache = crate::pricing::CacheWrite::FiveMinutes;
     // As dear as its worst case, so that there is room for exactly one.
     let script = format!(

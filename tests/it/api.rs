@@ -417,7 +417,9 @@ fn metrics_are_seeded_and_move_with_the_jobs() {
     let before = series(&fresh);
     let set =
         before.iter().filter(|(_, value)| **value != 0.0).map(|(name, _)| name.split('{').next().unwrap());
-    assert_eq!(set.collect::<Vec<_>>(), ["hotcell_build_info", "hotcell_engine_up", "hotcell_slots"]);
+    let expected =
+        ["hotcell_build_info", "hotcell_engine_up", "hotcell_provider_concurrency", "hotcell_slots"];
+    assert_eq!(set.collect::<Vec<_>>(), expected);
     assert!(before.len() > 150, "all series are there from the start: {}", before.len());
     assert_eq!(series(&tcp("/metrics").body), before, "TCP tells the same");
     assert_eq!(tcp("/healthz").status, 200);

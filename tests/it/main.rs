@@ -19,6 +19,7 @@ mod life;
 mod money;
 mod policies;
 mod provider;
+mod requests;
 mod road;
 mod rules;
 mod scripted_engine;
