@@ -18,6 +18,8 @@ pub mod ledger;
 mod messages;
 pub mod meter;
 mod relay;
+pub mod secret;
+pub mod sigv4;
 mod upstream;
 
 #[cfg(test)]

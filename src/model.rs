@@ -48,6 +48,7 @@
 //! thinking budget that does not fit is refused with 400, as the real API does.
 
 pub mod ask;
+pub mod eventstream;
 pub mod record;
 pub mod reply;
 pub mod script;
