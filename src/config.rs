@@ -4,6 +4,7 @@
 //! it is given and nothing else; never reads a credential, only where one is to be found.
 
 mod policies;
+mod providers;
 mod raw;
 mod settings;
 
@@ -12,8 +13,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 pub use policies::{PolicyFileError, PolicyOrigin, PolicySource, policy_sources};
+pub use providers::{BUILT_IN as BUILT_IN_PROVIDER, anthropic};
 pub use settings::{SETTINGS, Setting};
 
+use crate::gateway::GatewayConfig;
 use raw::Layers;
 
 /// A configuration that cannot be used.
@@ -46,6 +49,16 @@ pub enum ConfigError {
         origin: String,
         /// The three places where it can be set.
         places: String,
+    },
+    /// A value in one of several entries of a list, which stands in the file only.
+    #[error("{key}: {problem}, from {origin}")]
+    Entry {
+        /// The entry and its key.
+        key: String,
+        /// What is wrong and what is allowed.
+        problem: String,
+        /// File and line.
+        origin: String,
     },
 }
 
@@ -117,15 +130,6 @@ pub enum ApiKeySource {
     Command(String),
 }
 
-/// The model provider.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Provider {
-    /// Where requests go: `https://host[:port][/prefix]`, no slash at the end.
-    pub base_url: String,
-    /// Where its key is.
-    pub api_key: ApiKeySource,
-}
-
 /// What a job gets that names nothing else.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Defaults {
@@ -175,8 +179,8 @@ pub struct Config {
     pub policy_dirs: Vec<PathBuf>,
     /// Prices instead of the built-in ones.
     pub prices_file: Option<PathBuf>,
-    /// The model provider.
-    pub provider: Provider,
+    /// The model providers and all credentials.
+    pub gateway: GatewayConfig,
     /// What a job gets that names nothing else.
     pub defaults: Defaults,
     /// Bounds.
@@ -196,7 +200,6 @@ impl Config {
     /// [`ConfigError`]; a value outside its limit names where it came from and all places to set it.
     pub fn load(flags: &Flags, machine: &Machine) -> Result<Self, ConfigError> {
         let (layers, raw) = Layers::read(flags, machine)?;
-        let anthropic = raw.provider.anthropic;
         let state_dir = state_dir(&layers, &raw.state_dir)?;
         let socket = socket(&layers, &raw.socket, Some(&state_dir))?;
         let config_dir = machine.config_dir();
@@ -210,12 +213,12 @@ impl Config {
                 .list("policy_dirs", &raw.policy_dirs, ':', absolute)?
                 .unwrap_or_else(|| config_dir.iter().map(|dir| dir.join("policies")).collect()),
             prices_file: layers.checked("prices_file", &raw.prices_file, absolute)?,
-            provider: Provider {
-                base_url: layers
-                    .checked("provider.anthropic.base_url", &anthropic.base_url, parse_base_url)?
-                    .unwrap_or_else(|| "https://api.anthropic.com".into()),
-                api_key: layers.api_key(&anthropic)?,
-            },
+            gateway: providers::gateway(
+                &layers,
+                raw.provider,
+                raw.credential,
+                layers.name("defaults.provider", &raw.defaults.provider)?,
+            )?,
             defaults: Defaults {
                 policy: layers.name("defaults.policy", &raw.defaults.policy)?.unwrap_or("default".into()),
                 model: layers

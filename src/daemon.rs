@@ -18,11 +18,11 @@ use crate::agent_bundle::Bundles;
 use crate::api::{self, Api, peer::PeerListener};
 use crate::cell::record::Feeds;
 use crate::cell::{Parts, Settings};
-use crate::config::{ApiKeySource, Config, policy_sources};
+use crate::config::{Config, policy_sources};
 use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
-use crate::gateway::{self, AuthStyle, CredentialSource, Gateway, Provider};
+use crate::gateway::{self, Gateway};
 use crate::journal;
 use crate::metrics::Metrics;
 use crate::policy::{Defaults, Policy};
@@ -207,15 +207,8 @@ async fn build(
     let models: Vec<String> = prices.names().map(str::to_owned).collect();
     let metrics = Arc::new(Metrics::new(&agent, &models)?);
     let store = Store::open(&state_dir).await?;
-    let provider = Provider {
-        name: "anthropic".to_owned(),
-        base_url: config.provider.base_url.clone(),
-        credential: credential(&config.provider.api_key),
-        style: AuthStyle::ApiKey,
-    };
-    let gateway =
-        Gateway::open(provider, prices, gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() })
-            .await?;
+    let limits = gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() };
+    let gateway = Gateway::open(config.gateway.clone(), prices, limits).await?;
     let settings = Settings {
         state_dir,
         init_binary: config.init_binary.canonicalize().context("init_binary")?,
@@ -234,16 +227,6 @@ fn journal_limits(journal_bytes_max: u64) -> journal::Limits {
     let usual = journal::Limits::default();
     let segment_bytes_max = usual.segment_bytes_max.min(journal_bytes_max / 4);
     journal::Limits { journal_bytes_max, segment_bytes_max }
-}
-
-fn credential(source: &ApiKeySource) -> CredentialSource {
-    match source {
-        ApiKeySource::Env(name) => CredentialSource::Env(name.clone()),
-        ApiKeySource::File(path) => CredentialSource::File(path.clone()),
-        ApiKeySource::Command(command) => {
-            CredentialSource::Command(vec!["/bin/sh".to_owned(), "-c".to_owned(), command.clone()])
-        }
-    }
 }
 
 fn prices(file: Option<&Path>) -> anyhow::Result<Prices> {

@@ -17,10 +17,11 @@ use crate::agent_bundle::{PINNED_VERSION, Version};
 use crate::cell::Accepted;
 use crate::clock;
 use crate::event::Body;
+use crate::gateway::GatewayError;
 use crate::job::spec::{SPEC_BYTES_MAX, SpecError, WorkspaceMode};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
-use crate::policy::{Plan, narrow};
+use crate::policy::{Plan, Policy, matches, narrow};
 use crate::store::{NewJob, StoreError, Submitted};
 use crate::workspace::{self, Access, Guard, WorkspaceRecord};
 
@@ -66,7 +67,7 @@ pub async fn submit(
         };
         ApiError::new(code, error).hint("`hotcell schema` prints the JSON Schema of a job spec")
     })?;
-    let plan = plan(&api, &spec)?;
+    let plan = plan(&api, &spec, &identity)?;
     if api.parts.metrics.engine_up.get() == 0 {
         let words = format!("the container engine at {} does not answer", api.engine_address);
         return Err(ApiError::new(ErrorCode::EngineUnavailable, words)
@@ -107,7 +108,7 @@ fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<(String, [u8; 
     Ok(Some((key.to_owned(), Sha256::digest(body).into())))
 }
 
-fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
+fn plan(api: &Api, spec: &JobSpec, who: &Identity) -> Result<Plan, ApiError> {
     let name = spec.policy.as_deref().unwrap_or(&api.default_policy);
     let policy = api.policies.get(name).ok_or_else(|| {
         let known = api.policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
@@ -117,12 +118,20 @@ fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
         )
         .hint("`hotcell policy ls` lists them")
     })?;
-    let plan = narrow(spec, policy, &api.defaults).map_err(|error| {
+    let mut plan = narrow(spec, policy, &api.defaults).map_err(|error| {
         ApiError::new(ErrorCode::AbovePolicy, error)
             .hint(format!("`hotcell policy show {name}` shows its limits"))
     })?;
+    let provider = provider(api, &plan, policy, who)?;
     for (key, model) in [("model", Some(&plan.model)), ("fallback_model", plan.fallback_model.as_ref())] {
-        if let Some(model) = model.filter(|model| !api.parts.gateway.knows_model(model)) {
+        let gateway = &api.parts.gateway;
+        if let Some(model) = model.filter(|model| !gateway.serves(&provider, model)) {
+            let words = format!("{key}: the provider {provider} has no id for {model:?}");
+            return Err(ApiError::new(ErrorCode::InvalidSpec, words)
+                .hint("add it to `models` of that [[provider]] in the daemon's configuration"));
+        }
+        let plain = model.map(|model| gateway.plain_model(&provider, model));
+        if let Some(model) = plain.filter(|model| !gateway.knows_model(model)) {
             let words = format!("{key}: {model:?} has no price, so its cost could not be bounded");
             return Err(ApiError::new(ErrorCode::InvalidSpec, words)
                 .hint("name a model of prices.toml, or add it there"));
@@ -134,7 +143,30 @@ fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
             ApiError::new(ErrorCode::InvalidSpec, words).hint("`hotcell agent ls` shows those that are here")
         );
     }
+    plan.provider = Some(provider);
     Ok(plan)
+}
+
+/// The provider's name: the job's, else the policy's, else the daemon's. It must be there, the policy must allow
+/// it, and the user must be one who may use its credential.
+fn provider(api: &Api, plan: &Plan, policy: &Policy, who: &Identity) -> Result<String, ApiError> {
+    let gateway = &api.parts.gateway;
+    let name = plan.provider.clone().unwrap_or_else(|| gateway.default_provider().to_owned());
+    if !policy.providers.allow.iter().any(|pattern| matches(pattern, &name)) {
+        let allowed = policy.providers.allow.join(", ");
+        let words = format!("provider: {name} is not allowed by the policy {} ({allowed})", policy.name);
+        return Err(ApiError::new(ErrorCode::AbovePolicy, words).hint("name one that the policy allows"));
+    }
+    match gateway.may_use(&name, who) {
+        Ok(()) => Ok(name),
+        Err(GatewayError::UnknownProvider(_)) => {
+            let known = gateway.providers().collect::<Vec<_>>().join(", ");
+            let words = format!("provider: there is no provider {name:?} (there are: {known})");
+            Err(ApiError::new(ErrorCode::InvalidSpec, words).hint("leave it out for the default one"))
+        }
+        Err(error) => Err(ApiError::new(ErrorCode::AbovePolicy, format!("provider: {name}: {error}"))
+            .hint("name a provider whose credential you may use, or ask the daemon's administrator")),
+    }
 }
 
 async fn room(api: &Api) -> Result<(), ApiError> {

@@ -231,10 +231,10 @@ impl Record {
         trouble: &mut Option<Trouble>,
     ) -> Result<(), RecordError> {
         let body = match event {
-            GatewayEvent::Requested { model, reserved } => Body::Request {
+            GatewayEvent::Requested { model, reserved, credential } => Body::Request {
                 model: model.clone(),
                 reserved_micro_usd: *reserved,
-                credential: String::new(),
+                credential: credential.clone(),
             },
             GatewayEvent::Charged { model, usage, charged, status, duration_ms, .. } => {
                 parts.metrics.charged(model, usage, *charged);

@@ -18,11 +18,12 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::credentials::Secret;
 use super::ledger::Ledger;
 use super::messages;
+use super::provider::Provider;
+use super::secret::Secret;
 use super::{Gateway, GatewayEvent};
-use crate::job::{CellId, JobId};
+use crate::job::{CellId, Identity, JobId};
 use crate::money::MicroUsd;
 use crate::policy::Plan;
 
@@ -44,7 +45,9 @@ pub struct LeaseSpec {
     pub cell: CellId,
     /// The only credential that the socket accepts.
     pub token: String,
-    /// The job's plan: which models may be asked.
+    /// Whose job it is: commands that give credentials run as them.
+    pub identity: Identity,
+    /// The job's plan: its provider, and which models may be asked.
     pub plan: Arc<Plan>,
     /// The job's cost limit; what was spent before is in the ledger.
     pub cost_limit: Option<MicroUsd>,
@@ -79,6 +82,8 @@ pub(super) struct Shared {
     pub(super) job: JobId,
     pub(super) cell: CellId,
     pub(super) token: Secret,
+    pub(super) identity: Identity,
+    pub(super) provider: Arc<Provider>,
     pub(super) plan: Arc<Plan>,
     pub(super) cost_limit: Option<MicroUsd>,
     pub(super) output_tokens_max: Option<u64>,
@@ -116,6 +121,7 @@ impl Shared {
 impl Lease {
     pub(super) async fn open(
         gateway: Arc<Gateway>,
+        provider: Arc<Provider>,
         spec: LeaseSpec,
         ledger: Arc<dyn Ledger>,
     ) -> io::Result<Self> {
@@ -129,6 +135,8 @@ impl Lease {
             job: spec.job,
             cell: spec.cell,
             token: Secret::new(spec.token),
+            identity: spec.identity,
+            provider,
             plan: spec.plan,
             cost_limit: spec.cost_limit,
             output_tokens_max: spec.output_tokens_max,

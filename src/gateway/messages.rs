@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Request, Response, StatusCode};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::timeout;
 
@@ -19,8 +19,8 @@ use super::censor::Censor;
 use super::lease::Shared;
 use super::ledger::{Ask, Grant, LedgerError};
 use super::meter::{Meter, Reading};
-use super::relay::{Body, Ended, Pump, Waiting, error_response, passed_on, whole};
-use super::upstream::Target;
+use super::provider::{Outgoing, Target, Way};
+use super::relay::{Body, Ended, Pump, Waiting, error_response, passed_on};
 use super::{GatewayEvent, Refusal};
 use crate::money::MicroUsd;
 use crate::policy::Permit;
@@ -36,11 +36,14 @@ const ROOM_POLL: Duration = Duration::from_millis(500);
 const SETTLE_TRIES: (u32, Duration) = (5, Duration::from_millis(300));
 /// Answers one request of a cell.
 pub(super) async fn answer(lease: Arc<Shared>, request: Request<Incoming>) -> Response<Body> {
-    if request.method() == Method::HEAD && request.uri().path() == "/" {
-        // The CLI's warm-up. It tells nothing, so it needs no token.
-        return Response::new(whole(Bytes::new()));
-    }
-    let refused = match admit(&lease, request).await {
+    let here =
+        lease.provider.answered_here(request.method(), request.uri(), request.headers(), &lease.token);
+    let admitted = match here {
+        Some(Ok(response)) => return response,
+        Some(Err(refused)) => Err(refused),
+        None => admit(&lease, request).await,
+    };
+    let refused = match admitted {
         Ok(call) => {
             let (head, answer) = oneshot::channel();
             lease.tasks.spawn(call.run(head));
@@ -68,7 +71,8 @@ pub(super) struct Call {
     pub(super) lease: Arc<Shared>,
     pub(super) arrived: Instant,
     pub(super) target: Target,
-    pub(super) beta: bool,
+    /// How it goes upstream.
+    pub(super) way: Way,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
     pub(super) facts: BodyFacts,
@@ -94,6 +98,15 @@ struct Relayed {
     ended: Ended,
     retry_after_s: Option<u64>,
     ttfb_ms: u64,
+    /// Nothing went upstream.
+    ours: bool,
+}
+
+impl Relayed {
+    fn nothing() -> Self {
+        let (reading, ended) = (Reading::default(), Ended::ByUs);
+        Self { status: 0, reading, unknown: false, ended, retry_after_s: None, ttfb_ms: 0, ours: false }
+    }
 }
 
 impl Call {
@@ -113,8 +126,10 @@ impl Call {
         if let Some(grant) = grant {
             self.settle(grant, &relayed).await;
         }
-        if relayed.status == 401 {
-            self.lease.gateway.credential.doubt().await;
+        // AWS says 403 of keys that have expired.
+        if matches!(relayed.status, 401 | 403) && !relayed.ours {
+            let lease = &self.lease;
+            lease.gateway.credentials.doubt(&lease.provider.credential, &lease.identity).await;
         }
         self.tell_faults(&relayed);
     }
@@ -162,7 +177,8 @@ impl Call {
             }
         };
         self.fit(&ask, grant);
-        lease.event(GatewayEvent::Requested { model: ask.model, reserved: grant.amount });
+        let credential = lease.provider.credential.clone();
+        lease.event(GatewayEvent::Requested { model: ask.model, reserved: grant.amount, credential });
         Ok(grant)
     }
 
@@ -191,14 +207,38 @@ impl Call {
         Refused::new(Refusal::Budget, message)
     }
 
+    /// The request in the provider's form, with the credential.
+    async fn outgoing(&mut self) -> Result<Outgoing, Refused> {
+        let (lease, headers) = (Arc::clone(&self.lease), std::mem::take(&mut self.headers));
+        let credentials = &lease.gateway.credentials;
+        let body = std::mem::take(&mut self.body);
+        let made = lease.provider.outgoing(&self.way, body, headers, credentials, &self.permit, &lease.identity);
+        made.await.map_err(|error| {
+            let name = &lease.provider.credential;
+            tracing::warn!(%error, job = %lease.job, credential = name, "a request cannot go out");
+            // The words of the error name files and programs of the host: they are not for the cell.
+            let message = format!("the credential {name} of the provider cannot be used: see the daemon's log");
+            Refused::new(Refusal::Provider, message)
+        })
+    }
+
     /// Sends the request upstream and the answer back. Returns when the answer is over, whoever ended it.
     async fn forward(&mut self, mut head: oneshot::Sender<Response<Body>>) -> Relayed {
         let gateway = Arc::clone(&self.lease.gateway);
         let limits = &gateway.limits;
-        let mut headers = std::mem::take(&mut self.headers);
-        let secret = gateway.credential.inject(&self.permit, &mut headers).await;
+        let outgoing = match self.outgoing().await {
+            Ok(outgoing) => outgoing,
+            Err(refused) => {
+                let response = refused.response(&self.lease);
+                let status = response.status().as_u16();
+                let _ = head.send(response);
+                let ended = Ended::ByUs;
+                return Relayed { status, ours: true, ended, ..Relayed::nothing() };
+            }
+        };
+        let secrets = outgoing.secrets.clone();
         let sent = Instant::now();
-        let sending = gateway.upstream.send(self.target, self.beta, headers, std::mem::take(&mut self.body));
+        let sending = self.lease.provider.send(outgoing);
         let answer = tokio::select! {
             answer = timeout(limits.first_byte_wait, sending) => answer.map_err(|_| Ended::ByProvider),
             () = left_for(&mut head, limits.drain) => Err(Ended::ByUs),
@@ -213,6 +253,7 @@ impl Call {
             ended,
             retry_after_s: None,
             ttfb_ms,
+            ours: false,
         };
         let answer = match answer {
             Ok(Ok(answer)) => answer,
@@ -242,11 +283,19 @@ impl Call {
         let whole = Arc::new(AtomicBool::new(false));
         let waiting = Waiting { pieces: receiver, whole: Arc::clone(&whole) };
         // Fails when the client has left: then the answer is only metered.
-        let _ = head.send(passed_on(parts.status, &parts.headers, &secret, waiting));
-        let censor = Censor::new(secret);
+        let _ = head.send(passed_on(parts.status, &parts.headers, &secrets, waiting));
+        let censor = Censor::new(secrets);
         let ended = Pump { lease: &self.lease, limits, pieces, whole, censor }.run(body, &mut meter).await;
         let status = parts.status.as_u16();
-        Relayed { status, reading: meter.finish(), unknown: metered, ended, retry_after_s, ttfb_ms }
+        Relayed {
+            status,
+            reading: meter.finish(),
+            unknown: metered,
+            ended,
+            retry_after_s,
+            ttfb_ms,
+            ours: false,
+        }
     }
 
     /// What the request costs: what the provider said it billed; else the whole reservation if the provider
@@ -294,6 +343,9 @@ impl Call {
     }
 
     fn tell_faults(&self, relayed: &Relayed) {
+        if relayed.ours {
+            return;
+        }
         let event_status = relayed.reading.error.as_deref().map(|kind| match kind {
             "rate_limit_error" => 429,
             "overloaded_error" => 529,

@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::agent::provider::ProviderKind;
 use crate::job::JobSpec;
 use crate::job::{CellId, JobId};
 use crate::model::{ModelReport, Recorder, Script, serve};
@@ -37,12 +38,14 @@ struct Setup {
     limit: Option<u64>,
     limits: Limits,
     models: Vec<String>,
+    /// A provider and its credential's kind; the base URL is what follows the model's.
+    provider: Option<(ProviderSpec, CredentialKind)>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let limits = Limits { drain: Duration::from_secs(5), ..Limits::default() };
-        Self { limit: None, limits, models: vec!["*".into()] }
+        Self { limit: None, limits, models: vec!["*".into()], provider: None }
     }
 }
 
@@ -112,6 +115,36 @@ impl World {
     }
 }
 
+/// The user that the tests run as.
+fn me() -> Identity {
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    Identity { uid, gid, groups: Vec::new() }
+}
+
+fn config(base_url: &str, source: CredentialSource) -> GatewayConfig {
+    GatewayConfig {
+        providers: vec![ProviderSpec {
+            name: "test".into(),
+            kind: ProviderKind::Anthropic,
+            base_url: base_url.into(),
+            credential: "key".into(),
+            region: None,
+            project: None,
+            models: BTreeMap::new(),
+        }],
+        default_provider: "test".into(),
+        credentials: vec![CredentialSpec {
+            name: "key".into(),
+            kind: CredentialKind::ApiKey,
+            source,
+            refresh: credentials::REFRESH,
+            users: Vec::new(),
+            groups: Vec::new(),
+            required: true,
+        }],
+    }
+}
+
 async fn lease(
     base_url: &str,
     dir: &tempfile::TempDir,
@@ -121,18 +154,19 @@ async fn lease(
 ) -> Lease {
     let key_file = dir.path().join("key");
     std::fs::write(&key_file, KEY).unwrap();
-    let provider = Provider {
-        name: "test".into(),
-        base_url: base_url.into(),
-        credential: CredentialSource::File(key_file),
-        style: AuthStyle::ApiKey,
-    };
     let prices = Arc::new(Prices::built_in().unwrap());
-    let gateway = Gateway::open(provider, prices, setup.limits).await.unwrap();
+    let mut config = config(base_url, CredentialSource::File(key_file));
+    if let Some((spec, kind)) = setup.provider {
+        config.credentials[0].kind = kind;
+        let base_url = format!("{base_url}{}", spec.base_url);
+        config.providers[0] = ProviderSpec { base_url, ..spec };
+    }
+    let gateway = Gateway::open(config, prices, setup.limits).await.unwrap();
     let spec = LeaseSpec {
         job: job.clone(),
         cell: CellId::new(1),
         token: TOKEN.into(),
+        identity: me(),
         plan: plan(setup.models),
         cost_limit: setup.limit.map(MicroUsd),
         output_tokens_max: None,
@@ -671,6 +705,7 @@ async fn a_ledger_that_fails_stops_requests_and_settlements_are_tried_again() {
         job: world.job.clone(),
         cell: CellId::new(2),
         token: TOKEN.into(),
+        identity: me(),
         plan: plan(vec!["*".into()]),
         cost_limit: None,
         output_tokens_max: None,
