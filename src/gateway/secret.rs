@@ -5,8 +5,8 @@ use std::fmt;
 
 use base64::Engine as _;
 
-/// Shortest text that is looked for in an answer, in bytes: shorter ones stand there by chance.
-const LOOKED_FOR_BYTES_MIN: usize = 6;
+/// Shortest piece of base64 that is looked for in an answer, in bytes: shorter ones stand there by chance.
+const CODED_BYTES_MIN: usize = 8;
 
 /// A secret text; prints as nothing.
 #[derive(Clone, PartialEq, Eq)]
@@ -45,9 +45,10 @@ impl Secrets {
     pub fn of<'a>(texts: impl IntoIterator<Item = &'a Secret>) -> Self {
         let mut all: Vec<Secret> = Vec::new();
         for secret in texts {
-            let forms = std::iter::once(secret.expose().to_owned()).chain(in_base64(secret.bytes()));
-            all.extend(forms.filter(|form| form.len() >= LOOKED_FOR_BYTES_MIN).map(Secret));
+            let coded = in_base64(secret.bytes()).filter(|form| form.len() >= CODED_BYTES_MIN);
+            all.extend(std::iter::once(secret.expose().to_owned()).chain(coded).map(Secret));
         }
+        all.retain(|secret| !secret.0.is_empty());
         // The longest first: what holds another one is blotted out whole.
         all.sort_by_key(|secret| std::cmp::Reverse(secret.0.len()));
         Self(all)

@@ -15,6 +15,7 @@ mod image;
 mod init;
 mod life;
 mod provider;
+mod providers;
 mod road;
 mod scripted_engine;
 mod walls;
