@@ -260,7 +260,11 @@ fn provider(
                 return Err(wrong.at(value, key, format!("kind {} does not take it", kind.as_str())));
             }
             if value.get_ref().is_empty() || !value.get_ref().bytes().all(good) {
-                return Err(wrong.at(value, key, "must be one word of letters, digits, '-', '_', '.' or ':'"));
+                return Err(wrong.at(
+                    value,
+                    key,
+                    "must be one word of letters, digits, '-', '_', '.' or ':'",
+                ));
             }
         }
     }
@@ -270,8 +274,14 @@ fn provider(
         let problem = format!("{:?} is the id of two models, so its price is not known", pair[0]);
         return Err(wrong.at(&raw.name, "models", problem));
     }
-    if let Some((name, _)) = raw.models.iter().find(|(name, id)| name.is_empty() || id.is_empty() || id.len() > 512) {
-        return Err(wrong.at(&raw.name, "models", format!("{name:?} and its id must not be empty or over-long")));
+    if let Some((name, _)) =
+        raw.models.iter().find(|(name, id)| name.is_empty() || id.is_empty() || id.len() > 512)
+    {
+        return Err(wrong.at(
+            &raw.name,
+            "models",
+            format!("{name:?} and its id must not be empty or over-long"),
+        ));
     }
     let credential = text(&raw.credential).unwrap_or_else(|| name_text.clone());
     let at = raw.credential.as_ref().unwrap_or(&raw.name);
@@ -382,9 +392,8 @@ fn credential_kind(wrong: &Wrong<'_, '_>, raw: &RawCredential) -> Result<Credent
 }
 
 fn credential_source(wrong: &Wrong<'_, '_>, raw: &RawCredential) -> Result<CredentialSource, ConfigError> {
-    let given = usize::from(raw.env.is_some())
-        + usize::from(raw.file.is_some())
-        + usize::from(raw.command.is_some());
+    let given =
+        usize::from(raw.env.is_some()) + usize::from(raw.file.is_some()) + usize::from(raw.command.is_some());
     if given != 1 {
         return Err(wrong.at(&raw.name, "", "needs exactly one of env, file and command"));
     }
@@ -397,7 +406,8 @@ fn credential_source(wrong: &Wrong<'_, '_>, raw: &RawCredential) -> Result<Crede
         return Ok(CredentialSource::Env(text.clone()));
     }
     if let Some(file) = &raw.file {
-        let path: PathBuf = absolute(file.get_ref()).map_err(|_| wrong.at(file, "file", "is not an absolute path"))?;
+        let path: PathBuf =
+            absolute(file.get_ref()).map_err(|_| wrong.at(file, "file", "is not an absolute path"))?;
         return Ok(CredentialSource::File(path));
     }
     let Some(command) = &raw.command else {
@@ -408,9 +418,11 @@ fn credential_source(wrong: &Wrong<'_, '_>, raw: &RawCredential) -> Result<Crede
         OneOrMore::Program(argv) if argv.first().is_some_and(|program| program.starts_with('/')) => {
             Ok(CredentialSource::Command(argv.clone()))
         }
-        OneOrMore::Shell(_) | OneOrMore::Program(_) => {
-            Err(wrong.at(command, "command", "must be a shell command, or a list that begins with an absolute path"))
-        }
+        OneOrMore::Shell(_) | OneOrMore::Program(_) => Err(wrong.at(
+            command,
+            "command",
+            "must be a shell command, or a list that begins with an absolute path",
+        )),
     }
 }
 
@@ -471,14 +483,21 @@ provider = "bedrock"
     fn several_providers_stand_beside_the_built_in_one() {
         let config = load(TWO).expect("config");
         let names: Vec<&str> = config.providers.iter().map(|p| p.name.as_str()).collect();
-        assert_eq!((names, config.default_provider.as_str()), (vec!["anthropic", "bedrock", "local"], "bedrock"));
+        assert_eq!(
+            (names, config.default_provider.as_str()),
+            (vec!["anthropic", "bedrock", "local"], "bedrock")
+        );
         let aws = &config.credentials[1];
         assert_eq!((aws.kind.clone(), aws.refresh), (CredentialKind::Aws, Duration::from_secs(60)));
         assert_eq!(aws.users, [Principal::Name("ann".into()), Principal::Id(1000)]);
         let prefix = "token ".to_owned();
-        assert_eq!(config.credentials[2].kind, CredentialKind::Header { name: "authorization".into(), prefix });
+        assert_eq!(
+            config.credentials[2].kind,
+            CredentialKind::Header { name: "authorization".into(), prefix }
+        );
         assert!(!config.credentials[0].required, "nobody chose the built-in one");
-        let old = load("[provider.anthropic]\nbase_url = \"http://127.0.0.1:1\"\napi_key_file = \"/k\"").expect("old");
+        let old = load("[provider.anthropic]\nbase_url = \"http://127.0.0.1:1\"\napi_key_file = \"/k\"")
+            .expect("old");
         assert_eq!(old.credentials[0].source, CredentialSource::File("/k".into()));
         assert!(old.credentials[0].required && old.default_provider == "anthropic");
         assert!(load("").expect("empty").credentials[0].required);
@@ -491,25 +510,52 @@ provider = "bedrock"
             ("[[provider]]\nname = \"b\"\nkind = \"bedrok\"\n", "line 3"),
             ("[[provider]]\nname = \"b\"\nkind = \"bedrock\"\nregions = \"x\"\n", "regions"),
             ("[provider.bedrock]\nregion = \"x\"\n", "bedrock"),
-            (&format!("{cred}[[provider]]\nname = \"b\"\nkind = \"bedrock\"\ncredential = \"c\"\n"), "[[provider]] \"b\": region: is missing: kind bedrock needs it, from DIR/config.toml, line 7"),
-            (&format!("{cred}[[provider]]\nname = \"b\"\nkind = \"bedrock\"\nregion = \"x\"\ncredential = \"c\"\n"), "credential: kind bedrock cannot use a credential of kind api_key, from DIR/config.toml, line 9"),
-            ("[[provider]]\nname = \"f\"\nkind = \"anthropic\"\ncredential = \"zz\"\n", "there is no [[credential]] \"zz\", from DIR/config.toml, line 4"),
-            ("[[provider]]\nname = \"f\"\nkind = \"foundry\"\ncredential = \"anthropic\"\n", "base_url: is missing"),
-            ("[[provider]]\nname = \"f\"\nkind = \"anthropic\"\nregion = \"x\"\ncredential = \"anthropic\"\n", "region: kind anthropic does not take it"),
+            (
+                &format!("{cred}[[provider]]\nname = \"b\"\nkind = \"bedrock\"\ncredential = \"c\"\n"),
+                "[[provider]] \"b\": region: is missing: kind bedrock needs it, from DIR/config.toml, line 7",
+            ),
+            (
+                &format!(
+                    "{cred}[[provider]]\nname = \"b\"\nkind = \"bedrock\"\nregion = \"x\"\ncredential = \"c\"\n"
+                ),
+                "credential: kind bedrock cannot use a credential of kind api_key, from DIR/config.toml, line 9",
+            ),
+            (
+                "[[provider]]\nname = \"f\"\nkind = \"anthropic\"\ncredential = \"zz\"\n",
+                "there is no [[credential]] \"zz\", from DIR/config.toml, line 4",
+            ),
+            (
+                "[[provider]]\nname = \"f\"\nkind = \"foundry\"\ncredential = \"anthropic\"\n",
+                "base_url: is missing",
+            ),
+            (
+                "[[provider]]\nname = \"f\"\nkind = \"anthropic\"\nregion = \"x\"\ncredential = \"anthropic\"\n",
+                "region: kind anthropic does not take it",
+            ),
             ("[[provider]]\nname = \"a b\"\nkind = \"anthropic\"\n", "name: must have"),
-            (&format!("{cred}{cred}"), "[[credential]] \"c\": name: stands twice, from DIR/config.toml, line 6"),
-            (&format!("{cred}file = \"/x\"\n"), "exactly one of env, file and command, from DIR/config.toml, line 2"),
+            (
+                &format!("{cred}{cred}"),
+                "[[credential]] \"c\": name: stands twice, from DIR/config.toml, line 6",
+            ),
+            (
+                &format!("{cred}file = \"/x\"\n"),
+                "exactly one of env, file and command, from DIR/config.toml, line 2",
+            ),
             (&format!("{cred}users = []\n"), "users: is empty"),
             (&format!("{cred}refresh_s = 0\n"), "refresh_s: must be"),
             (&format!("{cred}username = \"x\"\n"), "username: this kind does not take it"),
             ("[[credential]]\nname = \"c\"\nkind = \"header\"\nenv = \"K\"\n", "header: is missing"),
-            ("[[credential]]\nname = \"c\"\nkind = \"api_key\"\ncommand = [\"relative\"]\n", "command: must be"),
+            (
+                "[[credential]]\nname = \"c\"\nkind = \"api_key\"\ncommand = [\"relative\"]\n",
+                "command: must be",
+            ),
             ("[defaults]\nprovider = \"nope\"\n", "defaults.provider: there is no provider \"nope\""),
         ] {
             let error = load(text).expect_err(text);
             assert!(error.contains(wanted) && error.contains("config.toml"), "{text}: {error}");
         }
-        let error = load("[[credential]]\nname = \"c\"\nkind = \"api_key\"\nenv = \"sk-ant-0123\"\n").expect_err("key");
+        let error = load("[[credential]]\nname = \"c\"\nkind = \"api_key\"\nenv = \"sk-ant-0123\"\n")
+            .expect_err("key");
         assert!(error.contains("env") && !error.contains("0123"), "{error}");
     }
 }

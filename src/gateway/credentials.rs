@@ -133,7 +133,9 @@ pub enum CredentialError {
     #[error("there is no credential {0:?}: see [[credential]] in the daemon's configuration")]
     Unknown(String),
     /// The user is not listed.
-    #[error("the user {uid} may not use the credential {name}: its users and groups are in the daemon's configuration")]
+    #[error(
+        "the user {uid} may not use the credential {name}: its users and groups are in the daemon's configuration"
+    )]
     NotAllowed {
         /// The credential.
         name: String,
@@ -420,10 +422,7 @@ impl Named {
         }
         let secret = given("AWS_SECRET_ACCESS_KEY").ok_or_else(|| missing("AWS_SECRET_ACCESS_KEY"))?;
         let token = given("AWS_SESSION_TOKEN").map(|token| format!("\naws_session_token={token}"));
-        Ok(format!(
-            "aws_access_key_id={value}\naws_secret_access_key={secret}{}",
-            token.unwrap_or_default()
-        ))
+        Ok(format!("aws_access_key_id={value}\naws_secret_access_key={secret}{}", token.unwrap_or_default()))
     }
 }
 

@@ -260,11 +260,10 @@ impl Provider {
         };
         let Some(id) = self.names.id(&asked) else { return Err(self.no_id(&asked)) };
         let model = self.names.plain(&asked);
-        let judged = apart(body, move |body| {
-            translate::inbound(body, Said { model: &model, stream, version })
-        })
-        .await
-        .map_err(refused)?;
+        let judged =
+            apart(body, move |body| translate::inbound(body, Said { model: &model, stream, version }))
+                .await
+                .map_err(refused)?;
         for beta in &judged.betas {
             if let Ok(value) = HeaderValue::from_str(beta) {
                 headers.append(BETA_HEADER, value);
@@ -411,7 +410,8 @@ impl Provider {
         let amz_date = sigv4::amz_date(clock::wall_ms());
         let host = uri.authority().map(ToString::to_string).unwrap_or_default();
         let token = keys.session_token.as_ref().map(Secret::expose);
-        let mut signed = vec![("content-type", "application/json"), ("host", &*host), ("x-amz-date", &*amz_date)];
+        let mut signed =
+            vec![("content-type", "application/json"), ("host", &*host), ("x-amz-date", &*amz_date)];
         signed.extend(token.map(|token| ("x-amz-security-token", token)));
         let scope = Scope { region: &self.region, service: "bedrock", amz_date: &amz_date };
         let request = Signed {

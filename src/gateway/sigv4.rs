@@ -80,8 +80,7 @@ pub fn authorization(keys: &Keys, scope: Scope<'_>, request: Signed<'_>) -> Stri
     );
     let day = scope.amz_date.get(..8).unwrap_or_default();
     let place = format!("{day}/{}/{}/aws4_request", scope.region, scope.service);
-    let text =
-        format!("AWS4-HMAC-SHA256\n{}\n{place}\n{}", scope.amz_date, sha256_hex(canonical.as_bytes()));
+    let text = format!("AWS4-HMAC-SHA256\n{}\n{place}\n{}", scope.amz_date, sha256_hex(canonical.as_bytes()));
     let mut key = format!("AWS4{}", keys.secret_access_key.expose()).into_bytes();
     for part in [day, scope.region, scope.service, "aws4_request"] {
         key = hmac(&key, part.as_bytes());
@@ -144,12 +143,60 @@ mod tests {
     fn the_signatures_of_the_published_suite_come_out() {
         assert_eq!(sha256_hex(b""), EMPTY);
         let cases: [(&str, &str, &str, &str, &[(&str, &str)], &str, &str); 6] = [
-            ("get-vanilla", "GET", "/", "", &[], "", "5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31"),
-            ("get-vanilla-query-order-key-case", "GET", "/", "Param2=value2&Param1=value1", &[], "", "b97d918cfa904a5beff61c982a1b6f458b799221646efd99d3219ec94cdf2500"),
-            ("get-utf8", "GET", "/\u{1234}", "", &[], "", "8318018e0b0f223aa2bbf98705b62bb787dc9c0e678f255a891fd03141be5d85"),
-            ("post-vanilla", "POST", "/", "", &[], "", "5da7c1a2acd57cee7505fc6676e4e544621c30862966e37dddb68e92efbe5d6b"),
-            ("post-x-www-form-urlencoded", "POST", "/", "", &[("content-type", "application/x-www-form-urlencoded")], "Param1=value1", "ff11897932ad3f4e8b18135d722051e5ac45fc38421b1da7b9d196a0fe09473a"),
-            ("post-sts-header-after", "POST", "/", "", &[], "", "5da7c1a2acd57cee7505fc6676e4e544621c30862966e37dddb68e92efbe5d6b"),
+            (
+                "get-vanilla",
+                "GET",
+                "/",
+                "",
+                &[],
+                "",
+                "5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31",
+            ),
+            (
+                "get-vanilla-query-order-key-case",
+                "GET",
+                "/",
+                "Param2=value2&Param1=value1",
+                &[],
+                "",
+                "b97d918cfa904a5beff61c982a1b6f458b799221646efd99d3219ec94cdf2500",
+            ),
+            (
+                "get-utf8",
+                "GET",
+                "/\u{1234}",
+                "",
+                &[],
+                "",
+                "8318018e0b0f223aa2bbf98705b62bb787dc9c0e678f255a891fd03141be5d85",
+            ),
+            (
+                "post-vanilla",
+                "POST",
+                "/",
+                "",
+                &[],
+                "",
+                "5da7c1a2acd57cee7505fc6676e4e544621c30862966e37dddb68e92efbe5d6b",
+            ),
+            (
+                "post-x-www-form-urlencoded",
+                "POST",
+                "/",
+                "",
+                &[("content-type", "application/x-www-form-urlencoded")],
+                "Param1=value1",
+                "ff11897932ad3f4e8b18135d722051e5ac45fc38421b1da7b9d196a0fe09473a",
+            ),
+            (
+                "post-sts-header-after",
+                "POST",
+                "/",
+                "",
+                &[],
+                "",
+                "5da7c1a2acd57cee7505fc6676e4e544621c30862966e37dddb68e92efbe5d6b",
+            ),
         ];
         for (name, method, path, query, headers, body, wanted) in cases {
             assert_eq!(signature(method, path, query, headers, body.as_bytes()), wanted, "{name}");

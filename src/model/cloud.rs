@@ -56,7 +56,8 @@ pub fn unauthorised(cloud: Cloud, headers: &[(String, String)]) -> Option<Answer
         }
         Cloud::Vertex | Cloud::VertexCount if bearer => None,
         Cloud::Vertex | Cloud::VertexCount => {
-            let error = json!({ "error": { "code": 401, "status": "UNAUTHENTICATED", "message": "no token" } });
+            let error =
+                json!({ "error": { "code": 401, "status": "UNAUTHENTICATED", "message": "no token" } });
             Some(Answer::json(401, error.to_string()))
         }
     }
@@ -127,7 +128,10 @@ mod tests {
     fn paths_name_provider_and_model() {
         let of = |path: &str| of_path(path);
         let bedrock = |stream| Cloud::Bedrock { stream };
-        assert_eq!(of("/model/us.anthropic.x-v1%3A0/invoke"), Some((bedrock(false), "us.anthropic.x-v1:0".into())));
+        assert_eq!(
+            of("/model/us.anthropic.x-v1%3A0/invoke"),
+            Some((bedrock(false), "us.anthropic.x-v1:0".into()))
+        );
         assert_eq!(of("/p/model/x/invoke-with-response-stream"), Some((bedrock(true), "x".into())));
         let vertex = "/v1/projects/p/locations/l/publishers/anthropic/models/";
         assert_eq!(of(&format!("{vertex}x@1:streamRawPredict")), Some((Cloud::Vertex, "x@1".into())));

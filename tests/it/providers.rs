@@ -33,7 +33,9 @@ fn credential(kind: &str) -> String {
 }
 
 fn provider(kind: &str, path: &str, more: &str) -> String {
-    format!("[[provider]]\nname = \"p\"\nkind = \"{kind}\"\ncredential = \"work\"\nbase_url = \"BASE{path}\"\n{more}\n")
+    format!(
+        "[[provider]]\nname = \"p\"\nkind = \"{kind}\"\ncredential = \"work\"\nbase_url = \"BASE{path}\"\n{more}\n"
+    )
 }
 
 const BEDROCK: &str = "region = \"eu-central-1\"\n\
@@ -47,16 +49,30 @@ fn rehearse(world: World) -> Vec<Received> {
     nothing_written(&world, &seen);
     let charges: Vec<&Value> = seen.events.iter().filter(|e| e["type"] == "charge").collect();
     assert!(charges.len() >= 2, "{charges:?}");
-    // 10 input and 20 output tokens of Sonnet, each.
-    assert!(charges.iter().all(|c| c["charged_micro_usd"] == 330 && c["model"] == "claude-sonnet-4-6"), "{charges:?}");
-    assert_eq!(seen.job["totals"]["charged_micro_usd"], 330 * charges.len());
+    // Of Sonnet: 10 input tokens, and 20 output tokens or what the request allowed.
+    let (mut sum, mut of_the_search) = (0, 0);
+    for charge in &charges {
+        let output = charge["usage"]["output"].as_u64().unwrap();
+        assert!(output > 0 && charge["model"] == "claude-sonnet-4-6", "{charge}");
+        assert_eq!(charge["charged_micro_usd"], 10 * 3 + output * 15, "{charge}");
+        sum += 10 * 3 + output * 15;
+        // The search itself asks the API, for 16 tokens at most.
+        of_the_search += u64::from(output == 16);
+    }
+    let totals = &seen.job["totals"];
+    assert_eq!(totals["charged_micro_usd"], sum);
+    assert_eq!(totals["cli_micro_usd"], sum - of_the_search * 270, "the CLI's own figure");
     let requests = seen.events.iter().filter(|e| e["type"] == "request");
     assert!(requests.clone().count() > 0 && requests.clone().all(|e| e["credential"] == "work"));
     let refused: Vec<&Value> = seen.events.iter().filter(|e| e["type"] == "refused").collect();
-    assert!(refused.is_empty(), "what the CLI itself asks is refused: {refused:?}");
+    // Six requests are the search's.
+    assert_eq!(refused.len() as u64, 6 - of_the_search, "what the CLI itself asks is refused: {refused:?}");
     let got = world.recorder.requests();
     assert_eq!(got.len(), charges.len(), "every request that reached the provider is charged");
-    assert!(got.iter().all(|r| !format!("{:?}", r.headers).contains("hotcell-")), "the token went to the provider");
+    assert!(
+        got.iter().all(|r| !format!("{:?}", r.headers).contains("hotcell-")),
+        "the token went to the provider"
+    );
     world.end();
     got
 }
@@ -65,7 +81,9 @@ fn rehearse(world: World) -> Vec<Received> {
 fn all(got: &[Received], header: &str, value: &str, path: &str) {
     for request in got {
         assert_eq!(request.header(header), Some(value), "{}", request.target);
-        assert_eq!(request.target, path);
+        // The search asks without the query that the CLI adds.
+        let target = &request.target;
+        assert!(target == path || Some(&**target) == path.strip_suffix("?beta=true"), "{target}");
     }
 }
 
@@ -186,7 +204,8 @@ fn a_subscriptions_token_is_refused_with_the_reason_from_every_source() {
         assert!(!said.contains(OAT) && !said.contains("canary"), "{said}");
     }
     // A command is run only when a job needs it.
-    let credential = format!("[[credential]]\nname = \"work\"\nkind = \"api_key\"\ncommand = \"echo {OAT}\"\n");
+    let credential =
+        format!("[[credential]]\nname = \"work\"\nkind = \"api_key\"\ncommand = \"echo {OAT}\"\n");
     let world = world(&(credential + &provider("anthropic", "", "")));
     let (events, job) = world.job(&spec(&world, "true", &json!({})));
     assert_eq!((&job["outcome"], &job["reason"]), (&json!("failed"), &json!("provider_auth")), "{job}");

@@ -76,7 +76,11 @@ async fn a_subscriptions_token_is_refused_from_every_source_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("key");
     std::fs::write(&path, "sk-ant-oat01-canary\n").unwrap();
-    for source in [CredentialSource::File(path), sh("echo sk-ant-oat01-canary"), sh(r#"echo '{"token":"sk-ant-oat01-canary"}'"#)] {
+    for source in [
+        CredentialSource::File(path),
+        sh("echo sk-ant-oat01-canary"),
+        sh(r#"echo '{"token":"sk-ant-oat01-canary"}'"#),
+    ] {
         for kind in [CredentialKind::ApiKey, CredentialKind::Bearer] {
             let error = match open(spec(kind, source.clone())).await {
                 Ok(credentials) => value(&credentials).await.unwrap_err(),
@@ -156,7 +160,10 @@ async fn only_listed_users_and_groups_may_use_it() {
     assert!(allowed(vec![], vec![id(4_000_123)]).await.is_ok());
     let other = allowed(vec![id(4_000_000)], vec![]).await;
     assert!(matches!(other, Err(CredentialError::NotAllowed { .. })), "{other:?}");
-    assert!(matches!(allowed(vec![name("daemon")], vec![name("daemon")]).await, Err(CredentialError::NotAllowed { .. })));
+    assert!(matches!(
+        allowed(vec![name("daemon")], vec![name("daemon")]).await,
+        Err(CredentialError::NotAllowed { .. })
+    ));
     let error = allowed(vec![name("no-such-user")], vec![]).await.unwrap_err().to_string();
     assert!(error.contains("no-such-user"), "{error}");
     let none = open(spec(CredentialKind::ApiKey, source())).await.unwrap();

@@ -109,7 +109,8 @@ fn visible(text: String) -> Result<Secret, Unusable> {
     if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(Unusable::Text);
     }
-    let bare = text.get(..7).filter(|scheme| scheme.eq_ignore_ascii_case("bearer:")).map_or(&*text, |_| &text[7..]);
+    let bare =
+        text.get(..7).filter(|scheme| scheme.eq_ignore_ascii_case("bearer:")).map_or(&*text, |_| &text[7..]);
     if bare.starts_with(SUBSCRIPTION) {
         return Err(Unusable::Subscription);
     }
@@ -136,7 +137,10 @@ fn aws_lines(text: &str) -> Result<Value, Unusable> {
     let section = lines[default + first..].iter().take_while(|line| !line.starts_with('['));
     let value = |wanted: &str| {
         let pairs = section.clone().filter_map(|line| line.split_once('='));
-        pairs.filter(|(key, _)| key.trim().eq_ignore_ascii_case(wanted)).map(|(_, v)| v.trim().to_owned()).next()
+        pairs
+            .filter(|(key, _)| key.trim().eq_ignore_ascii_case(wanted))
+            .map(|(_, v)| v.trim().to_owned())
+            .next()
     };
     let needed = |key| value(key).ok_or(Unusable::Aws);
     aws(needed("aws_access_key_id")?, needed("aws_secret_access_key")?, value("aws_session_token"))
@@ -186,14 +190,22 @@ mod tests {
         let file = "[other]\naws_access_key_id=X\n\n[default]\naws_access_key_id = A\naws_secret_access_key = S=\n[z]\na=b\n";
         assert_eq!(keys(file), Ok(("A".into(), "S=".into(), None)));
         assert_eq!(keys("aws_access_key_id=A\naws_secret_access_key=S"), Ok(("A".into(), "S".into(), None)));
-        for bad in ["", "AKIA", "[default]", r#"{"AccessKeyId":"A"}"#, "aws_access_key_id=A\n[b]\naws_secret_access_key=S"] {
+        for bad in [
+            "",
+            "AKIA",
+            "[default]",
+            r#"{"AccessKeyId":"A"}"#,
+            "aws_access_key_id=A\n[b]\naws_secret_access_key=S",
+        ] {
             assert_eq!(keys(bad), Err(Unusable::Aws), "{bad}");
         }
     }
 
     #[test]
     fn a_subscriptions_token_is_recognised_and_never_repeated() {
-        for given in ["sk-ant-oat01-canary", "{\"token\":\"sk-ant-oat01-canary\"}", "Bearer:sk-ant-oat01-canary"] {
+        for given in
+            ["sk-ant-oat01-canary", "{\"token\":\"sk-ant-oat01-canary\"}", "Bearer:sk-ant-oat01-canary"]
+        {
             let error = text(given).unwrap_err();
             assert_eq!(error, Unusable::Subscription);
             assert!(!format!("{error} {error:?}").contains("canary"));

@@ -204,8 +204,7 @@ mod tests {
             assert_eq!(read([&bytes[..]]), [Event::Damaged], "{length} {headers}");
         }
         let long = FRAME_BYTES_MAX + 1;
-        let bytes =
-            [prelude(long as u32, 0), vec![7; long - PRELUDE_BYTES], chunk(b"x")].concat();
+        let bytes = [prelude(long as u32, 0), vec![7; long - PRELUDE_BYTES], chunk(b"x")].concat();
         assert_eq!(read(bytes.chunks(4096)), [Event::Damaged, Event::Chunk(b"x".to_vec())]);
     }
 

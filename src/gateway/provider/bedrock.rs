@@ -7,8 +7,7 @@ use hyper::Method;
 use super::{Route, Target, segment};
 
 /// What a refused request is told.
-pub(super) const SERVED: &str =
-    "only POST /model/ID/invoke, /model/ID/invoke-with-response-stream and GET /inference-profiles are served";
+pub(super) const SERVED: &str = "only POST /model/ID/invoke, /model/ID/invoke-with-response-stream and GET /inference-profiles are served";
 /// The version of the API that a body names.
 pub(super) const VERSION: &str = "bedrock-2023-05-31";
 /// The body of the list of profiles.

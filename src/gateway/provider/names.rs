@@ -82,7 +82,12 @@ mod tests {
             assert_eq!(bedrock.id(id).as_deref(), Some(id), "what a client names outright stays");
         }
         assert_eq!(bedrock.id("claude-opus-4-8").as_deref(), Some("arn:aws:bedrock:us-east-1:1:p/x"));
-        for unknown in ["claude-sonnet-4-6", "arn:aws:bedrock:us-east-1:2:p/x", "amazon.nova-pro-v1:0", "us.anthropic.claude-x-v1:0:200k"] {
+        for unknown in [
+            "claude-sonnet-4-6",
+            "arn:aws:bedrock:us-east-1:2:p/x",
+            "amazon.nova-pro-v1:0",
+            "us.anthropic.claude-x-v1:0:200k",
+        ] {
             assert_eq!(bedrock.id(unknown), None, "{unknown}");
         }
         let vertex = names(ProviderKind::Vertex, &[]);

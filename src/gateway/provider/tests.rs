@@ -37,9 +37,7 @@ fn call(kind: ProviderKind) -> (String, (&'static str, String)) {
             ("/v1/messages?beta=true".into(), ("x-api-key", TOKEN.into()))
         }
         ProviderKind::Bedrock => (format!("/model/{MODEL}/invoke-with-response-stream"), bearer),
-        ProviderKind::Vertex => {
-            (format!("{VERTEX}/{MODEL}:streamRawPredict"), (TOKEN_HEADER, TOKEN.into()))
-        }
+        ProviderKind::Vertex => (format!("{VERTEX}/{MODEL}:streamRawPredict"), (TOKEN_HEADER, TOKEN.into())),
         ProviderKind::Foundry => ("/anthropic/v1/messages?beta=true".into(), ("x-api-key", TOKEN.into())),
     }
 }
@@ -154,28 +152,66 @@ async fn foreign_missing_and_doubled_credentials_send_nothing_for_any_kind() {
 async fn only_the_list_of_its_kind_passes() {
     let encoded = ID.replace(':', "%3A");
     let paths: Vec<String> = [
-        "/", "/v1", "/v1/messages", "/v1/messages?beta=true", "/v1/messages?beta=false", "/v1/messages/",
-        "/v1//messages", "/V1/messages", "/v1/messages/count_tokens", "/v1/messages/batches", "/v1/complete",
-        "/v1/files", "/v1/models", "/v1/organizations/me", "/x/../v1/messages", "/v1/%6dessages",
-        "/anthropic/v1/messages", "/anthropic/v1/messages?beta=true", "/anthropic/v1/messages/count_tokens",
-        "/anthropic/v1/files", "/inference-profiles", "/inference-profiles?type=SYSTEM_DEFINED",
-        "/inference-profiles/x", "/foundation-models", "/guardrails", "/async-invoke", "/model//invoke",
-        "/model/../invoke", "/v1/projects", "/v1beta/models", "/openai/v1/chat/completions",
+        "/",
+        "/v1",
+        "/v1/messages",
+        "/v1/messages?beta=true",
+        "/v1/messages?beta=false",
+        "/v1/messages/",
+        "/v1//messages",
+        "/V1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/messages/batches",
+        "/v1/complete",
+        "/v1/files",
+        "/v1/models",
+        "/v1/organizations/me",
+        "/x/../v1/messages",
+        "/v1/%6dessages",
+        "/anthropic/v1/messages",
+        "/anthropic/v1/messages?beta=true",
+        "/anthropic/v1/messages/count_tokens",
+        "/anthropic/v1/files",
+        "/inference-profiles",
+        "/inference-profiles?type=SYSTEM_DEFINED",
+        "/inference-profiles/x",
+        "/foundation-models",
+        "/guardrails",
+        "/async-invoke",
+        "/model//invoke",
+        "/model/../invoke",
+        "/v1/projects",
+        "/v1beta/models",
+        "/openai/v1/chat/completions",
     ]
     .map(str::to_owned)
     .into_iter()
-    .chain(["invoke", "invoke-with-response-stream", "converse", "converse-stream", "count-tokens", "invoke/x"].map(|a| format!("/model/{encoded}/{a}")))
-    .chain([format!("/model/{ID}/invoke"), format!("/model/{}/invoke", ID.replace(':', "%3a")), format!("/model/{encoded}/invoke?x=1")])
-    .chain(["rawPredict", "streamRawPredict", "predict", "serverStreamingPredict"].map(|a| format!("{VERTEX}/{MODEL}:{a}")))
+    .chain(
+        ["invoke", "invoke-with-response-stream", "converse", "converse-stream", "count-tokens", "invoke/x"]
+            .map(|a| format!("/model/{encoded}/{a}")),
+    )
+    .chain([
+        format!("/model/{ID}/invoke"),
+        format!("/model/{}/invoke", ID.replace(':', "%3a")),
+        format!("/model/{encoded}/invoke?x=1"),
+    ])
+    .chain(
+        ["rawPredict", "streamRawPredict", "predict", "serverStreamingPredict"]
+            .map(|a| format!("{VERTEX}/{MODEL}:{a}")),
+    )
     .chain([format!("{VERTEX}/count-tokens:rawPredict"), format!("{VERTEX}/count-tokens:streamRawPredict")])
-    .chain([VERTEX.replace("/hotcell/", "/other/"), VERTEX.replace("/global/", "/us-east5/")].map(|m| format!("{m}/{MODEL}:rawPredict")))
+    .chain(
+        [VERTEX.replace("/hotcell/", "/other/"), VERTEX.replace("/global/", "/us-east5/")]
+            .map(|m| format!("{m}/{MODEL}:rawPredict")),
+    )
     .collect();
     let methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"];
     for kind in ProviderKind::ALL {
         let provider = Provider::open(spec_at_home(kind)).unwrap();
         let mut passed = Vec::new();
         for (method, path) in methods.iter().flat_map(|m| paths.iter().map(move |p| (*m, p))) {
-            let (method, uri) = (Method::from_bytes(method.as_bytes()).unwrap(), path.parse::<Uri>().unwrap());
+            let (method, uri) =
+                (Method::from_bytes(method.as_bytes()).unwrap(), path.parse::<Uri>().unwrap());
             if provider.route(&method, &uri).is_ok() {
                 passed.push(format!("{method} {path}"));
             }
@@ -183,7 +219,8 @@ async fn only_the_list_of_its_kind_passes() {
         let absolute = format!("http://evil{}", call(kind).0).parse().unwrap();
         assert!(provider.route(&Method::POST, &absolute).is_err(), "{kind:?}");
         let posts = |paths: &[&str]| paths.iter().map(|p| format!("POST {p}")).collect::<Vec<_>>();
-        let vertex = |ends: &[&str]| ends.iter().map(|end| format!("POST {VERTEX}/{end}")).collect::<Vec<_>>();
+        let vertex =
+            |ends: &[&str]| ends.iter().map(|end| format!("POST {VERTEX}/{end}")).collect::<Vec<_>>();
         let wanted = match kind {
             ProviderKind::Anthropic | ProviderKind::Compatible => {
                 posts(&["/v1/messages", "/v1/messages?beta=true", "/v1/messages/count_tokens"])
@@ -227,7 +264,10 @@ fn spec_at_home(kind: ProviderKind) -> ProviderSpec {
 async fn the_profiles_are_answered_here_and_tell_nothing() {
     let world = world(spec(ProviderKind::Bedrock)).await;
     for (token, status) in [(TOKEN, 200), ("other", 403)] {
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(world.connect().await)).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(world.connect().await))
+                .await
+                .unwrap();
         let connection = tokio::spawn(connection);
         let request = hyper::Request::get("/inference-profiles?type=SYSTEM_DEFINED")
             .header("authorization", format!("Bearer {token}"))
@@ -262,7 +302,11 @@ async fn what_bedrock_is_not_told_twice_or_does_not_know_sends_nothing() {
         // No id is known, or no price.
         ("/model/claude-opus-4-8/invoke".into(), with("x", json!(1)), 403),
         ("/model/amazon.nova-pro-v1:0/invoke".into(), with("x", json!(1)), 403),
-        ("/model/us.anthropic.claude-new-9/invoke".into(), self::body(ProviderKind::Bedrock).to_string(), 403),
+        (
+            "/model/us.anthropic.claude-new-9/invoke".into(),
+            self::body(ProviderKind::Bedrock).to_string(),
+            403,
+        ),
     ] {
         let answer = read(world.send(&path, &[("authorization", &token)], body.clone()).await).await;
         assert_eq!(answer.status, status, "{path} {body}: {}", answer.body);
@@ -288,7 +332,10 @@ async fn a_broken_event_stream_costs_no_less_than_was_seen() {
             match (events, fault) {
                 (0, "error_after_events") => assert_eq!(charged, 0, "it did not begin"),
                 (0, _) => assert_eq!(charged, reserved.0, "{fault}: no usage was seen"),
-                _ => assert!(charged > SCRIPT_COST - 3000 && charged <= reserved.0 + SCRIPT_COST, "{fault} {events}: {charged}"),
+                _ => assert!(
+                    charged > SCRIPT_COST - 3000 && charged <= reserved.0 + SCRIPT_COST,
+                    "{fault} {events}: {charged}"
+                ),
             }
             world.end().await;
         }
@@ -299,9 +346,11 @@ async fn a_broken_event_stream_costs_no_less_than_was_seen() {
 async fn aws_keys_sign_and_neither_they_nor_the_signature_come_back() {
     let provider = (spec(ProviderKind::Bedrock).0, CredentialKind::Aws);
     let key = r#"{"Version":1,"AccessKeyId":"AKIDEXAMPLE","SecretAccessKey":"canary-secret-access-key","SessionToken":"canary-session-token"}"#;
-    let world = World::with(SCRIPT, Setup { provider: Some(provider), key: key.into(), ..Setup::default() }).await;
+    let world =
+        World::with(SCRIPT, Setup { provider: Some(provider), key: key.into(), ..Setup::default() }).await;
     let (path, (name, token)) = call(ProviderKind::Bedrock);
-    let answer = read(world.send(&path, &[(name, &token)], body(ProviderKind::Bedrock).to_string()).await).await;
+    let answer =
+        read(world.send(&path, &[(name, &token)], body(ProviderKind::Bedrock).to_string()).await).await;
     assert_eq!(answer.status, 200, "{}", answer.body);
     let seen = &world.recorder.requests()[0];
     let header = |name| seen.header(name).unwrap();
@@ -312,18 +361,29 @@ async fn aws_keys_sign_and_neither_they_nor_the_signature_come_back() {
         session_token: None,
     };
     let scope = Scope { region: "us-east-1", service: "bedrock", amz_date: header("x-amz-date") };
-    let headers = ["content-type", "host", "x-amz-date", "x-amz-security-token"].map(|name| (name, header(name)));
+    let headers =
+        ["content-type", "host", "x-amz-date", "x-amz-security-token"].map(|name| (name, header(name)));
     let body_sha256 = sigv4::sha256_hex(&seen.body);
-    let signed =
-        Signed { method: "POST", path: &seen.target, query: "", headers: &headers, body_sha256: &body_sha256 };
-    assert_eq!(header("authorization"), sigv4::authorization(&keys, scope, signed), "as the upstream reckons it");
+    let signed = Signed {
+        method: "POST",
+        path: &seen.target,
+        query: "",
+        headers: &headers,
+        body_sha256: &body_sha256,
+    };
+    assert_eq!(
+        header("authorization"),
+        sigv4::authorization(&keys, scope, signed),
+        "as the upstream reckons it"
+    );
     assert!(!format!("{:?}", seen.headers).contains("canary-secret"));
     world.end().await;
 }
 
 #[tokio::test]
 async fn a_credential_that_cannot_be_had_is_told_without_its_source_and_costs_nothing() {
-    let source = crate::gateway::CredentialSource::Command(vec!["/bin/sh".into(), "-c".into(), "exit 3".into()]);
+    let source =
+        crate::gateway::CredentialSource::Command(vec!["/bin/sh".into(), "-c".into(), "exit 3".into()]);
     let setup = Setup { source: Some(source), ..Setup::default() };
     let world = World::with(SCRIPT, setup).await;
     let answer = world.post(ask("x", true)).await;
@@ -331,7 +391,10 @@ async fn a_credential_that_cannot_be_had_is_told_without_its_source_and_costs_no
     assert!(answer.body.contains("credential key") && !answer.body.contains("/bin/sh"), "{}", answer.body);
     assert_eq!(world.recorder.total(), 0);
     let (events, spent) = world.end().await;
-    assert!(spent == 0 && events.contains(&GatewayEvent::Refused { status: 403, why: Refusal::Provider }), "{events:?}");
+    assert!(
+        spent == 0 && events.contains(&GatewayEvent::Refused { status: 403, why: Refusal::Provider }),
+        "{events:?}"
+    );
 }
 
 #[test]
@@ -343,12 +406,22 @@ fn a_provider_that_lacks_something_is_named() {
     };
     assert!(open(&|s| s.project = None).unwrap_err().contains("project"));
     assert!(open(&|s| s.region = Some("a/b".into())).unwrap_err().contains("single words"));
-    assert!(open(&|s| s.models = [("a".into(), "x".into()), ("b".into(), "x".into())].into()).unwrap_err().contains("same id"));
+    assert!(
+        open(&|s| s.models = [("a".into(), "x".into()), ("b".into(), "x".into())].into())
+            .unwrap_err()
+            .contains("same id")
+    );
     let usual = |kind, region: &str| {
         open(&|s| (s.kind, s.base_url, s.region) = (kind, String::new(), Some(region.into())))
     };
-    assert_eq!(usual(ProviderKind::Bedrock, "eu-west-1").unwrap(), "https://bedrock-runtime.eu-west-1.amazonaws.com/x");
-    assert_eq!(usual(ProviderKind::Vertex, "us-east5").unwrap(), "https://us-east5-aiplatform.googleapis.com/v1/x");
+    assert_eq!(
+        usual(ProviderKind::Bedrock, "eu-west-1").unwrap(),
+        "https://bedrock-runtime.eu-west-1.amazonaws.com/x"
+    );
+    assert_eq!(
+        usual(ProviderKind::Vertex, "us-east5").unwrap(),
+        "https://us-east5-aiplatform.googleapis.com/v1/x"
+    );
     assert_eq!(usual(ProviderKind::Vertex, "global").unwrap(), "https://aiplatform.googleapis.com/v1/x");
     assert!(usual(ProviderKind::Foundry, "x").unwrap_err().contains("base_url"));
 }

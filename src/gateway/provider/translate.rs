@@ -66,7 +66,8 @@ pub(super) fn inbound(body: &[u8], said: Said<'_>) -> Result<Inbound, TranslateE
     }
     if let Some(list) = fields.take(BETA) {
         betas = serde_json::from_str(list).map_err(|_| TranslateError::Field(BETA))?;
-        let good = |name: &String| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+        let good =
+            |name: &String| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
         if betas.len() > BETAS_MAX || !betas.iter().all(good) {
             return Err(TranslateError::Field(BETA));
         }

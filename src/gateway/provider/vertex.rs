@@ -7,8 +7,7 @@ use super::{Route, Target, segment};
 use crate::agent::provider::{VERTEX_LOCATION, VERTEX_PROJECT};
 
 /// What a refused request is told.
-pub(super) const SERVED: &str =
-    "only POST of models/ID:rawPredict, models/ID:streamRawPredict and models/count-tokens:rawPredict is served";
+pub(super) const SERVED: &str = "only POST of models/ID:rawPredict, models/ID:streamRawPredict and models/count-tokens:rawPredict is served";
 /// The version of the API that a body names.
 pub(super) const VERSION: &str = "vertex-2023-10-16";
 /// The model that counts tokens of another one, which the body names.
