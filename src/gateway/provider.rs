@@ -406,7 +406,7 @@ impl Provider {
         headers: &mut HeaderMap,
         body: &Bytes,
     ) -> Result<Secrets, OutgoingError> {
-        let body_sha256 = apart(body.clone(), |body| sigv4::sha256_hex(body)).await;
+        let body_sha256 = apart(body.clone(), sigv4::sha256_hex).await;
         let amz_date = sigv4::amz_date(clock::wall_ms());
         let host = uri.authority().map(ToString::to_string).unwrap_or_default();
         let token = keys.session_token.as_ref().map(Secret::expose);
