@@ -40,12 +40,10 @@ pub struct Api {
     pub policies: BTreeMap<String, Policy>,
     /// The policy of a job that names none.
     pub default_policy: String,
-    /// Model and image where neither job nor policy names one.
+    /// Model, image and provider where neither job nor policy names one.
     pub defaults: Defaults,
     /// Who may use what, and who sees all jobs.
     pub access: Access,
-    /// The provider of a job where neither it nor its policy names one.
-    pub default_provider: String,
     /// Jobs that run at the same time.
     pub slots: u32,
     /// Most jobs that wait.

@@ -19,6 +19,7 @@ use crate::cell_image::{EngineImages, ImageError, Images};
 use crate::clock;
 use crate::engine::{BindMount, CellLimits, CellSpec, ContainerId, EngineError};
 use crate::event::Body;
+use crate::agent::provider::ProviderView;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::job::outcome::Failure;
 use crate::job::{CellId, FailReason, Phase, StopReason};
@@ -109,7 +110,9 @@ pub async fn prepare(
         }
     };
     let spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
-    let boot = boot(record, &names, &found, record.accepted.plan.limits.wall_ms + WALL_SLACK_MS);
+    let provider = parts.gateway.view(&record.accepted.plan.provider);
+    let provider = provider.map_err(|e| failed(FailReason::Internal, e));
+    let boot = provider.and_then(|provider| boot(record, &names, &found, &provider, record.accepted.plan.limits.wall_ms + WALL_SLACK_MS));
     let started = match boot {
         Ok(boot) => start(parts, &names.cell, &spec, &boot, stop).await,
         Err(error) => Err(error),
@@ -375,6 +378,7 @@ async fn open_lease(
         job: record.job.clone(),
         cell: cell.clone(),
         token: token.to_owned(),
+        identity: record.identity.clone(),
         plan: Arc::new(record.accepted.plan.clone()),
         budgets,
         output_tokens_max: None,
@@ -458,10 +462,16 @@ fn cores_milli() -> u32 {
     std::thread::available_parallelism().map_or(1000, |n| u32::try_from(n.get() * 1000).unwrap_or(u32::MAX))
 }
 
-fn boot(record: &Record, names: &Names, image: &Image, wall_limit_ms: u64) -> Result<Vec<u8>, PrepareError> {
+fn boot(
+    record: &Record,
+    names: &Names,
+    image: &Image,
+    provider: &ProviderView,
+    wall_limit_ms: u64,
+) -> Result<Vec<u8>, PrepareError> {
     let plan = &record.accepted.plan;
     let argv = options::argv(plan, &names.session_id).into_iter().map(OsString::from).collect();
-    let mut env = options::environment(plan, image.path_env.as_deref(), &names.token);
+    let mut env = options::environment(plan, image.path_env.as_deref(), provider, &names.token);
     env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
     let mut boot = Boot::new(names.cell.clone(), names.key.clone(), argv);
     boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();

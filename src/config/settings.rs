@@ -39,7 +39,7 @@ const fn everyday(key: &'static str, value_name: &'static str, help: &'static st
 }
 
 /// All settings.
-pub const SETTINGS: [Setting; 29] = [
+pub const SETTINGS: [Setting; 30] = [
     everyday(
         "state_dir",
         "DIR",
@@ -92,6 +92,11 @@ pub const SETTINGS: [Setting; 29] = [
         "Image of jobs where neither job nor policy names one [default: hotcell/cell]",
     ),
     setting("defaults.agent", "VERSION", "Agent bundle of jobs that name none [default: the one in use]"),
+    setting(
+        "defaults.provider",
+        "NAME",
+        "Provider of jobs where neither job nor policy names one [default: the only [[provider]], else anthropic]",
+    ),
     everyday("limits.slots", "N", "Jobs that run at the same time [default: the number of cores]"),
     setting("limits.queued_jobs_max", "N", "Jobs that may wait; more are refused [default: 10000]"),
     setting("limits.journal_bytes_max", "BYTES", "Size of one job's journal [default: 268435456]"),

@@ -12,7 +12,6 @@ use tokio::time::timeout;
 
 use super::body::{Bound, Known, countable};
 use super::messages::Call;
-use super::upstream::Target;
 use crate::pricing::Usage;
 
 /// The provider is asked to count from this many bytes on that nobody has counted.
@@ -95,7 +94,7 @@ impl Call {
     /// Input tokens that the request can have at the most.
     pub(super) async fn bound_input(&self) -> u64 {
         let bound = self.known_bound();
-        let estimates = &self.lease.gateway.estimates;
+        let estimates = &self.lease.provider.estimates;
         if bound.guessed < COUNT_FROM_BYTES || estimates.rests() {
             return bound.tokens;
         }
@@ -104,7 +103,7 @@ impl Call {
     }
 
     async fn counted(&self) -> u64 {
-        let estimates = &self.lease.gateway.estimates;
+        let estimates = &self.lease.provider.estimates;
         let _one = estimates.counting.lock().await;
         let bound = self.known_bound();
         if bound.guessed < COUNT_FROM_BYTES || estimates.rests() {
@@ -128,18 +127,16 @@ impl Call {
 
     fn known_bound(&self) -> Bound {
         let own = locked(&self.lease.learnt.0);
-        let shared = locked(&self.lease.gateway.estimates.known);
+        let shared = locked(&self.lease.provider.estimates.known);
         self.facts.shape.bound(&[&own, &shared])
     }
 
     /// Asks the provider, with the same headers and credential as the request itself will have.
     async fn count(&self) -> Result<u64, Uncounted> {
-        let gateway = &self.lease.gateway;
         let body = countable(&self.body).ok_or(Uncounted::Refused)?;
-        let mut headers = self.headers.clone();
-        gateway.credential.inject(&self.permit, &mut headers).await;
-        let sent = gateway.upstream.send(Target::CountTokens, self.beta, headers, body).await;
-        let answer = sent.map_err(|_| Uncounted::Unavailable)?;
+        let way = self.lease.provider.counting(&self.way).ok_or(Uncounted::Unavailable)?;
+        let outgoing = self.outgoing(&way, body).await.map_err(|_| Uncounted::Unavailable)?;
+        let answer = self.lease.provider.send(outgoing).await.map_err(|_| Uncounted::Unavailable)?;
         let status = answer.status();
         // What this body alone is to blame for must not stop the counts of others.
         let own_fault =
@@ -163,7 +160,7 @@ impl Call {
         if tokens > 0 && self.web_searches == 0 {
             self.facts.shape.learn(tokens, &mut locked(&self.lease.learnt.0));
             if self.facts.shape.is_opening() {
-                self.facts.shape.learn_opening(tokens, &mut locked(&self.lease.gateway.estimates.known));
+                self.facts.shape.learn_opening(tokens, &mut locked(&self.lease.provider.estimates.known));
             }
         }
     }

@@ -19,12 +19,13 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::credentials::Secret;
 use super::estimate::Learnt;
 use super::ledger::Ledger;
 use super::messages;
+use super::provider::Provider;
+use super::secret::Secret;
 use super::{Gateway, GatewayEvent};
-use crate::job::{CellId, JobId};
+use crate::job::{CellId, Identity, JobId};
 use crate::money::Budget;
 use crate::policy::Plan;
 
@@ -46,7 +47,9 @@ pub struct LeaseSpec {
     pub cell: CellId,
     /// The only credential that the socket accepts.
     pub token: String,
-    /// The job's plan: which models may be asked.
+    /// Whose job it is: commands that give credentials run as them.
+    pub identity: Identity,
+    /// The job's plan: its provider, and which models may be asked.
     pub plan: Arc<Plan>,
     /// The budgets that its requests must fit under; what was spent before is in the ledger.
     pub budgets: Vec<Budget>,
@@ -81,6 +84,8 @@ pub(super) struct Shared {
     pub(super) job: JobId,
     pub(super) cell: CellId,
     pub(super) token: Secret,
+    pub(super) identity: Identity,
+    pub(super) provider: Arc<Provider>,
     pub(super) plan: Arc<Plan>,
     pub(super) budgets: Vec<Budget>,
     pub(super) output_tokens_max: Option<u64>,
@@ -122,6 +127,7 @@ impl Shared {
 impl Lease {
     pub(super) async fn open(
         gateway: Arc<Gateway>,
+        provider: Arc<Provider>,
         spec: LeaseSpec,
         ledger: Arc<dyn Ledger>,
     ) -> io::Result<Self> {
@@ -135,6 +141,8 @@ impl Lease {
             job: spec.job,
             cell: spec.cell,
             token: Secret::new(spec.token),
+            identity: spec.identity,
+            provider,
             plan: spec.plan,
             budgets: spec.budgets,
             output_tokens_max: spec.output_tokens_max,

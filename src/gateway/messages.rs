@@ -9,21 +9,21 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Request, Response, StatusCode};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::admit::{Refused, admit};
 use super::body::BodyFacts;
 use super::censor::Censor;
-use super::credentials::Secret;
 use super::estimate::with_searches;
 use super::lease::Shared;
 use super::ledger::{Ask, Grant, LedgerError};
 use super::meter::{Meter, Reading};
 use super::pace::{Ending, Turn};
-use super::relay::{Body, Ended, Pump, Waiting, error_response, passed_on, whole};
-use super::upstream::Target;
+use super::provider::{Outgoing, Target, Way};
+use super::relay::{Body, Ended, Pump, Waiting, error_response, passed_on};
+use super::secret::Secrets;
 use super::{GatewayEvent, Refusal};
 use crate::clock;
 use crate::money::MicroUsd;
@@ -43,11 +43,14 @@ const LIMITED_TRIES: u32 = 3;
 
 /// Answers one request of a cell.
 pub(super) async fn answer(lease: Arc<Shared>, request: Request<Incoming>) -> Response<Body> {
-    if request.method() == Method::HEAD && request.uri().path() == "/" {
-        // The CLI's warm-up. It tells nothing, so it needs no token.
-        return Response::new(whole(Bytes::new()));
-    }
-    let refused = match admit(&lease, request).await {
+    let here =
+        lease.provider.answered_here(request.method(), request.uri(), request.headers(), &lease.token);
+    let admitted = match here {
+        Some(Ok(response)) => return response,
+        Some(Err(refused)) => Err(refused),
+        None => admit(&lease, request).await,
+    };
+    let refused = match admitted {
         Ok(call) => {
             let (head, answer) = oneshot::channel();
             lease.tasks.spawn(call.run(head));
@@ -75,7 +78,8 @@ pub(super) struct Call {
     pub(super) lease: Arc<Shared>,
     pub(super) arrived: Instant,
     pub(super) target: Target,
-    pub(super) beta: bool,
+    /// How it goes upstream.
+    pub(super) way: Way,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
     pub(super) facts: BodyFacts,
@@ -104,6 +108,8 @@ struct Relayed {
     ended: Ended,
     retry_after_s: Option<u64>,
     ttfb_ms: u64,
+    /// Nothing went upstream.
+    ours: bool,
 }
 
 /// Why a request goes no further.
@@ -134,8 +140,10 @@ impl Call {
         if let Some(grant) = grant {
             self.settle(grant, &relayed).await;
         }
-        if relayed.status == 401 {
-            self.lease.gateway.credential.doubt().await;
+        // AWS says 403 of keys that have expired.
+        if matches!(relayed.status, 401 | 403) && !relayed.ours {
+            let lease = &self.lease;
+            lease.gateway.credentials.doubt(&lease.provider.credential, &lease.identity).await;
         }
         self.tell_faults(&relayed);
     }
@@ -167,7 +175,7 @@ impl Call {
     async fn turn(&self, head: &mut Head) -> Result<Turn, Stop> {
         let lease = &self.lease;
         let give_up = self.arrived + lease.gateway.limits.pace_wait;
-        let waiting = lease.gateway.pacer.turn(give_up, |paused| self.tell_pause(paused));
+        let waiting = lease.provider.pacer.turn(give_up, |paused| self.tell_pause(paused));
         let paused = tokio::select! {
             turn = waiting => match turn {
                 Ok(turn) => return Ok(turn),
@@ -208,8 +216,8 @@ impl Call {
         let ask = Ask {
             job: self.lease.job.clone(),
             model: self.facts.model.clone(),
-            credential: self.lease.gateway.name.clone(),
-            provider: self.lease.gateway.name.clone(),
+            credential: self.lease.provider.credential.clone(),
+            provider: self.lease.provider.name.clone(),
             want: self.worst_case(self.output_tokens_max),
             floor: self.worst_case(self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR)),
             budgets: self.lease.budgets.clone(),
@@ -272,7 +280,7 @@ impl Call {
     async fn forward(&mut self, mut head: Head, mut turn: Option<Turn>) -> Relayed {
         let give_up = self.arrived + self.lease.gateway.limits.pace_wait;
         for attempt in 1.. {
-            let (answer, secret, ttfb_ms) = match self.send(&mut head).await {
+            let (answer, secrets, ttfb_ms) = match self.send(&mut head).await {
                 Ok(sent) => sent,
                 Err((relayed, response)) => {
                     let _ = head.send(*response);
@@ -282,15 +290,15 @@ impl Call {
             let limit = limit_of(answer.status(), answer.headers());
             let paused = match (limit, turn.take()) {
                 (Some(ending), Some(turn)) => turn.end(ending),
-                (None, Some(turn)) => return self.relay(head, answer, secret, ttfb_ms, Some(turn)).await,
-                (_, None) => return self.relay(head, answer, secret, ttfb_ms, None).await,
+                (None, Some(turn)) => return self.relay(head, answer, secrets, ttfb_ms, Some(turn)).await,
+                (_, None) => return self.relay(head, answer, secrets, ttfb_ms, None).await,
             };
             let last = attempt >= LIMITED_TRIES || head.is_closed() || Instant::now() + paused >= give_up;
             if last {
                 if Instant::now() + paused >= give_up {
                     self.tell_pause(paused);
                 }
-                return self.relay(head, answer, secret, ttfb_ms, None).await;
+                return self.relay(head, answer, secrets, ttfb_ms, None).await;
             }
             drop(answer);
             match self.turn(&mut head).await {
@@ -306,14 +314,35 @@ impl Call {
         lost(StatusCode::TOO_MANY_REQUESTS, false, Ended::ByUs, 0)
     }
 
+    /// The request in the provider's form, with the credential; made anew for each try, since a signature ages.
+    pub(super) async fn outgoing(&self, way: &Way, body: Bytes) -> Result<Outgoing, Refused> {
+        let lease = &self.lease;
+        let (credentials, headers) = (&lease.gateway.credentials, self.headers.clone());
+        let made = lease.provider.outgoing(way, body, headers, credentials, &self.permit, &lease.identity);
+        made.await.map_err(|error| {
+            let name = &lease.provider.credential;
+            tracing::warn!(%error, job = %lease.job, credential = name, "a request cannot go out");
+            // The words of the error name files and programs of the host: they are not for the cell.
+            let message = format!("the credential {name} of the provider cannot be used: see the daemon's log");
+            Refused::new(Refusal::Provider, message)
+        })
+    }
+
     /// Sends the request; gives the head of the answer.
     async fn send(&mut self, head: &mut Head) -> Result<Sent, (Relayed, Box<Response<Body>>)> {
         let gateway = Arc::clone(&self.lease.gateway);
         let limits = &gateway.limits;
-        let mut headers = self.headers.clone();
-        let secret = gateway.credential.inject(&self.permit, &mut headers).await;
+        let outgoing = match self.outgoing(&self.way, self.body.clone()).await {
+            Ok(outgoing) => outgoing,
+            Err(refused) => {
+                let response = refused.response(&self.lease);
+                let relayed = lost(response.status(), false, Ended::ByUs, 0);
+                return Err((Relayed { ours: true, ..relayed }, Box::new(response)));
+            }
+        };
+        let secrets = outgoing.secrets.clone();
         let sent = Instant::now();
-        let sending = gateway.upstream.send(self.target, self.beta, headers, self.body.clone());
+        let sending = self.lease.provider.send(outgoing);
         let answer = tokio::select! {
             answer = timeout(limits.first_byte_wait, sending) => answer.map_err(|_| Ended::ByProvider),
             () = left_for(head, limits.drain) => Err(Ended::ByUs),
@@ -321,7 +350,7 @@ impl Call {
         };
         let ttfb_ms = millis(sent);
         match answer {
-            Ok(Ok(answer)) => Ok((answer, secret, ttfb_ms)),
+            Ok(Ok(answer)) => Ok((answer, secrets, ttfb_ms)),
             Ok(Err(error)) => {
                 let why = with_causes(&error);
                 tracing::warn!(why, job = %self.lease.job, "the provider cannot be reached");
@@ -345,7 +374,7 @@ impl Call {
         &mut self,
         head: Head,
         answer: Response<Incoming>,
-        secret: Secret,
+        secrets: Secrets,
         ttfb_ms: u64,
         turn: Option<Turn>,
     ) -> Relayed {
@@ -363,8 +392,8 @@ impl Call {
         let whole = Arc::new(AtomicBool::new(false));
         let waiting = Waiting { pieces: receiver, whole: Arc::clone(&whole) };
         // Fails when the client has left: then the answer is only metered.
-        let _ = head.send(passed_on(parts.status, &parts.headers, &secret, waiting));
-        let censor = Censor::new(secret);
+        let _ = head.send(passed_on(parts.status, &parts.headers, &secrets, waiting));
+        let censor = Censor::new(secrets);
         let ended = Pump { lease: &self.lease, limits, pieces, whole, censor }.run(body, &mut meter).await;
         let reading = meter.finish();
         if let Some(turn) = turn {
@@ -376,7 +405,7 @@ impl Call {
             });
         }
         let status = parts.status.as_u16();
-        Relayed { status, reading, unknown: metered, ended, retry_after_s, ttfb_ms }
+        Relayed { status, reading, unknown: metered, ended, retry_after_s, ttfb_ms, ours: false }
     }
 
     /// What the request costs: what the provider said it billed; else the whole reservation if the provider
@@ -447,6 +476,9 @@ impl Call {
     }
 
     fn tell_faults(&self, relayed: &Relayed) {
+        if relayed.ours {
+            return;
+        }
         let event_status = relayed.reading.error.as_deref().map(|kind| match kind {
             "rate_limit_error" => 429,
             "overloaded_error" => 529,
@@ -466,11 +498,11 @@ impl Call {
 }
 
 /// The head of an answer, the secret that it must not show, and how long it took.
-type Sent = (Response<Incoming>, Secret, u64);
+type Sent = (Response<Incoming>, Secrets, u64);
 
 fn lost(status: StatusCode, unknown: bool, ended: Ended, ttfb_ms: u64) -> Relayed {
     let reading = Reading::default();
-    Relayed { status: status.as_u16(), reading, unknown, ended, retry_after_s: None, ttfb_ms }
+    Relayed { status: status.as_u16(), reading, unknown, ended, retry_after_s: None, ttfb_ms, ours: false }
 }
 
 /// Whether an answer says that the credential, not the request, is limited.

@@ -158,7 +158,7 @@ impl Pace {
 }
 
 /// How a credential is doing, for the metrics.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PaceView {
     /// Requests that may run at a time.
     pub limit: u32,
@@ -168,6 +168,18 @@ pub struct PaceView {
     pub waiting: usize,
     /// What is left of a pause.
     pub paused: Duration,
+}
+
+impl PaceView {
+    /// Both together: sums, and the longer pause.
+    pub fn with(self, other: Self) -> Self {
+        Self {
+            limit: self.limit.saturating_add(other.limit),
+            running: self.running.saturating_add(other.running),
+            waiting: self.waiting.saturating_add(other.waiting),
+            paused: self.paused.max(other.paused),
+        }
+    }
 }
 
 /// The pace of one credential, shared by all leases.

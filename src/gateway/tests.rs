@@ -16,43 +16,50 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::agent::provider::ProviderKind;
 use crate::job::JobSpec;
 use crate::job::{CellId, JobId};
 use crate::model::{ModelReport, Recorder, Script, serve};
 use crate::money::{Budget, Scope};
 use crate::policy::{Defaults, Plan, Policy, narrow};
 
-const KEY: &str = "canary-key-0123456789";
-const TOKEN: &str = "job-token";
-const MODEL: &str = "claude-sonnet-4-6";
+pub(super) const KEY: &str = "canary-key-0123456789";
+pub(super) const TOKEN: &str = "job-token";
+pub(super) const MODEL: &str = "claude-sonnet-4-6";
 
-struct World {
-    recorder: Arc<Recorder>,
+pub(super) struct World {
+    pub(super) recorder: Arc<Recorder>,
     stop: CancellationToken,
     model: JoinHandle<ModelReport>,
     ledger: Arc<MemoryLedger>,
-    lease: Lease,
+    pub(super) lease: Lease,
     dir: tempfile::TempDir,
     job: JobId,
 }
 
-struct Setup {
-    limit: Option<u64>,
-    limits: Limits,
-    models: Vec<String>,
+pub(super) struct Setup {
+    pub(super) limit: Option<u64>,
+    pub(super) limits: Limits,
+    pub(super) models: Vec<String>,
+    /// A provider and its credential's kind; the base URL is what follows the model's.
+    pub(super) provider: Option<(ProviderSpec, CredentialKind)>,
+    /// What the credential's file holds.
+    pub(super) key: String,
+    /// Where the credential comes from instead.
+    pub(super) source: Option<CredentialSource>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let limits = Limits { drain: Duration::from_secs(5), ..Limits::default() };
-        Self { limit: None, limits, models: vec!["*".into()] }
+        Self { limit: None, limits, models: vec!["*".into()], provider: None, key: KEY.into(), source: None }
     }
 }
 
 /// A plan that allows these models.
 pub(super) fn plan(models: Vec<String>) -> Arc<Plan> {
     let policy = Policy::parse("test", include_str!("../../policies/default.toml")).unwrap();
-    let defaults = Defaults { model: MODEL.into(), image: "x".into() };
+    let defaults = Defaults { model: MODEL.into(), image: "x".into(), provider: "test".into() };
     let spec = JobSpec::parse(br#"{"prompt":"x"}"#).unwrap();
     let mut plan = narrow(&spec, &policy, None, &defaults).unwrap();
     plan.layers[0].models_allow = models;
@@ -64,19 +71,19 @@ fn unheld() -> Limits {
     Limits { pace_wait: Duration::ZERO, ..Limits::default() }
 }
 
-struct Answer {
-    status: u16,
+pub(super) struct Answer {
+    pub(super) status: u16,
     headers: hyper::HeaderMap,
-    body: String,
-    whole: bool,
+    pub(super) body: String,
+    pub(super) whole: bool,
 }
 
 impl World {
-    async fn new(script: &str) -> Self {
+    pub(super) async fn new(script: &str) -> Self {
         Self::with(script, Setup::default()).await
     }
 
-    async fn with(script: &str, setup: Setup) -> Self {
+    pub(super) async fn with(script: &str, setup: Setup) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let base_url = format!("http://{}/some/prefix", listener.local_addr().unwrap());
         let (stop, recorder) = (CancellationToken::new(), Arc::new(Recorder::memory()));
@@ -88,19 +95,19 @@ impl World {
         Self { recorder, stop, model, ledger, lease, dir, job }
     }
 
-    async fn connect(&self) -> UnixStream {
+    pub(super) async fn connect(&self) -> UnixStream {
         UnixStream::connect(self.dir.path().join("api.sock")).await.unwrap()
     }
 
-    async fn send(&self, path: &str, headers: &[(&str, &str)], body: String) -> Response<Incoming> {
+    pub(super) async fn send(&self, path: &str, headers: &[(&str, &str)], body: String) -> Response<Incoming> {
         send(self.connect().await, path, headers, body).await
     }
 
-    async fn post(&self, body: Value) -> Answer {
+    pub(super) async fn post(&self, body: Value) -> Answer {
         read(self.send("/v1/messages?beta=true", &[("x-api-key", TOKEN)], body.to_string()).await).await
     }
 
-    async fn charged(&mut self) -> (Usage, u64) {
+    pub(super) async fn charged(&mut self) -> (Usage, u64) {
         loop {
             if let GatewayEvent::Charged { usage, charged, .. } = self.lease.next_event().await {
                 return (usage, charged.0);
@@ -109,7 +116,7 @@ impl World {
     }
 
     /// Ends everything; nothing may be left reserved.
-    async fn end(self) -> (Vec<GatewayEvent>, u64) {
+    pub(super) async fn end(self) -> (Vec<GatewayEvent>, u64) {
         let events = self.lease.destroy().await;
         assert!(!self.dir.path().join("api.sock").exists());
         self.stop.cancel();
@@ -117,6 +124,36 @@ impl World {
         let (spent, reserved) = self.ledger.standing(&self.job);
         assert_eq!(reserved, MicroUsd::ZERO, "a reservation is left");
         (events, spent.0)
+    }
+}
+
+/// The user that the tests run as.
+pub(super) fn me() -> Identity {
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    Identity { uid, gid, groups: Vec::new() }
+}
+
+pub(super) fn config(base_url: &str, source: CredentialSource) -> GatewayConfig {
+    GatewayConfig {
+        providers: vec![ProviderSpec {
+            name: "test".into(),
+            kind: ProviderKind::Anthropic,
+            base_url: base_url.into(),
+            credential: "key".into(),
+            region: None,
+            project: None,
+            models: BTreeMap::new(),
+        }],
+        default_provider: "test".into(),
+        credentials: vec![CredentialSpec {
+            name: "key".into(),
+            kind: CredentialKind::ApiKey,
+            source,
+            refresh: credentials::REFRESH,
+            users: Vec::new(),
+            groups: Vec::new(),
+            required: true,
+        }],
     }
 }
 
@@ -128,19 +165,20 @@ async fn lease(
     setup: Setup,
 ) -> Lease {
     let key_file = dir.path().join("key");
-    std::fs::write(&key_file, KEY).unwrap();
-    let provider = Provider {
-        name: "test".into(),
-        base_url: base_url.into(),
-        credential: CredentialSource::File(key_file),
-        style: AuthStyle::ApiKey,
-    };
+    std::fs::write(&key_file, &setup.key).unwrap();
     let prices = Arc::new(Prices::built_in().unwrap());
-    let gateway = Gateway::open(provider, prices, setup.limits).await.unwrap();
+    let mut config = config(base_url, setup.source.unwrap_or(CredentialSource::File(key_file)));
+    if let Some((spec, kind)) = setup.provider {
+        config.credentials[0].kind = kind;
+        let base_url = format!("{base_url}{}", spec.base_url);
+        config.providers[0] = ProviderSpec { base_url, ..spec };
+    }
+    let gateway = Gateway::open(config, prices, setup.limits).await.unwrap();
     let spec = LeaseSpec {
         job: job.clone(),
         cell: CellId::new(1),
         token: TOKEN.into(),
+        identity: me(),
         plan: plan(setup.models),
         budgets: setup
             .limit
@@ -165,7 +203,7 @@ async fn send(stream: UnixStream, path: &str, headers: &[(&str, &str)], body: St
     sender.send_request(request.body(Full::new(Bytes::from(body))).unwrap()).await.unwrap()
 }
 
-async fn read(response: Response<Incoming>) -> Answer {
+pub(super) async fn read(response: Response<Incoming>) -> Answer {
     let (parts, mut body) = response.into_parts();
     let (mut bytes, mut whole) = (Vec::new(), true);
     while let Some(frame) = body.frame().await {
@@ -178,19 +216,19 @@ async fn read(response: Response<Incoming>) -> Answer {
     Answer { status: parts.status.as_u16(), headers: parts.headers, body, whole }
 }
 
-fn ask(prompt: &str, stream: bool) -> Value {
+pub(super) fn ask(prompt: &str, stream: bool) -> Value {
     json!({ "model": MODEL, "max_tokens": 8000, "stream": stream,
             "messages": [{ "role": "user", "content": prompt }] })
 }
 
-const SCRIPT: &str = r#"
+pub(super) const SCRIPT: &str = r#"
     [default]
     text = "hello {{prompt}}, a rather long answer for many deltas"
     chunk_chars = 4
     usage = { input = 100, output = 200, cache_read = 300, cache_write_5m = 400, cache_write_1h = 500 }
 "#;
 /// 100 × 3 + 200 × 15 + 300 × 0.3 + 400 × 3.75 + 500 × 6, in micro-USD.
-const SCRIPT_COST: u64 = 300 + 3000 + 90 + 1500 + 3000;
+pub(super) const SCRIPT_COST: u64 = 300 + 3000 + 90 + 1500 + 3000;
 
 #[tokio::test]
 async fn the_key_is_injected_and_nothing_of_it_comes_back() {
@@ -697,6 +735,7 @@ async fn a_ledger_that_fails_stops_requests_and_settlements_are_tried_again() {
         job: world.job.clone(),
         cell: CellId::new(2),
         token: TOKEN.into(),
+        identity: me(),
         plan: plan(vec!["*".into()]),
         budgets: Vec::new(),
         output_tokens_max: None,

@@ -19,6 +19,7 @@ mod life;
 mod money;
 mod policies;
 mod provider;
+mod providers;
 mod requests;
 mod road;
 mod rules;

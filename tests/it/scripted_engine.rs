@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use hotcell::config::{ApiKeySource, Config, Defaults, Limits, Provider};
+use hotcell::config::{self, ApiKeySource, Config, Defaults, Limits};
 use hotcell::daemon::{self, Listeners, Shutdown};
 use hotcell::engine::{
     BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Found, ImageInfo, Progress,
@@ -346,7 +346,7 @@ fn config(dir: &Path, slots: u32) -> Config {
         metrics: None,
         policy_dirs: Vec::new(),
         prices_file: None,
-        provider: Provider { base_url, api_key },
+        gateway: config::anthropic(base_url, api_key),
         defaults: Defaults { policy, model, image, agent: None },
         limits,
         budgets: hotcell::config::Budgets::default(),

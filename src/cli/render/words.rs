@@ -148,7 +148,7 @@ fn after_failure(reason: FailReason, job: &str) -> String {
             format!("its policy does not allow what it asked of the model; hotcell logs {job} shows what")
         }
         FailReason::ProviderAuth => {
-            "the daemon's credential was refused: see [provider.anthropic] in its configuration".into()
+            "the daemon's credential was refused: see its providers and credentials in the configuration".into()
         }
         FailReason::ProviderLimit => "wait and submit it again, or name a --fallback-model".into(),
         FailReason::ProviderError => format!("submit it again later; hotcell logs {job} shows the answers"),

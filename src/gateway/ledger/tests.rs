@@ -11,9 +11,8 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::gateway::{
-    AuthStyle, CredentialSource, Gateway, GatewayEvent, Lease, LeaseSpec, Limits, Provider, tests::plan,
-};
+use crate::gateway::tests::{config, me, plan};
+use crate::gateway::{CredentialSource, Gateway, GatewayEvent, Lease, LeaseSpec, Limits};
 use crate::job::Identity;
 use crate::model::{Recorder, Script, serve};
 use crate::money::Caps;
@@ -68,14 +67,9 @@ impl World {
         tokio::spawn(serve(listener, script, Arc::clone(&recorder), stop.clone()));
         let key = dir.path().join("key");
         std::fs::write(&key, "canary").unwrap();
-        let provider = Provider {
-            name: "test".into(),
-            base_url,
-            credential: CredentialSource::File(key),
-            style: AuthStyle::ApiKey,
-        };
+        let config = config(&base_url, CredentialSource::File(key));
         let prices = Arc::new(Prices::built_in().unwrap());
-        let gateway = Gateway::open(provider, prices, Limits::default()).await.unwrap();
+        let gateway = Gateway::open(config, prices, Limits::default()).await.unwrap();
         let store = Store::open(dir.path().join("state")).await.unwrap();
         for n in 0..4 {
             store.submit(new_job(n, 1000 + (n / 2) as u32)).await.unwrap();
@@ -93,6 +87,7 @@ impl World {
                 job: JobId::new(n, 0),
                 cell: cell.clone(),
                 token: TOKEN.into(),
+                identity: me(),
                 plan: self.plan.clone(),
                 budgets: caps.of_job(Some(MicroUsd(5_000_000)), None, None),
                 output_tokens_max: None,
@@ -194,7 +189,7 @@ async fn a_users_day_bounds_all_jobs_of_the_user_and_nobody_elses() {
         costs.rows.iter().map(|(key, spend)| (key.as_deref().unwrap(), spend.charged)).collect();
     assert_eq!(users, [("1000", COST), ("1001", COST)]);
     let query = CostQuery { uid: None, since_ms: None, until_ms: None, by: By::Credential };
-    assert_eq!(world.store.costs(query).await.unwrap().rows[0].0.as_deref(), Some("test"));
+    assert_eq!(world.store.costs(query).await.unwrap().rows[0].0.as_deref(), Some("key"));
     world.stop.cancel();
     world.store.close().await.unwrap();
 }
