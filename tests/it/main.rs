@@ -16,6 +16,7 @@ mod init;
 mod life;
 mod provider;
 mod road;
+mod runtime;
 mod scripted_engine;
 mod walls;
 mod workspace;
