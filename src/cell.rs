@@ -12,6 +12,7 @@ pub mod live;
 pub mod prepare;
 pub mod record;
 mod rooms;
+pub mod runtime;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -84,6 +85,8 @@ pub struct Parts {
     pub bundles: Bundles,
     /// Who follows which job.
     pub feeds: Feeds,
+    /// Runtimes that were tried.
+    pub runtimes: runtime::Tried,
 }
 
 impl std::fmt::Debug for Parts {
@@ -236,6 +239,7 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
     let spend = parts.store.spend(&record.job).await?;
     let (tool_calls, tool_denials) = ended.session.as_ref().map_or((0, 0), Session::tool_counts);
     let exit = record.exit.unwrap_or_default();
+    let runtime = parts.store.cell_of(&record.job).await?.and_then(|cell| cell.runtime);
     Ok(Totals {
         charged_micro_usd: spend.charged,
         cli_micro_usd: ended.session.as_ref().and_then(Session::cli_cost),
@@ -246,6 +250,7 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
         tool_denials,
         peak_memory_bytes: exit.peak_memory_bytes,
         cpu_us: exit.cpu_us,
+        runtime,
     })
 }
 

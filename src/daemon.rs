@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::agent_bundle::Bundles;
 use crate::api::{self, Api, peer::PeerListener};
 use crate::cell::record::Feeds;
+use crate::cell::runtime::Tried;
 use crate::cell::{Parts, Settings};
 use crate::config::{ApiKeySource, Config, policy_sources};
 use crate::driver::Driver;
@@ -225,7 +226,9 @@ async fn build(
         disk_reserve_bytes: u64::from(config.limits.disk_reserve_mib) * 1024 * 1024,
         agent: config.defaults.agent.clone(),
     };
-    let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds: Feeds::default() };
+    let runtimes = Tried::load(&settings.state_dir);
+    let feeds = Feeds::default();
+    let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds, runtimes };
     Ok((Arc::new(parts), policies))
 }
 

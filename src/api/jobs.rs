@@ -49,6 +49,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
             }
         }
     };
+    let cell = api.parts.store.cell_of(&row.id).await?;
     Ok(JobView {
         id: row.id.clone(),
         state: row.state.clone(),
@@ -61,7 +62,8 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         workspace_mode: accepted.plan.workspace_mode,
         labels: row.labels.clone(),
         priority: row.priority,
-        cell: api.parts.store.cell_of(&row.id).await?.map(|row| row.cell.to_string()),
+        runtime: cell.as_ref().and_then(|row| row.runtime),
+        cell: cell.map(|row| row.cell.to_string()),
         created_at: clock::rfc3339(row.created_ms),
         started_at: row.started_ms.map(clock::rfc3339),
         ended_at: row.ended_ms.map(clock::rfc3339),

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::event::Totals;
+use crate::job::spec::Runtime;
 use crate::job::{Blame, JobId, Outcome, State};
 
 /// A job as its owner sees it.
@@ -35,6 +36,9 @@ pub struct JobView {
     pub labels: BTreeMap<String, String>,
     /// Its priority.
     pub priority: i8,
+    /// What isolates or isolated its cell, once it has one.
+    #[serde(default)]
+    pub runtime: Option<Runtime>,
     /// The cell that runs or ran it.
     pub cell: Option<String>,
     /// RFC 3339, UTC.

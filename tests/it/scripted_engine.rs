@@ -13,7 +13,7 @@ use hotcell::config::{ApiKeySource, Config, Defaults, Limits, Provider};
 use hotcell::daemon::{self, Listeners, Shutdown};
 use hotcell::engine::{
     BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Found, ImageInfo, Progress,
-    Reply,
+    Reply, RuntimeInfo,
 };
 use hotcell::job::{CellId, InstanceId};
 use serde_json::{Value, json};
@@ -33,6 +33,8 @@ struct Script {
     wait_fails: bool,
     /// Removals fail until it is false.
     remove_fails: bool,
+    /// The engine's runtimes beside its default.
+    runtimes: Vec<&'static str>,
 }
 
 #[derive(Default)]
@@ -40,6 +42,8 @@ struct State {
     script: Script,
     containers: BTreeMap<String, (CellId, bool)>,
     calls: Vec<&'static str>,
+    /// The runtime that each create asked for.
+    asked: Vec<Option<String>>,
 }
 
 #[derive(Default)]
@@ -94,7 +98,10 @@ impl Engine for Scripted {
     fn info(&self) -> Reply<'_, EngineInfo> {
         let text = str::to_owned;
         let (version, api_version, arch, os) = (text("0"), text("1.41"), text("x64"), text("linux"));
-        let (runtimes, default_runtime, cgroup_version) = (Vec::new(), text("none"), text("2"));
+        let (default_runtime, cgroup_version) = (text("runc"), text("2"));
+        let runtimes = self.with(|state| state.script.runtimes.clone());
+        let info = |name: &&'static str| ((*name).to_owned(), RuntimeInfo::default());
+        let runtimes = runtimes.iter().map(info).collect();
         let root_dir = "/nowhere".into();
         Box::pin(async move {
             Ok(EngineInfo {
@@ -151,6 +158,7 @@ impl Engine for Scripted {
                 if state.script.create_fails {
                     return Err(refused("create a container"));
                 }
+                state.asked.push(spec.runtime.clone());
                 let id = hotcell::engine::container_name(&spec.instance, &spec.cell);
                 state.containers.insert(id.as_str().to_owned(), (spec.cell.clone(), false));
                 Ok(id)

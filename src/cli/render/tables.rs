@@ -120,6 +120,9 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
         row("priority", &job.priority.to_string());
     }
     row("user", &job.uid.to_string());
+    if let Some(runtime) = job.runtime {
+        row("runtime", words::runtime(runtime));
+    }
     if let Some(cell) = &job.cell {
         row("cell", cell);
     }
