@@ -100,7 +100,11 @@ impl Tried {
         let small = std::fs::metadata(&file).is_ok_and(|meta| meta.len() <= FILE_BYTES_MAX);
         let text = if small { std::fs::read(&file).unwrap_or_default() } else { Vec::new() };
         let fit = serde_json::from_slice(&text).unwrap_or_default();
-        Self { file, known: Mutex::new(Known { fit, ..Known::default() }), engine: std::sync::Mutex::default() }
+        Self {
+            file,
+            known: Mutex::new(Known { fit, ..Known::default() }),
+            engine: std::sync::Mutex::default(),
+        }
     }
 
     fn engine_lately(&self) -> Option<EngineInfo> {
@@ -237,7 +241,11 @@ async fn qualified(
     let verdict = trial(parts, record, image, runtime).await?;
     match &verdict {
         Ok(()) => {
-            tracing::info!(runtime = fit.runtime, ms = begun.elapsed().as_millis() as u64, "a runtime is fit");
+            tracing::info!(
+                runtime = fit.runtime,
+                ms = begun.elapsed().as_millis() as u64,
+                "a runtime is fit"
+            );
             known.fit.retain(|old| old.runtime != fit.runtime || old.agent != fit.agent);
             known.fit.push(fit);
             let surplus = known.fit.len().saturating_sub(VERDICTS_MAX);
@@ -274,7 +282,8 @@ fn find_program(program: &Path) -> Option<(PathBuf, std::fs::Metadata)> {
     const PATH: [&str; 6] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
     let whole = program.is_absolute().then(|| program.to_owned());
     let mut places = whole.into_iter().chain(PATH.iter().map(|dir| Path::new(dir).join(program)));
-    places.find_map(|path| std::fs::metadata(&path).ok().filter(std::fs::Metadata::is_file).map(|m| (path, m)))
+    places
+        .find_map(|path| std::fs::metadata(&path).ok().filter(std::fs::Metadata::is_file).map(|m| (path, m)))
 }
 
 fn hash_file(path: &Path) -> std::io::Result<String> {
@@ -347,7 +356,8 @@ async fn trial_cell(
     prepare::leave_link(record, link).await;
     let proof = dirs.tmp.join(PROOF);
     // Only looked at, never read: what lies there is the cell's.
-    let written = std::fs::symlink_metadata(&proof).is_ok_and(|m| m.is_file() && m.len() == PROOF.len() as u64 + 1);
+    let written =
+        std::fs::symlink_metadata(&proof).is_ok_and(|m| m.is_file() && m.len() == PROOF.len() as u64 + 1);
     Ok(match verdict {
         Ok(()) if !written => Err("what a cell under it writes does not reach the host".to_owned()),
         verdict => verdict,
@@ -392,7 +402,9 @@ async fn listen(
                 return match report.status {
                     ExitStatus::Code(0) => Ok(()),
                     ExitStatus::Code(code) => Err(format!("the CLI ends with code {code} under it: {text}")),
-                    ExitStatus::Signal(signal) => Err(format!("the CLI ends by signal {signal} under it: {text}")),
+                    ExitStatus::Signal(signal) => {
+                        Err(format!("the CLI ends by signal {signal} under it: {text}"))
+                    }
                 };
             }
             LinkEvent::SpawnFailed { message, .. } => {
@@ -413,9 +425,9 @@ mod tests {
 
     fn engine(runtimes: &[(&str, &str)], default: &str) -> EngineInfo {
         let text = str::to_owned;
-        let all = runtimes.iter().map(|(name, path)| {
-            (text(name), RuntimeInfo { path: path.into(), args: Vec::new() })
-        });
+        let all = runtimes
+            .iter()
+            .map(|(name, path)| (text(name), RuntimeInfo { path: path.into(), args: Vec::new() }));
         EngineInfo {
             version: text("0"),
             api_version: text("1.41"),
@@ -444,7 +456,9 @@ mod tests {
     #[test]
     fn gvisor_is_tried_where_it_is_and_missing_where_it_is_not() {
         let both = engine(&[("runc", "runc"), ("runsc", "/usr/bin/runsc")], "runc");
-        assert!(matches!(offer(&both, Runtime::Runsc), Offer::Untried(found) if found.path == Path::new("/usr/bin/runsc")));
+        assert!(
+            matches!(offer(&both, Runtime::Runsc), Offer::Untried(found) if found.path == Path::new("/usr/bin/runsc"))
+        );
         assert!(matches!(offer(&engine(&[("runc", "runc")], "runc"), Runtime::Runsc), Offer::Missing(_)));
     }
 

@@ -146,8 +146,7 @@ pub fn stage(
 /// [`WorkspaceError::Io`] where the file system of `source` cannot map ids. Nothing stays mounted.
 pub fn stage_program(source: &Path, owner: (u32, u32), target: &Path) -> Result<(), WorkspaceError> {
     let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let file =
-        rustix::fs::openat(CWD, source, flags, FileMode::empty()).map_err(io_at("open", source))?;
+    let file = rustix::fs::openat(CWD, source, flags, FileMode::empty()).map_err(io_at("open", source))?;
     let tree = clone_of(file.as_fd(), source, true)?;
     let (uid_map, gid_map) = (format!("0 {} 1\n", owner.0), format!("0 {} 1\n", owner.1));
     let namespace = idmap::user_namespace(&uid_map, &gid_map).map_err(io_at("make an id map for", source))?;
@@ -185,8 +184,7 @@ pub fn unstage(target_dir: &Path) -> Result<(), WorkspaceError> {
         let Ok(meta) = std::fs::symlink_metadata(&target) else { return Ok(()) };
         mounts::unmount(&target).map_err(|_| WorkspaceError::StillMounted { path: target.clone() })?;
         // What is under the mount is an empty directory or an empty file.
-        let removed =
-            if meta.is_dir() { rustix::fs::rmdir(&target) } else { rustix::fs::unlink(&target) };
+        let removed = if meta.is_dir() { rustix::fs::rmdir(&target) } else { rustix::fs::unlink(&target) };
         removed.map_err(io_at("remove", &target))?;
     }
     Ok(())
@@ -266,7 +264,8 @@ fn direct(
     }
     let why = "the daemon is not root".to_owned();
     let (ids, note) = unmapped_ids(record, submitter, why)?;
-    let parts = parts.into_iter().map(|part| StagedPart { path: record.path.join(&part.below), below: part.below });
+    let parts =
+        parts.into_iter().map(|part| StagedPart { path: record.path.join(&part.below), below: part.below });
     let (path, parts) = (record.path.clone(), parts.collect());
     Ok(Staged { path, ids, note, mounted: false, read_only, parts })
 }
@@ -385,12 +384,7 @@ fn mount_of(fd: BorrowedFd<'_>, path: &Path) -> Result<(u64, (u32, u32), u64), W
 }
 
 /// Looks again: what is mounted on the target is what was opened.
-fn proven(
-    opened: ((u32, u32), u64),
-    path: &Path,
-    target: &Path,
-    is_dir: bool,
-) -> Result<(), WorkspaceError> {
+fn proven(opened: ((u32, u32), u64), path: &Path, target: &Path, is_dir: bool) -> Result<(), WorkspaceError> {
     let point = open_target(target, is_dir)?;
     let (_, dev, ino) = mount_of(point.as_fd(), target)?;
     if (dev, ino) == opened {

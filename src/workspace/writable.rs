@@ -70,13 +70,14 @@ fn open_one(dir: &OwnedFd, workspace: &Path, below: PathBuf) -> Result<Part, Wor
     let bad = |why| WorkspaceError::Writable { workspace: workspace.to_owned(), path: below.clone(), why };
     let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-    let fd = rustix::fs::openat2(dir, &below, flags, Mode::empty(), resolve).map_err(|errno| match errno {
-        Errno::NOENT | Errno::NOTDIR => bad("does not exist: create it, or change the policy"),
-        Errno::LOOP => bad("goes through a symbolic link: name what it leads to"),
-        Errno::XDEV => bad("leads out of the workspace or into another mount"),
-        Errno::ACCESS | Errno::PERM => bad("cannot be reached by you: change its permissions"),
-        other => io_at("open", &workspace.join(&below))(other),
-    })?;
+    let fd =
+        rustix::fs::openat2(dir, &below, flags, Mode::empty(), resolve).map_err(|errno| match errno {
+            Errno::NOENT | Errno::NOTDIR => bad("does not exist: create it, or change the policy"),
+            Errno::LOOP => bad("goes through a symbolic link: name what it leads to"),
+            Errno::XDEV => bad("leads out of the workspace or into another mount"),
+            Errno::ACCESS | Errno::PERM => bad("cannot be reached by you: change its permissions"),
+            other => io_at("open", &workspace.join(&below))(other),
+        })?;
     let stat = rustix::fs::fstat(&fd).map_err(io_at("look at", &workspace.join(&below)))?;
     let is_dir = match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => true,
@@ -89,6 +90,7 @@ fn open_one(dir: &OwnedFd, workspace: &Path, below: PathBuf) -> Result<Part, Wor
     if !is_dir && stat.st_nlink > 1 {
         return Err(bad("has a second name (a hard link): copy it"));
     }
-    peer::may_write(fd.as_fd(), is_dir).map_err(|_| bad("cannot be written by you: change its permissions"))?;
+    peer::may_write(fd.as_fd(), is_dir)
+        .map_err(|_| bad("cannot be written by you: change its permissions"))?;
     Ok(Part { below, fd, is_dir })
 }
