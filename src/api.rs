@@ -6,6 +6,7 @@ pub mod events;
 pub mod jobs;
 pub mod openapi;
 pub mod peer;
+pub mod report;
 pub mod submit;
 pub mod wire;
 
@@ -88,6 +89,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs", post(submit::submit).get(jobs::list))
         .route("/v1/jobs/{id}", get(jobs::show).delete(jobs::delete))
         .route("/v1/jobs/{id}/events", get(events::events))
+        .route("/v1/jobs/{id}/report", get(report::report))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health))

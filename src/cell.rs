@@ -11,6 +11,7 @@ mod lines;
 pub mod live;
 pub mod prepare;
 pub mod record;
+pub mod report;
 mod rooms;
 pub mod runtime;
 
@@ -215,12 +216,15 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
     if !matches!(record.state(), State::Collecting { .. }) {
         record.step(parts, Input::CellEnded).await?;
     }
+    // Before the cell's scratch space is gone.
+    let report_bytes = report::collect(parts, record).await?;
     destroy(parts, &record.job).await;
     let left_open = parts.store.release_open(&record.job, clock::wall_ms()).await?;
     if left_open > 0 {
         parts.metrics.reaped(crate::metrics::Orphan::Reservation, left_open);
     }
-    let totals = totals(parts, record, &ended).await?;
+    let mut totals = totals(parts, record, &ended).await?;
+    totals.report_bytes = report_bytes;
     let outcome = match record.state() {
         State::Collecting { stopped: Some(reason) } => Outcome::Stopped { reason: *reason },
         State::Collecting { stopped: None }
@@ -231,6 +235,7 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
         | State::Done(_) => ended.outcome(),
     };
     let answer = ended.session.as_ref().and_then(Session::answer).map(str::to_owned);
+    let answer = answer.map(|text| record.accepted.plan.output.bounded_result(text));
     parts.metrics.phase(Phase::Collect, begun.elapsed().as_secs_f64());
     record.done(parts, outcome, totals, answer).await
 }
@@ -251,6 +256,7 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
         peak_memory_bytes: exit.peak_memory_bytes,
         cpu_us: exit.cpu_us,
         runtime,
+        report_bytes: None,
     })
 }
 

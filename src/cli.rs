@@ -16,6 +16,7 @@ mod ls;
 mod model;
 mod policy;
 mod render;
+mod report;
 mod rm;
 mod run;
 mod schema;
@@ -51,6 +52,7 @@ enum Command {
     Ls(ls::LsArgs),
     Show(show::ShowArgs),
     Logs(logs::LogsArgs),
+    Report(report::ReportArgs),
     Cancel(cancel::CancelArgs),
     Rm(rm::RmArgs),
     Serve(serve::ServeArgs),
@@ -146,6 +148,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Ls(args) => wait(ls::ls(&args, context)),
         Command::Show(args) => wait(show::show(&args, context)),
         Command::Logs(args) => wait(logs::logs(&args, context)),
+        Command::Report(args) => wait(report::report(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
@@ -174,7 +177,7 @@ impl Command {
             Self::Policy(args) => args.json(),
             Self::Health(args) => args.json,
             Self::Version(args) => args.json,
-            Self::Serve(_) | Self::Model(_) | Self::Schema(_) | Self::Completions(_) => false,
+            Self::Report(_) | Self::Serve(_) | Self::Model(_) | Self::Schema(_) | Self::Completions(_) => false,
         }
     }
 }

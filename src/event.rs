@@ -249,6 +249,9 @@ pub struct Totals {
     /// What isolated the cell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub runtime: Option<Runtime>,
+    /// Length of the report that was kept, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report_bytes: Option<u64>,
 }
 
 /// One event as clients read it. Written only: [`Line`] reads back what the daemon needs, since serde cannot

@@ -13,6 +13,7 @@ pub mod narrow;
 pub mod output;
 pub mod requests;
 pub mod rule;
+pub mod writable;
 
 pub use decide::{Ask, Denial, Permit, decide};
 pub use file::{Policy, PolicyError};

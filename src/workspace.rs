@@ -16,6 +16,7 @@ mod rules;
 mod scratch;
 mod stage;
 mod sweep;
+mod take;
 mod writable;
 
 use std::io;
@@ -27,6 +28,7 @@ pub use rules::Guard;
 pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage};
 pub use stage::{CellIds, Mode, Staged, StagedIds, stage, stage_program, unstage};
 pub use sweep::{Left, SweepReport, sweep};
+pub use take::{TakeError, Taken, take_file};
 pub use writable::{PARTS_MAX, StagedPart};
 
 /// What the job will do with the workspace, so what the submitter must be allowed to do.

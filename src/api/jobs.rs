@@ -70,6 +70,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         last_seq: api.parts.feeds.last_seq(&row.id).or(row.state_seq).unwrap_or(0),
         cost_limit_usd: accepted.plan.limits.cost_micro_usd.as_usd(),
         cost_usd: totals.charged_micro_usd.as_usd(),
+        report_bytes: totals.report_bytes,
         totals,
         result: job.result_text.clone(),
     })

@@ -57,6 +57,9 @@ pub struct JobView {
     pub totals: Totals,
     /// The agent's final answer, where it gave one.
     pub result: Option<String>,
+    /// Length of its report in bytes, where one was kept: `GET /v1/jobs/{id}/report` gives it.
+    #[serde(default)]
+    pub report_bytes: Option<u64>,
 }
 
 impl JobView {

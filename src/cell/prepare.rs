@@ -373,6 +373,14 @@ fn append_prompt(record: &Record, claude_md: Option<&str>) -> String {
         ));
     }
     parts.extend(record.spec.append_system_prompt.clone());
+    let output = &record.accepted.plan.output;
+    if let Some(path) = &output.report {
+        parts.push(format!(
+            "Write your report to the file {}, of at most {} bytes: it is what the user keeps of this session.",
+            path.display(),
+            output.report_bytes_max
+        ));
+    }
     parts.join("\n\n")
 }
 

@@ -116,6 +116,13 @@ impl Client {
         self.whole(answer).await.map(|_| ())
     }
 
+    /// The report that a job left.
+    pub(crate) async fn report(&self, id: &JobId) -> Result<Bytes, CliError> {
+        let request = Request::get(format!("/v1/jobs/{id}/report"));
+        let answer = self.send(request.body(Full::default())).await?;
+        self.whole(answer).await
+    }
+
     /// How the daemon is.
     pub(crate) async fn health(&self) -> Result<Health, CliError> {
         self.get("/healthz").await

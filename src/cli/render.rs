@@ -119,6 +119,8 @@ pub(crate) struct Out {
     /// Errors go to standard output as JSON.
     json: bool,
     live: bool,
+    /// Standard output is a terminal.
+    pub(crate) terminal: bool,
     status: Option<ProgressBar>,
 }
 
@@ -132,6 +134,7 @@ impl Out {
             stdout: Box::new(std::io::BufWriter::with_capacity(1 << 16, std::io::stdout())),
             stderr: Box::new(std::io::stderr()),
             paint: paint(std::io::stdout().is_terminal()),
+            terminal: std::io::stdout().is_terminal(),
             error_paint: paint(stderr_live),
             json: false,
             live: stderr_live && machine.var("TERM") != Some("dumb"),
@@ -142,7 +145,8 @@ impl Out {
     #[cfg(test)]
     pub(crate) fn to(stdout: Box<dyn Write + Send>, stderr: Box<dyn Write + Send>) -> Self {
         let paint = Paint::default();
-        Self { stdout, stderr, paint, error_paint: paint, json: false, live: false, status: None }
+        let (json, live, terminal, status) = (false, false, false, None);
+        Self { stdout, stderr, paint, error_paint: paint, json, live, terminal, status }
     }
 
     /// From now on errors are JSON too.
@@ -153,6 +157,11 @@ impl Out {
     /// True where a status line can be shown.
     pub(crate) fn is_live(&self) -> bool {
         self.live && !self.json
+    }
+
+    /// True where a person reads what is printed.
+    pub(crate) fn is_terminal(&self) -> bool {
+        self.terminal
     }
 
     /// Writes to standard output; it is on its way when this returns.

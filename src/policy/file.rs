@@ -301,6 +301,7 @@ impl Policy {
         self.egress.check()?;
         self.requests.check()?;
         self.output.check()?;
+        super::writable::check(self.workspace.writable.as_deref())?;
         Rule::check_all(&self.rules)?;
         self.limits.check().map_err(|(key, problem)| (key.into(), problem))
     }

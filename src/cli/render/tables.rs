@@ -142,6 +142,9 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
         let (memory, cpu) = (words::bytes(job.totals.peak_memory_bytes), job.totals.cpu_us / 1000);
         row("used", &format!("{memory} of memory at most · {} of CPU", words::duration(cpu)));
     }
+    if let Some(bytes) = job.report_bytes {
+        row("report", &format!("{bytes} bytes: hotcell report {}", job.id));
+    }
     row("events", &job.last_seq.to_string());
     ending(text, job)
 }
