@@ -26,7 +26,7 @@ use crate::job::{CellId, FailReason, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
 use crate::session::{Session, Step};
 use crate::store::CellRow;
-use crate::workspace;
+use crate::workspace::{self, StagedPart};
 
 /// Most open files of a process in a cell.
 const NOFILE_MAX: u32 = 65_536;
@@ -345,7 +345,7 @@ async fn make_directories(
     }
     record.commit()?;
     let plan = record.accepted.plan.clone();
-    let append = append_prompt(record, made.claude_md.as_deref());
+    let append = append_prompt(record, made.claude_md.as_deref(), &made.dirs.parts);
     let session = Session::new(plan, record.spec.prompt.clone(), record.spec.system_prompt.clone(), append);
     Ok((made.dirs, session, made.who))
 }
@@ -363,7 +363,7 @@ pub(super) async fn make_rooms(
     tokio::task::spawn_blocking(make).await.map_err(|e| failed(FailReason::Internal, e))?
 }
 
-fn append_prompt(record: &Record, claude_md: Option<&str>) -> String {
+fn append_prompt(record: &Record, claude_md: Option<&str>, writable: &[StagedPart]) -> String {
     let mut parts: Vec<String> = Vec::new();
     if let Some(text) = claude_md {
         // It must not end before its end: what follows would read as the user's words.
@@ -373,6 +373,19 @@ fn append_prompt(record: &Record, claude_md: Option<&str>) -> String {
         ));
     }
     parts.extend(record.spec.append_system_prompt.clone());
+    if !writable.is_empty() {
+        let names = |parts: &mut dyn Iterator<Item = &StagedPart>| {
+            parts.map(|part| part.below.display().to_string()).collect::<Vec<_>>().join(", ")
+        };
+        let mut text =
+            format!("Only this of the workspace can be written: {}.", names(&mut writable.iter()));
+        // They write beside a file and rename: the directory of a single file takes neither (2.1.197).
+        if writable.iter().any(|part| !part.is_dir) {
+            let files = names(&mut writable.iter().filter(|part| !part.is_dir));
+            text.push_str(&format!(" Write and Edit fail on {files}: write that with the shell, in place."));
+        }
+        parts.push(text);
+    }
     let output = &record.accepted.plan.output;
     if let Some(path) = &output.report {
         parts.push(format!(

@@ -446,7 +446,8 @@ fn the_schema_is_that_of_the_job_spec() {
 #[tokio::test]
 async fn a_report_goes_to_a_pipe_as_it_is_and_to_a_terminal_without_escapes() {
     let evil = "# done\u{1b}]0;owned\u{7}\n";
-    let daemon = Daemon::start(Script { jobs: vec![done()], report: Some(evil.to_owned()), ..Script::default() });
+    let daemon =
+        Daemon::start(Script { jobs: vec![done()], report: Some(evil.to_owned()), ..Script::default() });
     let (mut pipe, stdout, stderr) = context();
     assert_eq!(hotcell(&daemon, &["report", JOB], &mut pipe).await, ExitCode::Succeeded);
     assert_eq!((stdout.text().as_str(), stderr.text().as_str()), (evil, ""));

@@ -246,7 +246,7 @@ impl Staged {
             let path = part_target(&self.path, number);
             attach(tree.as_fd(), &path, part.is_dir)?;
             proven((dev, ino), &part.below, &path, part.is_dir)?;
-            self.parts.push(StagedPart { path, below: part.below });
+            self.parts.push(StagedPart { path, below: part.below, is_dir: part.is_dir });
         }
         Ok(())
     }
@@ -264,8 +264,11 @@ fn direct(
     }
     let why = "the daemon is not root".to_owned();
     let (ids, note) = unmapped_ids(record, submitter, why)?;
-    let parts =
-        parts.into_iter().map(|part| StagedPart { path: record.path.join(&part.below), below: part.below });
+    let parts = parts.into_iter().map(|part| StagedPart {
+        path: record.path.join(&part.below),
+        below: part.below,
+        is_dir: part.is_dir,
+    });
     let (path, parts) = (record.path.clone(), parts.collect());
     Ok(Staged { path, ids, note, mounted: false, read_only, parts })
 }

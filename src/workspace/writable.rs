@@ -32,6 +32,8 @@ pub struct StagedPart {
     pub path: PathBuf,
     /// Where, below the cell's workspace.
     pub below: PathBuf,
+    /// Whether it is a directory.
+    pub is_dir: bool,
 }
 
 /// Opens all of `paths` below `dir`, as the submitter. Blocks.
