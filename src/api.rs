@@ -9,6 +9,7 @@ pub mod events;
 pub mod jobs;
 pub mod openapi;
 pub mod peer;
+pub mod report;
 pub mod submit;
 pub mod whoami;
 pub mod wire;
@@ -95,6 +96,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}", get(jobs::show).delete(jobs::delete))
         .route("/v1/jobs/{id}/events", get(events::events))
         .route("/v1/jobs/{id}/audit", get(audit::job))
+        .route("/v1/jobs/{id}/report", get(report::report))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/audit", get(audit::daemon))
         .route("/v1/whoami", get(whoami::whoami))

@@ -18,6 +18,7 @@ mod ls;
 mod model;
 mod policy;
 mod render;
+mod report;
 mod rm;
 mod run;
 mod schema;
@@ -55,6 +56,7 @@ enum Command {
     Show(show::ShowArgs),
     Logs(logs::LogsArgs),
     Audit(audit::AuditArgs),
+    Report(report::ReportArgs),
     Cancel(cancel::CancelArgs),
     Rm(rm::RmArgs),
     Cost(cost::CostArgs),
@@ -153,6 +155,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Show(args) => wait(show::show(&args, context)),
         Command::Logs(args) => wait(logs::logs(&args, context)),
         Command::Audit(args) => wait(audit::audit(&args, context)),
+        Command::Report(args) => wait(report::report(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
         Command::Cost(args) => wait(cost::cost(&args, context)),
@@ -186,7 +189,7 @@ impl Command {
             Self::Whoami(args) => args.json,
             Self::Health(args) => args.json,
             Self::Version(args) => args.json,
-            Self::Serve(_) | Self::Model(_) | Self::Schema(_) | Self::Completions(_) => false,
+            Self::Report(_) | Self::Serve(_) | Self::Model(_) | Self::Schema(_) | Self::Completions(_) => false,
         }
     }
 }

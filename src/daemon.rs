@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::agent_bundle::Bundles;
 use crate::api::{self, Api, peer::PeerListener};
 use crate::cell::record::Feeds;
+use crate::cell::runtime::Tried;
 use crate::cell::{Parts, Settings};
 use crate::config::{Config, policy_sources, unknown_name};
 use crate::driver::Driver;
@@ -259,7 +260,9 @@ async fn build(
         caps: config.budgets.caps,
         calendar: Calendar::new(config.budgets.time_zone.as_deref())?,
     };
-    let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds: Feeds::default() };
+    let runtimes = Tried::load(&settings.state_dir);
+    let feeds = Feeds::default();
+    let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds, runtimes };
     Ok((Arc::new(parts), policies))
 }
 

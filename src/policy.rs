@@ -17,6 +17,7 @@ pub mod output;
 mod place;
 pub mod requests;
 pub mod rule;
+pub mod writable;
 
 pub use access::{Access, AccessError, Grant};
 pub use decide::{Ask, Denial, Permit, decide};

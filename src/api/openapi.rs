@@ -136,6 +136,18 @@ fn paths() -> Value {
                 },
             },
         },
+        "/v1/jobs/{id}/report": {
+            "get": {
+                "operationId": "jobReport",
+                "summary": "The file that the job's policy keeps; not_found where there is none, or not yet",
+                "parameters": [id],
+                "responses": {
+                    "200": { "description": "The file's bytes, as the agent wrote them",
+                             "content": { "application/octet-stream": {} } },
+                    "default": error,
+                },
+            },
+        },
         "/v1/jobs/{id}/events": {
             "get": {
                 "operationId": "followJob",

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::event::Totals;
+use crate::job::spec::Runtime;
 use crate::job::{Blame, JobId, Outcome, State};
 
 /// A job as its owner sees it.
@@ -38,6 +39,9 @@ pub struct JobView {
     pub batch: Option<String>,
     /// Its priority.
     pub priority: i8,
+    /// What isolates or isolated its cell, once it has one.
+    #[serde(default)]
+    pub runtime: Option<Runtime>,
     /// The cell that runs or ran it.
     pub cell: Option<String>,
     /// RFC 3339, UTC.
@@ -56,6 +60,9 @@ pub struct JobView {
     pub totals: Totals,
     /// The agent's final answer, where it gave one.
     pub result: Option<String>,
+    /// Length of its report in bytes, where one was kept: `GET /v1/jobs/{id}/report` gives it.
+    #[serde(default)]
+    pub report_bytes: Option<u64>,
 }
 
 impl JobView {

@@ -126,6 +126,13 @@ impl Client {
         self.get(&format!("/v1/cost?{}", query.join("&"))).await
     }
 
+    /// The report that a job left.
+    pub(crate) async fn report(&self, id: &JobId) -> Result<Bytes, CliError> {
+        let request = Request::get(format!("/v1/jobs/{id}/report"));
+        let answer = self.send(request.body(Full::default())).await?;
+        self.whole(answer).await
+    }
+
     /// How the daemon is.
     pub(crate) async fn health(&self) -> Result<Health, CliError> {
         self.get("/healthz").await

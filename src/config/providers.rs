@@ -553,7 +553,7 @@ provider = "bedrock"
         ] {
             let error = load(text).expect_err(text);
             assert!(error.contains(wanted) && error.contains("config.toml"), "{text}: {error}");
-            assert!(!text.starts_with("[[") || error.contains("config.toml, line "), "{text}: {error}");
+            assert!(!text.starts_with("[[") || error.contains("line "), "{text}: {error}");
         }
         let error = load("[[credential]]\nname = \"c\"\nkind = \"api_key\"\nenv = \"sk-ant-0123\"\n")
             .expect_err("key");

@@ -203,7 +203,8 @@ pub struct Workspaces {
     /// Modes a job may choose; the first is the default for a job that names a directory.
     pub modes: Vec<WorkspaceMode>,
     /// With `bind`: what can be written, as paths relative to the workspace (files or directories that exist);
-    /// the rest is read-only. Absent: all of it.
+    /// the rest is read-only. Absent: all of it. The CLI's own Write and Edit write beside a file and rename it, so
+    /// they need its directory to be listed; a single file is written with the shell.
     #[serde(default)]
     pub writable: Option<Vec<std::path::PathBuf>>,
 }
@@ -331,6 +332,7 @@ impl Policy {
         self.egress.check()?;
         self.requests.check()?;
         self.output.check()?;
+        super::writable::check(self.workspace.writable.as_deref())?;
         Rule::check_all(&self.rules)?;
         self.limits.check().map_err(|(key, problem)| (key.into(), problem))
     }

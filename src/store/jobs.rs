@@ -14,11 +14,12 @@ use super::writer::Durability;
 use super::{Store, StoreError};
 use crate::event::Totals;
 use crate::job::{Identity, Input, JobId, Outcome, State, StopReason};
+use crate::policy::output::RESULT_BYTES_CEILING;
 
 /// Most rows of one [`Page`].
 pub const PAGE_ROWS_MAX: usize = 1000;
-/// Longest result text kept, in bytes; a longer one loses its end (the journal has the whole).
-pub const RESULT_BYTES_MAX: usize = 256 * 1024;
+/// Longest result text kept, in bytes: what a policy can allow, and its mark where it was cut.
+pub const RESULT_BYTES_MAX: usize = RESULT_BYTES_CEILING as usize + 128;
 
 /// A job to be stored. Its limits (sizes of spec, labels, key) are the caller's to check.
 #[derive(Debug, Clone)]

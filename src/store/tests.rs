@@ -43,6 +43,7 @@ fn cell_row(job: &JobId, random: u64) -> CellRow {
         ctl_key: vec![1; 32],
         token: "secret-token".to_owned(),
         cell_uid: 0x6000_0001,
+        runtime: Some(crate::job::spec::Runtime::Runsc),
         created_boot_ms: 1,
         gone_ms: None,
     }

@@ -123,6 +123,9 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
         row("priority", &job.priority.to_string());
     }
     row("user", &job.uid.to_string());
+    if let Some(runtime) = job.runtime {
+        row("runtime", words::runtime(runtime));
+    }
     if let Some(cell) = &job.cell {
         row("cell", cell);
     }
@@ -141,6 +144,9 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
     if job.totals.peak_memory_bytes > 0 {
         let (memory, cpu) = (words::bytes(job.totals.peak_memory_bytes), job.totals.cpu_us / 1000);
         row("used", &format!("{memory} of memory at most · {} of CPU", words::duration(cpu)));
+    }
+    if let Some(bytes) = job.report_bytes {
+        row("report", &format!("{bytes} bytes: hotcell report {}", job.id));
     }
     row("events", &job.last_seq.to_string());
     ending(text, job)

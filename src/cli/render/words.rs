@@ -1,5 +1,6 @@
 //! Figures and advice in words: durations, money, sizes, and what to do about each way a job can end. Pure.
 
+use crate::job::spec::Runtime;
 use crate::job::{Blame, FailReason, Outcome, StopReason};
 use crate::money::MicroUsd;
 
@@ -112,6 +113,14 @@ fn after_stop(reason: StopReason) -> Option<String> {
     }
 }
 
+/// What isolates a cell, for people.
+pub(crate) fn runtime(runtime: Runtime) -> &'static str {
+    match runtime {
+        Runtime::Runc => "runc",
+        Runtime::Runsc => "runsc (gVisor)",
+    }
+}
+
 fn after_failure(reason: FailReason, job: &str) -> String {
     match reason {
         FailReason::ImageUnavailable => {
@@ -119,6 +128,9 @@ fn after_failure(reason: FailReason, job: &str) -> String {
         }
         FailReason::ImageUnsuitable => {
             "choose another image with --image: it needs a shell and glibc or musl".into()
+        }
+        FailReason::RuntimeUnavailable => {
+            "`make gvisor` installs gVisor for the engine; or list one that does as well in the policy's runtime_fallback".into()
         }
         FailReason::AgentMissing => {
             "hotcell agent ls shows the versions here, hotcell agent install adds one".into()
