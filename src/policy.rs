@@ -15,6 +15,7 @@ pub mod requests;
 pub mod rule;
 
 pub use decide::{Ask, Denial, Permit, decide};
+pub use egress::{Act, EgressAsk, Host, decide_egress};
 pub use file::{Policy, PolicyError};
 pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
 
