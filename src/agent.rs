@@ -4,3 +4,4 @@
 
 pub mod frames;
 pub mod options;
+pub mod way_out;

@@ -12,6 +12,7 @@ pub mod live;
 pub mod prepare;
 pub mod record;
 mod rooms;
+mod way_out;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use crate::agent_bundle::Bundles;
 use crate::clock;
 use crate::engine::{ContainerId, Engine, EngineError, container_name};
 use crate::event::{Body, Totals};
-use crate::gateway::Gateway;
+use crate::gateway::{Egress, Gateway};
 use crate::job::outcome::Failure;
 use crate::job::{CellId, FailReason, Input, JobId, Outcome, Phase, State, StopReason};
 use crate::journal;
@@ -78,6 +79,8 @@ pub struct Parts {
     pub engine: Arc<dyn Engine>,
     /// The way to the model.
     pub gateway: Arc<Gateway>,
+    /// The way to everything else.
+    pub egress: Arc<Egress>,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// The CLI's binaries.

@@ -3,6 +3,7 @@
 //! A flag wins over a variable, that over the file, that over the default. Reads the file, the environment
 //! it is given and nothing else; never reads a credential, only where one is to be found.
 
+mod network;
 mod policies;
 mod raw;
 mod settings;
@@ -11,6 +12,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+pub use network::Network;
 pub use policies::{PolicyFileError, PolicyOrigin, PolicySource, policy_sources};
 pub use settings::{SETTINGS, Setting};
 
@@ -179,6 +181,8 @@ pub struct Config {
     pub provider: Provider,
     /// What a job gets that names nothing else.
     pub defaults: Defaults,
+    /// The way to the internet.
+    pub network: Network,
     /// Bounds.
     pub limits: Limits,
     /// Host user ids that see and cancel everybody's jobs.
@@ -224,6 +228,7 @@ impl Config {
                 image: layers.name("defaults.image", &raw.defaults.image)?.unwrap_or("hotcell/cell".into()),
                 agent: layers.name("defaults.agent", &raw.defaults.agent)?,
             },
+            network: Network::read(&layers, &raw.network)?,
             limits: limits(&layers, &raw.limits, machine.cores)?,
             admin_uids: layers
                 .list("admin_uids", &raw.admin_uids, ',', |text| {

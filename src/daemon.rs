@@ -22,7 +22,8 @@ use crate::config::{ApiKeySource, Config, policy_sources};
 use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
-use crate::gateway::{self, AuthStyle, CredentialSource, Gateway, Provider};
+use crate::gateway::egress::{CorporateProxy, EgressLimits, Network, further_roots};
+use crate::gateway::{self, AuthStyle, CredentialSource, Egress, Gateway, Provider, Reach};
 use crate::journal;
 use crate::metrics::Metrics;
 use crate::policy::{Defaults, Policy};
@@ -213,9 +214,9 @@ async fn build(
         credential: credential(&config.provider.api_key),
         style: AuthStyle::ApiKey,
     };
-    let gateway =
-        Gateway::open(provider, prices, gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() })
-            .await?;
+    let (egress, reach) = way_out(config)?;
+    let limits = gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() };
+    let gateway = Gateway::open(provider, prices, limits, &reach).await?;
     let settings = Settings {
         state_dir,
         init_binary: config.init_binary.canonicalize().context("init_binary")?,
@@ -225,8 +226,31 @@ async fn build(
         disk_reserve_bytes: u64::from(config.limits.disk_reserve_mib) * 1024 * 1024,
         agent: config.defaults.agent.clone(),
     };
-    let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds: Feeds::default() };
+    let parts = Parts { settings, store, engine, gateway, egress, metrics, bundles, feeds: Feeds::default() };
     Ok((Arc::new(parts), policies))
+}
+
+/// How hosts and providers are reached from here.
+fn way_out(config: &Config) -> anyhow::Result<(Arc<Egress>, Reach)> {
+    let network = &config.network;
+    let ca_text = match &network.ca_file {
+        Some(path) => Some(
+            std::fs::read_to_string(path)
+                .with_context(|| format!("network.ca_file: cannot read {}", path.display()))?,
+        ),
+        None => None,
+    };
+    let proxy = network.proxy.clone().map(|(host, port)| {
+        tracing::warn!(
+            "network.proxy {host}:{port}: names are decided here; which addresses they have is looked up and \
+             checked by the proxy, not by hotcell"
+        );
+        CorporateProxy { host, port, except: network.no_proxy.clone() }
+    });
+    let extra_roots = ca_text.as_deref().map(further_roots).transpose()?.unwrap_or_default();
+    let by = Network { proxy: proxy.clone(), ..Network::default() };
+    let egress = Egress::new(by, EgressLimits::default(), ca_text.as_deref())?;
+    Ok((Arc::new(egress), Reach { proxy, extra_roots }))
 }
 
 /// A journal has at least four segments: smaller ones where the whole is small, or it would be larger than asked.

@@ -13,6 +13,7 @@ mod admit;
 pub mod body;
 mod censor;
 pub mod credentials;
+pub mod egress;
 pub mod lease;
 pub mod ledger;
 mod messages;
@@ -29,6 +30,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 pub use credentials::{AuthStyle, CredentialError, CredentialSource};
+pub use egress::{Egress, EgressRecord, EgressSpec};
 pub use lease::{Lease, LeaseSpec};
 pub use ledger::{Ask, Grant, Ledger, LedgerError, MemoryLedger, ReservationId, StoreLedger};
 
@@ -90,6 +92,28 @@ pub struct Provider {
     pub credential: CredentialSource,
     /// The header it goes into.
     pub style: AuthStyle,
+}
+
+/// How providers are reached: what `[network]` of the configuration says.
+#[derive(Debug, Clone, Default)]
+pub struct Reach {
+    /// A proxy before them.
+    pub proxy: Option<egress::CorporateProxy>,
+    /// Certificate authorities beside the machine's.
+    pub extra_roots: Vec<rustls::pki_types::CertificateDer<'static>>,
+}
+
+impl Reach {
+    fn roots(&self) -> Result<rustls::RootCertStore, GatewayError> {
+        let native = rustls_native_certs::load_native_certs();
+        let mut store = rustls::RootCertStore::empty();
+        store.add_parsable_certificates(native.certs.into_iter().chain(self.extra_roots.iter().cloned()));
+        if store.is_empty() {
+            let why = native.errors.first().map_or_else(|| "none was found".to_owned(), ToString::to_string);
+            return Err(GatewayError::Roots(std::io::Error::other(why)));
+        }
+        Ok(store)
+    }
 }
 
 /// What the gateway cannot do.
@@ -235,6 +259,8 @@ pub enum GatewayEvent {
         /// How long it asks to wait, in seconds.
         retry_after_s: Option<u64>,
     },
+    /// A connection to a host, or a request to one, ended or was refused.
+    Egress(EgressRecord),
 }
 
 /// What all leases share: provider, connections, prices.
@@ -255,8 +281,9 @@ impl Gateway {
         provider: Provider,
         prices: Arc<Prices>,
         limits: Limits,
+        reach: &Reach,
     ) -> Result<Arc<Self>, GatewayError> {
-        let upstream = Upstream::new(&provider.name, &provider.base_url)?;
+        let upstream = Upstream::new(&provider.name, &provider.base_url, reach)?;
         let credential = Credential::open(provider.credential, provider.style)
             .await
             .map_err(|source| GatewayError::Credential { provider: provider.name, source })?;

@@ -46,6 +46,8 @@ pub struct Metrics {
     cost_difference_total: CounterVec,
     orphans_total: IntCounterVec,
     refused_total: IntCounter,
+    egress_total: IntCounterVec,
+    egress_bytes_total: IntCounterVec,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -179,6 +181,18 @@ impl Metrics {
                 "hotcell_gateway_refused_total",
                 "Requests the gateway turned away.",
             )?,
+            egress_total: counters(
+                &registry,
+                "hotcell_egress_total",
+                "Connections and requests to hosts beside the model.",
+                &["decision"],
+            )?,
+            egress_bytes_total: counters(
+                &registry,
+                "hotcell_egress_bytes_total",
+                "Bytes exchanged with hosts beside the model.",
+                &["direction"],
+            )?,
             registry,
             models,
         };
@@ -210,6 +224,12 @@ impl Metrics {
         }
         for decision in ["allow", "deny", "rewrite"] {
             self.tool_calls_total.with_label_values(&[decision]);
+        }
+        for decision in ["allow", "deny"] {
+            self.egress_total.with_label_values(&[decision]);
+        }
+        for direction in ["up", "down"] {
+            self.egress_bytes_total.with_label_values(&[direction]);
         }
         for direction in ["above", "below"] {
             self.cost_difference_total.with_label_values(&[direction]);
@@ -297,6 +317,14 @@ impl Metrics {
     /// The gateway turned a request away.
     pub fn refused(&self) {
         self.refused_total.inc();
+    }
+
+    /// A cell reached a host, or was kept from it.
+    pub fn egress(&self, decision: Decision, bytes_up: u64, bytes_down: u64) {
+        let label = if decision == Decision::Deny { "deny" } else { "allow" };
+        self.egress_total.with_label_values(&[label]).inc();
+        self.egress_bytes_total.with_label_values(&["up"]).inc_by(bytes_up);
+        self.egress_bytes_total.with_label_values(&["down"]).inc_by(bytes_down);
     }
 
     /// Something was left over and is removed.

@@ -451,7 +451,8 @@ impl<'a> Live<'a> {
             GatewayEvent::Requested { .. }
             | GatewayEvent::Charged { .. }
             | GatewayEvent::Refused { .. }
-            | GatewayEvent::ProviderFault { .. } => Ok(()),
+            | GatewayEvent::ProviderFault { .. }
+            | GatewayEvent::Egress(_) => Ok(()),
         }
     }
 

@@ -12,8 +12,8 @@ use tokio::sync::watch;
 use super::live::CELL_BUFFER_BYTES_MAX;
 use super::record::{Record, RecordError};
 use super::rooms::{self, Dirs, Who};
-use super::{Parts, StopWish};
-use crate::agent::options;
+use super::{Parts, StopWish, way_out};
+use crate::agent::{options, way_out as agent_way_out};
 use crate::agent_bundle::{Bundles, Platform, Version};
 use crate::cell_image::{EngineImages, ImageError, Images};
 use crate::clock;
@@ -106,7 +106,7 @@ pub async fn prepare(
         }
     };
     let spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
-    let boot = boot(record, &names, &found, record.accepted.plan.limits.wall_ms + WALL_SLACK_MS);
+    let boot = boot(parts, record, &names, &found, record.accepted.plan.limits.wall_ms + WALL_SLACK_MS);
     let started = match boot {
         Ok(boot) => start(parts, &names.cell, &spec, &boot, stop).await,
         Err(error) => Err(error),
@@ -367,6 +367,7 @@ async fn open_lease(
     run: &Path,
     owner: (u32, u32),
 ) -> Result<Lease, PrepareError> {
+    let egress = way_out::make(parts, &record.accepted.plan, run.parent().unwrap_or(run)).await?;
     let spec = LeaseSpec {
         job: record.job.clone(),
         cell: cell.clone(),
@@ -376,6 +377,7 @@ async fn open_lease(
         output_tokens_max: None,
         run_dir: run.to_owned(),
         socket_owner: Some(owner),
+        egress,
     };
     let ledger = Arc::new(StoreLedger { store: parts.store.clone(), cell: cell.clone() });
     parts.gateway.lease(spec, ledger).await.map_err(|e| failed(FailReason::Internal, e))
@@ -445,10 +447,17 @@ fn cores_milli() -> u32 {
     std::thread::available_parallelism().map_or(1000, |n| u32::try_from(n.get() * 1000).unwrap_or(u32::MAX))
 }
 
-fn boot(record: &Record, names: &Names, image: &Image, wall_limit_ms: u64) -> Result<Vec<u8>, PrepareError> {
+fn boot(
+    parts: &Parts,
+    record: &Record,
+    names: &Names,
+    image: &Image,
+    wall_limit_ms: u64,
+) -> Result<Vec<u8>, PrepareError> {
     let plan = &record.accepted.plan;
     let argv = options::argv(plan, &names.session_id).into_iter().map(OsString::from).collect();
     let mut env = options::environment(plan, image.path_env.as_deref(), &names.token);
+    env.extend(agent_way_out::environment(plan, way_out::has_authorities(parts, plan)));
     env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
     let mut boot = Boot::new(names.cell.clone(), names.key.clone(), argv);
     boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
@@ -459,6 +468,10 @@ fn boot(record: &Record, names: &Names, image: &Image, wall_limit_ms: u64) -> Re
     boot.buffer_bytes_max = CELL_BUFFER_BYTES_MAX;
     boot.forwards =
         vec![PortForward { port: options::MODEL_PORT, socket: PathBuf::from("/.hotcell/api.sock") }];
+    if plan.has_egress() {
+        let socket = PathBuf::from("/.hotcell/egress.sock");
+        boot.forwards.push(PortForward { port: agent_way_out::EGRESS_PORT, socket });
+    }
     boot.encode().map_err(|e| failed(FailReason::Internal, e))
 }
 

@@ -128,7 +128,7 @@ async fn lease(
         style: AuthStyle::ApiKey,
     };
     let prices = Arc::new(Prices::built_in().unwrap());
-    let gateway = Gateway::open(provider, prices, setup.limits).await.unwrap();
+    let gateway = Gateway::open(provider, prices, setup.limits, &super::Reach::default()).await.unwrap();
     let spec = LeaseSpec {
         job: job.clone(),
         cell: CellId::new(1),
@@ -138,6 +138,7 @@ async fn lease(
         output_tokens_max: None,
         run_dir: dir.path().to_owned(),
         socket_owner: None,
+        egress: None,
     };
     gateway.lease(spec, Arc::clone(ledger) as Arc<dyn Ledger>).await.unwrap()
 }
@@ -676,6 +677,7 @@ async fn a_ledger_that_fails_stops_requests_and_settlements_are_tried_again() {
         output_tokens_max: None,
         run_dir: other.path().to_owned(),
         socket_owner: None,
+        egress: None,
     };
     let flaky = gateway.lease(spec, Arc::clone(&ledger) as Arc<dyn Ledger>).await.unwrap();
     std::mem::replace(&mut world.lease, flaky).destroy().await;

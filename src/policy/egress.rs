@@ -27,18 +27,6 @@ use super::narrow::Layer;
 const HOSTS_MAX: usize = 256;
 /// What `everything` must say.
 const EVERYTHING: &str = "yes, any host";
-/// Headers that a credential cannot go into: they belong to the connection, not to the host.
-const HEADERS_REFUSED: [&str; 8] = [
-    "connection",
-    "content-length",
-    "host",
-    "proxy-authorization",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-];
-
 /// What a job may reach. Empty: nothing.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -72,15 +60,6 @@ pub struct HostRule {
     /// A credential of the daemon's configuration, by name, that is added to each request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credential: Option<String>,
-    /// The header that it goes into.
-    #[serde(default = "authorization")]
-    pub header: String,
-    /// How it is written there.
-    #[serde(default)]
-    pub scheme: Scheme,
-    /// The user name beside it, where the scheme is `basic`.
-    #[serde(default = "access_token")]
-    pub user: String,
     /// Most bytes that may leave one cell through this rule.
     #[serde(default = "up_max")]
     pub bytes_up_max: u64,
@@ -92,31 +71,8 @@ pub struct HostRule {
     pub connections_max: u32,
 }
 
-/// How a credential is written into its header.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Scheme {
-    /// `Bearer …`
-    #[default]
-    Bearer,
-    /// `Basic …`, of `user` and the credential.
-    Basic,
-    /// `token …`
-    Token,
-    /// The credential alone.
-    Raw,
-}
-
 fn https() -> Vec<u16> {
     vec![443]
-}
-
-fn authorization() -> String {
-    "authorization".to_owned()
-}
-
-fn access_token() -> String {
-    "x-access-token".to_owned()
 }
 
 fn up_max() -> u64 {
@@ -165,8 +121,8 @@ pub struct Terms {
     pub permit: Permit,
     /// Look into TLS.
     pub inspect: bool,
-    /// What to add to a request; only where every layer names the same.
-    pub credential: Option<CredentialUse>,
+    /// The credential to add to a request, by name; only where every layer names the same.
+    pub credential: Option<String>,
     /// The rule of the policy whose bytes and connections are counted together.
     pub account: String,
     /// Most bytes that may leave the cell through that rule.
@@ -175,19 +131,6 @@ pub struct Terms {
     pub bytes_down_max: u64,
     /// Most connections at a time.
     pub connections_max: u32,
-}
-
-/// A credential and where it goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CredentialUse {
-    /// Its name in the daemon's configuration.
-    pub name: String,
-    /// The header, in lower case.
-    pub header: String,
-    /// How it is written there.
-    pub scheme: Scheme,
-    /// The user beside it, for [`Scheme::Basic`].
-    pub user: String,
 }
 
 impl Egress {
@@ -330,13 +273,6 @@ impl HostRule {
         {
             return Err(("credential", "cannot go to every host of a whole domain: name the host".into()));
         }
-        if !token(&self.header) || HEADERS_REFUSED.contains(&self.header.to_ascii_lowercase().as_str()) {
-            return Err(("header", format!("{:?} cannot hold a credential", self.header)));
-        }
-        if self.user.is_empty() || self.user.contains(':') || !self.user.bytes().all(|b| b.is_ascii_graphic())
-        {
-            return Err(("user", "must be visible characters without ':'".into()));
-        }
         Ok(())
     }
 
@@ -361,15 +297,6 @@ impl HostRule {
     fn allows(&self, method: &str, path: &CanonicalPath) -> bool {
         let method = self.methods.as_ref().is_none_or(|list| list.iter().any(|m| m == method));
         method && self.paths.as_ref().is_none_or(|list| list.iter().any(|glob| path.fits(glob)))
-    }
-
-    fn credential_use(&self) -> Option<CredentialUse> {
-        self.credential.as_ref().map(|name| CredentialUse {
-            name: name.clone(),
-            header: self.header.to_ascii_lowercase(),
-            scheme: self.scheme,
-            user: self.user.clone(),
-        })
     }
 }
 
@@ -398,7 +325,7 @@ pub fn decide_egress(layers: &[Layer], ask: &EgressAsk<'_>) -> Result<Terms, Den
             None => Terms {
                 permit: permit(name),
                 inspect: rule.inspect,
-                credential: rule.credential_use(),
+                credential: rule.credential.clone(),
                 account: rule.canonical_name(),
                 bytes_up_max: rule.bytes_up_max,
                 bytes_down_max: rule.bytes_down_max,
@@ -407,7 +334,7 @@ pub fn decide_egress(layers: &[Layer], ask: &EgressAsk<'_>) -> Result<Terms, Den
             Some(above) => Terms {
                 permit: permit(name),
                 inspect: above.inspect || rule.inspect,
-                credential: above.credential.filter(|used| rule.credential.as_ref() == Some(&used.name)),
+                credential: above.credential.filter(|name| rule.credential.as_ref() == Some(name)),
                 account: above.account,
                 bytes_up_max: above.bytes_up_max.min(rule.bytes_up_max),
                 bytes_down_max: above.bytes_down_max.min(rule.bytes_down_max),
