@@ -31,7 +31,9 @@ impl Network {
     pub(super) fn read(layers: &Layers<'_>, raw: &RawNetwork) -> Result<Self, ConfigError> {
         Ok(Self {
             proxy: layers.checked("network.proxy", &raw.proxy, parse_proxy)?,
-            no_proxy: layers.list("network.no_proxy", &raw.no_proxy, ',', parse_exception)?.unwrap_or_default(),
+            no_proxy: layers
+                .list("network.no_proxy", &raw.no_proxy, ',', parse_exception)?
+                .unwrap_or_default(),
             ca_file: layers.checked("network.ca_file", &raw.ca_file, absolute)?,
         })
     }
@@ -75,7 +77,15 @@ mod tests {
     fn a_proxy_has_a_host_and_a_port() {
         assert_eq!(parse_proxy("http://proxy.example:3128"), Ok(("proxy.example".into(), 3128)));
         assert_eq!(parse_proxy("http://[::1]:80/"), Ok(("::1".into(), 80)));
-        for bad in ["proxy:3128", "https://proxy:1", "http://proxy", "http://proxy:0", "http://:1", "http://a b:1", "http://a:b:1"] {
+        for bad in [
+            "proxy:3128",
+            "https://proxy:1",
+            "http://proxy",
+            "http://proxy:0",
+            "http://:1",
+            "http://a b:1",
+            "http://a:b:1",
+        ] {
             assert!(parse_proxy(bad).is_err(), "{bad}");
         }
         let error = parse_proxy("http://me:secret@proxy:3128").expect_err("a password");

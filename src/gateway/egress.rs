@@ -139,11 +139,7 @@ impl Egress {
     ///
     /// # Errors
     /// [`EgressError`] when `ca_file` holds no certificate.
-    pub fn new(
-        network: Network,
-        limits: EgressLimits,
-        ca_file: Option<&str>,
-    ) -> Result<Self, EgressError> {
+    pub fn new(network: Network, limits: EgressLimits, ca_file: Option<&str>) -> Result<Self, EgressError> {
         let native = rustls_native_certs::load_native_certs();
         if native.certs.is_empty() {
             tracing::warn!("no certificate authorities on this machine: inspected hosts cannot be reached");
@@ -226,7 +222,10 @@ pub struct EgressSpec {
 
 impl fmt::Debug for EgressSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EgressSpec").field("egress", &self.egress).field("ca", &self.ca).finish_non_exhaustive()
+        f.debug_struct("EgressSpec")
+            .field("egress", &self.egress)
+            .field("ca", &self.ca)
+            .finish_non_exhaustive()
     }
 }
 

@@ -9,6 +9,7 @@ mod api;
 mod bad_input;
 mod command;
 mod crash;
+mod egress;
 mod engine;
 mod fake_agent;
 mod image;

@@ -71,7 +71,12 @@ impl fmt::Debug for Shared {
 }
 
 impl Door {
-    pub(in crate::gateway) fn open(listener: UnixListener, spec: EgressSpec, plan: Arc<Plan>, cell: CellId) -> Self {
+    pub(in crate::gateway) fn open(
+        listener: UnixListener,
+        spec: EgressSpec,
+        plan: Arc<Plan>,
+        cell: CellId,
+    ) -> Self {
         let (sender, events) = mpsc::channel(EVENTS_MAX);
         let (revoked, tasks, accounts) = (CancellationToken::new(), TaskTracker::new(), Mutex::default());
         let shared = Arc::new(Shared { spec, plan, cell, revoked, tasks, accounts, events: sender });
@@ -133,7 +138,8 @@ impl Shared {
 
     /// A place under the rule's limits.
     pub(super) fn enter(&self, terms: &Terms) -> Result<Arc<Meter>, Refused> {
-        let place = self.account(terms).enter(terms).map_err(|key| Refused::limit(terms.permit.rule(), key))?;
+        let place =
+            self.account(terms).enter(terms).map_err(|key| Refused::limit(terms.permit.rule(), key))?;
         Ok(Meter::new(place, terms))
     }
 }
@@ -158,7 +164,8 @@ impl Refused {
     }
 
     pub(super) fn limit(rule: &str, key: &str) -> Self {
-        let status = if key == "connections_max" { StatusCode::TOO_MANY_REQUESTS } else { StatusCode::FORBIDDEN };
+        let status =
+            if key == "connections_max" { StatusCode::TOO_MANY_REQUESTS } else { StatusCode::FORBIDDEN };
         Self::new(status, &format!("{rule}.{key}"), format!("{key} is reached (rule {rule})"))
     }
 
@@ -168,7 +175,9 @@ impl Refused {
 
     pub(super) fn route(rule: &str, error: &RouteError) -> Self {
         match error {
-            RouteError::Address { .. } => Self::new(StatusCode::FORBIDDEN, "egress.addresses", error.to_string()),
+            RouteError::Address { .. } => {
+                Self::new(StatusCode::FORBIDDEN, "egress.addresses", error.to_string())
+            }
             RouteError::Unknown(_) | RouteError::Silent(_) | RouteError::Proxy { .. } => {
                 Self::failed(rule, error.to_string())
             }
@@ -180,6 +189,8 @@ impl Refused {
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        // Whatever else stands in this connection is not read.
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         // What the CLI's own tools look for to tell a refusal from a server's answer.
         if self.status == StatusCode::FORBIDDEN {
             let name = HeaderName::from_static("x-proxy-error");
@@ -289,7 +300,8 @@ async fn connect(shared: &Arc<Shared>, request: Request<Incoming>) -> Response<B
             let response = refused.response();
             let Refused { rule, reason, allowed, .. } = refused;
             let reason = Some(reason);
-            let event = EgressRecord { host, port, allowed, rule, reason, duration_ms, ..EgressRecord::default() };
+            let event =
+                EgressRecord { host, port, allowed, rule, reason, duration_ms, ..EgressRecord::default() };
             shared.record(event).await;
             response
         }
@@ -333,7 +345,9 @@ async fn open(
     let admitted = Admitted { host, port, terms, way, meter, began };
     if inspect {
         let tls = match &shared.spec.ca {
-            Some(ca) => ca.server(&admitted.host).map_err(|error| Refused::failed(&rule, error.to_string()))?,
+            Some(ca) => {
+                ca.server(&admitted.host).map_err(|error| Refused::failed(&rule, error.to_string()))?
+            }
             None => return Err(Refused::failed(&rule, "this cell has no certificate authority")),
         };
         let upgrade = hyper::upgrade::on(&mut request);

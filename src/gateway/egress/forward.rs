@@ -19,10 +19,10 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use super::{EgressRecord, HeaderCredential};
 use super::door::{Body, BrokenOff, Refused, Shared, elapsed_ms, shown};
 use super::route::{Stream, Way};
 use super::wire::{Counted, Meter};
+use super::{EgressRecord, HeaderCredential};
 use crate::gateway::censor::Censor;
 use crate::gateway::credentials::Secret;
 use crate::policy::egress::{CanonicalPath, Terms};
@@ -81,7 +81,11 @@ struct Asked {
 }
 
 /// A request through an inspected tunnel: its host is the tunnel's, whatever it says.
-pub(super) async fn inspected(shared: &Arc<Shared>, origin: &Arc<Origin>, request: Request<Incoming>) -> Response<Body> {
+pub(super) async fn inspected(
+    shared: &Arc<Shared>,
+    origin: &Arc<Origin>,
+    request: Request<Incoming>,
+) -> Response<Body> {
     let asked = (|| {
         if request.uri().authority().is_some() || request.uri().scheme().is_some() {
             return Err(Refused::malformed("a request within TLS names a path, not a URL"));
@@ -107,11 +111,16 @@ pub(super) async fn plain(shared: &Arc<Shared>, request: Request<Incoming>) -> R
     let authority = request.uri().authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
     let asked = (|| {
         if request.uri().scheme_str() != Some("http") {
-            return Err(Refused::malformed("this is a proxy: it takes CONNECT host:port, or a URL with http://"));
+            return Err(Refused::malformed(
+                "this is a proxy: it takes CONNECT host:port, or a URL with http://",
+            ));
         }
         let has_port = authority.rsplit(']').next().is_some_and(|rest| rest.contains(':'));
-        let parsed =
-            if has_port { Host::parse_with_port(&authority) } else { Host::parse(&authority).map(|host| (host, 80)) };
+        let parsed = if has_port {
+            Host::parse_with_port(&authority)
+        } else {
+            Host::parse(&authority).map(|host| (host, 80))
+        };
         let (host, port) = parsed.map_err(|error| Refused::malformed(format!("the URL's host {error}")))?;
         let path = CanonicalPath::parse(request.uri().path()).map_err(Refused::malformed)?;
         Ok(Asked { host, port, path, secure: false })
@@ -136,7 +145,9 @@ async fn answer(
         host: host.to_owned(),
         port,
         method: Some(shown(request.method().as_str())),
-        path: Some(asked.as_ref().map_or_else(|_| shown(request.uri().path()), |a| a.path.as_str().to_owned())),
+        path: Some(
+            asked.as_ref().map_or_else(|_| shown(request.uri().path()), |a| a.path.as_str().to_owned()),
+        ),
         allowed: true,
         ..EgressRecord::default()
     };
@@ -147,9 +158,7 @@ async fn answer(
     match sent {
         Ok(sent) => sent.pass_back(shared, event, began),
         Err(refused) => {
-            let mut response = refused.response();
-            // Whatever else stands in this connection is not read.
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            let response = refused.response();
             event.duration_ms = elapsed_ms(began);
             (event.rule, event.reason, event.allowed) = (refused.rule, Some(refused.reason), refused.allowed);
             shared.record(event).await;
@@ -180,7 +189,11 @@ async fn send(
     terms.permit.rule().clone_into(&mut event.rule);
     let rule = event.rule.clone();
     if request.headers().contains_key(header::UPGRADE) {
-        return Err(Refused::new(StatusCode::FORBIDDEN, "egress.request", "no connection changes its protocol here"));
+        return Err(Refused::new(
+            StatusCode::FORBIDDEN,
+            "egress.request",
+            "no connection changes its protocol here",
+        ));
     }
     let meter = match origin {
         Some(origin) => Arc::clone(&origin.meter),
@@ -217,7 +230,10 @@ async fn send(
             }
         }
     };
-    let late = |_| Refused { status: StatusCode::GATEWAY_TIMEOUT, ..Refused::failed(&rule, "the host does not answer") };
+    let late = |_| Refused {
+        status: StatusCode::GATEWAY_TIMEOUT,
+        ..Refused::failed(&rule, "the host does not answer")
+    };
     let response = timeout(limits.first_byte_wait, exchange).await.map_err(late)??;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return Err(Refused::failed(&rule, "the host changes its protocol without being asked"));
@@ -253,14 +269,23 @@ async fn secure_stream(
     rule: &str,
 ) -> Result<impl Stream + use<>, Refused> {
     let name = match host {
-        Host::Name(name) => ServerName::try_from(name.clone()).map_err(|_| Refused::failed(rule, "no TLS name"))?,
+        Host::Name(name) => {
+            ServerName::try_from(name.clone()).map_err(|_| Refused::failed(rule, "no TLS name"))?
+        }
         Host::Address(address) => ServerName::IpAddress((*address).into()),
     };
     let connector = TlsConnector::from(Arc::clone(&shared.spec.egress.tls));
-    connector.connect(name, stream).await.map_err(|error| Refused::failed(rule, format!("TLS with the host: {error}")))
+    connector
+        .connect(name, stream)
+        .await
+        .map_err(|error| Refused::failed(rule, format!("TLS with the host: {error}")))
 }
 
-async fn handshake<S: Stream>(shared: &Shared, stream: S, rule: &str) -> Result<SendRequest<Incoming>, Refused> {
+async fn handshake<S: Stream>(
+    shared: &Shared,
+    stream: S,
+    rule: &str,
+) -> Result<SendRequest<Incoming>, Refused> {
     let limits = &shared.spec.egress.limits;
     let (sender, connection) = http1::Builder::new()
         .max_buf_size(limits.head_bytes_max)
@@ -282,7 +307,8 @@ async fn handshake<S: Stream>(shared: &Shared, stream: S, rule: &str) -> Result<
 async fn credential(shared: &Shared, terms: &Terms) -> Result<Option<HeaderCredential>, Refused> {
     let Some(name) = &terms.credential else { return Ok(None) };
     let found = shared.spec.credentials.header(name, &terms.permit).await;
-    let mut found = found.map_err(|why| Refused::failed(terms.permit.rule(), format!("the credential {name}: {why}")))?;
+    let mut found =
+        found.map_err(|why| Refused::failed(terms.permit.rule(), format!("the credential {name}: {why}")))?;
     found.value.set_sensitive(true);
     Ok(Some(found))
 }
@@ -352,7 +378,11 @@ impl Sent {
         }
         let (pieces, receiver) = mpsc::channel(4);
         let complete = Arc::new(AtomicBool::new(false));
-        let pump = Pump { pieces, complete: Arc::clone(&complete), censors: self.secrets.into_iter().map(Censor::new).collect() };
+        let pump = Pump {
+            pieces,
+            complete: Arc::clone(&complete),
+            censors: self.secrets.into_iter().map(Censor::new).collect(),
+        };
         let (task_shared, meter, before) = (Arc::clone(shared), self.meter, self.before);
         shared.tasks.spawn(async move {
             let mut event = event;

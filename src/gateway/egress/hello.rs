@@ -176,8 +176,10 @@ pub(super) mod tests {
     /// A hello with these extensions.
     fn made(extensions: &[(u16, Vec<u8>)]) -> Vec<u8> {
         let counted = |bytes: &[u8]| [&(bytes.len() as u16).to_be_bytes()[..], bytes].concat();
-        let all: Vec<u8> =
-            extensions.iter().flat_map(|(kind, body)| [kind.to_be_bytes().to_vec(), counted(body)].concat()).collect();
+        let all: Vec<u8> = extensions
+            .iter()
+            .flat_map(|(kind, body)| [kind.to_be_bytes().to_vec(), counted(body)].concat())
+            .collect();
         let body = [&[3, 3][..], &[7; 32], &[0], &counted(&[0x13, 1]), &[1, 0], &counted(&all)].concat();
         let message = [&[1][..], &(body.len() as u32).to_be_bytes()[1..], &body].concat();
         [&[22, 3, 1][..], &counted(&message)].concat()

@@ -184,7 +184,12 @@ impl Network {
     }
 
     /// Connects on a way that was checked.
-    pub(super) async fn dial(&self, way: &Way, host: &Host, port: u16) -> Result<Box<dyn Stream>, RouteError> {
+    pub(super) async fn dial(
+        &self,
+        way: &Way,
+        host: &Host,
+        port: u16,
+    ) -> Result<Box<dyn Stream>, RouteError> {
         let silent = || RouteError::Silent(host.to_string());
         match (way, &self.proxy) {
             (Way::Addresses(addresses), _) => {
@@ -199,7 +204,8 @@ impl Network {
                 let shown = host.to_string();
                 let dialled = timeout(DIAL_WAIT, TcpStream::connect((proxy.host.as_str(), proxy.port))).await;
                 let stream = dialled.map_err(|_| silent())?.map_err(|_| silent())?;
-                let connected = timeout(DIAL_WAIT, ask_proxy(stream, &shown, port)).await.map_err(|_| silent())?;
+                let connected =
+                    timeout(DIAL_WAIT, ask_proxy(stream, &shown, port)).await.map_err(|_| silent())?;
                 let stream = connected.map_err(|status| RouteError::Proxy { host: shown, status })?;
                 Ok(Box::new(stream))
             }
@@ -235,7 +241,8 @@ async fn ask_proxy(mut stream: TcpStream, host: &str, port: u16) -> Result<TcpSt
             return Err(0);
         }
     }
-    let status = head.get(9..12).and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok()).unwrap_or(0);
+    let status =
+        head.get(9..12).and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok()).unwrap_or(0);
     if head.starts_with(b"HTTP/1.") && (200..300).contains(&status) { Ok(stream) } else { Err(status) }
 }
 
@@ -288,7 +295,9 @@ mod tests {
     fn loopback_and_exceptions_are_reached_without_the_proxy() {
         let except = ["in.example", ".corp.example", "9.9.9.9"].map(str::to_owned).to_vec();
         let proxy = CorporateProxy { host: "p".into(), port: 1, except };
-        for host in ["127.0.0.1", "[::1]", "localhost", "in.example", "corp.example", "a.corp.example", "9.9.9.9"] {
+        for host in
+            ["127.0.0.1", "[::1]", "localhost", "in.example", "corp.example", "a.corp.example", "9.9.9.9"]
+        {
             assert!(!proxy.is_for(host), "{host}");
         }
         for host in ["x.in.example", "example", "9.9.9.8", "notcorp.example"] {

@@ -12,11 +12,11 @@ use rustls::ServerConfig;
 use tokio::io::AsyncWriteExt;
 use tokio_rustls::TlsAcceptor;
 
+use super::EgressRecord;
 use super::door::{Admitted, Shared, elapsed_ms};
 use super::forward::{self, Origin};
 use super::route::Stream;
 use super::wire::{self, Prefixed};
-use super::EgressRecord;
 
 /// A fatal TLS alert, `unrecognized_name`: what a client shows as its reason.
 const WRONG_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];

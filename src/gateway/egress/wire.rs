@@ -69,7 +69,15 @@ impl Meter {
     pub(super) fn new(place: Entered, terms: &Terms) -> Arc<Self> {
         let (up_max, down_max) = (terms.bytes_up_max, terms.bytes_down_max);
         let (began, last_ms) = (Instant::now(), AtomicU64::new(0));
-        Arc::new(Self { place, up: AtomicU64::new(0), down: AtomicU64::new(0), up_max, down_max, began, last_ms })
+        Arc::new(Self {
+            place,
+            up: AtomicU64::new(0),
+            down: AtomicU64::new(0),
+            up_max,
+            down_max,
+            began,
+            last_ms,
+        })
     }
 
     /// Bytes so far, up and down.
@@ -120,7 +128,11 @@ fn limit() -> io::Error {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if self.meter.exceeded().is_some() {
             return Poll::Ready(Err(limit()));
         }
@@ -172,7 +184,11 @@ impl<S> Prefixed<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let rest = &self.prefix[self.given..];
         if rest.is_empty() {
             return Pin::new(&mut self.inner).poll_read(cx, buf);
