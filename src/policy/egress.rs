@@ -381,6 +381,23 @@ fn shown(path: &str) -> &str {
     path.get(..200).unwrap_or(path)
 }
 
+/// What becomes of a request for a URL, as the gateway would decide it: the connection first, and the request too
+/// where it is looked into.
+///
+/// # Errors
+/// What is wrong with the URL, in words.
+pub fn decide_url(layers: &[Layer], method: &str, url: &str) -> Result<Result<Terms, Denial>, String> {
+    let (host, port, path, secure) = parse_url(url)?;
+    let ask = |act| decide_egress(layers, &EgressAsk { host: &host, port, act });
+    if secure {
+        match ask(Act::Connect) {
+            Ok(terms) if terms.inspect => {}
+            other => return Ok(other),
+        }
+    }
+    Ok(ask(Act::Request { method, path: &path, secure }))
+}
+
 /// A URL taken apart for a question: host, port, path, and whether it is https.
 ///
 /// # Errors

@@ -49,6 +49,8 @@ impl Internet {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        // One's own name as the issuer's is a certificate that signed itself, for OpenSSL.
+        params.distinguished_name.push(rcgen::DnType::CommonName, "the corporate authority");
         let issuer =
             rcgen::CertifiedIssuer::self_signed(params, rcgen::KeyPair::generate().unwrap()).unwrap();
         let dir = tempfile::tempdir().unwrap();
@@ -188,7 +190,7 @@ fn the_usual_tools_reach_what_the_policy_names_and_nothing_else() {
         node -e 'fetch("https://inspected.example/hello").then(r => r.text()).then(t => console.log("node: " + t))'
         python3 -c 'import urllib.request; print("python: " + urllib.request.urlopen("https://inspected.example/hello").read().decode())'
         git clone -q https://inspected.example/repo.git /tmp/clone && echo "git: $(cat /tmp/clone/README)"
-        echo "keys: $(cat /.hotcell/*.pem | grep -c 'PRIVATE KEY') $(find / -xdev -name ca.key 2>/dev/null | wc -l)"
+        echo "keys: $(cat /.hotcell/ca.pem /.hotcell/ca-more.pem | grep -c 'PRIVATE KEY') $(cat /.hotcell/ca.key | wc -c)"
     "#;
     let mut world = internet.world(&one_command(command), RULES);
     let (events, job) = world.job(&json!({ "prompt": "reach out", "policy": "reach" }));

@@ -136,6 +136,21 @@ fn methods_and_paths_of_several_rules_add_up() {
 }
 
 #[test]
+fn a_url_is_judged_as_the_gateway_does_it() {
+    let layers = [layer(
+        "[[egress.host]]\nname = \"i.example\"\ninspect = true\nmethods = [\"GET\"]\n\
+         [[egress.host]]\nname = \"t.example\"\nports = [80, 443]\n",
+    )];
+    let allowed = |method: &str, url: &str| decide_url(&layers, method, url).map(|decided| decided.is_ok());
+    assert_eq!(allowed("GET", "https://i.example/x"), Ok(true));
+    assert_eq!(allowed("POST", "https://i.example/x"), Ok(false));
+    assert_eq!(allowed("POST", "https://t.example/x"), Ok(true), "nobody looks into it");
+    assert_eq!(allowed("POST", "http://t.example/x"), Ok(true));
+    assert_eq!(allowed("GET", "http://i.example/x"), Ok(false));
+    assert!(allowed("GET", "https://i.example/../x").is_err());
+}
+
+#[test]
 fn a_credential_never_goes_over_plain_http() {
     let layers = [layer(
         "[[egress.host]]\nname = \"a.example\"\nports = [80, 443]\ninspect = true\ncredential = \"x\"\n\
