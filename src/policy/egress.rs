@@ -152,13 +152,11 @@ impl Egress {
             let same = |other: &&HostRule| {
                 other.canonical_name() == name && other.ports.iter().any(|port| rule.ports.contains(port))
             };
-            if let Some(other) = self.hosts[..index].iter().find(same) {
-                if other.inspect != rule.inspect || !rule.inspect {
-                    let problem = format!(
-                        "{name} stands twice; rules of one host and port must all have inspect = true"
-                    );
-                    return Err(wrong(("name", problem)));
-                }
+            let twice = self.hosts[..index].iter().find(same);
+            if twice.is_some_and(|other| !other.inspect || !rule.inspect) {
+                let problem =
+                    format!("{name} stands twice; rules of one host and port must all have inspect = true");
+                return Err(wrong(("name", problem)));
             }
         }
         Ok(())

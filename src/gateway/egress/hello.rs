@@ -60,9 +60,12 @@ pub fn peek(bytes: &[u8]) -> Result<Peek, HelloError> {
     }
 }
 
+/// A record's payload, and what comes after it.
+type Record<'a> = (&'a [u8], &'a [u8]);
+
 /// One record: its payload, and what comes after it. A record that is not whole gives none, but a wrong one is
 /// an error at its first wrong byte.
-fn record(bytes: &[u8]) -> Result<Option<(&[u8], &[u8])>, HelloError> {
+fn record(bytes: &[u8]) -> Result<Option<Record<'_>>, HelloError> {
     let wrong = |at: usize, good: fn(u8) -> bool| bytes.get(at).is_some_and(|byte| !good(*byte));
     if wrong(0, |b| b == HANDSHAKE) || wrong(1, |b| b == 3) || wrong(2, |b| b <= 4) {
         return Err(HelloError::NotTls);
