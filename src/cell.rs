@@ -15,6 +15,7 @@ pub mod record;
 pub mod report;
 mod rooms;
 pub mod runtime;
+mod way_out;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use crate::agent_bundle::Bundles;
 use crate::clock;
 use crate::engine::{ContainerId, Engine, EngineError, container_name};
 use crate::event::{Body, Totals};
-use crate::gateway::Gateway;
+use crate::gateway::{Egress, Gateway};
 use crate::job::outcome::Failure;
 use crate::job::{CellId, FailReason, Input, JobId, Outcome, Phase, State, StopReason};
 use crate::journal;
@@ -86,6 +87,8 @@ pub struct Parts {
     pub engine: Arc<dyn Engine>,
     /// The way to the model.
     pub gateway: Arc<Gateway>,
+    /// The way to everything else.
+    pub egress: Arc<Egress>,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// The CLI's binaries.

@@ -58,6 +58,8 @@ pub struct Metrics {
     orphans_total: IntCounterVec,
     refused_total: IntCounter,
     not_listed_total: IntCounter,
+    egress_total: IntCounterVec,
+    egress_bytes_total: IntCounterVec,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -222,6 +224,18 @@ impl Metrics {
                 "hotcell_access_refused_total",
                 "Requests of users that no access entry names.",
             )?,
+            egress_total: counters(
+                &registry,
+                "hotcell_egress_total",
+                "Connections and requests to hosts beside the model.",
+                &["decision"],
+            )?,
+            egress_bytes_total: counters(
+                &registry,
+                "hotcell_egress_bytes_total",
+                "Bytes exchanged with hosts beside the model.",
+                &["direction"],
+            )?,
             registry,
             models,
         };
@@ -253,6 +267,12 @@ impl Metrics {
         }
         for decision in ["allow", "deny", "rewrite"] {
             self.tool_calls_total.with_label_values(&[decision]);
+        }
+        for decision in ["allow", "deny"] {
+            self.egress_total.with_label_values(&[decision]);
+        }
+        for direction in ["up", "down"] {
+            self.egress_bytes_total.with_label_values(&[direction]);
         }
         for direction in ["above", "below"] {
             self.cost_difference_total.with_label_values(&[direction]);
@@ -369,6 +389,14 @@ impl Metrics {
     /// A user asked whom no access entry names.
     pub fn not_listed(&self) {
         self.not_listed_total.inc();
+    }
+
+    /// A cell reached a host, or was kept from it.
+    pub fn egress(&self, decision: Decision, bytes_up: u64, bytes_down: u64) {
+        let label = if decision == Decision::Deny { "deny" } else { "allow" };
+        self.egress_total.with_label_values(&[label]).inc();
+        self.egress_bytes_total.with_label_values(&["up"]).inc_by(bytes_up);
+        self.egress_bytes_total.with_label_values(&["down"]).inc_by(bytes_down);
     }
 
     /// Something was left over and is removed.

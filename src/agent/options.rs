@@ -31,13 +31,24 @@ const MANAGED_SETTINGS: &str = r#"--managed-settings={"allowManagedHooksOnly":tr
 
 /// Nor does anything else that a repository names for the CLI itself to run: programs in its settings (the key
 /// that such a helper gives would also go out beside the job's own), and shell commands within the text of
-/// its skills and commands, which no gate sees in the modes that ask. These win over the repository's; as
+/// its skills and commands, which no gate sees in the modes that ask. Nor does WebFetch ask its vendor's host
+/// about every other one: which hosts are reached, egress decides. These win over the repository's; as
 /// managed settings they are ignored (seen with 2.1.197).
-const FLAG_SETTINGS: &str = r#"--settings={"apiKeyHelper":"","proxyAuthHelper":"","awsAuthRefresh":"","awsCredentialExport":"","gcpAuthRefresh":"","otelHeadersHelper":"","disableSkillShellExecution":true}"#;
+const FLAG_SETTINGS: &str = r#"--settings={"apiKeyHelper":"","proxyAuthHelper":"","awsAuthRefresh":"","awsCredentialExport":"","gcpAuthRefresh":"","otelHeadersHelper":"","disableSkillShellExecution":true,"skipWebFetchPreflight":true}"#;
 
 /// Tools that need a person, or a network that the cell does not have.
 const REMOVED_TOOLS: [&str; 5] =
-    ["AskUserQuestion", "EnterPlanMode", "ExitPlanMode", "WebFetch", "WebSearch"];
+    ["AskUserQuestion", "EnterPlanMode", "ExitPlanMode", "WebSearch", "WebFetch"];
+
+/// What no CLI of this plan has: WebFetch stays where egress allows some host, WebSearch where requests may hold it.
+fn removed_tools(plan: &Plan) -> Vec<&'static str> {
+    let stays = |tool: &str| match tool {
+        "WebFetch" => plan.has_egress(),
+        "WebSearch" => web_search_uses_max(&plan.layers).is_some(),
+        _ => false,
+    };
+    REMOVED_TOOLS.into_iter().filter(|tool| !stays(tool)).collect()
+}
 
 /// The CLI's arguments, its path first.
 pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
@@ -73,10 +84,7 @@ pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
     if !plan.allowed_tools.is_empty() {
         argv.push(format!("--allowedTools={}", plan.allowed_tools.join(",")));
     }
-    let mut refused: Vec<&str> = REMOVED_TOOLS.to_vec();
-    if web_search_uses_max(&plan.layers).is_some() {
-        refused.retain(|tool| *tool != "WebSearch");
-    }
+    let mut refused: Vec<&str> = removed_tools(plan);
     let denied = plan.layers.iter().flat_map(|layer| &layer.tools_deny);
     for name in denied.chain(&plan.disallowed_tools).map(String::as_str).filter(|p| !p.ends_with('*')) {
         if !refused.contains(&name) {

@@ -473,7 +473,8 @@ impl<'a> Live<'a> {
             | GatewayEvent::Charged { .. }
             | GatewayEvent::Refused { .. }
             | GatewayEvent::ProviderFault { .. }
-            | GatewayEvent::ProviderPaused { .. } => Ok(()),
+            | GatewayEvent::ProviderPaused { .. }
+            | GatewayEvent::Egress(_) => Ok(()),
         }
     }
 

@@ -12,8 +12,8 @@ use tokio::sync::watch;
 use super::live::CELL_BUFFER_BYTES_MAX;
 use super::record::{Record, RecordError};
 use super::rooms::{self, Dirs, Made, Tenant, Who};
-use super::{Accepted, Parts, StopWish, runtime};
-use crate::agent::options;
+use super::{Accepted, Parts, StopWish, runtime, way_out};
+use crate::agent::{options, way_out as agent_way_out};
 use crate::agent_bundle::{Bundles, Platform, Version};
 use crate::cell_image::{EngineImages, ImageError, Images};
 use crate::clock;
@@ -410,6 +410,8 @@ async fn open_lease(
     owner: (u32, u32),
 ) -> Result<Lease, PrepareError> {
     let budgets = budgets(parts, record).await?;
+    let dir = run.parent().unwrap_or(run);
+    let egress = way_out::make(parts, &record.accepted.plan, &record.identity, dir).await?;
     let spec = LeaseSpec {
         job: record.job.clone(),
         cell: cell.clone(),
@@ -420,6 +422,7 @@ async fn open_lease(
         output_tokens_max: None,
         run_dir: run.to_owned(),
         socket_owner: Some(owner),
+        egress,
     };
     let calendar = parts.settings.calendar.clone();
     let ledger = Arc::new(StoreLedger { store: parts.store.clone(), cell: cell.clone(), calendar });
@@ -524,6 +527,7 @@ pub(super) fn boot_with(
     let argv = argv.into_iter().map(OsString::from).collect();
     let provider = parts.gateway.view(&plan.provider).map_err(|e| failed(FailReason::Internal, e))?;
     let mut env = options::environment(plan, image.path_env.as_deref(), &provider, &names.token);
+    env.extend(agent_way_out::environment(plan, way_out::has_authorities(parts, plan)));
     env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
     let mut boot = Boot::new(names.cell.clone(), names.key.clone(), argv);
     boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
@@ -534,6 +538,10 @@ pub(super) fn boot_with(
     boot.buffer_bytes_max = CELL_BUFFER_BYTES_MAX;
     boot.forwards =
         vec![PortForward { port: options::MODEL_PORT, socket: PathBuf::from("/.hotcell/api.sock") }];
+    if plan.has_egress() {
+        let socket = PathBuf::from("/.hotcell/egress.sock");
+        boot.forwards.push(PortForward { port: agent_way_out::EGRESS_PORT, socket });
+    }
     boot.encode().map_err(|e| failed(FailReason::Internal, e))
 }
 

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use super::{Accepted, Parts};
 use crate::agent::frames;
 use crate::clock;
-use crate::event::{Body, Line, Totals};
+use crate::event::{Body, Decision, Line, Totals};
 use crate::gateway::GatewayEvent;
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Identity, Input, JobId, JobSpec, Outcome, Phase, State};
@@ -262,6 +262,23 @@ impl Record {
                 resets_at_ms: *resets_at_ms,
             },
             GatewayEvent::ProviderPaused { .. } => return Ok(()),
+            GatewayEvent::Egress(reached) => {
+                let decision = if reached.allowed { Decision::Allow } else { Decision::Deny };
+                parts.metrics.egress(decision, reached.bytes_up, reached.bytes_down);
+                Body::Egress {
+                    host: reached.host.clone(),
+                    port: reached.port,
+                    method: reached.method.clone(),
+                    path: reached.path.clone(),
+                    decision,
+                    rule: reached.rule.clone(),
+                    reason: reached.reason.clone(),
+                    credential: reached.credential.clone(),
+                    bytes_up: reached.bytes_up,
+                    bytes_down: reached.bytes_down,
+                    duration_ms: reached.duration_ms,
+                }
+            }
         };
         self.push(&body)?;
         Ok(())

@@ -173,7 +173,7 @@ async fn lease(
         let base_url = format!("{base_url}{}", spec.base_url);
         config.providers[0] = ProviderSpec { base_url, ..spec };
     }
-    let gateway = Gateway::open(config, prices, setup.limits).await.unwrap();
+    let gateway = Gateway::open(config, prices, setup.limits, &super::Reach::default()).await.unwrap();
     let spec = LeaseSpec {
         job: job.clone(),
         cell: CellId::new(1),
@@ -188,6 +188,7 @@ async fn lease(
         output_tokens_max: None,
         run_dir: dir.path().to_owned(),
         socket_owner: None,
+        egress: None,
     };
     gateway.lease(spec, Arc::clone(ledger) as Arc<dyn Ledger>).await.unwrap()
 }
@@ -741,6 +742,7 @@ async fn a_ledger_that_fails_stops_requests_and_settlements_are_tried_again() {
         output_tokens_max: None,
         run_dir: other.path().to_owned(),
         socket_owner: None,
+        egress: None,
     };
     let flaky = gateway.lease(spec, Arc::clone(&ledger) as Arc<dyn Ledger>).await.unwrap();
     std::mem::replace(&mut world.lease, flaky).destroy().await;

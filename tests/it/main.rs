@@ -11,6 +11,7 @@ mod audit;
 mod bad_input;
 mod command;
 mod crash;
+mod egress;
 mod engine;
 mod fake_agent;
 mod image;

@@ -18,6 +18,7 @@ impl World {
             identity: me(),
             plan,
             budgets: crate::money::Caps::default().of_job(limit.map(MicroUsd), None, None),
+            egress: None,
             output_tokens_max: None,
             run_dir: dir.path().to_owned(),
             socket_owner: None,
@@ -254,7 +255,8 @@ async fn web_searches_are_lowered_reserved_and_charged_by_use() {
         identity: me(),
         plan: with_requests("server_tools=['web_search']\nweb_search_uses_max=3"),
         budgets: Vec::new(),
-        output_tokens_max: None,
+        egress: None,
+            output_tokens_max: None,
         run_dir: dir.path().to_owned(),
         socket_owner: None,
     };
