@@ -362,6 +362,11 @@ fn compare(
         // Every call asks the daemon before the CLI looks at what a project says about single commands.
         return must(here.ran && decision("allow"), "the policy allows it");
     }
+    if mode == "plan" && call.id == "skill-allows" && here.ran {
+        // Measured: where any callback before calls is registered, as the gate is, the CLI of this version does not
+        // ask in plan mode about what a loaded skill allows.
+        return must(decision("allow"), "the policy allows it");
+    }
     if asks(&there.text) && !there.ran {
         let rule = (call.id.to_owned(), "deny".to_owned(), format!("permission_mode {mode}"));
         must(cell.decided.contains(&rule), "no decision in the journal")?;
@@ -470,7 +475,7 @@ fn what_policy_or_job_refuse_runs_in_no_mode_whoever_allows_it() {
             // Exact names are no tools of the CLI at all.
             ("task", "No such tool available: TaskCreate"),
             ("edit", "No such tool available: Edit"),
-            ("bash-writes", "the job refuses Bash(touch made)"),
+            ("bash-writes", "rule job disallowed_tools Bash(touch made)"),
             ("read-other", "denied by your permission settings"),
         ],
         ..group(name, Some(hostile()))
