@@ -215,6 +215,11 @@ fn group(name: &'static str, project: Option<Value>) -> Group {
     Group { name, project, policy: "ruled", allowed: &[], disallowed: &[], refused: &[], raw: false }
 }
 
+/// How the tables are read.
+const LEGEND: &str = "In a cell, and (bare: …) what the bare CLI makes of it where that is not the same.
+policy: a rule or list of the policy or the job denies it; nobody: the mode asks, and nobody can be asked; asks: the CLI
+asks a person, and the agent reads that it was not allowed; denied: the CLI denies it; no tool: there is no such tool.";
+
 /// What a call came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Came {
@@ -379,7 +384,7 @@ fn compare(
 
 /// One table a group: what the cell makes of each call in each mode, and the bare CLI where that is not the same.
 fn show(group: &Group, columns: &BTreeMap<&str, Column>) -> String {
-    let mut text = format!("## {}\n\n{:<18}", group.name, "");
+    let mut text = format!("## {}\n\n{LEGEND}\n\n{:<18}", group.name, "");
     for mode in MODES {
         write!(text, "{mode:<22}").unwrap();
     }
