@@ -17,6 +17,7 @@ mod fake_agent;
 mod image;
 mod init;
 mod life;
+mod modes;
 mod money;
 mod output;
 mod policies;
