@@ -21,6 +21,7 @@ mod run;
 mod schema;
 mod serve;
 mod show;
+mod unpark;
 mod version;
 
 use std::ffi::OsString;
@@ -52,6 +53,7 @@ enum Command {
     Show(show::ShowArgs),
     Logs(logs::LogsArgs),
     Cancel(cancel::CancelArgs),
+    Unpark(unpark::UnparkArgs),
     Rm(rm::RmArgs),
     Serve(serve::ServeArgs),
     Image(image::ImageArgs),
@@ -147,6 +149,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Show(args) => wait(show::show(&args, context)),
         Command::Logs(args) => wait(logs::logs(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
+        Command::Unpark(args) => wait(unpark::unpark(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
         Command::Image(args) => image::image(&args, context),
@@ -168,6 +171,7 @@ impl Command {
             Self::Show(args) => args.json,
             Self::Logs(args) => args.json,
             Self::Cancel(args) => args.json,
+            Self::Unpark(args) => args.json,
             Self::Rm(args) => args.json,
             Self::Image(args) => args.json(),
             Self::Agent(args) => args.json(),

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent_bundle::Bundles;
 use crate::api::{self, Api, peer::PeerListener};
+use crate::cell::park::{Admission, Pauses};
 use crate::cell::record::Feeds;
 use crate::cell::{Parts, Settings};
 use crate::config::{ApiKeySource, Config, policy_sources};
@@ -225,7 +226,10 @@ async fn build(
         disk_reserve_bytes: u64::from(config.limits.disk_reserve_mib) * 1024 * 1024,
         agent: config.defaults.agent.clone(),
     };
-    let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds: Feeds::default() };
+    let (feeds, pauses) = (Feeds::default(), Arc::new(Pauses::default()));
+    let admission = vec![pauses.clone() as Arc<dyn Admission>];
+    let parts =
+        Parts { settings, store, engine, gateway, metrics, bundles, feeds, admission, pauses };
     Ok((Arc::new(parts), policies))
 }
 

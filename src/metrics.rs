@@ -9,7 +9,7 @@ use prometheus::{
 
 use crate::event::Decision;
 use crate::job::outcome::Failure;
-use crate::job::{FailReason, Outcome, Phase, State, StopReason};
+use crate::job::{FailReason, Outcome, ParkReason, Phase, State, StopReason};
 use crate::money::MicroUsd;
 use crate::pricing::Usage;
 
@@ -46,6 +46,7 @@ pub struct Metrics {
     cost_difference_total: CounterVec,
     orphans_total: IntCounterVec,
     refused_total: IntCounter,
+    parked_total: IntCounterVec,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -179,6 +180,12 @@ impl Metrics {
                 "hotcell_gateway_refused_total",
                 "Requests the gateway turned away.",
             )?,
+            parked_total: counters(
+                &registry,
+                "hotcell_parked_total",
+                "Jobs that were parked, by reason; each time counts.",
+                &["why"],
+            )?,
             registry,
             models,
         };
@@ -198,6 +205,9 @@ impl Metrics {
             for reason in FailReason::ALL {
                 self.failures_total.with_label_values(&[phase.as_str(), reason.as_str()]);
             }
+        }
+        for why in ParkReason::ALL {
+            self.parked_total.with_label_values(&[why.as_str()]);
         }
         for reason in StopReason::ALL {
             self.stops_total.with_label_values(&[reason.as_str()]);
@@ -302,6 +312,11 @@ impl Metrics {
     /// Something was left over and is removed.
     pub fn reaped(&self, orphan: Orphan, count: u64) {
         self.orphans_total.with_label_values(&[orphan.as_str()]).inc_by(count);
+    }
+
+    /// A job was parked.
+    pub fn parked(&self, why: ParkReason) {
+        self.parked_total.with_label_values(&[why.as_str()]).inc();
     }
 
     /// The text format, version 0.0.4.

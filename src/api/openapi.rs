@@ -111,6 +111,12 @@ fn paths() -> Value {
                 },
             },
         },
+        "/v1/jobs/{id}/unpark": {
+            "post": {
+                "operationId": "unparkJob", "summary": "Let a parked job go on before its time", "parameters": [id],
+                "responses": { "200": answer("It waits for a slot", "JobView"), "default": error },
+            },
+        },
         "/v1/jobs/{id}/events": {
             "get": {
                 "operationId": "followJob",

@@ -21,6 +21,7 @@ use crate::job::spec::{SPEC_BYTES_MAX, SpecError, WorkspaceMode};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
 use crate::policy::{Plan, narrow};
+use crate::scheduler::Ticket;
 use crate::store::{NewJob, StoreError, Submitted};
 use crate::workspace::{self, Access, Guard, WorkspaceRecord};
 
@@ -83,7 +84,9 @@ pub async fn submit(
         .await?
         .ok_or_else(|| ApiError::new(ErrorCode::Internal, "the new job has no row"))?;
     if fresh {
-        api.driver.submitted(id, identity.uid, spec.priority).await;
+        let credential = accepted.plan.provider.clone().unwrap_or_default();
+        let ticket = Ticket { uid: identity.uid, priority: spec.priority, credential };
+        api.driver.submitted(id, ticket).await;
     }
     let status = if fresh { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, axum::Json(view(&api, &job).await?)).into_response())
@@ -139,7 +142,8 @@ fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
 
 async fn room(api: &Api) -> Result<(), ApiError> {
     let counts = api.parts.store.counts_by_state().await?;
-    let queued = counts.iter().find(|(name, _)| **name == "queued").map_or(0, |(_, n)| *n);
+    // Those that wait for a slot, and those that wait for a moment.
+    let queued: u64 = ["queued", "parked"].iter().filter_map(|name| counts.get(name)).sum();
     if queued < api.queued_jobs_max {
         return Ok(());
     }

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::live::CELL_BUFFER_BYTES_MAX;
 use super::record::{Record, RecordError};
-use super::rooms::{self, Dirs, Who};
+use super::rooms::{self, Dirs, Kept, Who};
 use super::{Parts, StopWish};
 use crate::agent::options;
 use crate::agent_bundle::{Bundles, Platform, Version};
@@ -21,9 +21,9 @@ use crate::engine::{BindMount, CellLimits, CellSpec, ContainerId, EngineError};
 use crate::event::Body;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::job::outcome::Failure;
-use crate::job::{CellId, FailReason, Phase, StopReason};
+use crate::job::{CellId, FailReason, JobId, Pause, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
-use crate::session::{Session, Step};
+use crate::session::{Session, Step, Trouble};
 use crate::store::CellRow;
 use crate::workspace;
 
@@ -53,6 +53,8 @@ pub struct Prepared {
     pub booted: bool,
     /// Time since the cell was begun.
     pub age: Duration,
+    /// What last went wrong on the way to the model, while an earlier daemon watched.
+    pub trouble: Option<Trouble>,
 }
 
 /// Why there is no cell.
@@ -92,9 +94,10 @@ pub async fn prepare(
     stop: &mut watch::Receiver<StopWish>,
 ) -> Result<Prepared, PrepareError> {
     let found = find_image(parts, record, stop).await?;
-    let names = Names::new()?;
+    let former = parts.store.cell_of(&record.job).await?;
+    let names = Names::new(record, former.as_ref())?;
     parts.store.put_cell(names.row(record)).await?;
-    let (dirs, session, staged) = make_directories(parts, record, &names).await?;
+    let (dirs, session, staged, resumed) = make_directories(parts, record, &names).await?;
     let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), staged.owner())
         .await
         .map_err(|e| failed(FailReason::Internal, e))?;
@@ -106,7 +109,7 @@ pub async fn prepare(
         }
     };
     let spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
-    let boot = boot(record, &names, &found, record.accepted.plan.limits.wall_ms + WALL_SLACK_MS);
+    let boot = boot(record, &names, &found, resumed);
     let started = match boot {
         Ok(boot) => start(parts, &names.cell, &spec, &boot, stop).await,
         Err(error) => Err(error),
@@ -120,8 +123,8 @@ pub async fn prepare(
         }
     };
     let pending = session.start();
-    let (sent, booted, age) = (Vec::new(), false, Duration::ZERO);
-    Ok(Prepared { session, link, lease, container, pending, sent, booted, age })
+    let (sent, booted, age, trouble) = (Vec::new(), false, Duration::ZERO, None);
+    Ok(Prepared { session, link, lease, container, pending, sent, booted, age, trouble })
 }
 
 async fn start(
@@ -202,9 +205,9 @@ pub async fn adopt(
             };
         }
     };
-    let (session, pending, sent) = (replay.session, replay.pending, replay.sent);
+    let (session, pending, sent, trouble) = (replay.session, replay.pending, replay.sent, replay.trouble);
     let age = Duration::from_millis(clock::boot_ms().saturating_sub(row.created_boot_ms));
-    Ok(Some(Prepared { session, link, lease, container, pending, sent, booted: true, age }))
+    Ok(Some(Prepared { session, link, lease, container, pending, sent, booted: true, age, trouble }))
 }
 
 async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
@@ -289,25 +292,18 @@ struct Names {
 }
 
 impl Names {
-    fn new() -> Result<Self, PrepareError> {
-        let mut bytes = [0u8; 64];
+    fn new(record: &Record, former: Option<&CellRow>) -> Result<Self, PrepareError> {
+        let mut bytes = [0u8; 48];
         getrandom::fill(&mut bytes).map_err(|e| failed(FailReason::Internal, e))?;
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
-        let hex = |range: std::ops::Range<usize>| {
-            bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>()
-        };
+        let ids = u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start);
         Ok(Self {
             cell: CellId::new(word(0)),
             key: CtlKey::generate().map_err(|e| failed(FailReason::Internal, e))?,
-            token: format!("hotcell-{}", hex(16..48)),
-            uid: workspace::CELL_IDS.start
-                + (word(8) % u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start)) as u32,
-            session_id: {
-                let h = hex(48..64);
-                // A random UUID, version 4.
-                let variant = char::from(b"89ab"[usize::from(bytes[56] & 3)]);
-                format!("{}-{}-4{}-{variant}{}-{}", &h[..8], &h[8..12], &h[13..16], &h[17..20], &h[20..32])
-            },
+            token: format!("hotcell-{}", hex(&bytes[16..])),
+            // The same for all of a job's cells: files of an earlier attempt are theirs.
+            uid: former.map_or(workspace::CELL_IDS.start + (word(8) % ids) as u32, |cell| cell.cell_uid),
+            session_id: session_id(&record.job),
         })
     }
 
@@ -326,24 +322,50 @@ impl Names {
     }
 }
 
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The conversation's id, the same in each attempt: a UUID of the random kind, made from the job's id.
+fn session_id(job: &JobId) -> String {
+    use sha2::Digest;
+    let digest = sha2::Sha256::digest(format!("hotcell session of {job}"));
+    let h = hex(&digest[..16]);
+    let variant = char::from(b"89ab"[usize::from(digest[8] & 3)]);
+    format!("{}-{}-4{}-{variant}{}-{}", &h[..8], &h[8..12], &h[13..16], &h[17..20], &h[20..32])
+}
+
 async fn make_directories(
     parts: &Arc<Parts>,
     record: &mut Record,
     names: &Names,
-) -> Result<(Dirs, Session, Who), PrepareError> {
+) -> Result<(Dirs, Session, Who, bool), PrepareError> {
     let settings = parts.settings.clone();
     let (accepted, identity, uid) = (record.accepted.clone(), record.identity.clone(), names.uid);
     let dir = settings.cells_dir().join(names.cell.as_str());
-    let made = tokio::task::spawn_blocking(move || rooms::make(&settings, &accepted, &identity, uid, &dir));
-    let made = made.await.map_err(|e| failed(FailReason::Internal, e))??;
+    let was_parked = record.carry.parked_ms;
+    let kept = was_parked.map(|_| Kept {
+        image: settings.kept(&record.job),
+        session: options::session_file(&names.session_id),
+    });
+    let made = tokio::task::spawn_blocking(move || {
+        rooms::make(&settings, &accepted, &identity, uid, &dir, kept.as_ref())
+    });
+    let mut made = made.await.map_err(|e| failed(FailReason::Internal, e))??;
+    let paused = was_parked.filter(|_| made.resumed);
+    let paused = paused.map(|from_ms| Pause { from_ms, to_ms: clock::wall_ms() });
+    record.begin_attempt(&names.cell, paused)?;
+    if was_parked.is_some() && paused.is_none() {
+        let text = "there is no conversation of an earlier attempt to go on with: the task is given again";
+        made.notes.push(text.to_owned());
+    }
     for text in made.notes {
         record.push(&Body::Note { text })?;
     }
     record.commit()?;
-    let plan = record.accepted.plan.clone();
     let append = append_prompt(record, made.claude_md.as_deref());
-    let session = Session::new(plan, record.spec.prompt.clone(), record.spec.system_prompt.clone(), append);
-    Ok((made.dirs, session, made.who))
+    let session = record.session(paused.as_ref(), append);
+    Ok((made.dirs, session, made.who, paused.is_some()))
 }
 
 fn append_prompt(record: &Record, claude_md: Option<&str>) -> String {
@@ -445,16 +467,19 @@ fn cores_milli() -> u32 {
     std::thread::available_parallelism().map_or(1000, |n| u32::try_from(n.get() * 1000).unwrap_or(u32::MAX))
 }
 
-fn boot(record: &Record, names: &Names, image: &Image, wall_limit_ms: u64) -> Result<Vec<u8>, PrepareError> {
-    let plan = &record.accepted.plan;
-    let argv = options::argv(plan, &names.session_id).into_iter().map(OsString::from).collect();
-    let mut env = options::environment(plan, image.path_env.as_deref(), &names.token);
+fn boot(record: &Record, names: &Names, image: &Image, resumed: bool) -> Result<Vec<u8>, PrepareError> {
+    let mut plan = record.accepted.plan.clone();
+    // The limit holds for all attempts together.
+    let turns = u32::try_from(record.carry.turns).unwrap_or(u32::MAX);
+    plan.limits.max_turns = plan.limits.max_turns.saturating_sub(turns).max(1);
+    let argv = options::argv(&plan, &names.session_id, resumed).into_iter().map(OsString::from).collect();
+    let mut env = options::environment(&plan, image.path_env.as_deref(), &names.token);
     env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
     let mut boot = Boot::new(names.cell.clone(), names.key.clone(), argv);
     boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
     boot.cwd = PathBuf::from(options::WORKSPACE);
     boot.ctl_socket = PathBuf::from("/.hotcell/ctl.sock");
-    boot.wall_limit_ms = wall_limit_ms;
+    boot.wall_limit_ms = record.wall_left_ms() + WALL_SLACK_MS;
     boot.dead_man_ms = DEAD_MAN_MS;
     boot.buffer_bytes_max = CELL_BUFFER_BYTES_MAX;
     boot.forwards =

@@ -48,6 +48,16 @@ pub(super) struct Made {
     pub(super) who: Who,
     pub(super) notes: Vec<String>,
     pub(super) claude_md: Option<String>,
+    /// The conversation of an earlier attempt is there.
+    pub(super) resumed: bool,
+}
+
+/// What an earlier attempt of the job may have left.
+pub(super) struct Kept {
+    /// Its scratch space.
+    pub(super) image: PathBuf,
+    /// The CLI's record of the conversation, below HOME.
+    pub(super) session: PathBuf,
 }
 
 /// Whom the cell in `dir` runs as: not always its private uid, since some file systems cannot map ids.
@@ -64,9 +74,10 @@ pub(super) fn make(
     identity: &Identity,
     uid: u32,
     dir: &Path,
+    kept: Option<&Kept>,
 ) -> Result<Made, PrepareError> {
     let staged = stage(settings, accepted, identity, uid, dir)?;
-    finish_directories(settings, &accepted.plan.limits, dir, staged)
+    finish_directories(settings, &accepted.plan.limits, dir, staged, kept)
 }
 
 /// The workspace, and whom the cell must run as for it.
@@ -134,6 +145,7 @@ fn finish_directories(
     limits: &PlanLimits,
     dir: &Path,
     staged: StagedDir,
+    kept: Option<&Kept>,
 ) -> Result<Made, PrepareError> {
     let StagedDir { path, who, mut notes, claude_md } = staged;
     let plan = ScratchPlan {
@@ -143,7 +155,12 @@ fn finish_directories(
         template_dir: settings.state_dir.join("scratch-templates"),
     };
     make_dir(&plan.template_dir, 0o700)?;
-    let scratch = Scratch::create(dir, &plan, who.uid, who.gid).map_err(|e| scratch_failure(&e))?;
+    let restored = kept.and_then(|kept| restore(dir, kept, &plan, &mut notes));
+    let resumed = restored.as_ref().is_some_and(|(_, resumed)| *resumed);
+    let scratch = match restored {
+        Some((scratch, _)) => scratch,
+        None => Scratch::create(dir, &plan, who.uid, who.gid).map_err(|e| scratch_failure(&e))?,
+    };
     if let Some(why) = scratch.fallback_reason() {
         notes.push(format!("the disk limit is not enforced by the kernel here: {why}"));
     }
@@ -156,7 +173,41 @@ fn finish_directories(
     // A job without a directory works in an empty one on its scratch space.
     let workspace = path.unwrap_or_else(|| scratch.work());
     let dirs = Dirs { run, etc, home: scratch.home(), tmp: scratch.tmp(), workspace };
-    Ok(Made { dirs, who, notes, claude_md })
+    Ok(Made { dirs, who, notes, claude_md, resumed })
+}
+
+/// The scratch space of an earlier attempt, and whether its conversation is in it. What cannot be had again is no
+/// reason to fail: the task is given again then.
+fn restore(
+    dir: &Path,
+    kept: &Kept,
+    plan: &ScratchPlan,
+    notes: &mut Vec<String>,
+) -> Option<(Scratch, bool)> {
+    match Scratch::restore(dir, &kept.image, plan) {
+        Ok(Some(scratch)) => {
+            let resumed = is_file_below(&scratch.home(), &kept.session);
+            Some((scratch, resumed))
+        }
+        Ok(None) => None,
+        Err(error) => {
+            notes.push(format!("what an earlier attempt left cannot be used: {error}"));
+            None
+        }
+    }
+}
+
+/// Looks without following a symlink: the agent could have made any.
+fn is_file_below(dir: &Path, path: &Path) -> bool {
+    use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let Ok(dir) = rustix::fs::openat(CWD, dir, flags | OFlags::DIRECTORY, Mode::empty()) else {
+        return false;
+    };
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(&dir, path, flags, Mode::empty(), how)
+        .and_then(|file| rustix::fs::fstat(&file))
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
 }
 
 /// A user database for the cell: programs ask for the name of the user they run as.

@@ -30,6 +30,7 @@ async fn hotcell(daemon: &Daemon, args: &[&str], context: &mut Context) -> ExitC
         Command::Show(args) => show::show(&args, context).await,
         Command::Logs(args) => logs::logs(&args, context).await,
         Command::Cancel(args) => cancel::cancel(&args, context).await,
+        Command::Unpark(args) => unpark::unpark(&args, context).await,
         Command::Rm(args) => rm::rm(&args, context).await,
         Command::Health(args) => health::health(&args, context).await,
         Command::Run(args) => {
