@@ -310,7 +310,13 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
     let spend = parts.store.spend(&record.job).await?;
     let (tool_calls, tool_denials) = ended.session.as_ref().map_or((0, 0), Session::tool_counts);
     let (exit, before) = (record.exit.unwrap_or_default(), &record.carry);
-    let cli_micro_usd = ended.session.as_ref().and_then(Session::cli_cost).or(before.cli_micro_usd);
+    let own = ended.session.as_ref().map(Session::cli_cost);
+    // Each CLI counts what it paid itself; a sum that lacks one of them says nothing.
+    let cli_micro_usd = match (before.parked_ms, before.cli_micro_usd, own) {
+        (None, _, own) => own.flatten(),
+        (Some(_), before, None) => before,
+        (Some(_), before, Some(own)) => before.zip(own).map(|(a, b)| a.saturating_add(b)),
+    };
     Ok(Totals {
         charged_micro_usd: spend.charged,
         cli_micro_usd,

@@ -79,7 +79,7 @@ pub struct Carry {
     pub cpu_us: u64,
     /// Most memory that a cell used, in bytes.
     pub peak_memory_bytes: u64,
-    /// The CLI's own figure for all that was before.
+    /// The CLIs' own figures for all that was before; none where one of them gave none.
     pub cli_micro_usd: Option<MicroUsd>,
     /// When the last attempt's work was put away, in milliseconds since 1970; none before the first parking.
     pub parked_ms: Option<u64>,

@@ -14,6 +14,7 @@ mod fake_agent;
 mod image;
 mod init;
 mod life;
+mod park;
 mod provider;
 mod road;
 mod scripted_engine;
