@@ -31,6 +31,7 @@ use crate::job::outcome::Failure;
 use crate::job::{CellId, FailReason, Input, JobId, Outcome, ParkReason, Phase, State, StopReason};
 use crate::journal;
 use crate::metrics::Metrics;
+use crate::money::MicroUsd;
 use crate::policy::Plan;
 use crate::scheduler::Ticket;
 use crate::session::{AgentExit, Session};
@@ -315,7 +316,7 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
     let cli_micro_usd = match (before.parked_ms, before.cli_micro_usd, own) {
         (None, _, own) => own.flatten(),
         (Some(_), before, None) => before,
-        (Some(_), before, Some(own)) => before.zip(own).map(|(a, b)| a.saturating_add(b)),
+        (Some(_), before, Some(own)) => before.zip(own).map(|(a, b)| MicroUsd(a.0.saturating_add(b.0))),
     };
     Ok(Totals {
         charged_micro_usd: spend.charged,

@@ -233,30 +233,6 @@ fn a_job_whose_work_is_lost_is_given_its_task_again_and_says_so() {
 
 #[test]
 fn a_limit_that_does_not_end_fails_the_job_after_enough_parkings() {
-    let mut world = world("");
-    let job = parked_for_long(&mut world, "model limited-long; model overloaded-once");
-    world.kill();
-    let db = rusqlite::Connection::open(world.state_dir().join(hotcell::store::FILE_NAME)).unwrap();
-    let sql = "UPDATE jobs SET carry_json = json_set(carry_json, '$.limit_parkings', ?1)";
-    assert_eq!(db.execute(sql, [hotcell::job::park::LIMIT_PARKINGS_MAX]).unwrap(), 1);
-    drop(db);
-    world.start();
-    assert_eq!(world.call("POST", &format!("/v1/jobs/{job}/unpark"), "").status, 200);
-    // It met an answer first, and then the limit again: that is another row.
-    world.wait_for("it is parked again", |world| {
-        world.sql(&format!("SELECT attempt FROM jobs WHERE id = '{job}'")) == "3"
-    });
-    world.kill();
-    let db = rusqlite::Connection::open(world.state_dir().join(hotcell::store::FILE_NAME)).unwrap();
-    let since = "UPDATE jobs SET carry_json = json_set(carry_json, '$.limited_since_ms', 1)";
-    assert_eq!(db.execute(since, []).unwrap(), 1);
-    drop(db);
-    world.start();
-    let (events, view) = done(&mut world, &job);
-    assert_eq!(view["outcome"], "succeeded", "nothing limits it any more: {view}");
-    assert_eq!(states(&events).iter().filter(|s| **s == "parked").count(), 2);
-
-    // Without an answer in between.
     let script = "[default]\nfault = { status = 529, type = \"overloaded_error\", message = \"no\" }\n";
     let mut busy = World::without_daemon(script, "");
     fake_agent::install(&busy.state_dir());
@@ -267,6 +243,7 @@ fn a_limit_that_does_not_end_fails_the_job_after_enough_parkings() {
     assert!((40_000..=60_000).contains(&pause), "a minute where the provider names no time: {pause}");
     busy.kill();
     let db = rusqlite::Connection::open(busy.state_dir().join(hotcell::store::FILE_NAME)).unwrap();
+    let sql = "UPDATE jobs SET carry_json = json_set(carry_json, '$.limit_parkings', ?1)";
     assert_eq!(db.execute(sql, [hotcell::job::park::LIMIT_PARKINGS_MAX]).unwrap(), 1);
     drop(db);
     busy.start();
@@ -275,7 +252,6 @@ fn a_limit_that_does_not_end_fails_the_job_after_enough_parkings() {
     let end = (&view["outcome"], &view["reason"], &view["blame"]);
     assert_eq!(end, (&json!("failed"), &json!("provider_limit"), &json!("provider")), "{view}");
     busy.end();
-    world.end();
 }
 
 #[test]
