@@ -2,6 +2,7 @@
 //! change it. A job is visible to its owner and to the admin uids, and to everybody else it does not exist.
 //! Every error has the one shape of [`wire::ErrorBody`].
 
+pub mod cost;
 pub mod events;
 pub mod jobs;
 pub mod openapi;
@@ -90,6 +91,8 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/events", get(events::events))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/jobs/{id}/unpark", post(jobs::unpark))
+        .route("/v1/cost", get(cost::cost))
+        .route("/v1/budgets", get(cost::budgets))
         .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health))
         .route("/metrics", get(metrics))

@@ -31,7 +31,7 @@ use crate::job::outcome::Failure;
 use crate::job::{CellId, FailReason, Input, JobId, Outcome, ParkReason, Phase, State, StopReason};
 use crate::journal;
 use crate::metrics::Metrics;
-use crate::money::MicroUsd;
+use crate::money::{Calendar, Caps, MicroUsd};
 use crate::policy::Plan;
 use crate::scheduler::Ticket;
 use crate::session::{AgentExit, Session};
@@ -59,6 +59,10 @@ pub struct Settings {
     pub disk_reserve_bytes: u64,
     /// The version of the CLI for jobs that name none; the active bundle where absent.
     pub agent: Option<String>,
+    /// The budgets of users and of the daemon.
+    pub caps: Caps,
+    /// When they begin anew.
+    pub calendar: Calendar,
 }
 
 impl Settings {

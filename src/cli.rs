@@ -7,6 +7,7 @@ mod args;
 mod cancel;
 mod client;
 mod completions;
+mod cost;
 mod fail;
 mod follow;
 mod health;
@@ -55,6 +56,7 @@ enum Command {
     Cancel(cancel::CancelArgs),
     Unpark(unpark::UnparkArgs),
     Rm(rm::RmArgs),
+    Cost(cost::CostArgs),
     Serve(serve::ServeArgs),
     Image(image::ImageArgs),
     Agent(agent::AgentArgs),
@@ -151,6 +153,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Unpark(args) => wait(unpark::unpark(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
+        Command::Cost(args) => wait(cost::cost(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
         Command::Image(args) => image::image(&args, context),
         Command::Agent(args) => agent::agent(&args, context),
@@ -173,6 +176,7 @@ impl Command {
             Self::Cancel(args) => args.json,
             Self::Unpark(args) => args.json,
             Self::Rm(args) => args.json,
+            Self::Cost(args) => args.json,
             Self::Image(args) => args.json(),
             Self::Agent(args) => args.json(),
             Self::Policy(args) => args.json(),

@@ -3,6 +3,7 @@
 //! A flag wins over a variable, that over the file, that over the default. Reads the file, the environment
 //! it is given and nothing else; never reads a credential, only where one is to be found.
 
+mod budgets;
 mod policies;
 mod raw;
 mod settings;
@@ -11,6 +12,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+pub use budgets::Budgets;
 pub use policies::{PolicyFileError, PolicyOrigin, PolicySource, policy_sources};
 pub use settings::{SETTINGS, Setting};
 
@@ -181,6 +183,8 @@ pub struct Config {
     pub defaults: Defaults,
     /// Bounds.
     pub limits: Limits,
+    /// Money of users and of the daemon.
+    pub budgets: Budgets,
     /// Host user ids that see and cancel everybody's jobs.
     pub admin_uids: Vec<u32>,
     /// The static PID 1 of a cell.
@@ -225,6 +229,7 @@ impl Config {
                 agent: layers.name("defaults.agent", &raw.defaults.agent)?,
             },
             limits: limits(&layers, &raw.limits, machine.cores)?,
+            budgets: budgets::budgets(&layers, &raw.budgets)?,
             admin_uids: layers
                 .list("admin_uids", &raw.admin_uids, ',', |text| {
                     text.parse().map_err(|_| format!("{text:?} is not a user id"))

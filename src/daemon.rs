@@ -26,6 +26,7 @@ use crate::engine::{Engine, find_address};
 use crate::gateway::{self, AuthStyle, CredentialSource, Gateway, Provider};
 use crate::journal;
 use crate::metrics::Metrics;
+use crate::money::Calendar;
 use crate::policy::{Defaults, Policy};
 use crate::pricing::Prices;
 use crate::store::Store;
@@ -225,6 +226,8 @@ async fn build(
         journal: journal_limits(config.limits.journal_bytes_max),
         disk_reserve_bytes: u64::from(config.limits.disk_reserve_mib) * 1024 * 1024,
         agent: config.defaults.agent.clone(),
+        caps: config.budgets.caps,
+        calendar: Calendar::new(config.budgets.time_zone.as_deref())?,
     };
     let (feeds, pauses) = (Feeds::default(), Arc::new(Pauses::default()));
     let admission = vec![pauses.clone() as Arc<dyn Admission>];

@@ -32,7 +32,8 @@ pub use credentials::{AuthStyle, CredentialError, CredentialSource};
 pub use lease::{Lease, LeaseSpec};
 pub use ledger::{Ask, Grant, Ledger, LedgerError, MemoryLedger, ReservationId, StoreLedger};
 
-use crate::money::MicroUsd;
+use crate::money::{MicroUsd, Scope};
+use crate::policy::Plan;
 use crate::pricing::{Prices, Usage};
 use credentials::Credential;
 use upstream::Upstream;
@@ -198,6 +199,8 @@ pub enum GatewayEvent {
         model: String,
         /// Its worst case.
         reserved: MicroUsd,
+        /// The credential that it goes out with, by name.
+        credential: String,
     },
     /// A request is over and settled.
     Charged {
@@ -221,12 +224,16 @@ pub enum GatewayEvent {
         /// Why.
         why: Refusal,
     },
-    /// The cost limit is reached: a request had no room, or an answer was cut short for it.
+    /// A budget is exhausted: a request had no room, or an answer was cut short for it.
     BudgetExhausted {
-        /// Settled spend.
+        /// Which one.
+        scope: Scope,
+        /// Settled spend in it.
         spent: MicroUsd,
         /// The limit.
         limit: MicroUsd,
+        /// When it is empty again, in milliseconds since 1970; none where waiting does not help.
+        resets_at_ms: Option<u64>,
     },
     /// The provider failed: it is limited, refuses the credential, or broke off.
     ProviderFault {
@@ -240,6 +247,8 @@ pub enum GatewayEvent {
 /// What all leases share: provider, connections, prices.
 #[derive(Debug)]
 pub struct Gateway {
+    /// The provider's name, and its credential's.
+    name: String,
     credential: Credential,
     upstream: Upstream,
     prices: Arc<Prices>,
@@ -257,15 +266,17 @@ impl Gateway {
         limits: Limits,
     ) -> Result<Arc<Self>, GatewayError> {
         let upstream = Upstream::new(&provider.name, &provider.base_url)?;
+        let name = provider.name.clone();
         let credential = Credential::open(provider.credential, provider.style)
             .await
             .map_err(|source| GatewayError::Credential { provider: provider.name, source })?;
-        Ok(Arc::new(Self { credential, upstream, prices, limits }))
+        Ok(Arc::new(Self { name, credential, upstream, prices, limits }))
     }
 
-    /// Whether a model has a price, without which no request for it is forwarded.
-    pub fn knows_model(&self, model: &str) -> bool {
-        self.prices.of(model).is_some()
+    /// Whether a model has a price, its own or the plan's for such models; without one no request for it is
+    /// forwarded.
+    pub fn knows_model(&self, model: &str, plan: &Plan) -> bool {
+        self.prices.of_or(model, plan.unpriced.as_ref()).is_some()
     }
 
     /// Opens a cell's socket, `<run_dir>/api.sock`, in place of one that a former daemon left there.

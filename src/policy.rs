@@ -15,7 +15,7 @@ pub mod requests;
 pub mod rule;
 
 pub use decide::{Ask, Denial, Permit, decide};
-pub use file::{Policy, PolicyError};
+pub use file::{Policy, PolicyError, Unpriced};
 pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
 
 /// True when `name` is `pattern`, or begins with what stands before a final `*` in it.

@@ -60,6 +60,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         workspace: accepted.workspace.map(|record| record.path.display().to_string()),
         workspace_mode: accepted.plan.workspace_mode,
         labels: row.labels.clone(),
+        batch: spec.batch.map(|batch| batch.name),
         priority: row.priority,
         attempt: row.attempt,
         cell: api.parts.store.cell_of(&row.id).await?.map(|row| row.cell.to_string()),
@@ -92,7 +93,8 @@ pub fn path_text(path: &JobPath) -> &str {
 }
 
 impl Api {
-    fn sees_all(&self, who: &Identity) -> bool {
+    /// Whether somebody is an admin.
+    pub(super) fn sees_all(&self, who: &Identity) -> bool {
         self.admin_uids.contains(&who.uid)
     }
 

@@ -20,9 +20,10 @@ use crate::event::Body;
 use crate::job::spec::{SPEC_BYTES_MAX, SpecError, WorkspaceMode};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
+use crate::money::MicroUsd;
 use crate::policy::{Plan, narrow};
 use crate::scheduler::Ticket;
-use crate::store::{NewJob, StoreError, Submitted};
+use crate::store::{Batch, NewJob, StoreError, Submitted};
 use crate::workspace::{self, Access, Guard, WorkspaceRecord};
 
 /// Longest idempotency key, in bytes.
@@ -125,10 +126,10 @@ fn plan(api: &Api, spec: &JobSpec) -> Result<Plan, ApiError> {
             .hint(format!("`hotcell policy show {name}` shows its limits"))
     })?;
     for (key, model) in [("model", Some(&plan.model)), ("fallback_model", plan.fallback_model.as_ref())] {
-        if let Some(model) = model.filter(|model| !api.parts.gateway.knows_model(model)) {
+        if let Some(model) = model.filter(|model| !api.parts.gateway.knows_model(model, &plan)) {
             let words = format!("{key}: {model:?} has no price, so its cost could not be bounded");
             return Err(ApiError::new(ErrorCode::InvalidSpec, words)
-                .hint("name a model of prices.toml, or add it there"));
+                .hint("name a model of prices.toml, add it there, or name [models] unpriced in the policy"));
         }
     }
     if let Some(agent) = plan.agent.as_ref().filter(|text| text.parse::<Version>().is_err()) {
@@ -195,6 +196,7 @@ async fn store(
         policy: accepted.plan.policy.clone(),
         model: accepted.plan.model.clone(),
         labels: spec.labels.clone(),
+        batch: batch(spec),
         idem,
         created_ms: now,
     };
@@ -215,8 +217,18 @@ fn stored(error: StoreError) -> ApiError {
             let words = format!("this Idempotency-Key was used for {existing} with another spec");
             ApiError::new(ErrorCode::IdempotencyConflict, words).hint("use a new key for a new spec")
         }
+        error @ StoreError::BatchBudget { .. } => {
+            ApiError::new(ErrorCode::InvalidSpec, format!("batch.cost_usd: {error}"))
+        }
         error => error.into(),
     }
+}
+
+/// The batch of a job; its figure was checked with the spec.
+fn batch(spec: &JobSpec) -> Option<Batch> {
+    let batch = spec.batch.as_ref()?;
+    let limit = batch.cost_usd.and_then(|usd| MicroUsd::from_usd(usd).ok());
+    Some(Batch { name: batch.name.clone(), limit })
 }
 
 fn begin_journal(api: &Api, id: &JobId) -> Result<(), ApiError> {

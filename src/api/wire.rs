@@ -34,6 +34,9 @@ pub struct JobView {
     pub workspace_mode: crate::job::spec::WorkspaceMode,
     /// The submitter's labels.
     pub labels: BTreeMap<String, String>,
+    /// The batch it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch: Option<String>,
     /// Its priority.
     pub priority: i8,
     /// Which try this is, from 1: one more after each parking.

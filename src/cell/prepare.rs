@@ -23,6 +23,7 @@ use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::job::outcome::Failure;
 use crate::job::{CellId, FailReason, JobId, Pause, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
+use crate::money::Budget;
 use crate::session::{Session, Step, Trouble};
 use crate::store::CellRow;
 use crate::workspace;
@@ -389,18 +390,29 @@ async fn open_lease(
     run: &Path,
     owner: (u32, u32),
 ) -> Result<Lease, PrepareError> {
+    let budgets = budgets(parts, record).await?;
     let spec = LeaseSpec {
         job: record.job.clone(),
         cell: cell.clone(),
         token: token.to_owned(),
         plan: Arc::new(record.accepted.plan.clone()),
-        cost_limit: Some(record.accepted.plan.limits.cost_micro_usd),
+        budgets,
         output_tokens_max: None,
         run_dir: run.to_owned(),
         socket_owner: Some(owner),
     };
-    let ledger = Arc::new(StoreLedger { store: parts.store.clone(), cell: cell.clone() });
+    let calendar = parts.settings.calendar.clone();
+    let ledger = Arc::new(StoreLedger { store: parts.store.clone(), cell: cell.clone(), calendar });
     parts.gateway.lease(spec, ledger).await.map_err(|e| failed(FailReason::Internal, e))
+}
+
+/// The budgets that a job's requests must fit under, the innermost first.
+async fn budgets(parts: &Arc<Parts>, record: &Record) -> Result<Vec<Budget>, PrepareError> {
+    let batch = parts.store.batch_of(&record.job).await.map_err(RecordError::Store)?;
+    let job = Some(record.accepted.plan.limits.cost_micro_usd);
+    // A user's own budget of the day, where access rules give one.
+    let user_day = None;
+    Ok(parts.settings.caps.of_job(job, batch.and_then(|batch| batch.limit), user_day))
 }
 
 fn cell_spec(

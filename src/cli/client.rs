@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::fail::{ApiError, CliError};
+use crate::api::cost::CostReport;
 use crate::api::wire::{Health, JobList, JobView};
 use crate::job::JobId;
 
@@ -120,6 +121,15 @@ impl Client {
         let request = Request::delete(format!("/v1/jobs/{id}"));
         let answer = self.send(request.body(Full::default())).await?;
         self.whole(answer).await.map(|_| ())
+    }
+
+    /// What was spent; `query` is passed on.
+    pub(crate) async fn cost<'a>(
+        &self,
+        query: impl Iterator<Item = (&'a str, &'a str)>,
+    ) -> Result<CostReport, CliError> {
+        let query: Vec<String> = query.map(|(key, value)| format!("{key}={}", encode(value))).collect();
+        self.get(&format!("/v1/cost?{}", query.join("&"))).await
     }
 
     /// How the daemon is.

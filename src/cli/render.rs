@@ -2,6 +2,7 @@
 //! [`Text`], which makes it safe ([`escape`]); `--raw` lifts that for what the agent itself said.
 //! A reader that went away (a closed pipe) ends the command without a word.
 
+pub(crate) mod cost;
 pub(crate) mod escape;
 pub(crate) mod stream;
 pub(crate) mod tables;

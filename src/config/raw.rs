@@ -28,6 +28,7 @@ pub(super) struct RawConfig {
     pub(super) provider: RawProvider,
     pub(super) defaults: RawDefaults,
     pub(super) limits: RawLimits,
+    pub(super) budgets: super::budgets::RawBudgets,
     pub(super) admin_uids: Opt<Vec<u32>>,
     pub(super) init_binary: Opt<String>,
     pub(super) log: Opt<String>,

@@ -39,7 +39,7 @@ const fn everyday(key: &'static str, value_name: &'static str, help: &'static st
 }
 
 /// All settings.
-pub const SETTINGS: [Setting; 24] = [
+pub const SETTINGS: [Setting; 28] = [
     everyday(
         "state_dir",
         "DIR",
@@ -104,6 +104,14 @@ pub const SETTINGS: [Setting; 24] = [
         "limits.disk_reserve_mib",
         "MIB",
         "Disk space that jobs must leave free in the state directory [default: 1024]",
+    ),
+    setting("budgets.user_day_usd", "USD", "What each user may spend in a day [default: no limit]"),
+    setting("budgets.day_usd", "USD", "What all jobs may spend in a day [default: no limit]"),
+    setting("budgets.month_usd", "USD", "What all jobs may spend in a month [default: no limit]"),
+    setting(
+        "budgets.time_zone",
+        "ZONE",
+        "Whose midnight ends a day, e.g. Europe/Berlin [default: the machine's time zone]",
     ),
     setting("admin_uids", "UID[,UID…]", "Users who see and cancel everybody's jobs [default: 0]"),
     setting("init_binary", "FILE", "The static hotcell-init [default: beside this executable]"),

@@ -81,8 +81,11 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
     let facts = read_facts(&body).await?;
     let permit = decide(&lease.plan, Ask::Model { name: &facts.model })
         .map_err(|denial| Refused::new(Refusal::Model, denial.reason))?;
-    let price = *lease.gateway.prices.of(&facts.model).ok_or_else(|| {
-        let message = format!("the model {} has no price: add it to prices.toml", shown(&facts.model));
+    let price = lease.gateway.prices.of_or(&facts.model, lease.plan.unpriced.as_ref()).ok_or_else(|| {
+        let message = format!(
+            "the model {} has no price: add it to prices.toml, or name [models] unpriced in the policy",
+            shown(&facts.model)
+        );
         Refused::new(Refusal::Price, message)
     })?;
     let output_tokens_max = match (target, facts.output_tokens_max) {
@@ -103,7 +106,6 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
         price,
         output_tokens_max,
         permit,
-        clamped: false,
         body_memory: Some(body_memory),
         _place: place,
     })

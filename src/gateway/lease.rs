@@ -23,7 +23,7 @@ use super::ledger::Ledger;
 use super::messages;
 use super::{Gateway, GatewayEvent};
 use crate::job::{CellId, JobId};
-use crate::money::MicroUsd;
+use crate::money::Budget;
 use crate::policy::Plan;
 
 /// Name of the socket in the cell's run directory.
@@ -46,8 +46,8 @@ pub struct LeaseSpec {
     pub token: String,
     /// The job's plan: which models may be asked.
     pub plan: Arc<Plan>,
-    /// The job's cost limit; what was spent before is in the ledger.
-    pub cost_limit: Option<MicroUsd>,
+    /// The budgets that its requests must fit under; what was spent before is in the ledger.
+    pub budgets: Vec<Budget>,
     /// `max_tokens` of a request is lowered to this.
     pub output_tokens_max: Option<u64>,
     /// The directory in which `api.sock` is made.
@@ -80,7 +80,7 @@ pub(super) struct Shared {
     pub(super) cell: CellId,
     pub(super) token: Secret,
     pub(super) plan: Arc<Plan>,
-    pub(super) cost_limit: Option<MicroUsd>,
+    pub(super) budgets: Vec<Budget>,
     pub(super) output_tokens_max: Option<u64>,
     /// No connections any more.
     revoked: CancellationToken,
@@ -130,7 +130,7 @@ impl Lease {
             cell: spec.cell,
             token: Secret::new(spec.token),
             plan: spec.plan,
-            cost_limit: spec.cost_limit,
+            budgets: spec.budgets,
             output_tokens_max: spec.output_tokens_max,
             revoked: CancellationToken::new(),
             cut: CancellationToken::new(),

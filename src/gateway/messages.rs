@@ -77,8 +77,6 @@ pub(super) struct Call {
     pub(super) output_tokens_max: u64,
     /// The policy's word that this model may be asked.
     pub(super) permit: Permit,
-    /// Whether the cost limit lowered it.
-    pub(super) clamped: bool,
     /// Given back when the body is upstream.
     pub(super) body_memory: Option<OwnedSemaphorePermit>,
     /// A place among the requests under way.
@@ -128,9 +126,11 @@ impl Call {
         let ask = Ask {
             job: self.lease.job.clone(),
             model: self.facts.model.clone(),
+            credential: self.lease.gateway.name.clone(),
+            provider: self.lease.gateway.name.clone(),
             want: self.price.worst_case(input, self.output_tokens_max, cache),
             floor: self.price.worst_case(input, self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR), cache),
-            limit: self.lease.cost_limit,
+            budgets: self.lease.budgets.clone(),
         };
         let give_up = Instant::now() + self.lease.gateway.limits.budget_wait;
         let lease = Arc::clone(&self.lease);
@@ -141,12 +141,12 @@ impl Call {
             settled.as_mut().enable();
             match lease.ledger.reserve(ask.clone()).await {
                 Ok(grant) => break grant,
-                Err(LedgerError::Exhausted { spent }) => return Err(Some(self.exhausted(spent))),
+                Err(error @ LedgerError::Exhausted { .. }) => return Err(Some(self.exhausted(&error))),
                 Err(LedgerError::Busy) if Instant::now() < give_up => {}
                 Err(LedgerError::Busy) => {
                     return Err(Some(Refused::new(
                         Refusal::Busy,
-                        "other requests hold the rest of the cost limit",
+                        "other requests hold the rest of a budget",
                     )));
                 }
                 Err(LedgerError::Store(error)) => {
@@ -162,7 +162,8 @@ impl Call {
             }
         };
         self.fit(&ask, grant);
-        lease.event(GatewayEvent::Requested { model: ask.model, reserved: grant.amount });
+        let (model, credential) = (ask.model, ask.credential);
+        lease.event(GatewayEvent::Requested { model, reserved: grant.amount, credential });
         Ok(grant)
     }
 
@@ -174,21 +175,17 @@ impl Call {
             // The floor was granted; rounding must not take a token of it.
             let floor = self.output_tokens_max.min(OUTPUT_TOKENS_FLOOR);
             self.output_tokens_max = paid.clamp(floor, self.output_tokens_max);
-            self.clamped = true;
         }
         if self.facts.output_tokens_max != Some(self.output_tokens_max) {
             self.body = self.facts.with_output_tokens(&self.body, self.output_tokens_max);
         }
     }
 
-    fn exhausted(&self, spent: MicroUsd) -> Refused {
-        let limit = self.lease.cost_limit.unwrap_or_default();
-        self.lease.event(GatewayEvent::BudgetExhausted { spent, limit });
-        let (limit, spent) = (dollars(limit), dollars(spent));
-        let message = format!(
-            "cost limit of {limit} USD reached ({spent} USD spent, the next request needs more than is left)"
-        );
-        Refused::new(Refusal::Budget, message)
+    fn exhausted(&self, error: &LedgerError) -> Refused {
+        if let LedgerError::Exhausted { scope, spent, limit, resets_at_ms } = *error {
+            self.lease.event(GatewayEvent::BudgetExhausted { scope, spent, limit, resets_at_ms });
+        }
+        Refused::new(Refusal::Budget, error.to_string())
     }
 
     /// Sends the request upstream and the answer back. Returns when the answer is over, whoever ended it.
@@ -287,9 +284,12 @@ impl Call {
             duration_ms: millis(self.arrived),
             ttfb_ms: relayed.ttfb_ms,
         });
-        let cut_short = self.clamped && relayed.reading.stop_reason.as_deref() == Some("max_tokens");
-        if let (true, Some(spent), Some(limit)) = (cut_short, spent, self.lease.cost_limit) {
-            self.lease.event(GatewayEvent::BudgetExhausted { spent, limit });
+        let cut_short = relayed.reading.stop_reason.as_deref() == Some("max_tokens");
+        if let (true, Some(_), Some(by)) = (cut_short, spent, grant.lowered_by) {
+            // Nothing else was set aside in this budget when it lowered the request.
+            let (scope, spent) = (by.scope, by.charged.plus(charged));
+            let (limit, resets_at_ms) = (by.limit, by.resets_at_ms);
+            self.lease.event(GatewayEvent::BudgetExhausted { scope, spent, limit, resets_at_ms });
         }
     }
 
@@ -326,13 +326,6 @@ fn with_causes(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
-}
-
-/// Dollars with two decimals, or as many as there are.
-fn dollars(amount: MicroUsd) -> String {
-    let text = amount.to_string();
-    let cut = text.trim_end_matches('0').len().max(text.len().saturating_sub(4));
-    text[..cut].to_owned()
 }
 
 /// Returns `limit` after the client has left.

@@ -247,7 +247,7 @@ impl RawUsage {
         let total = self.cache_write.unwrap_or(0);
         let cache_write_1h = long.max(total.saturating_sub(short));
         let cache_read = self.cache_read.unwrap_or(0);
-        Some(Usage { input, output, cache_read, cache_write_5m: short, cache_write_1h })
+        Some(Usage { input, output, cache_read, cache_write_5m: short, cache_write_1h, ..Usage::default() })
     }
 }
 
@@ -272,7 +272,14 @@ mod tests {
     #[test]
     fn the_whole_stream_gives_the_usage() {
         let reading = read([STREAM]);
-        let usage = Usage { input: 10, output: 42, cache_read: 5, cache_write_5m: 3, cache_write_1h: 4 };
+        let usage = Usage {
+            input: 10,
+            output: 42,
+            cache_read: 5,
+            cache_write_5m: 3,
+            cache_write_1h: 4,
+            ..Usage::default()
+        };
         assert_eq!((reading.usage, reading.complete), (Some(usage), true));
         assert_eq!(reading.stop_reason.as_deref(), Some("end_turn"));
         assert_eq!(reading.billable(1_000), Some(usage));

@@ -17,6 +17,7 @@ use super::*;
 use crate::job::JobSpec;
 use crate::job::{CellId, JobId};
 use crate::model::{ModelReport, Recorder, Script, serve};
+use crate::money::{Budget, Scope};
 use crate::policy::{Defaults, Plan, Policy, narrow};
 
 const KEY: &str = "canary-key-0123456789";
@@ -134,7 +135,11 @@ async fn lease(
         cell: CellId::new(1),
         token: TOKEN.into(),
         plan: plan(setup.models),
-        cost_limit: setup.limit.map(MicroUsd),
+        budgets: setup
+            .limit
+            .map(|limit| Budget { scope: Scope::Job, limit: MicroUsd(limit) })
+            .into_iter()
+            .collect(),
         output_tokens_max: None,
         run_dir: dir.path().to_owned(),
         socket_owner: None,
@@ -375,8 +380,14 @@ async fn usage_and_cost_are_exact_streaming_or_not() {
     for stream in [true, false] {
         let answer = world.post(ask("x", stream)).await;
         assert!(answer.whole && answer.body.contains("message"), "{}", answer.body);
-        let usage =
-            Usage { input: 100, output: 200, cache_read: 300, cache_write_5m: 400, cache_write_1h: 500 };
+        let usage = Usage {
+            input: 100,
+            output: 200,
+            cache_read: 300,
+            cache_write_5m: 400,
+            cache_write_1h: 500,
+            web_searches: 0,
+        };
         assert_eq!(world.charged().await, (usage, SCRIPT_COST));
     }
     assert_eq!(world.end().await.1, 2 * SCRIPT_COST);
@@ -510,7 +521,12 @@ async fn spend_never_passes_the_limit_and_then_nothing_goes_upstream() {
     assert_eq!(world.recorder.total(), forwarded);
     let (events, spent) = world.end().await;
     assert!(spent <= limit, "{spent}");
-    let exhausted = GatewayEvent::BudgetExhausted { spent: MicroUsd(spent), limit: MicroUsd(limit) };
+    let exhausted = GatewayEvent::BudgetExhausted {
+        scope: Scope::Job,
+        spent: MicroUsd(spent),
+        limit: MicroUsd(limit),
+        resets_at_ms: None,
+    };
     assert!(events.contains(&exhausted), "{events:?}");
 }
 
@@ -672,7 +688,7 @@ async fn a_ledger_that_fails_stops_requests_and_settlements_are_tried_again() {
         cell: CellId::new(2),
         token: TOKEN.into(),
         plan: plan(vec!["*".into()]),
-        cost_limit: None,
+        budgets: Vec::new(),
         output_tokens_max: None,
         run_dir: other.path().to_owned(),
         socket_owner: None,

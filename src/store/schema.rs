@@ -20,7 +20,9 @@ const BUSY_TIMEOUT_MS: u64 = 5_000;
 const CHECK_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// Step `n` takes a file from schema `n` to `n + 1`.
-const MIGRATIONS: [&str; 2] = ["
+const MIGRATIONS: [&str; 3] = [JOBS, include_str!("schema/money.sql"), PARKING];
+
+const JOBS: &str = "
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE jobs (
     n INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -98,7 +100,7 @@ CREATE TABLE model_costs (
     input INTEGER NOT NULL, output INTEGER NOT NULL, cache_read INTEGER NOT NULL,
     cache_write_5m INTEGER NOT NULL, cache_write_1h INTEGER NOT NULL
 ) WITHOUT ROWID;
-", PARKING];
+";
 
 /// What a parked job carries over to its next attempt.
 const PARKING: &str = "ALTER TABLE jobs ADD COLUMN carry_json TEXT;";

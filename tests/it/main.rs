@@ -15,6 +15,7 @@ mod image;
 mod init;
 mod life;
 mod park;
+mod money;
 mod provider;
 mod road;
 mod scripted_engine;

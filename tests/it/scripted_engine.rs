@@ -348,6 +348,7 @@ fn config(dir: &Path, slots: u32) -> Config {
         provider: Provider { base_url, api_key },
         defaults: Defaults { policy, model, image, agent: None },
         limits,
+        budgets: hotcell::config::Budgets::default(),
         admin_uids: vec![0],
         init_binary: init_binary(),
         log: "warn".into(),

@@ -16,7 +16,7 @@ pub(crate) fn parse_ms(rfc3339: &str) -> Option<u64> {
 }
 
 /// Columns padded to their widest cell; the last one is not padded. Cells must be one line each.
-fn table(paint: Paint, head: &[&str], rows: &[Vec<(Style, String)>]) -> Text {
+pub(super) fn table(paint: Paint, head: &[&str], rows: &[Vec<(Style, String)>]) -> Text {
     let mut text = Text::new(paint);
     let width = |column: usize| {
         let cells = rows.iter().map(|row| row.get(column).map_or(0, |(_, cell)| cell.chars().count()));
@@ -120,6 +120,9 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
     if !job.labels.is_empty() {
         let labels: Vec<String> = job.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
         row("labels", &labels.join(" "));
+    }
+    if let Some(batch) = &job.batch {
+        row("batch", batch);
     }
     if job.priority != 0 {
         row("priority", &job.priority.to_string());

@@ -81,7 +81,7 @@ pub(crate) fn stop(reason: StopReason) -> &'static str {
         StopReason::Cancelled => "cancelled",
         StopReason::Deadline => "its time limit",
         StopReason::Silent => "its silence limit: the agent said nothing for too long",
-        StopReason::Budget => "its cost limit",
+        StopReason::Budget => "its cost limit, or a budget that it shares",
         StopReason::Turns => "its turn limit",
         StopReason::Drain => "the daemon was told to stop",
     }
@@ -114,7 +114,10 @@ fn after_stop(reason: StopReason) -> Option<String> {
         StopReason::Cancelled => None,
         StopReason::Deadline => more("--time"),
         StopReason::Silent => more("--silence"),
-        StopReason::Budget => more("--cost"),
+        StopReason::Budget => Some(
+            "submit it with a higher --cost (its policy is the ceiling), or when the budget that it shares has room"
+                .into(),
+        ),
         StopReason::Turns => more("--max-turns"),
         StopReason::Drain => Some("submit it again when the daemon is back".into()),
     }
