@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent_bundle::Bundles;
 use crate::api::{self, Api, peer::PeerListener};
-use crate::cell::park::{Admission, Pauses};
+use crate::cell::park::{Admission, Budgets, Pauses};
 use crate::cell::record::Feeds;
 use crate::cell::{Parts, Settings};
 use crate::config::{ApiKeySource, Config, policy_sources};
@@ -230,7 +230,9 @@ async fn build(
         calendar: Calendar::new(config.budgets.time_zone.as_deref())?,
     };
     let (feeds, pauses) = (Feeds::default(), Arc::new(Pauses::default()));
-    let admission = vec![pauses.clone() as Arc<dyn Admission>];
+    let (caps, calendar) = (settings.caps, settings.calendar.clone());
+    let budgets = Arc::new(Budgets { store: store.clone(), caps, calendar });
+    let admission: Vec<Arc<dyn Admission>> = vec![pauses.clone(), budgets];
     let parts =
         Parts { settings, store, engine, gateway, metrics, bundles, feeds, admission, pauses };
     Ok((Arc::new(parts), policies))

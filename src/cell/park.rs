@@ -20,7 +20,9 @@ use crate::engine::{ContainerId, container_name};
 use crate::event::{Body, Totals};
 use crate::gateway::GatewayEvent;
 use crate::job::{FailReason, Input, JobId, Outcome, ParkReason, Parked, Pause, State, StopReason};
+use crate::money::{Calendar, Caps, MicroUsd, Scope};
 use crate::session::Trouble;
+use crate::store::{Payer, Store};
 use crate::workspace::{self, Scratch, ScratchError};
 
 /// A job is never parked for less, so that a moment that has just passed makes no hot loop.
@@ -82,6 +84,43 @@ impl Admission for Pauses {
     }
 }
 
+/// Budgets of days and months: a job that could not even begin a request waits for the reset.
+#[derive(Debug)]
+pub struct Budgets {
+    /// What was spent.
+    pub store: Store,
+    /// How much there is.
+    pub caps: Caps,
+    /// When days and months end.
+    pub calendar: Calendar,
+}
+
+impl Admission for Budgets {
+    fn ask<'a>(&'a self, candidate: Candidate<'a>) -> Answer<'a> {
+        Box::pin(async move {
+            let budgets = self.caps.of_job(None, None, None);
+            if budgets.is_empty() {
+                return None;
+            }
+            let payer = Payer { uid: candidate.uid, job: None, batch: None };
+            let calendar = self.calendar.clone();
+            let standings =
+                match self.store.budget_standing(payer, budgets, calendar, candidate.now_ms).await {
+                    Ok(standings) => standings,
+                    Err(error) => {
+                        // The ledger holds each request to it all the same.
+                        tracing::warn!(job = %candidate.job, %error, "cannot ask for the budgets before a start");
+                        return None;
+                    }
+                };
+            // The latest reset: any other would be in vain.
+            let spent = standings.iter().filter(|standing| standing.is_exhausted(MicroUsd(1)));
+            let parked = spent.filter_map(|standing| out_of_budget(standing.scope, standing.resets_at_ms));
+            parked.max_by_key(|parked| parked.until_ms)
+        })
+    }
+}
+
 /// What the gateway told during an attempt, as far as parking depends on it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Seen {
@@ -112,12 +151,23 @@ impl Seen {
 /// (day, month), and a credential that is paused for longer than requests can be held. A job's own budget stops it.
 pub fn parking(event: &GatewayEvent) -> Option<Parked> {
     match event {
-        GatewayEvent::BudgetExhausted { .. }
-        | GatewayEvent::Requested { .. }
+        GatewayEvent::BudgetExhausted { scope, resets_at_ms, .. } => out_of_budget(*scope, *resets_at_ms),
+        GatewayEvent::Requested { .. }
         | GatewayEvent::Charged { .. }
         | GatewayEvent::Refused { .. }
         | GatewayEvent::ProviderFault { .. } => None,
     }
+}
+
+/// A budget that is empty again at a certain time is waited for.
+fn out_of_budget(scope: Scope, resets_at_ms: Option<u64>) -> Option<Parked> {
+    let why = match scope {
+        Scope::Job | Scope::Batch => return None,
+        Scope::UserDay => ParkReason::UserDayBudget,
+        Scope::Day => ParkReason::DayBudget,
+        Scope::Month => ParkReason::MonthBudget,
+    };
+    resets_at_ms.map(|until_ms| Parked { until_ms, why })
 }
 
 /// The first words of an attempt that goes on after a pause.

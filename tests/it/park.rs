@@ -232,6 +232,50 @@ fn a_job_whose_work_is_lost_is_given_its_task_again_and_says_so() {
 }
 
 #[test]
+fn an_exhausted_budget_of_the_day_parks_work_until_its_reset() {
+    let script = "[default]\ntext = \"done\"\nusage = { input = 10, output = 50 }\n";
+    let mut world = World::without_daemon(script, "budgets.day_usd = \"0.008\"\nbudgets.time_zone = \"UTC\"\n");
+    fake_agent::install(&world.state_dir());
+    world.start();
+    let job = world.submit(&spec(&format!("keep a; {}keep b; kept", "model more; ".repeat(12))));
+    until_state(&mut world, &job, "parked");
+    let view = world.show(&job);
+    let day_ms = 24 * 3_600_000;
+    let until_ms = view["parked"]["until_ms"].as_u64().unwrap();
+    assert_eq!((&view["parked"]["why"], until_ms % day_ms), (&json!("day_budget"), 0), "midnight in UTC");
+    assert!(until_ms - hotcell::clock::wall_ms() <= day_ms);
+    assert_eq!(containers(&world), Vec::<String>::new());
+    // Nobody else begins either, and asking again changes nothing.
+    let charged: u64 = world.sql("SELECT sum(charged_micro) FROM ledger").parse().unwrap();
+    assert!((780..=8000).contains(&charged), "{charged}");
+    let spent = format!("{:.6}", charged as f64 / 1e6);
+    world.kill();
+    let file = world.path("config.toml");
+    let config = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, config.replace("0.008", &spent)).unwrap();
+    world.start();
+    let other = world.submit(&spec("model three"));
+    until_state(&mut world, &other, "parked");
+    assert_eq!(world.show(&other)["parked"], view["parked"]);
+    assert_eq!(world.call("POST", &format!("/v1/jobs/{job}/unpark"), "").status, 200);
+    until_state(&mut world, &job, "parked");
+    assert_eq!(world.sql("SELECT count(*) FROM cells"), "1", "no cell is made for a job that cannot ask");
+    // With room it goes on where it was.
+    world.kill();
+    std::fs::write(&file, config.replace("0.008", "1")).unwrap();
+    world.start();
+    for job in [&job, &other] {
+        assert_eq!(world.call("POST", &format!("/v1/jobs/{job}/unpark"), "").status, 200);
+    }
+    let (events, view) = done(&mut world, &job);
+    assert_eq!((&view["outcome"], kept(&events)), (&json!("succeeded"), vec!["a b"]), "{view}");
+    assert_eq!(view["totals"]["charged_micro_usd"], 12 * 780, "{view}");
+    let (_, view) = done(&mut world, &other);
+    assert_eq!(view["outcome"], "succeeded", "{view}");
+    world.end();
+}
+
+#[test]
 fn a_limit_that_does_not_end_fails_the_job_after_enough_parkings() {
     let script = "[default]\nfault = { status = 529, type = \"overloaded_error\", message = \"no\" }\n";
     let mut busy = World::without_daemon(script, "");
