@@ -24,7 +24,7 @@ use tokio::sync::watch;
 
 use crate::agent_bundle::Bundles;
 use crate::clock;
-use crate::engine::{ContainerId, Engine, EngineError, container_name};
+use crate::engine::{ContainerId, Engine, EngineError, Exit, container_name};
 use crate::event::{Body, Totals};
 use crate::gateway::Gateway;
 use crate::job::outcome::Failure;
@@ -34,13 +34,16 @@ use crate::metrics::Metrics;
 use crate::money::{Calendar, Caps, MicroUsd};
 use crate::policy::Plan;
 use crate::scheduler::Ticket;
-use crate::session::{AgentExit, Session};
+use crate::session::{AgentExit, Session, Trouble};
 use crate::store::Store;
 use crate::workspace::{self, WorkspaceRecord};
 
-use self::live::{Ended, Live};
+use self::live::Live;
 use self::park::{Admission, Pauses, Seen};
 use self::record::{Feeds, Record, RecordError};
+
+/// Pause before an engine that is away is asked again.
+const ENGINE_PAUSE: Duration = Duration::from_secs(1);
 
 /// What stays the same for all cells of a daemon.
 #[derive(Debug, Clone)]
@@ -405,6 +408,21 @@ async fn sweep_one(parts: &Arc<Parts>, cell: &CellId) -> Result<(), LeftOver> {
     }
 }
 
+/// What is known when a cell's processes are gone.
+#[derive(Debug)]
+pub struct Ended {
+    /// The conversation.
+    pub session: Option<Session>,
+    /// How the CLI ended.
+    pub exit: Option<AgentExit>,
+    /// What went wrong, where it was not the CLI that says so.
+    pub failure: Option<Failure>,
+    /// What last went wrong on the way to the model.
+    pub trouble: Option<Trouble>,
+    /// What parking depends on.
+    pub seen: Seen,
+}
+
 impl Ended {
     /// Ended before its CLI had anything to say.
     pub fn failed(failure: Failure) -> Self {
@@ -424,4 +442,24 @@ impl Ended {
 /// The exit as the session wants it.
 pub(crate) fn agent_exit(code: i32, oom_kills: u64, stderr_tail: String) -> AgentExit {
     AgentExit { code, oom_kills, stderr_tail }
+}
+
+/// Waits for the container's end. An engine that is away says nothing of it: the cell may well be alive, and
+/// what it says itself comes over the link.
+async fn wait(parts: &Parts, container: &ContainerId) -> Result<Exit, EngineError> {
+    loop {
+        match parts.engine.wait(container).await {
+            Err(error @ (EngineError::Unavailable { .. } | EngineError::Timeout { .. })) => {
+                tracing::warn!(%container, %error, "cannot watch a cell; asking again");
+                tokio::time::sleep(ENGINE_PAUSE).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Which budget ended a job, in words.
+fn exhausted(scope: Scope, spent: MicroUsd, limit: MicroUsd) -> String {
+    let scope = scope.words();
+    format!("{scope}: {spent} USD of {limit} USD are spent, and the next request needs more than is left")
 }

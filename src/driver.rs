@@ -370,7 +370,9 @@ impl Driver {
     ) -> Result<Result<Ticket, &'static str>, cell::record::RecordError> {
         let mut record = Record::open(&self.parts, job).await?;
         let moved = match record.state() {
-            State::Parked { .. } => record.step(&self.parts, Move::Unpark).await.map(|()| Ok(record.ticket())),
+            State::Parked { .. } => {
+                record.step(&self.parts, Move::Unpark).await.map(|()| Ok(record.ticket()))
+            }
             other => Ok(Err(other.name())),
         };
         record.finish(&self.parts);

@@ -15,7 +15,7 @@ use super::lines::{LINE_BYTES_MAX, Lines};
 use super::park::{self, Seen};
 use super::prepare::Prepared;
 use super::record::{ExitFigures, Record, RecordError};
-use super::{Parts, StopWish, agent_exit};
+use super::{Ended, Parts, StopWish, agent_exit, wait};
 use crate::agent::frames;
 use crate::clock;
 use crate::engine::{ContainerId, EngineError, Exit};
@@ -35,25 +35,8 @@ const STDERR_TAIL_BYTES: usize = 2048;
 const OVER_GRACE: Duration = Duration::from_secs(10);
 /// Wait for what is still on its way when the container ended without a last word.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-/// Pause before an engine that is away is asked again.
-const ENGINE_PAUSE: Duration = Duration::from_secs(1);
 /// Wait for the exit report after everything was killed.
 const KILL_GRACE: Duration = Duration::from_secs(5);
-
-/// What is known when a cell's processes are gone.
-#[derive(Debug)]
-pub struct Ended {
-    /// The conversation.
-    pub session: Option<Session>,
-    /// How the CLI ended.
-    pub exit: Option<AgentExit>,
-    /// What went wrong, where it was not the CLI that says so.
-    pub failure: Option<Failure>,
-    /// What last went wrong on the way to the model.
-    pub trouble: Option<Trouble>,
-    /// What parking depends on.
-    pub seen: Seen,
-}
 
 /// How far the ending of a cell has come.
 #[derive(Debug, Clone, Copy)]
@@ -600,24 +583,4 @@ impl<'a> Live<'a> {
         record.commit()?;
         Ok(Ended { session: Some(session), exit: Some(exit), failure, trouble, seen })
     }
-}
-
-/// Waits for the container's end. An engine that is away says nothing of it: the cell may well be alive, and
-/// what it says itself comes over the link.
-async fn wait(parts: &Parts, container: &ContainerId) -> Result<Exit, EngineError> {
-    loop {
-        match parts.engine.wait(container).await {
-            Err(error @ (EngineError::Unavailable { .. } | EngineError::Timeout { .. })) => {
-                tracing::warn!(%container, %error, "cannot watch a cell; asking again");
-                tokio::time::sleep(ENGINE_PAUSE).await;
-            }
-            other => return other,
-        }
-    }
-}
-
-/// Which budget ended a job, in words.
-fn exhausted(scope: Scope, spent: MicroUsd, limit: MicroUsd) -> String {
-    let scope = scope.words();
-    format!("{scope}: {spent} USD of {limit} USD are spent, and the next request needs more than is left")
 }

@@ -12,9 +12,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::live::Ended;
 use super::record::{Record, RecordError};
-use super::{Parts, StopWish};
+use super::{Ended, Parts, StopWish};
 use crate::clock;
 use crate::engine::{ContainerId, container_name};
 use crate::event::{Body, Totals};
@@ -104,15 +103,15 @@ impl Admission for Budgets {
             }
             let payer = Payer { uid: candidate.uid, job: None, batch: None };
             let calendar = self.calendar.clone();
-            let standings =
-                match self.store.budget_standing(payer, budgets, calendar, candidate.now_ms).await {
-                    Ok(standings) => standings,
-                    Err(error) => {
-                        // The ledger holds each request to it all the same.
-                        tracing::warn!(job = %candidate.job, %error, "cannot ask for the budgets before a start");
-                        return None;
-                    }
-                };
+            let standings = match self.store.budget_standing(payer, budgets, calendar, candidate.now_ms).await
+            {
+                Ok(standings) => standings,
+                Err(error) => {
+                    // The ledger holds each request to it all the same.
+                    tracing::warn!(job = %candidate.job, %error, "cannot ask for the budgets before a start");
+                    return None;
+                }
+            };
             // The latest reset: any other would be in vain.
             let spent = standings.iter().filter(|standing| standing.is_exhausted(MicroUsd(1)));
             let parked = spent.filter_map(|standing| out_of_budget(standing.scope, standing.resets_at_ms));
@@ -187,12 +186,8 @@ pub fn credential(record: &Record) -> &str {
 /// Whether a job that has a slot must wait before it may have a cell.
 pub(super) async fn turned_away(parts: &Parts, record: &Record) -> Option<Parked> {
     let now_ms = clock::wall_ms();
-    let candidate = Candidate {
-        job: &record.job,
-        uid: record.identity.uid,
-        credential: credential(record),
-        now_ms,
-    };
+    let candidate =
+        Candidate { job: &record.job, uid: record.identity.uid, credential: credential(record), now_ms };
     for admission in &parts.admission {
         if let Some(parked) = admission.ask(candidate).await {
             return Some(Parked { until_ms: parked.until_ms.max(now_ms + PAUSE_MS_MIN), ..parked });
@@ -212,11 +207,10 @@ pub(super) fn instead_of_done(record: &Record, ended: &Ended, now_ms: u64) -> Op
     match (record.state(), reason, ended.trouble) {
         (State::Parking { parked }, _, _) => Some(*parked),
         // Measured at the wire, not believed: an agent cannot have itself parked.
-        (State::Running, Some(FailReason::ProviderLimit), Some(Trouble::Provider(429 | 529))) => {
-            ended.seen.parked.or_else(|| {
-                record.carry.limit_parking(now_ms, ended.seen.retry_after_s, ended.seen.progressed)
-            })
-        }
+        (State::Running, Some(FailReason::ProviderLimit), Some(Trouble::Provider(429 | 529))) => ended
+            .seen
+            .parked
+            .or_else(|| record.carry.limit_parking(now_ms, ended.seen.retry_after_s, ended.seen.progressed)),
         (
             State::Running,
             Some(FailReason::GatewayRefused | FailReason::ProviderLimit | FailReason::ProviderError),

@@ -13,9 +13,7 @@ use crate::clock;
 use crate::event::{Body, Line, Totals};
 use crate::gateway::GatewayEvent;
 use crate::job::outcome::Failure;
-use crate::job::{
-    Carry, CellId, FailReason, Identity, Input, JobId, JobSpec, Outcome, Pause, Phase, State,
-};
+use crate::job::{Carry, CellId, FailReason, Identity, Input, JobId, JobSpec, Outcome, Pause, Phase, State};
 use crate::journal::{Feed, Journal, JournalError, Reader, Recovered};
 use crate::scheduler::Ticket;
 use crate::session::{AgentExit, Session, Step, Trouble};
@@ -427,10 +425,7 @@ async fn force_done(store: &Store, job: &JobId, failure: &Failure) -> Result<(St
     store.release_open(job, now).await?;
     let spend = store.spend(job).await?;
     let mut state = row.state;
-    if matches!(
-        state,
-        State::Preparing | State::Running | State::Stopping { .. } | State::Parking { .. }
-    ) {
+    if matches!(state, State::Preparing | State::Running | State::Stopping { .. } | State::Parking { .. }) {
         state = store.transition(job, &state, &Input::CellEnded, None, now).await?;
     }
     let totals = Totals {

@@ -178,12 +178,7 @@ fn finish_directories(
 
 /// The scratch space of an earlier attempt, and whether its conversation is in it. What cannot be had again is no
 /// reason to fail: the task is given again then.
-fn restore(
-    dir: &Path,
-    kept: &Kept,
-    plan: &ScratchPlan,
-    notes: &mut Vec<String>,
-) -> Option<(Scratch, bool)> {
+fn restore(dir: &Path, kept: &Kept, plan: &ScratchPlan, notes: &mut Vec<String>) -> Option<(Scratch, bool)> {
     match Scratch::restore(dir, &kept.image, plan) {
         Ok(Some(scratch)) => {
             let resumed = is_file_below(&scratch.home(), &kept.session);

@@ -117,7 +117,9 @@ fn every_state_is_found_again() {
         State::Running,
         State::Stopping { reason },
         State::Parking { parked: crate::job::Parked { until_ms: 5, why: crate::job::ParkReason::DayBudget } },
-        State::Parked { parked: crate::job::Parked { until_ms: 5, why: crate::job::ParkReason::MonthBudget } },
+        State::Parked {
+            parked: crate::job::Parked { until_ms: 5, why: crate::job::ParkReason::MonthBudget },
+        },
         State::Collecting { stopped: None },
         State::Collecting { stopped: Some(reason) },
         State::Done(Outcome::Succeeded),

@@ -29,11 +29,33 @@ text = "done"
 "#;
 
 const TWICE: [&str; 15] = [
-    "queued", "preparing", "running", "parking", "parked", "queued", "preparing", "running", "parking", "parked",
-    "queued", "preparing", "running", "collecting", "done",
+    "queued",
+    "preparing",
+    "running",
+    "parking",
+    "parked",
+    "queued",
+    "preparing",
+    "running",
+    "parking",
+    "parked",
+    "queued",
+    "preparing",
+    "running",
+    "collecting",
+    "done",
 ];
 const ONCE: [&str; 10] = [
-    "queued", "preparing", "running", "parking", "parked", "queued", "preparing", "running", "collecting", "done",
+    "queued",
+    "preparing",
+    "running",
+    "parking",
+    "parked",
+    "queued",
+    "preparing",
+    "running",
+    "collecting",
+    "done",
 ];
 
 /// A world with the made-up agent.
@@ -169,6 +191,8 @@ fn a_parked_job_outlives_its_daemon() {
         world.sql(&format!("SELECT count(*) FROM cells WHERE job = '{job}' AND {made}")) == "1"
     });
     until_state(&mut world, &job, "preparing");
+    // Kept work of a job that is over is nobody's.
+    std::fs::write(world.state_dir().join("kept").join(format!("{other}.img")), "").unwrap();
     restart(&mut world);
     let (events, view) = done(&mut world, &job);
     assert_eq!(view["outcome"], "succeeded", "{view}");
@@ -234,7 +258,8 @@ fn a_job_whose_work_is_lost_is_given_its_task_again_and_says_so() {
 #[test]
 fn an_exhausted_budget_of_the_day_parks_work_until_its_reset() {
     let script = "[default]\ntext = \"done\"\nusage = { input = 10, output = 50 }\n";
-    let mut world = World::without_daemon(script, "budgets.day_usd = \"0.008\"\nbudgets.time_zone = \"UTC\"\n");
+    let mut world =
+        World::without_daemon(script, "budgets.day_usd = \"0.008\"\nbudgets.time_zone = \"UTC\"\n");
     fake_agent::install(&world.state_dir());
     world.start();
     let job = world.submit(&spec(&format!("keep a; {}keep b; kept", "model more; ".repeat(12))));
@@ -335,7 +360,8 @@ text = "done"
     assert!(tool_results(&events).contains("of the first cell"), "{}", tool_results(&events));
     // The model is asked with all that was said before, and then with the word that the pause is over.
     let asked = world.recorder.requests();
-    let again = asked.iter().map(|r| r.json()).find(|r| r["messages"].to_string().contains("was paused from"));
+    let again =
+        asked.iter().map(|r| r.json()).find(|r| r["messages"].to_string().contains("was paused from"));
     let again = again.expect("a request after the pause");
     for said in ["remember this", "I write it down.", "written", "Go on where you were."] {
         assert!(again["messages"].to_string().contains(said), "{said}: {again:#}");
