@@ -457,9 +457,3 @@ async fn wait(parts: &Parts, container: &ContainerId) -> Result<Exit, EngineErro
         }
     }
 }
-
-/// Which budget ended a job, in words.
-fn exhausted(scope: Scope, spent: MicroUsd, limit: MicroUsd) -> String {
-    let scope = scope.words();
-    format!("{scope}: {spent} USD of {limit} USD are spent, and the next request needs more than is left")
-}

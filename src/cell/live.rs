@@ -584,3 +584,9 @@ impl<'a> Live<'a> {
         Ok(Ended { session: Some(session), exit: Some(exit), failure, trouble, seen })
     }
 }
+
+/// Which budget ended a job, in words.
+fn exhausted(scope: Scope, spent: MicroUsd, limit: MicroUsd) -> String {
+    let scope = scope.words();
+    format!("{scope}: {spent} USD of {limit} USD are spent, and the next request needs more than is left")
+}
