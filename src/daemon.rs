@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent_bundle::Bundles;
 use crate::api::{self, Api, peer::PeerListener};
+use crate::cell::park::{Admission, Budgets, Pauses};
 use crate::cell::record::Feeds;
 use crate::cell::runtime::Tried;
 use crate::cell::{Parts, Settings};
@@ -263,8 +264,23 @@ async fn build(
         calendar: Calendar::new(config.budgets.time_zone.as_deref())?,
     };
     let runtimes = Tried::load(&settings.state_dir);
-    let feeds = Feeds::default();
-    let parts = Parts { settings, store, engine, gateway, egress, metrics, bundles, feeds, runtimes };
+    let (feeds, pauses) = (Feeds::default(), Arc::new(Pauses::default()));
+    let (caps, calendar) = (settings.caps, settings.calendar.clone());
+    let budgets = Arc::new(Budgets { store: store.clone(), caps, calendar });
+    let admission: Vec<Arc<dyn Admission>> = vec![pauses.clone(), budgets];
+    let parts = Parts {
+        settings,
+        store,
+        engine,
+        gateway,
+        egress,
+        metrics,
+        bundles,
+        feeds,
+        runtimes,
+        admission,
+        pauses,
+    };
     Ok((Arc::new(parts), policies))
 }
 

@@ -45,9 +45,9 @@ pub use credentials::{
 };
 pub use egress::{Egress, EgressRecord, EgressSpec};
 pub use lease::{Lease, LeaseSpec};
-pub use provider::ProviderSpec;
 pub use ledger::{Ask, Grant, Ledger, LedgerError, MemoryLedger, ReservationId, StoreLedger};
 pub use pace::PaceView;
+pub use provider::ProviderSpec;
 
 use crate::agent::provider::ProviderView;
 use crate::job::Identity;
@@ -364,6 +364,11 @@ impl Gateway {
     /// forwarded.
     pub fn knows_model(&self, provider: &str, model: &str, plan: &Plan) -> bool {
         self.provider(provider).is_ok_and(|provider| self.price(provider, model, plan).is_some())
+    }
+
+    /// The name of a provider's credential: jobs with the same one share its limits.
+    pub fn credential_of(&self, provider: &str) -> String {
+        self.provider(provider).map_or_else(|_| provider.to_owned(), |provider| provider.credential.clone())
     }
 
     /// The names of the providers.

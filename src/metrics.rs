@@ -12,7 +12,7 @@ use prometheus::{
 
 use crate::event::Decision;
 use crate::job::outcome::Failure;
-use crate::job::{FailReason, Outcome, Phase, State, StopReason};
+use crate::job::{FailReason, Outcome, ParkReason, Phase, State, StopReason};
 use crate::money::{MicroUsd, Scope};
 use crate::pricing::Usage;
 
@@ -60,6 +60,7 @@ pub struct Metrics {
     not_listed_total: IntCounter,
     egress_total: IntCounterVec,
     egress_bytes_total: IntCounterVec,
+    parked_total: IntCounterVec,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -236,6 +237,12 @@ impl Metrics {
                 "Bytes exchanged with hosts beside the model.",
                 &["direction"],
             )?,
+            parked_total: counters(
+                &registry,
+                "hotcell_parked_total",
+                "Jobs that were parked, by reason; each time counts.",
+                &["why"],
+            )?,
             registry,
             models,
         };
@@ -255,6 +262,9 @@ impl Metrics {
             for reason in FailReason::ALL {
                 self.failures_total.with_label_values(&[phase.as_str(), reason.as_str()]);
             }
+        }
+        for why in ParkReason::ALL {
+            self.parked_total.with_label_values(&[why.as_str()]);
         }
         for reason in StopReason::ALL {
             self.stops_total.with_label_values(&[reason.as_str()]);
@@ -402,6 +412,11 @@ impl Metrics {
     /// Something was left over and is removed.
     pub fn reaped(&self, orphan: Orphan, count: u64) {
         self.orphans_total.with_label_values(&[orphan.as_str()]).inc_by(count);
+    }
+
+    /// A job was parked.
+    pub fn parked(&self, why: ParkReason) {
+        self.parked_total.with_label_values(&[why.as_str()]).inc();
     }
 
     /// The text format, version 0.0.4.

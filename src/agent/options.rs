@@ -2,6 +2,7 @@
 //! that make the gate hold are here and in no other place; each says why.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
@@ -50,8 +51,14 @@ fn removed_tools(plan: &Plan) -> Vec<&'static str> {
     REMOVED_TOOLS.into_iter().filter(|tool| !stays(tool)).collect()
 }
 
-/// The CLI's arguments, its path first.
-pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
+/// Where below HOME the CLI keeps the record of a conversation in [`WORKSPACE`].
+pub fn session_file(session_id: &str) -> PathBuf {
+    let project = WORKSPACE.replace(['/', '.'], "-");
+    PathBuf::from(format!(".claude/projects/{project}/{session_id}.jsonl"))
+}
+
+/// The CLI's arguments, its path first. `resumed`: the conversation is gone on with, from its record in HOME.
+pub fn argv(plan: &Plan, session_id: &str, resumed: bool) -> Vec<String> {
     let mut argv: Vec<String> = [
         CLI_PATH,
         "-p",
@@ -72,7 +79,8 @@ pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
     argv.push(format!("--permission-mode={}", plan.permission_mode.as_str()));
     // Never `user`: the agent can write its own HOME in mid-run.
     argv.push(format!("--setting-sources={}", if plan.project_settings { "project" } else { "" }));
-    argv.push(format!("--session-id={session_id}"));
+    // With `--resume` alone the conversation keeps its id.
+    argv.push(format!("{}={session_id}", if resumed { "--resume" } else { "--session-id" }));
     argv.push(format!("--model={}", plan.model));
     argv.push(format!("--max-turns={}", plan.limits.max_turns));
     if let Some(fallback) = &plan.fallback_model {

@@ -31,8 +31,8 @@ pub use ca::{CaError, CellCa};
 pub(super) use door::Door;
 pub use route::{CorporateProxy, Dial, Network, Resolve, RouteError};
 
-use super::credentials::Injected;
 use super::Gateway;
+use super::credentials::Injected;
 use crate::job::Identity;
 use crate::policy::Permit;
 
@@ -72,11 +72,7 @@ impl Default for EgressLimits {
 /// Where credentials for hosts come from.
 pub trait Credentials: Send + Sync {
     /// The credential of this name, against a permit of the policy; why there is none, in words without it.
-    fn header<'a>(
-        &'a self,
-        name: &'a str,
-        permit: &'a Permit,
-    ) -> route::Later<'a, Result<Injected, String>>;
+    fn header<'a>(&'a self, name: &'a str, permit: &'a Permit) -> route::Later<'a, Result<Injected, String>>;
 }
 
 /// The daemon's credentials, for one user.
@@ -89,11 +85,7 @@ pub struct UserCredentials {
 }
 
 impl Credentials for UserCredentials {
-    fn header<'a>(
-        &'a self,
-        name: &'a str,
-        permit: &'a Permit,
-    ) -> route::Later<'a, Result<Injected, String>> {
+    fn header<'a>(&'a self, name: &'a str, permit: &'a Permit) -> route::Later<'a, Result<Injected, String>> {
         Box::pin(async move {
             self.gateway.credentials().header(name, permit, &self.who).await.map_err(|error| {
                 tracing::warn!(%error, credential = name, uid = self.who.uid, "a credential for a host cannot be used");

@@ -99,7 +99,12 @@ impl World {
         UnixStream::connect(self.dir.path().join("api.sock")).await.unwrap()
     }
 
-    pub(super) async fn send(&self, path: &str, headers: &[(&str, &str)], body: String) -> Response<Incoming> {
+    pub(super) async fn send(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: String,
+    ) -> Response<Incoming> {
         send(self.connect().await, path, headers, body).await
     }
 
@@ -520,7 +525,11 @@ async fn errors_of_the_provider_pass_and_cost_nothing() {
         let answer = world.post(ask("x", true)).await;
         assert_eq!(answer.status, status);
         let hopeless = answer.headers.get("x-should-retry").is_some_and(|value| value == "false");
-        assert_eq!(hopeless, status == 401, "the CLI must not try for minutes with a key that is not its own");
+        assert_eq!(
+            hopeless,
+            status == 401,
+            "the CLI must not try for minutes with a key that is not its own"
+        );
         assert!(
             answer.body.contains("\"no\"") && !answer.headers.contains_key("location"),
             "{}",

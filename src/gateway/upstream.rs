@@ -111,7 +111,10 @@ mod tests {
             "https://u:p@h",
             "https://h?a=b",
         ] {
-            assert!(matches!(Upstream::new("p", bad, &Reach::default()), Err(GatewayError::BaseUrl { .. })), "{bad}");
+            assert!(
+                matches!(Upstream::new("p", bad, &Reach::default()), Err(GatewayError::BaseUrl { .. })),
+                "{bad}"
+            );
         }
         let upstream = Upstream::new("p", "https://h/prefix/", &Reach::default()).unwrap();
         let uri = upstream.uri("/v1/messages?beta=true").unwrap();

@@ -378,7 +378,11 @@ mod tests {
     }
 
     fn defaults() -> Defaults {
-        Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into(), provider: "anthropic".into() }
+        Defaults {
+            model: "claude-sonnet-4-6".into(),
+            image: "hotcell/cell".into(),
+            provider: "anthropic".into(),
+        }
     }
 
     fn refused(json: &str) -> NarrowError {

@@ -20,6 +20,7 @@ mod life;
 mod modes;
 mod money;
 mod output;
+mod park;
 mod policies;
 mod provider;
 mod providers;

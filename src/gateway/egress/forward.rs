@@ -19,10 +19,10 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
+use super::EgressRecord;
 use super::door::{Body, BrokenOff, Refused, Shared, elapsed_ms, shown};
 use super::route::{Stream, Way};
 use super::wire::{Counted, Meter};
-use super::EgressRecord;
 use crate::gateway::censor::Censor;
 use crate::gateway::credentials::Injected;
 use crate::gateway::secret::Secrets;
@@ -378,11 +378,7 @@ impl Sent {
         }
         let (pieces, receiver) = mpsc::channel(4);
         let complete = Arc::new(AtomicBool::new(false));
-        let pump = Pump {
-            pieces,
-            complete: Arc::clone(&complete),
-            censor: Censor::new(self.secrets),
-        };
+        let pump = Pump { pieces, complete: Arc::clone(&complete), censor: Censor::new(self.secrets) };
         let (task_shared, meter, before) = (Arc::clone(shared), self.meter, self.before);
         shared.tasks.spawn(async move {
             let mut event = event;

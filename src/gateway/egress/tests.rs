@@ -24,9 +24,9 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::gateway::secret::{Secret, Secrets};
 use super::route::{Later, Stream};
 use super::*;
+use crate::gateway::secret::{Secret, Secrets};
 use crate::job::{CellId, JobSpec};
 use crate::policy::{Defaults, Plan, Policy, narrow};
 
@@ -258,7 +258,11 @@ fn plan(rules: &str) -> Arc<Plan> {
     let text = format!("{}\n{rules}", include_str!("../../../policies/default.toml"));
     let policy = Policy::parse("test", &text).unwrap();
     let spec = JobSpec::parse(br#"{"prompt":"x"}"#).unwrap();
-    let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into(), provider: "anthropic".into() };
+    let defaults = Defaults {
+        model: "claude-sonnet-4-6".into(),
+        image: "hotcell/cell".into(),
+        provider: "anthropic".into(),
+    };
     Arc::new(narrow(&spec, &policy, None, &defaults).unwrap())
 }
 

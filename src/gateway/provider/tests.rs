@@ -402,7 +402,9 @@ fn a_provider_that_lacks_something_is_named() {
     let open = |change: &dyn Fn(&mut ProviderSpec)| {
         let mut spec = spec_at_home(ProviderKind::Vertex);
         change(&mut spec);
-        Provider::open(spec, Pacer::new(), &Reach::default()).map(|p| p.upstream.uri("/x").unwrap().to_string()).map_err(|e| e.to_string())
+        Provider::open(spec, Pacer::new(), &Reach::default())
+            .map(|p| p.upstream.uri("/x").unwrap().to_string())
+            .map_err(|e| e.to_string())
     };
     assert!(open(&|s| s.project = None).unwrap_err().contains("project"));
     assert!(open(&|s| s.region = Some("a/b".into())).unwrap_err().contains("single words"));

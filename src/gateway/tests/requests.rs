@@ -256,7 +256,7 @@ async fn web_searches_are_lowered_reserved_and_charged_by_use() {
         plan: with_requests("server_tools=['web_search']\nweb_search_uses_max=3"),
         budgets: Vec::new(),
         egress: None,
-            output_tokens_max: None,
+        output_tokens_max: None,
         run_dir: dir.path().to_owned(),
         socket_owner: None,
     };

@@ -181,8 +181,11 @@ fn every_layer_must_allow_and_the_lowest_limits_hold() {
 fn the_general_question_has_the_same_answer() {
     let text = "[[egress.host]]\nname = \"a.example\"\n";
     let spec = crate::job::JobSpec::parse(br#"{"prompt":"x"}"#).expect("spec");
-    let defaults =
-        crate::policy::Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into(), provider: "anthropic".into() };
+    let defaults = crate::policy::Defaults {
+        model: "claude-sonnet-4-6".into(),
+        image: "hotcell/cell".into(),
+        provider: "anthropic".into(),
+    };
     let plan = crate::policy::narrow(&spec, &policy(text).expect("policy"), None, &defaults).expect("plan");
     assert!(plan.has_egress() && !plan.inspects_egress());
     for name in ["a.example", "b.example"] {
