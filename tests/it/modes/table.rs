@@ -411,7 +411,7 @@ fn compare_all(group: &Group, snapshot: &str) {
     let policies = tempfile::tempdir().unwrap();
     let trusted = include_str!("../../../policies/trusted.toml");
     std::fs::write(policies.path().join("ruled.toml"), format!("{trusted}\n{RULES}")).unwrap();
-    let refusing = trusted.replace("\"WebSearch\"]", "\"WebSearch\", \"Writ*\", \"TaskCreate\"]");
+    let refusing = trusted.replace("deny = []", "deny = [\"Writ*\", \"TaskCreate\"]");
     assert_ne!(refusing, trusted);
     std::fs::write(policies.path().join("refusing.toml"), format!("{refusing}\n{RULES}")).unwrap();
     let world = World::with(&script(), &format!("policy_dirs = [{:?}]", policies.path()));
