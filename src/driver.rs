@@ -399,6 +399,7 @@ impl Driver {
         }
         let ticket = self.take_back(&job).await?.map_err(|state| UnparkError::NotParked { state })?;
         self.parts.pauses.lift(&ticket.credential);
+        self.parts.gateway.lift_pause(&ticket.credential);
         self.step(Input::Withdrawn { job: job.clone() });
         self.step(Input::Submitted { job, ticket });
         Ok(())

@@ -353,6 +353,13 @@ impl Gateway {
         Ok(Arc::new(Self { providers, default_provider, credentials, prices, limits }))
     }
 
+    /// Ends a pause of a credential before its time: somebody wants to try.
+    pub fn lift_pause(&self, credential: &str) {
+        if let Some(provider) = self.providers.values().find(|provider| provider.credential == credential) {
+            provider.pacer.lift();
+        }
+    }
+
     /// How fast the credentials are used just now: of each figure the sum, of pauses the longest.
     pub fn pace(&self) -> PaceView {
         let one_each: BTreeMap<&str, &Arc<Pacer>> =

@@ -150,6 +150,11 @@ impl Pace {
         self.paused_until_ms.saturating_sub(now_ms)
     }
 
+    /// Ends a pause before its time: somebody wants to try.
+    pub fn lift(&mut self) {
+        self.paused_until_ms = 0;
+    }
+
     fn grow(&mut self, now_ms: u64) {
         self.limit = (self.limit + 1).min(RUNNING_MAX);
         self.served = 0;
@@ -193,6 +198,11 @@ pub(super) struct Pacer {
 impl Pacer {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self { pace: Mutex::default(), changed: Notify::new(), born: Instant::now() })
+    }
+
+    pub(super) fn lift(&self) {
+        self.pace().lift();
+        self.changed.notify_waiters();
     }
 
     pub(super) fn view(&self) -> PaceView {

@@ -12,7 +12,7 @@ use super::narrow::Layer;
 /// Values of `anthropic-beta` that need no policy: none of them stores, fetches or runs anything, nor costs
 /// anything beside the tokens. Seen in requests of the CLI 2.1.197 (print mode, with and without subagents, JSON
 /// schema, `[1m]` models, WebSearch), or, below the line, named by it for cases that are as harmless.
-pub const BETAS: [&str; 14] = [
+pub const BETAS: [&str; 15] = [
     "claude-code-20250219",
     "context-1m-2025-08-07",
     "context-management-2025-06-27",
@@ -21,6 +21,8 @@ pub const BETAS: [&str; 14] = [
     "mid-conversation-system-2026-04-07",
     "prompt-caching-scope-2026-01-05",
     "thinking-token-count-2026-05-13",
+    // Seen with Vertex and Foundry, with and without that tool. Alone it lets nobody search: see `server_tools`.
+    "web-search-2025-03-05",
     // Named, not seen.
     "advanced-tool-use-2025-11-20",
     "extended-cache-ttl-2025-04-11",

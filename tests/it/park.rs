@@ -6,18 +6,19 @@ use serde_json::{Value, json};
 use crate::fake_agent::{self, containers, done, spec, states, until_event, until_state};
 use crate::world::{World, tool_results};
 
+/// `x-should-retry: false`: a limit that the gateway does not hold a request for, so that the job fails of it.
 const SCRIPT: &str = r#"
 usage = { input = 10, output = 20 }
 
 [[reply]]
 when = { prompt = "limited-twice" }
 times = 2
-fault = { status = 429, type = "rate_limit_error", message = "slow down", headers = { retry-after = "2" } }
+fault = { status = 429, type = "rate_limit_error", message = "slow down", headers = { retry-after = "2", x-should-retry = "false" } }
 
 [[reply]]
 when = { prompt = "overloaded-once" }
 times = 1
-fault = { status = 529, type = "overloaded_error", message = "too many", headers = { retry-after = "1" } }
+fault = { status = 529, type = "overloaded_error", message = "too many", headers = { retry-after = "1", x-should-retry = "false" } }
 
 [[reply]]
 when = { prompt = "limited-long" }
@@ -342,8 +343,8 @@ blocks = [
 
 [[reply]]
 when = { prompt = "remember", turn = 1, tools = true }
-times = 2
-fault = { status = 429, type = "rate_limit_error", message = "slow down", headers = { retry-after = "1" } }
+times = 1
+fault = { status = 429, type = "rate_limit_error", message = "slow down", headers = { retry-after = "1", x-should-retry = "false" } }
 
 [default]
 text = "done"
