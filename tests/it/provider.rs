@@ -208,7 +208,7 @@ fn a_fault_of_the_provider_ends_a_job_in_its_own_words_or_not_at_all() {
         "failed in run (provider_auth)",
         "Invalid API key",
         "fault: the model provider",
-        "[provider.anthropic]",
+        "providers and credentials in the configuration",
     ] {
         assert!(stdout.contains(words), "{stdout}");
     }
