@@ -226,6 +226,17 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_pattern_of_calls_is_no_tool() {
+        for key in ["tools.deny", "tools.allow"] {
+            let error = Narrowing::parse("narrow", &format!("{key} = ['Bash(git push:*)']")).expect_err(key);
+            assert!(error.to_string().contains(&format!("{key}[0]")), "{error}");
+        }
+        let rule = "[[rule]]\ntool = 'Bash(rm *)'\naction = 'deny'\nreason = 'no'";
+        let error = Narrowing::parse("narrow", rule).expect_err("rule").to_string();
+        assert!(error.contains("rule[0].tool[0]"), "{error}");
+    }
+
     proptest! {
         #[test]
         fn no_text_of_a_submitter_panics(pattern in "[a*é\u{fdfa}]{0,4}", key in prop::sample::select(vec![

@@ -198,6 +198,10 @@ impl Rule {
             if !super::is_pattern(pattern) {
                 return wrong(&format!("tool[{index}]"), "a '*' may stand only at the end of a tool's name");
             }
+            if pattern.contains(['(', ')']) {
+                let problem = "names tools only: what a call does is said by command, path or input";
+                return wrong(&format!("tool[{index}]"), problem);
+            }
         }
         for (index, pattern) in self.path.iter().enumerate() {
             let key = format!("path[{index}]");
