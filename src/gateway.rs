@@ -427,8 +427,8 @@ impl Gateway {
 
     /// The price of a model: what the list says of `<provider>/<model>`, else of the model, else the plan's highest.
     fn price(&self, provider: &Provider, model: &str, plan: &Plan) -> Option<Price> {
-        let special = format!("{}/{model}", provider.name);
-        self.prices.of(&special).copied().or_else(|| self.prices.of_or(model, plan.unpriced.as_ref()))
+        let special = self.prices.of_provider(&provider.name, model).copied();
+        special.or_else(|| self.prices.of_or(model, plan.unpriced.as_ref()))
     }
 
     /// Opens a cell's socket, `<run_dir>/api.sock`, in place of one that a former daemon left there.

@@ -26,6 +26,11 @@ pub use file::{Policy, PolicyError, Unpriced};
 pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
 pub use narrowing::Narrowing;
 
+/// True where a text is what [`matches`] takes: a name, or the beginning of one with a final `*`.
+fn is_pattern(text: &str) -> bool {
+    !text.is_empty() && !text.strip_suffix('*').unwrap_or(text).contains('*')
+}
+
 /// True when `name` is `pattern`, or begins with what stands before a final `*` in it.
 pub fn matches(pattern: &str, name: &str) -> bool {
     match pattern.strip_suffix('*') {

@@ -219,6 +219,17 @@ impl Prices {
         known.max_by_key(|(name, _)| name.len()).map(|(_, price)| price)
     }
 
+    /// The price of `model` at one provider: of the names that begin with `<provider>/`. A name such as `*`, which means
+    /// every model, says nothing of a provider and must not come before the model's own.
+    pub fn of_provider(&self, provider: &str, model: &str) -> Option<&Price> {
+        let own = |name: &str| {
+            let name = name.strip_prefix(provider)?.strip_prefix('/')?;
+            names_model(name, model).then_some(name.len())
+        };
+        let known = self.models.iter().filter_map(|(name, price)| Some((own(name)?, price)));
+        known.max_by_key(|(length, _)| *length).map(|(_, price)| price)
+    }
+
     /// The price of `model`, or where it has none the highest that the policy takes any such model to have: its
     /// input and output, cache writes twice its input, cache reads its input.
     pub fn of_or(&self, model: &str, unpriced: Option<&Unpriced>) -> Option<Price> {
@@ -401,6 +412,29 @@ mod tests {
         let own = "[[model]]\nnames=['a']\ninput=1\noutput=1\ncache_write_5m=1\ncache_write_1h=1\ncache_read=1\noutput_tokens_max=1\n";
         assert_eq!(Prices::parse(own, "p").unwrap().of("a").unwrap().web_search, None);
         assert!(Prices::parse(&format!("web_search_per_use = -1\n{own}"), "p").is_err());
+    }
+
+    #[test]
+    fn a_price_of_a_provider_is_one_that_names_it() {
+        let entry = |name: &str, input: u32| {
+            format!(
+                "[[model]]\nnames = [{name:?}]\ninput = {input}\noutput = 1\ncache_write_5m = 1\ncache_write_1h = 1\n\
+                 cache_read = 1\noutput_tokens_max = 9\n"
+            )
+        };
+        let text =
+            [entry("*", 1), entry("dear-1", 9), entry("cloud/dear-*", 7), entry("cloud/dear-1", 8)].concat();
+        let prices = Prices::parse(&text, "p").unwrap();
+        let input = |price: Option<&Price>| price.map(|price| price.rates.input.0 / 1_000_000);
+        assert_eq!(
+            input(prices.of_provider("other", "dear-1")),
+            None,
+            "a name for every model is no provider's"
+        );
+        assert_eq!(input(prices.of("dear-1")), Some(9));
+        assert_eq!(input(prices.of_provider("cloud", "dear-1-20260101")), Some(8));
+        assert_eq!(input(prices.of_provider("cloud", "dear-2")), Some(7));
+        assert_eq!(input(prices.of_provider("clou", "dear-1")), None);
     }
 
     #[test]

@@ -92,6 +92,8 @@ pub struct Session {
     background: BTreeSet<String>,
     /// Questions of the CLI that wait for something to be found out, by their ids.
     pending: BTreeMap<String, Pending>,
+    /// Errands so far.
+    errands: u64,
     result: Option<TurnResult>,
 }
 
@@ -115,6 +117,7 @@ impl Session {
             tool_denials: 0,
             background: BTreeSet::new(),
             pending: BTreeMap::new(),
+            errands: 0,
             result: None,
         }
     }

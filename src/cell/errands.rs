@@ -20,8 +20,8 @@ const HOOK_OUTPUT_BYTES_MAX: usize = 1 << 20;
 /// Longest look at paths.
 const PATHS_WAIT: Duration = Duration::from_secs(10);
 
-/// A finding and the question it is for.
-pub(super) type Found = (String, Finding);
+/// A finding, the question it is for, and the number of its errand.
+pub(super) type Found = (String, u64, Finding);
 
 /// The errands under way.
 #[derive(Debug, Default)]
@@ -79,7 +79,7 @@ async fn run(errand: Errand, place: Place) -> Found {
         What::Paths(paths) => Finding::Paths(follow(paths, place).await),
         What::Hook { id, run, timeout_s, stdin } => hook(id, &run, timeout_s, &stdin, &place.who).await,
     };
-    (errand.request_id, finding)
+    (errand.request_id, errand.number, finding)
 }
 
 async fn hook(id: HookId, argv: &[PathBuf], timeout_s: u32, stdin: &[u8], who: &Identity) -> Finding {

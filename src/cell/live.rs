@@ -178,8 +178,8 @@ impl<'a> Live<'a> {
                 }
                 Next::Link(event) => self.on_link(event).await?,
                 Next::Gateway(event) => self.on_gateway(event).await?,
-                Next::Found((request_id, finding)) => {
-                    let steps = self.session.on_found(&request_id, finding);
+                Next::Found((request_id, number, finding)) => {
+                    let steps = self.session.on_found(&request_id, number, finding);
                     self.steps(steps).await?;
                 }
                 Next::Wish => self.on_wish().await?,

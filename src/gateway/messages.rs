@@ -415,13 +415,13 @@ impl Call {
     fn charge(&self, grant: Grant, relayed: &Relayed) -> (Usage, MicroUsd) {
         let reading = &relayed.reading;
         match reading.billable(self.output_tokens_max) {
-            Some(mut usage) => {
-                // What was not said before the end may have been searched for all the same.
-                if !reading.complete {
-                    usage.web_searches = self.web_searches;
-                }
-                (usage, self.price.cost(&usage))
+            // What was not said before the end may have been searched for all the same, and what was found is input
+            // that no event has told yet.
+            Some(mut usage) if !reading.complete && self.web_searches > 0 => {
+                usage.web_searches = self.web_searches;
+                (usage, self.price.cost(&usage).max(grant.amount))
             }
+            Some(usage) => (usage, self.price.cost(&usage)),
             // An error instead of a first event: it did not begin.
             None if relayed.unknown && reading.error.is_none() => (Usage::default(), grant.amount),
             None => (Usage::default(), MicroUsd::ZERO),

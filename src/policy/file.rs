@@ -244,8 +244,17 @@ pub struct Limits {
 pub(super) fn check_patterns(lists: &[(&str, Option<&Vec<String>>)]) -> Result<(), (String, String)> {
     for (key, list) in lists {
         let mut patterns = list.iter().copied().flatten().enumerate();
-        if let Some((index, bad)) = patterns.find(|(_, p)| p.is_empty() || p[..p.len() - 1].contains('*')) {
+        if let Some((index, bad)) = patterns.find(|(_, p)| !super::is_pattern(p)) {
             let problem = format!("{bad:?}: a name, or the beginning of one with a '*' at its end");
+            return Err((format!("{key}[{index}]"), problem));
+        }
+        // The CLI has patterns such as Bash(git push:*); here they would mean no tool at all, and refuse nothing.
+        let mut patterns = list.iter().copied().flatten().enumerate();
+        let with_input = patterns.find(|(_, p)| key.starts_with("tools.") && p.contains(['(', ')']));
+        if let Some((index, bad)) = with_input {
+            let problem = format!(
+                "{bad:?}: names tools only; a [[rule]] with tool and command or path speaks of single calls"
+            );
             return Err((format!("{key}[{index}]"), problem));
         }
     }

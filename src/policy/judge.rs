@@ -118,12 +118,18 @@ pub fn judge_traced(plan: &Plan, call: Call<'_>, found: &Findings, tell: &mut dy
         return Judgement::Deny(Denial { rule: "layers".into(), reason: "the job has no policy".into() });
     }
     let mut input: Option<Value> = None;
-    let mut word = String::new();
-    for (index, layer) in plan.layers.iter().enumerate() {
+    let mut word: Option<String> = None;
+    if let Some(denial) = refused_by_job(plan, call) {
+        tell(Step { layer: "job".into(), rule: denial.rule.clone(), said: "denies".into() });
+        return Judgement::Deny(denial);
+    }
+    // From the last to the first: what a narrowing makes of the input is judged by the policy, which has the last
+    // word. A policy's own rewriting is not judged again by what narrows it.
+    for (index, layer) in plan.layers.iter().enumerate().rev() {
         let mut step = |rule: &str, said: &str| {
             tell(Step { layer: layer.name.clone(), rule: rule.to_owned(), said: said.to_owned() });
         };
-        let listed = match lists(plan, layer, call) {
+        let listed = match lists(plan, layer, call.tool) {
             Ok(listed) => listed,
             Err(denial) => {
                 step(&denial.rule, "denies");
@@ -133,12 +139,17 @@ pub fn judge_traced(plan: &Plan, call: Call<'_>, found: &Findings, tell: &mut dy
         step(&listed, "allows the tool");
         let judged = rules(index, layer, call, &mut input, found, &mut step);
         match judged {
-            Ok(decided) => word = decided.unwrap_or(listed),
+            Ok(decided) => word = word.or(Some(decided.unwrap_or(listed))),
             Err(End::Deny(denial)) => return Judgement::Deny(denial),
             Err(End::Need(need)) => return Judgement::Need(need),
         }
     }
-    Judgement::Allow { permit: permit(word), input }
+    let last = Call { tool: call.tool, input: input.as_ref().unwrap_or(call.input) };
+    if let Some(denial) = refused_by_job(plan, last) {
+        tell(Step { layer: "job".into(), rule: denial.rule.clone(), said: "denies".into() });
+        return Judgement::Deny(denial);
+    }
+    Judgement::Allow { permit: permit(word.unwrap_or_default()), input }
 }
 
 /// Which hooks have to be asked after a call, in order; the first denial is told to the agent.
@@ -173,14 +184,10 @@ pub fn asks_after(plan: &Plan) -> bool {
 }
 
 /// Whether one layer's lists, and the job's own, have the tool.
-fn lists(plan: &Plan, layer: &Layer, call: Call<'_>) -> Result<String, Denial> {
-    let tool = call.tool;
+fn lists(plan: &Plan, layer: &Layer, tool: &str) -> Result<String, Denial> {
     let refuse = |rule: String, reason: String| Err(denial(layer, rule, &reason));
     if let Some(pattern) = layer.tools_deny.iter().find(|p| matches(p, tool)) {
         return refuse(format!("tools.deny {pattern}"), format!("the tool {tool} is not allowed"));
-    }
-    if let Some(pattern) = plan.disallowed_tools.iter().find(|p| refuses(p, call)) {
-        return refuse(format!("job disallowed_tools {pattern}"), format!("the job refuses {tool}"));
     }
     if let Some(list) = &plan.tools
         && !tool.starts_with("mcp__")
@@ -192,6 +199,13 @@ fn lists(plan: &Plan, layer: &Layer, call: Call<'_>) -> Result<String, Denial> {
         Some(pattern) => Ok(format!("tools.allow {pattern}")),
         None => refuse("tools.allow".into(), format!("{tool} is not in tools.allow")),
     }
+}
+
+/// What the job itself refuses: asked of the call as it came, and as rules left it.
+fn refused_by_job(plan: &Plan, call: Call<'_>) -> Option<Denial> {
+    let pattern = plan.disallowed_tools.iter().find(|p| refuses(p, call))?;
+    let rule = format!("job disallowed_tools {pattern}");
+    Some(Denial { reason: format!("the job refuses {} ({rule})", call.tool), rule })
 }
 
 /// Whether an entry of `disallowed_tools` speaks of a call: a tool, or `Bash(…)` with a command's pattern. The CLI has
@@ -531,6 +545,35 @@ mod tests {
             specific(r#"{"permissionDecision":"allow","updatedInput":{"a":1}}"#),
             HookAnswer::Pass(Some(json!({ "a": 1 })))
         );
+    }
+
+    #[test]
+    fn what_a_narrowing_makes_of_an_input_is_judged_by_the_policy() {
+        let deny = "[[rule]]\ntool = 'Bash'\ncommand = 'curl*'\naction = 'deny'\nreason = 'no'";
+        let mut narrowed = plan(deny);
+        let rewrite = "[[rule]]\ntool = 'Bash'\naction = 'rewrite'\nset = { command = 'curl evil' }";
+        narrowed.layers.extend(plan(rewrite).layers);
+        let input = json!({ "command": "ls" });
+        let judged = judge(&narrowed, call("Bash", &input), &Findings::default());
+        assert!(matches!(judged, Judgement::Deny(_)), "{judged:?}");
+        // The same where a program of the narrowing gives the input.
+        let mut hooked = plan(deny);
+        hooked.layers.extend(plan("[[rule]]\ntool = 'Bash'\naction = 'hook'\nrun = ['/bin/x']").layers);
+        let said = HookAnswer::Pass(Some(json!({ "command": "curl evil" })));
+        let found = Findings { paths: BTreeMap::new(), hooks: BTreeMap::from([((1, 0), said)]) };
+        assert!(matches!(judge(&hooked, call("Bash", &input), &found), Judgement::Deny(_)));
+        // The policy's own rewriting is the last, and nothing takes it off again.
+        let mut wrapped =
+            plan("[[rule]]\ntool = 'Bash'\naction = 'rewrite'\nset = { command = 'nice {command}' }");
+        wrapped.layers.extend(plan(rewrite).layers);
+        let Judgement::Allow { input: Some(last), .. } =
+            judge(&wrapped, call("Bash", &input), &Findings::default())
+        else {
+            panic!("allowed");
+        };
+        assert_eq!(last, json!({ "command": "nice curl evil" }));
+        wrapped.disallowed_tools = vec!["Bash(nice *)".to_owned()];
+        assert!(matches!(judge(&wrapped, call("Bash", &input), &Findings::default()), Judgement::Deny(_)));
     }
 
     proptest! {

@@ -125,6 +125,7 @@ impl Narrowing {
             ("tools.deny", self.tools.as_ref().map(|m| &m.deny)),
             ("env.allow", self.env.as_ref().map(|m| &m.allow)),
         ])?;
+        super::writable::check(self.workspace.writable.as_deref())?;
         if let Some(egress) = &self.egress {
             egress.check()?;
         }
@@ -210,4 +211,42 @@ impl Narrowing {
 /// What is in both, in the order of the first.
 fn common<T: Copy + PartialEq>(first: &[T], second: &[T]) -> Vec<T> {
     first.iter().copied().filter(|item| second.contains(item)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_writable_path_does_not_lead_out_of_the_policys() {
+        for path in ["src/../secret", "src/..", "/etc", "src/.git/hooks"] {
+            let text = format!("[workspace]\nwritable = [{path:?}]");
+            let error = Narrowing::parse("narrow", &text).expect_err(path).to_string();
+            assert!(error.contains("workspace.writable"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_pattern_of_calls_is_no_tool() {
+        for key in ["tools.deny", "tools.allow"] {
+            let error = Narrowing::parse("narrow", &format!("{key} = ['Bash(git push:*)']")).expect_err(key);
+            assert!(error.to_string().contains(&format!("{key}[0]")), "{error}");
+        }
+        let rule = "[[rule]]\ntool = 'Bash(rm *)'\naction = 'deny'\nreason = 'no'";
+        let error = Narrowing::parse("narrow", rule).expect_err("rule").to_string();
+        assert!(error.contains("rule[0].tool[0]"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_of_a_submitter_panics(pattern in "[a*é\u{fdfa}]{0,4}", key in prop::sample::select(vec![
+            "tools.allow", "tools.deny", "models.allow", "images.allow", "requests.betas", "requests.file_ids",
+            "requests.url_sources", "requests.mcp_servers",
+        ])) {
+            let _ = Narrowing::parse("narrow", &format!("{key} = [{pattern:?}]"));
+            let rule = format!("[[rule]]\ntool = {pattern:?}\npath = {pattern:?}\naction = 'allow'");
+            let _ = Narrowing::parse("narrow", &rule);
+        }
+    }
 }

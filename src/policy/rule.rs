@@ -195,8 +195,12 @@ impl Rule {
     fn check(&self) -> Result<(), (String, String)> {
         let wrong = |key: &str, problem: &str| Err((key.to_owned(), problem.to_owned()));
         for (index, pattern) in self.tool.iter().enumerate() {
-            if pattern.is_empty() || pattern[..pattern.len() - 1].contains('*') {
+            if !super::is_pattern(pattern) {
                 return wrong(&format!("tool[{index}]"), "a '*' may stand only at the end of a tool's name");
+            }
+            if pattern.contains(['(', ')']) {
+                let problem = "names tools only: what a call does is said by command, path or input";
+                return wrong(&format!("tool[{index}]"), problem);
             }
         }
         for (index, pattern) in self.path.iter().enumerate() {

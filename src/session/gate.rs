@@ -18,9 +18,14 @@ use crate::policy::judge::{
 /// Most questions that wait at a time; further ones are denied.
 const PENDING_MAX: usize = 1024;
 
+/// What a question that the CLI withdrew is journaled with: no answer was sent to it.
+const WITHDRAWN: (&str, &str) = ("withdrawn", "the CLI did not wait for the decision");
+
 /// Something to be found out for a tool call that waits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Errand {
+    /// Its own number: what is found out serves the question that it was sent for and no other one with its id.
+    pub number: u64,
     /// The question that waits.
     pub request_id: String,
     /// What is to be found out.
@@ -74,6 +79,8 @@ pub(super) struct Pending {
     input: Value,
     response: Option<Value>,
     found: Findings,
+    /// The errand that it waits for.
+    errand: u64,
 }
 
 impl Pending {
@@ -111,8 +118,18 @@ impl Session {
         let ToolAsk { request_id, tool_name, tool_use_id, input } = ask;
         let mode = self.plan.permission_mode;
         let found = Findings::default();
-        let pending =
-            Pending { question: Question::Ask, tool: tool_name, tool_use_id, input, response: None, found };
+        let pending = Pending {
+            question: Question::Ask,
+            tool: tool_name,
+            tool_use_id,
+            input,
+            response: None,
+            found,
+            errand: 0,
+        };
+        if let Some(steps) = self.twice(&request_id, &pending) {
+            return steps;
+        }
         if mode == PermissionMode::BypassPermissions {
             if pending.cannot_be_judged() {
                 return self.conclude(&request_id, &pending, unreadable());
@@ -133,7 +150,10 @@ impl Session {
         let HookCall { request_id, callback_id, tool_name, tool_use_id, input, response } = call;
         let question = if callback_id == options::AFTER_CALLBACK { Question::After } else { Question::Gate };
         let found = Findings::default();
-        let pending = Pending { question, tool: tool_name, tool_use_id, input, response, found };
+        let pending = Pending { question, tool: tool_name, tool_use_id, input, response, found, errand: 0 };
+        if let Some(steps) = self.twice(&request_id, &pending) {
+            return steps;
+        }
         if question == Question::Gate && callback_id != options::GATE_CALLBACK {
             let verdict = Verdict::deny("unknown callback", "not a callback of this daemon");
             return self.conclude(&request_id, &pending, verdict);
@@ -144,8 +164,21 @@ impl Session {
         self.weigh(request_id, pending)
     }
 
-    /// Takes what was found out for a question. One that waits no longer needs no answer.
-    pub fn on_found(&mut self, request_id: &str, finding: Finding) -> Vec<Step> {
+    /// Two questions under one id cannot be told apart by whoever reads the answer: where one of this id waits, both
+    /// are denied.
+    fn twice(&mut self, request_id: &str, pending: &Pending) -> Option<Vec<Step>> {
+        let other = self.pending.remove(request_id)?;
+        let verdict = || Verdict::deny("request id", "two questions about tool calls have the same id");
+        let mut steps = self.conclude(request_id, &other, verdict());
+        steps.extend(self.conclude(request_id, pending, verdict()));
+        Some(steps)
+    }
+
+    /// Takes what an errand found out for a question. One that waits no longer, or not for this, needs no answer.
+    pub fn on_found(&mut self, request_id: &str, number: u64, finding: Finding) -> Vec<Step> {
+        if self.pending.get(request_id).is_none_or(|pending| pending.errand != number) {
+            return Vec::new();
+        }
         let Some(mut pending) = self.pending.remove(request_id) else { return Vec::new() };
         match finding {
             Finding::Paths(paths) => pending.found.paths.extend(paths),
@@ -159,7 +192,8 @@ impl Session {
     /// The CLI waits no longer, and has denied the call by itself.
     pub(super) fn withdrawn(&mut self, request_id: &str) -> Vec<Step> {
         let Some(pending) = self.pending.remove(request_id) else { return Vec::new() };
-        let verdict = Verdict::deny("withdrawn", "the CLI did not wait for the decision");
+        let (rule, reason) = WITHDRAWN;
+        let verdict = Verdict::deny(rule, reason);
         vec![Step::Event(self.judged(request_id, &pending, verdict))]
     }
 
@@ -173,14 +207,17 @@ impl Session {
             reason: line.reason.as_ref().map(|text| text.clone().into_owned()),
             input: line.input.and_then(|raw| serde_json::from_str(raw.get()).ok()),
         };
-        if verdict.rule.starts_with("withdrawn") {
+        // By its words too: a rule of a policy may have this name, and its answer was sent. The reasons of rules end
+        // in their policy's name.
+        let (rule, reason) = WITHDRAWN;
+        if verdict.rule.split(" (").next() == Some(rule) && verdict.reason.as_deref() == Some(reason) {
             return vec![Step::Event(self.judged(&line.request_id, &pending, verdict))];
         }
         self.conclude(&line.request_id, &pending, verdict)
     }
 
     /// Judges a question with what is known; asks for more, or answers.
-    fn weigh(&mut self, request_id: String, pending: Pending) -> Vec<Step> {
+    fn weigh(&mut self, request_id: String, mut pending: Pending) -> Vec<Step> {
         let call = Call { tool: &pending.tool, input: &pending.input };
         let judgement = match pending.question {
             Question::Ask | Question::Gate => judge(&self.plan, call, &pending.found),
@@ -199,8 +236,10 @@ impl Session {
             }
             Judgement::Need(need) => {
                 let what = self.errand(&pending, need);
+                self.errands += 1;
+                pending.errand = self.errands;
                 self.pending.insert(request_id.clone(), pending);
-                return vec![Step::Find(Errand { request_id, what })];
+                return vec![Step::Find(Errand { number: self.errands, request_id, what })];
             }
         };
         self.conclude(&request_id, &pending, verdict)

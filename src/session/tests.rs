@@ -245,10 +245,10 @@ fn a_call_waits_for_its_hook_and_runs_with_what_it_gives() {
         (&json!("ls"), &json!("PreToolUse"))
     );
     let answer = crate::policy::judge::HookAnswer::Pass(Some(json!({ "command": "ls -l" })));
-    let steps = session.on_found("q", Finding::Hook(id, answer.clone()));
+    let steps = session.on_found("q", 1, Finding::Hook(id, answer.clone()));
     assert!(matches!(&steps[0], Step::Event(Body::Tool { decision: crate::event::Decision::Rewrite, .. })));
     assert_eq!(sent(&steps)[0]["response"]["response"]["updatedInput"]["command"], "ls -l");
-    assert!(session.on_found("q", Finding::Hook(id, answer)).is_empty(), "a question is answered once");
+    assert!(session.on_found("q", 1, Finding::Hook(id, answer)).is_empty(), "a question is answered once");
 }
 
 #[test]
@@ -259,7 +259,49 @@ fn a_call_that_the_cli_gave_up_is_not_answered_but_told() {
     let steps = session.on_line(br#"{"type":"control_cancel_request","request_id":"q"}"#);
     assert!(matches!(&steps[..], [Step::Event(Body::Tool { decision: crate::event::Decision::Deny, .. })]));
     let late = crate::policy::judge::HookAnswer::Pass(None);
-    assert!(session.on_found("q", Finding::Hook(id, late)).is_empty());
+    assert!(session.on_found("q", 1, Finding::Hook(id, late)).is_empty());
+}
+
+#[test]
+fn a_question_under_an_id_that_waits_is_denied_and_so_is_the_one_that_waits() {
+    let mut session = ruled(HOOKED, r#"{"prompt":"x"}"#);
+    let steps = session.on_line(BASH.as_bytes());
+    let What::Hook { id, .. } = errand(&steps).what.clone() else { panic!("a hook") };
+    let steps = session.on_line(BASH.replace("\"ls\"", "\"rm -r /\"").as_bytes());
+    assert_eq!(steps.len(), 4, "{steps:?}");
+    assert!(sent(&steps).iter().all(|answer| !lets_it_run(false, answer)), "{steps:?}");
+    let pass = crate::policy::judge::HookAnswer::Pass(None);
+    assert!(session.on_found("q", 1, Finding::Hook(id, pass)).is_empty());
+}
+
+#[test]
+fn what_a_hook_said_of_one_call_is_not_taken_for_a_later_one_of_the_same_id() {
+    let mut session = ruled(HOOKED, r#"{"prompt":"x"}"#);
+    let steps = session.on_line(BASH.as_bytes());
+    let What::Hook { id, .. } = errand(&steps).what.clone() else { panic!("a hook") };
+    session.on_line(br#"{"type":"control_cancel_request","request_id":"q"}"#);
+    let steps = session.on_line(BASH.replace("\"ls\"", "\"rm -r /\"").as_bytes());
+    let number = errand(&steps).number;
+    let pass = || Finding::Hook(id, crate::policy::judge::HookAnswer::Pass(None));
+    assert!(session.on_found("q", 1, pass()).is_empty(), "that was about ls");
+    assert_eq!(session.on_found("q", number, pass()).len(), 2);
+}
+
+#[test]
+fn a_rule_that_is_called_withdrawn_is_answered_again_like_any_other() {
+    let rules = format!("{HOOKED}\nname = 'withdrawn'");
+    let mut first = ruled(&rules, r#"{"prompt":"x"}"#);
+    let steps = first.on_line(BASH.as_bytes());
+    let What::Hook { id, .. } = errand(&steps).what.clone() else { panic!("a hook") };
+    let deny = crate::policy::judge::HookAnswer::Deny("no".into());
+    let decided = first.on_found("q", 1, Finding::Hook(id, deny));
+    let Step::Event(body) = &decided[0] else { panic!("the event comes first") };
+    let (body, origin) = (body.clone(), body.origin());
+    let line = serde_json::to_string(&crate::event::Event { seq: 1, at_ms: 1, origin, body }).expect("json");
+    let mut second = ruled(&rules, r#"{"prompt":"x"}"#);
+    second.on_line(BASH.as_bytes());
+    let again = second.on_journaled(&serde_json::from_str(&line).expect("line"));
+    assert_eq!(sent(&again), sent(&decided));
 }
 
 #[test]
@@ -268,7 +310,7 @@ fn a_decision_of_the_journal_is_sent_again_byte_for_byte() {
     let steps = first.on_line(BASH.as_bytes());
     let What::Hook { id, .. } = errand(&steps).what.clone() else { panic!("a hook") };
     let answer = crate::policy::judge::HookAnswer::Pass(Some(json!({ "command": "ls -l" })));
-    let decided = first.on_found("q", Finding::Hook(id, answer));
+    let decided = first.on_found("q", 1, Finding::Hook(id, answer));
     let Step::Event(body) = &decided[0] else { panic!("the event comes first") };
     let line = serde_json::to_string(&crate::event::Event {
         seq: 1,
@@ -301,7 +343,7 @@ fn what_is_asked_after_a_call_blocks_and_never_lets_an_error_through() {
     let What::Hook { id, stdin, .. } = errand(&steps).what.clone() else { panic!("a hook") };
     assert!(String::from_utf8(stdin).expect("text").contains("\"stdout\":\"key\""));
     let failed = crate::policy::judge::HookAnswer::Failed("boom".into());
-    let steps = session.on_found("p", Finding::Hook(id, failed));
+    let steps = session.on_found("p", 1, Finding::Hook(id, failed));
     let answer = &sent(&steps)[0]["response"];
     assert_eq!((&answer["subtype"], &answer["response"]["decision"]), (&json!("success"), &json!("block")));
     assert_eq!(session.tool_counts(), (1, 0), "one call, allowed");
@@ -396,7 +438,7 @@ proptest! {
         if waits {
             // Nothing leaves before the hook's word.
             let What::Hook { id, .. } = errand(&steps).what.clone() else { panic!("a hook") };
-            steps = session.on_found("q", Finding::Hook(id, answer));
+            steps = session.on_found("q", 1, Finding::Hook(id, answer));
         }
         let answers = sent(&steps);
         prop_assert_eq!(answers.len(), 1, "{:?}", steps);

@@ -214,12 +214,13 @@ impl<'de> Top<'de> {
     }
 
     fn tools<E: Error>(&mut self, raw: &'de RawValue) -> Result<(), E> {
-        let mut deferred = false;
+        let (mut deferred, mut typed) = (false, 0);
         for tool in inner::<Option<Vec<Tool<'de>>>, E>(raw)?.into_iter().flatten() {
             self.long_cache |= tool.cache_control.as_ref().is_some_and(CacheControl::is_long);
             deferred |= tool.defer_loading.unwrap_or(false);
             let Some(kind_raw) = tool.kind else { continue };
             let Some(Text(kind)) = inner::<Option<Text<'de>>, E>(kind_raw)? else { continue };
+            typed += u64::from(kind != "custom");
             match kind.as_ref() {
                 "custom" => {}
                 TOOLSET => self.toolsets = true,
@@ -232,7 +233,7 @@ impl<'de> Top<'de> {
                 }
             }
         }
-        self.shape.tools(raw.get(), deferred);
+        self.shape.tools(raw.get(), deferred, typed);
         Ok(())
     }
 }

@@ -11,6 +11,8 @@ use std::sync::LazyLock;
 
 /// Tokens that the provider adds for tools and the like.
 const BASE_TOKENS: u64 = 1_024;
+/// Tokens of the definition of a tool that is the provider's own (bash, text editor, computer: 245 to 735).
+const TYPED_TOOL_TOKENS: u64 = 1_024;
 /// Tokens that lie between a known beginning and what follows it.
 const JOINT_TOKENS: u64 = 64;
 /// Tokens around a message.
@@ -215,9 +217,10 @@ impl ShapeBuilder {
     }
 
     /// The tools, as they stand there. A tool whose definition is only loaded later is counted again: what loads
-    /// it is short.
-    pub(super) fn tools(&mut self, raw: &str, deferred: bool) {
+    /// it is short. Of tools with a type of the provider's only the name stands there: it adds the definition.
+    pub(super) fn tools(&mut self, raw: &str, deferred: bool, typed: u64) {
         self.setting(1, raw);
+        self.head_tokens = self.head_tokens.saturating_add(typed.saturating_mul(TYPED_TOOL_TOKENS));
         if deferred {
             self.loose = self.loose.saturating_add(raw.len() as u64);
         }

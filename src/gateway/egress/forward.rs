@@ -335,6 +335,8 @@ fn rewritten(
     headers.insert(header::HOST, host);
     // Last and once: it takes the place of whatever the cell wrote there.
     if let Some(credential) = credential {
+        // What a host repeats is found in plain text only.
+        headers.remove(header::ACCEPT_ENCODING);
         headers.insert(credential.name.clone(), credential.value.clone());
     }
     let mut rewritten = Request::new(body);

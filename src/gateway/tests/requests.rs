@@ -280,6 +280,38 @@ async fn web_searches_are_lowered_reserved_and_charged_by_use() {
     raw.task.abort();
 }
 
+#[tokio::test]
+async fn a_search_that_broke_off_is_charged_with_all_that_was_set_aside_for_it() {
+    let usage = json!({ "input_tokens": 900, "output_tokens": 1 });
+    let start = json!({ "type": "message_start", "message": { "usage": usage } });
+    let raw = Raw::serve("text/event-stream", format!("event: message_start\ndata: {start}\n\n")).await;
+    let (dir, job, ledger) =
+        (tempfile::tempdir().unwrap(), JobId::new(1, 7), Arc::new(MemoryLedger::default()));
+    let first = lease(&raw.url, &dir, &job, &ledger, Setup::default()).await;
+    let spec = LeaseSpec {
+        job: job.clone(),
+        cell: CellId::new(3),
+        token: TOKEN.into(),
+        identity: me(),
+        plan: with_requests("server_tools=['web_search']\nweb_search_uses_max=3"),
+        budgets: Vec::new(),
+        egress: None,
+        output_tokens_max: None,
+        run_dir: dir.path().to_owned(),
+        socket_owner: None,
+    };
+    let gateway = Arc::clone(&first.shared.gateway);
+    first.destroy().await;
+    let lease = gateway.lease(spec, Arc::clone(&ledger) as Arc<dyn Ledger>).await.unwrap();
+    let mut body = ask("find", true);
+    body["tools"] = json!([{ "type": WEB_SEARCH, "name": "web_search", "max_uses": 3 }]);
+    post_to(&dir, &[], &body).await;
+    let events = lease.destroy().await;
+    let GatewayEvent::Requested { reserved, .. } = &events[0] else { panic!("{events:?}") };
+    assert_eq!(ledger.standing(&job), (*reserved, MicroUsd(0)));
+    raw.task.abort();
+}
+
 fn large(prompt: &str) -> Value {
     let mut body = ask(prompt, true);
     body["tools"] = json!([{ "name": "Bash", "description": "d".repeat(80_000), "input_schema": {} }]);

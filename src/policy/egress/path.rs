@@ -29,7 +29,9 @@ impl CanonicalPath {
                 if part.is_empty() && index != last {
                     return Err("the path has an empty part ('//')");
                 }
+                // What follows a ';', escaped or not, is a parameter to some servers, and no part of the name.
                 let bare = part.split(';').next().unwrap_or_default();
+                let bare = bare.split("%3B").next().unwrap_or_default();
                 if bare == "." || bare == ".." {
                     return Err("the path has a part that is '.' or '..'");
                 }
@@ -159,6 +161,7 @@ mod tests {
             "/a/./b",
             "/..",
             "/a/..;/b",
+            "/a/..%3b/b",
             "/a/.;x/b",
             "/%2e%2e/b",
             "/.%2E/",
