@@ -17,6 +17,20 @@ use crate::workspace::{
 
 /// Files and directories that a scratch space can hold, per MiB of its size.
 const INODES_PER_MIB: u64 = 128;
+/// What shells and git read at their start, below HOME.
+const START_FILES: [&str; 11] = [
+    ".profile",
+    ".bash_profile",
+    ".bash_login",
+    ".bash_logout",
+    ".bashrc",
+    ".zshenv",
+    ".zprofile",
+    ".zshrc",
+    ".zlogin",
+    ".gitconfig",
+    ".config/git/config",
+];
 /// Longest CLAUDE.md that is handed over, in bytes.
 const CLAUDE_MD_BYTES_MAX: u64 = 64 * 1024;
 
@@ -208,6 +222,7 @@ fn finish_directories(
 fn restore(dir: &Path, kept: &Kept, plan: &ScratchPlan, notes: &mut Vec<String>) -> Option<(Scratch, bool)> {
     match Scratch::restore(dir, &kept.image, plan) {
         Ok(Some(scratch)) => {
+            forget_start_files(&scratch.home());
             let resumed = is_file_below(&scratch.home(), &kept.session);
             Some((scratch, resumed))
         }
@@ -215,6 +230,22 @@ fn restore(dir: &Path, kept: &Kept, plan: &ScratchPlan, notes: &mut Vec<String>)
         Err(error) => {
             notes.push(format!("what an earlier attempt left cannot be used: {error}"));
             None
+        }
+    }
+}
+
+/// Files that shells and git run or obey by themselves. The CLI starts both before any tool call of the new attempt
+/// is judged, so what the agent wrote there in the last one is taken away. Nothing of it is followed.
+fn forget_start_files(home: &Path) {
+    use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::DIRECTORY;
+    let Ok(home) = rustix::fs::openat(CWD, home, flags, Mode::empty()) else { return };
+    for name in START_FILES {
+        let (dir, file) = name.rsplit_once('/').unwrap_or((".", name));
+        let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        if let Ok(dir) = rustix::fs::openat2(&home, dir, flags, Mode::empty(), how) {
+            // Absent, or a directory, which nobody runs.
+            let _ = rustix::fs::unlinkat(&dir, file, AtFlags::empty());
         }
     }
 }

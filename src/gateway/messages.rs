@@ -407,7 +407,10 @@ impl Call {
             });
         }
         let status = parts.status.as_u16();
-        Relayed { status, reading, unknown: metered, ended, retry_after_s, ttfb_ms, ours: false }
+        // A gateway before the provider gave up on an answer that may have been made whole.
+        let given_up = !self.facts.stream && matches!(status, 408 | 502 | 504 | 520..=524);
+        let unknown = self.target == Target::Messages && (metered || given_up);
+        Relayed { status, reading, unknown, ended, retry_after_s, ttfb_ms, ours: false }
     }
 
     /// What the request costs: what the provider said it billed; else the whole reservation if the provider
