@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::cost::{BudgetList, CostReport};
 use super::wire::{ErrorBody, Health, JobList, JobView, WhoAmI};
 use crate::audit::Record;
-use crate::job::JobSpec;
+use crate::job::{JobSpec, State as JobState};
 
 /// Answers with the document.
 pub async fn document() -> Json<Value> {
@@ -105,7 +105,7 @@ fn paths() -> Value {
                 "operationId": "listJobs",
                 "summary": "List jobs, newest first",
                 "parameters": [
-                    query("state", "queued, preparing, running, stopping, collecting or done; several with commas"),
+                    query("state", &format!("{}; several with commas", JobState::NAMES.join(", "))),
                     query("label", "name=value; may be given more than once"),
                     query("policy", "name of the policy"),
                     query("model", "name of the model"),

@@ -126,7 +126,7 @@ fn plan(api: &Api, spec: &JobSpec, granted: &Grant, who: &Identity) -> Result<Pl
             ErrorCode::UnknownPolicy,
             format!("policy: there is no policy {name:?} (there are: {known})"),
         )
-        .hint("`hotcell policy ls` lists them")
+        .hint("`hotcell policy ls` lists them; the daemon reads policy files when it starts")
     })?;
     let own = spec.narrow.as_deref().map(|text| Narrowing::parse("narrow", text)).transpose();
     let own = own.map_err(|error| {

@@ -12,7 +12,7 @@ use super::render::{Text, tables};
 use super::serve::ConfigFlags;
 use crate::config::{Config, PolicyOrigin, PolicySource, policy_sources};
 
-/// Show the policies that jobs can run under
+/// Show, check and explain policies
 #[derive(Debug, Args)]
 pub(super) struct PolicyArgs {
     #[command(subcommand)]
@@ -29,10 +29,6 @@ enum PolicyCommand {
         #[command(flatten)]
         config: ConfigFlags,
     },
-    /// Check a policy file: errors name file, line and key
-    Check(explain::CheckArgs),
-    /// Say which rule decides a question, and why; exit code 0 for yes, 1 for no
-    Explain(explain::ExplainArgs),
     /// Print one
     Show {
         /// Its name
@@ -44,6 +40,10 @@ enum PolicyCommand {
         #[command(flatten)]
         config: ConfigFlags,
     },
+    /// Check a policy file: errors name file, line and key
+    Check(explain::CheckArgs),
+    /// Say which rule decides a question, and why; exit code 0 for yes, 1 for no
+    Explain(explain::ExplainArgs),
 }
 
 impl PolicyArgs {

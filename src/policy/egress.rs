@@ -13,6 +13,8 @@
 mod host;
 mod path;
 
+use std::net::IpAddr;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -134,6 +136,16 @@ pub struct Terms {
 }
 
 impl Egress {
+    /// Rules that reach nothing, whatever the names' addresses are, as (key, words).
+    pub(super) fn warnings(&self) -> Vec<(String, String)> {
+        let dead = self.hosts.iter().enumerate().filter(|(_, rule)| rule.is_private());
+        dead.map(|(index, _)| {
+            let words = "can never fit: private, loopback and link-local addresses are always refused";
+            (format!("egress.host[{index}].name"), words.to_owned())
+        })
+        .collect()
+    }
+
     /// Key and problem of the first thing that cannot be.
     pub(super) fn check(&self) -> Result<(), (String, String)> {
         if self.everything.as_deref().is_some_and(|word| word != EVERYTHING) {
@@ -187,6 +199,19 @@ impl Egress {
 }
 
 impl HostRule {
+    /// True for what everybody knows as an address of this host or its own networks. The gateway refuses more.
+    fn is_private(&self) -> bool {
+        let name = self.name.trim_start_matches('.');
+        match Host::parse(name) {
+            Ok(Host::Name(name)) => name == "localhost" || name.ends_with(".localhost"),
+            Ok(Host::Address(IpAddr::V4(v4))) => v4.is_private() || v4.is_loopback() || v4.is_link_local(),
+            Ok(Host::Address(IpAddr::V6(v6))) => {
+                v6.is_unique_local() || v6.is_loopback() || v6.is_unicast_link_local()
+            }
+            Err(_) => false,
+        }
+    }
+
     fn check(&self, everything: bool) -> Result<(), (&'static str, String)> {
         let explicit = |what: &str| {
             let problem = format!("{what}; if that is meant, [egress] must say everything = {EVERYTHING:?}");

@@ -273,7 +273,8 @@ impl Policy {
     /// What in it can have no effect, as (key, words): worth a look, no error.
     pub fn warnings(&self) -> Vec<(String, String)> {
         let rules = Rule::warnings(&self.rules, &self.tools.allow, &self.tools.deny);
-        rules.into_iter().map(|(index, words)| (format!("rule[{index}]"), words)).collect()
+        let rules = rules.into_iter().map(|(index, words)| (format!("rule[{index}]"), words));
+        rules.chain(self.egress.warnings()).collect()
     }
 
     /// The line of a key in this file's text, counted from 1.

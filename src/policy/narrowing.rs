@@ -100,7 +100,8 @@ impl Narrowing {
         let tools = self.tools.as_ref();
         let (allow, deny) = (tools.map_or(&every[..], |t| &t.allow), tools.map_or(&[][..], |t| &t.deny));
         let rules = Rule::warnings(&self.rules, allow, deny);
-        rules.into_iter().map(|(index, words)| (format!("rule[{index}]"), words)).collect()
+        let rules = rules.into_iter().map(|(index, words)| (format!("rule[{index}]"), words));
+        rules.chain(self.egress.iter().flat_map(Egress::warnings)).collect()
     }
 
     fn check(&self) -> Result<(), (String, String)> {

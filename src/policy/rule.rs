@@ -264,6 +264,9 @@ impl Rule {
             if !rule.path.is_empty() && !rule.tool.is_empty() && rule.tool.iter().all(|tool| tool == "Bash") {
                 found.push((index, "can never fit: a Bash call names no paths (use command)".into()));
             }
+            if !rule.path.is_empty() && rule.path.iter().all(|path| !can_be_canonical(path)) {
+                found.push((index, "can never fit: no canonical path has `//`, `.` or `..` in it".into()));
+            }
             let earlier = rules[..index].iter().position(|earlier| earlier.ends_all_of(rule));
             if let Some(earlier) = earlier {
                 let name = rules[earlier].called(earlier);
@@ -282,6 +285,12 @@ impl Rule {
                 && later.tool.iter().all(|t| self.tool.iter().any(|own| covers(own, t))));
         terminal && any && tools && later.when == When::Before
     }
+}
+
+/// False for a glob of paths that no canonical path fits: links, `.` and `..` are resolved before it is asked.
+fn can_be_canonical(glob: &str) -> bool {
+    let mut parts = glob.split('/').skip(1);
+    glob == "/" || !parts.any(|part| matches!(part, "" | "." | ".."))
 }
 
 /// The parts of a shell command between `;`, `&`, `|` and line feeds, as far as they can be told by looking: quotes
@@ -458,10 +467,12 @@ mod tests {
             rule("tool = 'WebFetch'\naction = 'deny'\nreason = 'no'"),
             rule("tool = 'Read'\ncommand = 'x'\naction = 'deny'\nreason = 'no'"),
             rule("tool = 'Read'\npath = '/x'\naction = 'deny'\nreason = 'no'"),
+            rule("tool = 'Read'\npath = ['/a/../b', '/a//b']\naction = 'deny'\nreason = 'no'"),
+            rule("tool = 'Read'\npath = ['/', '/a/./b', '**/.env']\naction = 'deny'\nreason = 'no'"),
         ];
         let all = ["*".to_owned()];
         let told = Rule::warnings(&rules, &all, &["Web*".to_owned()]);
-        assert_eq!(told.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(told.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [1, 2, 3, 5]);
     }
 
     proptest! {

@@ -11,6 +11,7 @@ use crate::event::{Body, Decision, Stream, Totals};
 use crate::job::spec::Runtime;
 use crate::job::{Outcome, State};
 use crate::money::MicroUsd;
+use crate::money::budget::Scope;
 
 /// Most ids of denied calls that are remembered.
 const DENIED_MAX: usize = 1024;
@@ -147,10 +148,10 @@ impl StreamView {
                 self.remark(Style::Warn, &format!("! {host}:{port} was not reached: {why}"))
             }
             Body::Budget { scope, spent_micro_usd, limit_micro_usd, .. } => {
-                let words = format!(
-                    "! the {scope} budget of {limit_micro_usd} USD has no room ({spent_micro_usd} USD spent)"
-                );
-                self.remark(Style::Warn, &words)
+                let name = Scope::ALL.into_iter().find(|known| known.as_str() == scope);
+                let name = name.map_or(scope.as_str(), |known| known.words());
+                let (limit, spent) = (words::usd(limit_micro_usd), words::usd(spent_micro_usd));
+                self.remark(Style::Warn, &format!("! the {name} of {limit} has no room ({spent} spent)"))
             }
             Body::Tool { decision: Decision::Allow, .. }
             | Body::Egress { decision: Decision::Allow | Decision::Rewrite, .. }

@@ -18,6 +18,18 @@ fn problem(egress: &str) -> String {
     policy(egress).expect_err(egress)
 }
 
+#[test]
+fn a_host_that_is_always_refused_is_a_warning() {
+    let told = |name: &str| !egress(&format!("[[egress.host]]\nname = {name:?}")).warnings().is_empty();
+    for name in ["localhost", "a.localhost", "10.0.0.1", "127.0.0.1", "169.254.169.254", "[::1]", "[fd00::1]"]
+    {
+        assert!(told(name), "{name}");
+    }
+    for name in ["example.com", ".example.com", "93.184.216.34", "localhost.example.com"] {
+        assert!(!told(name), "{name}");
+    }
+}
+
 fn layer(text: &str) -> Layer {
     Layer {
         name: "test".into(),
