@@ -26,6 +26,11 @@ pub use file::{Policy, PolicyError, Unpriced};
 pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
 pub use narrowing::Narrowing;
 
+/// A pattern without its final `*`.
+fn beginning(pattern: &str) -> &str {
+    pattern.strip_suffix('*').unwrap_or(pattern)
+}
+
 /// True when `name` is `pattern`, or begins with what stands before a final `*` in it.
 pub fn matches(pattern: &str, name: &str) -> bool {
     match pattern.strip_suffix('*') {

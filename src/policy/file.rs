@@ -244,7 +244,7 @@ pub struct Limits {
 pub(super) fn check_patterns(lists: &[(&str, Option<&Vec<String>>)]) -> Result<(), (String, String)> {
     for (key, list) in lists {
         let mut patterns = list.iter().copied().flatten().enumerate();
-        if let Some((index, bad)) = patterns.find(|(_, p)| p.is_empty() || p[..p.len() - 1].contains('*')) {
+        if let Some((index, bad)) = patterns.find(|(_, p)| p.is_empty() || super::beginning(p).contains('*')) {
             let problem = format!("{bad:?}: a name, or the beginning of one with a '*' at its end");
             return Err((format!("{key}[{index}]"), problem));
         }

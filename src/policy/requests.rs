@@ -126,7 +126,7 @@ impl Requests {
             ("requests.url_sources", &self.url_sources),
             ("requests.file_ids", &self.file_ids),
         ] {
-            if let Some(bad) = list.iter().find(|p| p.is_empty() || p[..p.len() - 1].contains('*')) {
+            if let Some(bad) = list.iter().find(|p| p.is_empty() || super::beginning(p).contains('*')) {
                 return Err((key.into(), format!("{bad:?}: a '*' may stand only at the end")));
             }
         }

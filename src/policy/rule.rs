@@ -195,7 +195,7 @@ impl Rule {
     fn check(&self) -> Result<(), (String, String)> {
         let wrong = |key: &str, problem: &str| Err((key.to_owned(), problem.to_owned()));
         for (index, pattern) in self.tool.iter().enumerate() {
-            if pattern.is_empty() || pattern[..pattern.len() - 1].contains('*') {
+            if pattern.is_empty() || super::beginning(pattern).contains('*') {
                 return wrong(&format!("tool[{index}]"), "a '*' may stand only at the end of a tool's name");
             }
         }
