@@ -47,8 +47,9 @@ test: tools init engine ## Run all tests, those with the real engine and the rea
 	@.ci/engine gvisor || echo "hotcell: the tests go on without gVisor: they look at how it is refused" >&2
 	HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --locked --no-fail-fast
 
-test-full: test ## The tests, and the property tests with many more cases.
+test-full: test ## The tests, and the property tests and fuzz targets with many more cases.
 	PROPTEST_CASES=5000 $(CARGO) test --locked --lib
+	HOTCELL_FUZZ_SCALE=20 $(CARGO) test --locked --test fuzz
 
 lint: tools ## Format, clippy, docs, shell scripts: no warning is let through.
 	$(CARGO) fmt --check

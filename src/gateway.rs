@@ -48,6 +48,8 @@ pub use lease::{Lease, LeaseSpec};
 pub use ledger::{Ask, Grant, Ledger, LedgerError, MemoryLedger, ReservationId, StoreLedger};
 pub use pace::PaceView;
 pub use provider::ProviderSpec;
+#[doc(hidden)]
+pub use provider::fuzz;
 
 use crate::agent::provider::ProviderView;
 use crate::job::Identity;

@@ -149,7 +149,7 @@ fn plan(api: &Api, spec: &JobSpec, granted: &Grant, who: &Identity) -> Result<Pl
                 .hint("add it to `models` of that [[provider]] in the daemon's configuration"));
         }
         let plain = model.map(|model| gateway.plain_model(provider, model));
-        if let Some(model) = plain.filter(|model| !gateway.knows_model(provider, &model, &plan)) {
+        if let Some(model) = plain.filter(|model| !gateway.knows_model(provider, model, &plan)) {
             let words = format!("{key}: {model:?} has no price, so its cost could not be bounded");
             return Err(ApiError::new(ErrorCode::InvalidSpec, words)
                 .hint("name a model of prices.toml, add it there, or name [models] unpriced in the policy"));

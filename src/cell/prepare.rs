@@ -441,7 +441,7 @@ async fn open_lease(
         output_tokens_max: None,
         run_dir: run.to_owned(),
         socket_owner: Some(owner),
-        egress,
+        egress: Some(egress),
     };
     let calendar = parts.settings.calendar.clone();
     let ledger = Arc::new(StoreLedger { store: parts.store.clone(), cell: cell.clone(), calendar });
@@ -561,10 +561,8 @@ pub(super) fn boot_with(
     boot.buffer_bytes_max = CELL_BUFFER_BYTES_MAX;
     boot.forwards =
         vec![PortForward { port: options::MODEL_PORT, socket: PathBuf::from("/.hotcell/api.sock") }];
-    if plan.has_egress() {
-        let socket = PathBuf::from("/.hotcell/egress.sock");
-        boot.forwards.push(PortForward { port: agent_way_out::EGRESS_PORT, socket });
-    }
+    let socket = PathBuf::from("/.hotcell/egress.sock");
+    boot.forwards.push(PortForward { port: agent_way_out::EGRESS_PORT, socket });
     boot.encode().map_err(|e| failed(FailReason::Internal, e))
 }
 

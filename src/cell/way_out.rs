@@ -18,21 +18,20 @@ use crate::policy::Plan;
 /// The authority's key, in the cell's private directory.
 const KEY_FILE: &str = "ca.key";
 
-/// The way out of a plan's cell in `dir`; `None` where it has none.
+/// The way out of a plan's cell in `dir`. It is there where nothing may be reached too: what is tried is refused in
+/// words, and told.
 pub(super) async fn make(
     parts: &Parts,
     plan: &Plan,
     who: &Identity,
     dir: &Path,
-) -> Result<Option<EgressSpec>, PrepareError> {
-    if !plan.has_egress() {
-        return Ok(None);
-    }
+) -> Result<EgressSpec, PrepareError> {
+    let trusts = has_authorities(parts, plan);
     let (egress, dir, inspects) = (Arc::clone(&parts.egress), dir.to_owned(), plan.inspects_egress());
     let credentials = Arc::new(UserCredentials { gateway: Arc::clone(&parts.gateway), who: who.clone() });
     let made = tokio::task::spawn_blocking(move || {
         let ca = if inspects { Some(Arc::new(authority(&dir)?)) } else { None };
-        if ca.is_some() || egress.has_extra_roots() {
+        if trusts {
             let bundle = egress.bundle(ca.as_deref());
             let run = dir.join("run");
             for (name, text) in [(ALL_AUTHORITIES, &bundle.all), (MORE_AUTHORITIES, &bundle.more)] {
@@ -42,7 +41,7 @@ pub(super) async fn make(
         Ok::<_, std::io::Error>(EgressSpec { egress, ca, credentials })
     });
     let made = made.await.map_err(|e| failed(FailReason::Internal, e))?;
-    made.map(Some).map_err(|e| failed(FailReason::Internal, format!("cannot prepare the way out: {e}")))
+    made.map_err(|e| failed(FailReason::Internal, format!("cannot prepare the way out: {e}")))
 }
 
 /// Whether a cell of this plan finds the files of authorities.

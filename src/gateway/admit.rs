@@ -163,7 +163,7 @@ fn shown(text: &str) -> String {
 
 /// The headers that mean something to the provider: its own version, the CLI's flag for browsers, and beta
 /// features, each with the policy's word. They can make it fetch, store and bill just as the body can.
-fn inspect(plan: &Plan, headers: &HeaderMap) -> Result<(), Refused> {
+pub(super) fn inspect(plan: &Plan, headers: &HeaderMap) -> Result<(), Refused> {
     let refused = |message: String| Refused::new(Refusal::Content, message);
     let mut betas = 0;
     for (name, value) in headers.iter().filter(|(name, _)| name.as_str().starts_with(VENDOR_PREFIX)) {

@@ -5,6 +5,8 @@
 mod anthropic;
 mod bedrock;
 mod foundry;
+#[doc(hidden)]
+pub mod fuzz;
 mod names;
 mod segment;
 mod translate;

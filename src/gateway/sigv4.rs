@@ -142,6 +142,7 @@ mod tests {
     #[test]
     fn the_signatures_of_the_published_suite_come_out() {
         assert_eq!(sha256_hex(b""), EMPTY);
+        #[allow(clippy::type_complexity)]
         let cases: [(&str, &str, &str, &str, &[(&str, &str)], &str, &str); 6] = [
             (
                 "get-vanilla",
