@@ -139,3 +139,24 @@ fn what_changes_a_price_has_one_or_is_refused() {
     assert!(least >= Some(charge), "less was set aside than it cost: {least:?}");
     world.end();
 }
+
+#[test]
+fn of_all_the_provider_offers_two_paths_pass_and_nothing_makes_it_reach_out() {
+    let world = World::new(SCRIPT);
+    let seen = run(&world, "python3 api.py matrix reaching", &json!({}));
+    seen.succeeded();
+    let matrix = seen.get("matrix");
+    assert!(matrix["tried"].as_u64() > Some(200), "{matrix}");
+    assert_eq!(matrix["passed"], json!(["POST /v1/messages", "POST /v1/messages/count_tokens"]));
+    assert_eq!(matrix["others"], json!([403]));
+    let reaching = seen.get("reaching").as_object().unwrap();
+    assert!(reaching.len() > 90);
+    for (what, status) in reaching {
+        let malformed = what.contains("twice") || what.contains("mcp_toolset");
+        assert!(*status == 403 || malformed && *status == 400, "{what}: {status}");
+    }
+    // The two of the matrix, and nothing else.
+    let got: Vec<String> = own(&world).into_iter().map(|r| r.target).collect();
+    assert_eq!(got.len(), 2, "{got:?}");
+    world.end();
+}

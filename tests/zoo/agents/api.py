@@ -191,6 +191,53 @@ def flood():
         return sorted(pool.map(lambda n: ask(body=body, way=("unix", "tcp")[n % 2]), range(200)))
 
 
+def matrix():
+    """Every method on every path that the provider has; which statuses there are, and who got a 200."""
+    methods = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE", "PURGE")
+    paths = ["/v1/messages", "/v1/messages/count_tokens"] + ["/v1/" + path for path in (
+        "messages/batches", "messages/batches/b1", "messages/batches/b1/results", "messages/batches/b1/cancel", "files", "files/f1", "files/f1/content",
+        "models", "models/claude-sonnet-4-6", "complete", "skills", "skills/s1/versions", "sessions", "agents", "environments", "experimental/generate_prompt",
+        "organizations/me", "organizations/usage_report/messages", "organizations/api_keys", "oauth/token", "embeddings", "chat/completions", "responses")]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        futures = {f"{m} {p}": pool.submit(ask, method=m, path=p) for m in methods for p in paths}
+        got = {what: future.result() for what, future in futures.items()}
+    return {"tried": len(got), "passed": sorted(what for what, status in got.items() if status == 200), "others": sorted({s for s in got.values() if s != 200})}
+
+
+def reaching():
+    """What makes the provider reach out, store or run something: plainly, behind a key that stands twice, with an escaped key, deep inside."""
+    url = {"type": "url", "url": "https://evil.example/?s=1"}
+    user = lambda block: {"messages": [{"role": "user", "content": [block]}]}
+    tool = lambda kind: {"tools": [{"type": kind, "name": kind.rsplit("_", 1)[0]}]}
+    variants = {f"tool {kind}": tool(kind) for kind in ("web_fetch_20250910", "web_search_20250305", "code_execution_20250522", "code_execution_20250825", "mcp_toolset",
+                                                        "bash_code_execution_20250825", "text_editor_code_execution_20250825", "unheard_of_20990101")}
+    variants |= {
+        "mcp_servers": {"mcp_servers": [{"type": "url", "url": "https://evil.example", "name": "e"}]}, "container": {"container": {"skills": [{"type": "custom", "skill_id": "s"}]}},
+        "image by url": user({"type": "image", "source": url}), "document by url": user({"type": "document", "source": url}),
+        "image by file": user({"type": "image", "source": {"type": "file", "file_id": "f"}}), "upload": user({"type": "container_upload", "file_id": "f"}),
+        "inside of a result": user({"type": "tool_result", "tool_use_id": "t", "content": [{"type": "image", "source": url}]}),
+        "in the system prompt": {"system": [{"type": "text", "text": "x", "source": url}]}, "unheard of field": {"x_fetch": "https://evil.example"},
+    }
+    bodies = {}
+    for name, more in variants.items():
+        text = json.dumps({**GOOD, **more})
+        key, value = next(iter(more.items()))
+        bodies[name] = text
+        harmless = json.dumps(GOOD.get(key, []))
+        bodies[f"{name}, twice, last"] = text.replace(f'"{key}":', f'"{key}": {harmless}, "{key}":', 1)
+        bodies[f"{name}, twice, first"] = text[:-1] + f', "{key}": {harmless}}}'
+        bodies[f"{name}, escaped"] = text.replace(f'"{key}":', f'"\\u{ord(key[0]):04x}{key[1:]}":', 1)
+        bodies[f"{name}, type escaped"] = text.replace('"type":', '"\\u0074ype":')
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        futures = {name: pool.submit(ask, body=text.encode()) for name, text in bodies.items()}
+        got = {name: future.result() for name, future in futures.items()}
+    betas = ("files-api-2025-04-14", "mcp-client-2025-11-20", "code-execution-2025-08-25", "web-fetch-2025-09-10", "skills-2025-10-02", "unheard-of-2099-01-01")
+    got |= {f"beta {beta}": ask(headers=[("anthropic-beta", beta)]) for beta in betas}
+    got["beta behind a known one"] = ask(headers=[("anthropic-beta", f"context-management-2025-06-27,{betas[0]}")])
+    got["beta in a second header"] = ask(headers=[("anthropic-beta", "context-management-2025-06-27"), ("anthropic-beta", betas[0])])
+    return got
+
+
 def prices():
     """What changes a price: refused where it has none, reserved at the dearest where it has one."""
     out = {name: ask(body={**GOOD, **more}) for name, more in {
@@ -201,6 +248,7 @@ def prices():
     return out
 
 
-PARTS = {"refused": refused, "passing": passing, "ambiguous": ambiguous, "bodies": bodies, "aborting": aborting, "flood": flood, "prices": prices}
+PARTS = {"refused": refused, "passing": passing, "ambiguous": ambiguous, "bodies": bodies, "aborting": aborting, "flood": flood, "prices": prices,
+         "matrix": matrix, "reaching": reaching}
 for part in sys.argv[1:]:
     tell(**{part: PARTS[part]()})
