@@ -11,6 +11,7 @@ mod model_api;
 mod output;
 mod repo;
 mod sockets;
+mod table;
 mod way_out;
 
 use std::path::{Path, PathBuf};

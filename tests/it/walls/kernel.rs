@@ -20,7 +20,8 @@ fn the_kernel_gives_no_more_and_the_hosts_sockets_are_out_of_reach() {
     // Those who would answer: an abstract socket of each kind, and a port on loopback.
     let name = format!("hotcell-zoo-{}", std::process::id());
     let stream = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
-    let datagrams = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(format!("{name}-d")).unwrap()).unwrap();
+    let datagrams =
+        UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(format!("{name}-d")).unwrap()).unwrap();
     let port = TcpListener::bind("127.0.0.1:0").unwrap();
     stream.set_nonblocking(true).unwrap();
     datagrams.set_nonblocking(true).unwrap();

@@ -232,7 +232,8 @@ fn neither_is_a_credential_of_egress_or_of_any_other_provider() {
         std::fs::write(&path, secret).unwrap();
         path.display().to_string()
     };
-    let aws = format!("{{\"Version\":1,\"AccessKeyId\":\"AKIDEXAMPLE\",\"SecretAccessKey\":\"{}\"}}", OTHERS[3]);
+    let aws =
+        format!("{{\"Version\":1,\"AccessKeyId\":\"AKIDEXAMPLE\",\"SecretAccessKey\":\"{}\"}}", OTHERS[3]);
     let mut tables = String::new();
     let mut credential = |name: &str, kind: &str, more: &str| {
         tables.push_str(&format!("[[credential]]\nname = {name:?}\nkind = {kind:?}\n{more}\n"));

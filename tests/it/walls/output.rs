@@ -18,8 +18,14 @@ fn what_a_tool_prints_is_text_and_one_record() {
     let id = seen.job["id"].as_str().unwrap();
     let results = tool_results(&seen.events);
     assert!(results.contains("FORGED") && results.contains("]52;c;aGFja2Vk"), "{results:?}");
-    let commands: [&[&str]; 6] =
-        [&["logs", id], &["show", id], &["ls"], &["audit", id], &["logs", id, "--json"], &["show", "--json", id]];
+    let commands: [&[&str]; 6] = [
+        &["logs", id],
+        &["show", id],
+        &["ls"],
+        &["audit", id],
+        &["logs", id, "--json"],
+        &["show", "--json", id],
+    ];
     for command in commands {
         let (code, out, err) = world.run(command);
         assert_eq!(code, 0, "{command:?}: {err}");
@@ -37,7 +43,7 @@ fn what_a_tool_prints_is_text_and_one_record() {
     let (_, plain, _) = world.run(&["audit", id]);
     let answer = world.call("GET", &format!("/v1/jobs/{id}/audit"), "").body;
     for text in [&audit, &plain, &answer] {
-        assert!(!text.contains("FORGED") || text.matches("FORGED").count() == 0, "{text}");
+        assert!(!text.contains("FORGED"), "{text}");
     }
     let records: Vec<Value> = answer.lines().map(|l| serde_json::from_str(l).expect(l)).collect();
     assert_eq!(records.iter().filter(|r| r["kind"] == "tool").count(), 1, "{records:#?}");
