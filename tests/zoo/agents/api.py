@@ -49,6 +49,7 @@ def refused():
     out["almost"] = ask(key=False, headers=[("x-api-key", TOKEN[:-1])])
     out["longer"] = ask(key=False, headers=[("x-api-key", TOKEN + "0")])
     out["basic"] = ask(key=False, headers=[("authorization", f"Basic {TOKEN}")])
+    out["for a proxy"] = ask(headers=[("proxy-authorization", "Basic eDp5")])
     for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "CONNECT", "TRACE", "post"):
         out[f"{method} /v1/messages"] = ask(method=method)
     for path in ("/v1/models", "/v1/files", "/v1/messages/batches", "/v1/complete", "/v1/organizations/usage", "/v1/messages/", "//v1/messages",
@@ -78,7 +79,7 @@ def refused():
 
 def passing():
     """The job's own token on the paths that exist: headers of the client's must not go further."""
-    extra = [("cookie", "session=of-the-agent"), ("proxy-authorization", "Basic eDp5"), ("x-forwarded-for", "10.0.0.1"), ("x-evil", "1"),
+    extra = [("cookie", "session=of-the-agent"), ("x-forwarded-for", "10.0.0.1"), ("x-evil", "1"),
              ("anthropic-beta", "context-management-2025-06-27"), ("origin", "https://evil.example"), ("referer", "https://evil.example")]
     return {"messages": ask(headers=extra), "beta": ask(path="/v1/messages?beta=true", way="tcp"),
             "count": ask(path="/v1/messages/count_tokens"),
