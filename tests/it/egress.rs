@@ -21,30 +21,32 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::world::{World, one_command, tool_results};
 
-const HOSTS: [&str; 3] = ["inspected.example", "tunnel.example", "plain.example"];
+const HOSTS: [&str; 4] = ["inspected.example", "tunnel.example", "second.example", "plain.example"];
 
 /// What the servers behind the proxy know.
 #[derive(Default)]
-struct Shared {
+pub(crate) struct Shared {
     /// Lines of CONNECT that the proxy got.
-    asked: Mutex<Vec<String>>,
+    pub(crate) asked: Mutex<Vec<String>>,
     /// Requests that servers got: method, host, path.
     seen: Mutex<Vec<String>>,
+    /// Of each of them, all headers that name a credential.
+    pub(crate) authorized: Mutex<Vec<Vec<String>>>,
     /// `/go` answers 503 until this is set.
     go: AtomicBool,
     /// A bare repository, served as files.
     repository: Mutex<Option<PathBuf>>,
 }
 
-struct Internet {
-    shared: Arc<Shared>,
-    dir: tempfile::TempDir,
+pub(crate) struct Internet {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) dir: tempfile::TempDir,
     port: u16,
     _runtime: tokio::runtime::Runtime,
 }
 
 impl Internet {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
@@ -76,21 +78,32 @@ impl Internet {
 
     /// A world whose policy `reach` has these rules.
     fn world(&self, script: &str, rules: &str) -> World {
+        let world = self.without_daemon(script, rules, "", "");
+        started(world)
+    }
+
+    /// The same before its daemon runs, with more tables of the configuration and more lines of `[network]`.
+    pub(crate) fn without_daemon(&self, script: &str, rules: &str, tables: &str, network: &str) -> World {
         let policies = self.dir.path().join("policies");
         std::fs::create_dir(&policies).unwrap();
         let text = include_str!("../../policies/trusted.toml").replace("\"WebFetch\", ", "");
         std::fs::write(policies.join("reach.toml"), format!("{text}\n{rules}")).unwrap();
         let more = format!(
-            "policy_dirs = [{policies:?}]\n[network]\nproxy = \"http://127.0.0.1:{}\"\nca_file = {:?}\n",
+            "policy_dirs = [{policies:?}]\n{tables}\n[network]\nproxy = \"http://127.0.0.1:{}\"\nca_file = {:?}\n{network}\n",
             self.port,
             self.dir.path().join("corporate.pem")
         );
-        World::with(script, &more)
+        World::without_daemon(script, &more)
     }
 
-    fn seen(&self) -> Vec<String> {
+    pub(crate) fn seen(&self) -> Vec<String> {
         self.shared.seen.lock().unwrap().clone()
     }
+}
+
+fn started(mut world: World) -> World {
+    world.start();
+    world
 }
 
 /// A proxy that knows CONNECT, in front of a server that is every host.
@@ -131,6 +144,10 @@ fn answer(shared: &Shared, request: &Request<Incoming>) -> Response<Full<Bytes>>
     let host = request.headers().get("host").and_then(|h| h.to_str().ok()).unwrap_or_default();
     let path = request.uri().path();
     shared.seen.lock().unwrap().push(format!("{} {host} {path}", request.method()));
+    let authorized = request.headers().get_all("authorization").iter();
+    let authorized: Vec<String> =
+        authorized.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned()).collect();
+    shared.authorized.lock().unwrap().push(authorized.clone());
     let build = Response::builder();
     if let (Some(file), Some(repository)) =
         (path.strip_prefix("/repo.git/"), shared.repository.lock().unwrap().as_ref())
@@ -141,6 +158,10 @@ fn answer(shared: &Shared, request: &Request<Incoming>) -> Response<Full<Bytes>>
         };
     }
     match path {
+        "/pub/echo" => build.body(Full::from(format!("you sent {}\n", authorized.join(", ")))).unwrap(),
+        "/redirect" => {
+            build.status(302).header("location", "http://169.254.169.254/").body(Full::default()).unwrap()
+        }
         "/go" if !shared.go.load(Ordering::SeqCst) => build.status(503).body(Full::default()).unwrap(),
         _ => build
             .header("content-type", "text/plain")

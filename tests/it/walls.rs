@@ -4,10 +4,15 @@
 
 mod cli;
 mod inside;
+mod kernel;
 pub(crate) mod key;
 mod limits;
+mod model_api;
+mod output;
 mod repo;
 mod sockets;
+mod table;
+mod way_out;
 
 use std::path::{Path, PathBuf};
 

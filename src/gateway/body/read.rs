@@ -40,7 +40,8 @@ const PRICED: [(&str, &str); 3] =
     [("inference_geo", "global"), ("service_tier", "standard_only"), ("speed", "standard")];
 /// Tool types that the client runs; one without a type is such a tool too. (The search among tools runs at the
 /// provider, is free and reaches nothing.) All others need the policy's word.
-const CLIENT_TOOLS: &[&str] = &["bash_", "text_editor_", "computer_", "memory_", "tool_search_tool_"];
+const CLIENT_TOOLS: &[&str] =
+    &["bash", "text_editor", "computer", "memory", "tool_search_tool_regex", "tool_search_tool_bm25"];
 /// Tools of MCP servers that the provider connects to; the policy is asked for the servers.
 const TOOLSET: &str = "mcp_toolset";
 /// Edits of the context that cost nothing. (A compaction is billed apart from the usage.)
@@ -224,7 +225,7 @@ impl<'de> Top<'de> {
             match kind.as_ref() {
                 "custom" => {}
                 TOOLSET => self.toolsets = true,
-                kind if CLIENT_TOOLS.iter().any(|prefix| kind.starts_with(prefix)) => {}
+                kind if is_client_tool(kind) => {}
                 kind => {
                     if kind.starts_with("web_search_") {
                         self.web_searches.push(SearchTool { kind: kind_raw, max_uses: tool.max_uses });
@@ -236,6 +237,14 @@ impl<'de> Top<'de> {
         self.shape.tools(raw.get(), deferred, typed);
         Ok(())
     }
+}
+
+/// Whether a tool type is one of the client's, with or without the date of its version. A name that only begins like
+/// one, such as `bash_code_execution_20250825`, is another tool.
+fn is_client_tool(kind: &str) -> bool {
+    let dated = |date: &str| date.len() == 8 && date.bytes().all(|byte| byte.is_ascii_digit());
+    let name = kind.rsplit_once('_').filter(|(_, date)| dated(date)).map_or(kind, |(name, _)| name);
+    CLIENT_TOOLS.contains(&name)
 }
 
 #[derive(Deserialize)]

@@ -72,7 +72,12 @@ fn what_the_provider_would_fetch_store_or_run_is_found_wherever_it_stands() {
     for field in [r#""speed":1"#, r#""inference_geo":["us"]"#] {
         assert!(matches!(with(field), Err(BodyError::Malformed(_))), "{field}");
     }
-    for tool in ["web_search_20250305", "web_fetch_20250910", "code_execution_20250825"] {
+    for tool in [
+        "web_search_20250305",
+        "web_fetch_20250910",
+        "code_execution_20250825",
+        "bash_code_execution_20250825",
+    ] {
         let facts = with(&format!(r#""tools":[{{"name":"a"}},{{"\u0074ype":"{tool}"}}]"#)).unwrap();
         assert_eq!(facts.wanted, [Wanted::ServerTool(tool.into())]);
     }

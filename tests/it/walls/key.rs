@@ -7,11 +7,17 @@ use std::path::Path;
 use serde_json::json;
 
 use super::{RUN_THE_PROMPT, Seen, run, world};
+use crate::egress::Internet;
 use crate::world::{CANARY, World, docker};
 
 /// The agent gets the needle reversed, so that no command line holds it.
 pub(crate) fn scan() -> String {
-    format!("python3 scan.py {}", CANARY.chars().rev().collect::<String>())
+    scan_for(&[CANARY])
+}
+
+fn scan_for(secrets: &[&str]) -> String {
+    let reversed: Vec<String> = secrets.iter().map(|secret| secret.chars().rev().collect()).collect();
+    format!("python3 scan.py {}", reversed.join(" "))
 }
 
 #[track_caller]
@@ -30,16 +36,16 @@ pub(crate) fn nothing_inside(seen: &Seen) {
     }
 }
 
-/// Every file below the world's directory but those that hold the key on purpose, and the empty images that
+/// Every file below the world's directory but those that hold a secret on purpose, and the empty images that
 /// scratch spaces are copied from.
-fn files_with_key(dir: &Path, found: &mut Vec<String>) {
+fn files_with(secrets: &[&str], dir: &Path, found: &mut Vec<String>) {
     for entry in std::fs::read_dir(dir).unwrap().flatten() {
         let (path, kind) = (entry.path(), entry.file_type().unwrap());
         if kind.is_dir() && entry.file_name() != "scratch-templates" {
-            files_with_key(&path, found);
-        } else if kind.is_file() && entry.file_name() != "key" {
+            files_with(secrets, &path, found);
+        } else if kind.is_file() && !entry.file_name().to_string_lossy().starts_with("key") {
             let bytes = std::fs::read(&path).unwrap();
-            if memchr::memmem::find(&bytes, CANARY.as_bytes()).is_some() {
+            if secrets.iter().any(|s| memchr::memmem::find(&bytes, s.as_bytes()).is_some()) {
                 found.push(path.display().to_string());
             }
         }
@@ -49,18 +55,45 @@ fn files_with_key(dir: &Path, found: &mut Vec<String>) {
 /// The daemon neither wrote the key anywhere nor tells it.
 #[track_caller]
 pub(crate) fn nothing_written(world: &World, seen: &Seen) {
+    none_written(world, seen, &[CANARY]);
+}
+
+/// Files, and every answer of the API and of the commands that repeat it.
+#[track_caller]
+fn none_written(world: &World, seen: &Seen, secrets: &[&str]) {
+    let told = |text: &str| secrets.iter().any(|secret| text.contains(secret));
     let mut found = Vec::new();
-    files_with_key(world.dir.path(), &mut found);
-    assert_eq!(found, Vec::<String>::new(), "the daemon wrote the key");
+    files_with(secrets, world.dir.path(), &mut found);
+    assert_eq!(found, Vec::<String>::new(), "the daemon wrote a secret");
     let id = seen.job["id"].as_str().unwrap();
-    let paths =
-        ["/v1/jobs", "/v1/info", "/v1/policies", "/metrics", "/openapi.json", "/healthz"].map(str::to_owned);
-    for path in paths.into_iter().chain(["", "/events", "/result"].map(|end| format!("/v1/jobs/{id}{end}"))) {
+    let of_all = [
+        "/v1/jobs",
+        "/v1/info",
+        "/v1/policies",
+        "/v1/audit",
+        "/v1/audit?kind=credential",
+        "/v1/whoami",
+        "/v1/cost?by=credential",
+        "/v1/budgets",
+        "/v1/openapi.json",
+        "/metrics",
+        "/openapi.json",
+        "/healthz",
+    ];
+    let of_one = ["", "/events", "/result", "/audit", "/report"].map(|end| format!("/v1/jobs/{id}{end}"));
+    for path in of_all.map(str::to_owned).into_iter().chain(of_one) {
         let answer = world.call("GET", &path, "");
-        assert!(!answer.body.contains(CANARY), "GET {path} tells the key");
+        assert!(!told(&answer.body), "GET {path} tells a secret");
+    }
+    let commands: [&[&str]; 5] =
+        [&["audit"], &["audit", id], &["cost", "--by", "credential"], &["whoami"], &["logs", id, "--raw"]];
+    for command in commands {
+        let (code, out, err) = world.run(command);
+        assert_eq!(code, 0, "{command:?}: {err}");
+        assert!(!told(&out) && !told(&err), "{command:?} tells a secret");
     }
     let journal: String = seen.events.iter().map(ToString::to_string).collect();
-    assert!(!journal.contains(CANARY));
+    assert!(!told(&journal));
 }
 
 #[track_caller]
@@ -178,4 +211,69 @@ fn echo(mut stream: TcpStream) -> bool {
         body.len()
     );
     stream.write_all(answer.as_bytes()).is_ok()
+}
+
+/// Credentials of each kind and source: of egress, which the agent makes the gateway add, and of providers.
+#[test]
+fn neither_is_a_credential_of_egress_or_of_any_other_provider() {
+    const EGRESS: &str = "egress-canary-41ac0d9b77";
+    const OTHERS: [&str; 6] = [
+        "bearer-canary-0be2c5a116",
+        "header-canary-6d20fe83a9",
+        "basic-canary-97c1d4b205",
+        "aws-canary-5520cbe1f4",
+        "foundry-canary-a2b96c07de",
+        "command-canary-38d0ef19ac",
+    ];
+    let internet = Internet::new();
+    let files = tempfile::tempdir().unwrap();
+    let file = |name: &str, secret: &str| {
+        let path = files.path().join(name);
+        std::fs::write(&path, secret).unwrap();
+        path.display().to_string()
+    };
+    let aws =
+        format!("{{\"Version\":1,\"AccessKeyId\":\"AKIDEXAMPLE\",\"SecretAccessKey\":\"{}\"}}", OTHERS[3]);
+    let mut tables = String::new();
+    let mut credential = |name: &str, kind: &str, more: &str| {
+        tables.push_str(&format!("[[credential]]\nname = {name:?}\nkind = {kind:?}\n{more}\n"));
+    };
+    credential("git", "bearer", &format!("file = {:?}", file("git", EGRESS)));
+    credential("vertex", "bearer", "env = \"ZOO_BEARER\"");
+    credential("team", "header", &format!("header = \"X-Team\"\nfile = {:?}", file("team", OTHERS[1])));
+    credential("basic", "basic", &format!("username = \"zoo\"\nfile = {:?}", file("basic", OTHERS[2])));
+    credential("aws", "aws", &format!("file = {:?}", file("aws", &aws)));
+    credential("foundry", "api_key", &format!("file = {:?}", file("foundry", OTHERS[4])));
+    credential("helper", "api_key", &format!("command = \"cat {}\"", file("helper", OTHERS[5])));
+    let rule = |name: &str, credential: &str| {
+        format!("[[egress.host]]\nname = {name:?}\ninspect = true\ncredential = {credential:?}\n")
+    };
+    let rules = [
+        ("inspected.example", "git"),
+        ("tunnel.example", "team"),
+        ("second.example", "basic"),
+        ("foundry.example", "foundry"),
+        ("helper.example", "helper"),
+        ("vertex.example", "vertex"),
+    ];
+    let rules: String = rules.iter().map(|(name, credential)| rule(name, credential)).collect();
+    let mut world = internet.without_daemon(RUN_THE_PROMPT, &rules, &tables, "");
+    world.daemon_env.push(("ZOO_BEARER".to_owned(), OTHERS[0].to_owned()));
+    world.start();
+    let all: Vec<&str> = [EGRESS, CANARY].into_iter().chain(OTHERS).collect();
+    // The answers are searched, too: the host repeats what it got.
+    let curls = "for h in inspected tunnel second foundry helper vertex; do \
+        curl -sS -i https://$h.example/pub/echo >>/tmp/answers 2>&1; done; echo \"ZOO {\\\"echoed\\\": $(wc -l </tmp/answers)}\"";
+    let command = format!("{curls}; {}", scan_for(&all));
+    let seen = run(&world, &command, &json!({ "policy": "reach" }));
+    nothing_inside(&seen);
+    assert!(seen.get("echoed").as_u64().unwrap() > 6);
+    none_written(&world, &seen, &all);
+    let authorized = internet.shared.authorized.lock().unwrap().concat().join("\n");
+    assert!(authorized.contains(&format!("Bearer {EGRESS}")), "it was never added: {authorized}");
+    let used: Vec<&str> = seen.events.iter().filter_map(|e| e["credential"].as_str()).collect();
+    for name in ["git", "team", "basic", "anthropic"] {
+        assert!(used.contains(&name), "{name} is named nowhere: {used:?}");
+    }
+    world.end();
 }

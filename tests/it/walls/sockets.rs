@@ -64,7 +64,7 @@ fn an_agent_that_races_the_first_process_to_a_restarted_daemon_gets_nothing() {
 }
 
 /// Requests for the model that the agent itself made: the CLI says who it is.
-fn own(world: &World) -> Vec<hotcell::model::Received> {
+pub(super) fn own(world: &World) -> Vec<hotcell::model::Received> {
     let requests = world.recorder.requests();
     requests
         .into_iter()

@@ -1,4 +1,4 @@
-"""Looks for a secret in everything that code in a cell can read. The needle comes reversed in argv[1], so that
+"""Looks for secrets in everything that code in a cell can read. The needles come reversed in argv, so that
 neither this file nor the command line that the CLI keeps holds it."""
 
 import base64
@@ -10,8 +10,8 @@ import urllib.error
 
 from zoo import cli, tell
 
-needle = sys.argv[1][::-1].encode()
-needles = [needle, base64.b64encode(needle)[:-4], needle.hex().encode()]
+needles = [form for needle in (arg[::-1].encode() for arg in sys.argv[1:])
+           for form in (needle, base64.b64encode(needle)[:-4], needle.hex().encode())]
 # What must be found, or this search is worth nothing: the job's own token is in the environment and in memory.
 # Where the CLI finds the token depends on the kind of provider; it stands there alone, or behind a header's name.
 NAMES = ["ANTHROPIC_API_KEY", "AWS_BEARER_TOKEN_BEDROCK", "ANTHROPIC_FOUNDRY_API_KEY", "ANTHROPIC_CUSTOM_HEADERS"]
