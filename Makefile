@@ -8,7 +8,7 @@ PREFIX ?= /usr/local
 # The engine's address, once `make engine` has found or started one.
 ENGINE  = $(shell .ci/engine address 2>/dev/null)
 
-.PHONY: help tools engine engine-stop image build init demo test test-full lint bench bench-tools install clean
+.PHONY: help tools engine gvisor engine-stop image build init demo test test-full lint bench bench-tools install clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,9 @@ tools: ## Install the build's own needs (a C compiler, git, mmdebstrap, e2fsprog
 
 engine: ## Find a container engine, or install and start one; the last line is its address.
 	@.ci/engine start
+
+gvisor: engine ## Add gVisor to that engine (Debian's package runsc): the runtime of the policy `untrusted`.
+	@.ci/engine gvisor
 
 engine-stop: ## Stop the engine that `make engine` started.
 	@.ci/engine stop
@@ -41,6 +44,7 @@ demo: image ## Run one real job from start to clean-up and show everything that 
 test: tools init engine ## Run all tests, those with the real engine and the real CLI too.
 	$(CARGO) build --locked --bin hotcell
 	HOTCELL_ENGINE=$(ENGINE) target/debug/hotcell image build
+	@.ci/engine gvisor || echo "hotcell: the tests go on without gVisor: they look at how it is refused" >&2
 	HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --locked --no-fail-fast
 
 test-full: test ## The tests, and the property tests with many more cases.

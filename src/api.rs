@@ -4,10 +4,12 @@
 
 pub mod access;
 pub mod audit;
+pub mod cost;
 pub mod events;
 pub mod jobs;
 pub mod openapi;
 pub mod peer;
+pub mod report;
 pub mod submit;
 pub mod whoami;
 pub mod wire;
@@ -39,12 +41,10 @@ pub struct Api {
     pub policies: BTreeMap<String, Policy>,
     /// The policy of a job that names none.
     pub default_policy: String,
-    /// Model and image where neither job nor policy names one.
+    /// Model, image and provider where neither job nor policy names one.
     pub defaults: Defaults,
     /// Who may use what, and who sees all jobs.
     pub access: Access,
-    /// The provider of a job where neither it nor its policy names one.
-    pub default_provider: String,
     /// Jobs that run at the same time.
     pub slots: u32,
     /// Most jobs that wait.
@@ -96,9 +96,12 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}", get(jobs::show).delete(jobs::delete))
         .route("/v1/jobs/{id}/events", get(events::events))
         .route("/v1/jobs/{id}/audit", get(audit::job))
+        .route("/v1/jobs/{id}/report", get(report::report))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/audit", get(audit::daemon))
         .route("/v1/whoami", get(whoami::whoami))
+        .route("/v1/cost", get(cost::cost))
+        .route("/v1/budgets", get(cost::budgets))
         .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health))
         .route("/metrics", get(metrics))

@@ -12,7 +12,9 @@ mod lines;
 pub mod live;
 pub mod prepare;
 pub mod record;
+pub mod report;
 mod rooms;
+pub mod runtime;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,7 +32,7 @@ use crate::job::outcome::Failure;
 use crate::job::{CellId, FailReason, Input, JobId, Outcome, Phase, State, StopReason};
 use crate::journal;
 use crate::metrics::Metrics;
-use crate::money::MicroUsd;
+use crate::money::{Calendar, Caps, MicroUsd};
 use crate::policy::Plan;
 use crate::session::{AgentExit, Session};
 use crate::store::Store;
@@ -56,6 +58,10 @@ pub struct Settings {
     pub disk_reserve_bytes: u64,
     /// The version of the CLI for jobs that name none; the active bundle where absent.
     pub agent: Option<String>,
+    /// The budgets of users and of the daemon.
+    pub caps: Caps,
+    /// When they begin anew.
+    pub calendar: Calendar,
 }
 
 impl Settings {
@@ -86,6 +92,8 @@ pub struct Parts {
     pub bundles: Bundles,
     /// Who follows which job.
     pub feeds: Feeds,
+    /// Runtimes that were tried.
+    pub runtimes: runtime::Tried,
 }
 
 impl std::fmt::Debug for Parts {
@@ -217,12 +225,15 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
     if !matches!(record.state(), State::Collecting { .. }) {
         record.step(parts, Input::CellEnded).await?;
     }
+    // Before the cell's scratch space is gone.
+    let report_bytes = report::collect(parts, record).await?;
     destroy(parts, &record.job).await;
     let left_open = parts.store.release_open(&record.job, clock::wall_ms()).await?;
     if left_open > 0 {
         parts.metrics.reaped(crate::metrics::Orphan::Reservation, left_open);
     }
-    let totals = totals(parts, record, &ended).await?;
+    let mut totals = totals(parts, record, &ended).await?;
+    totals.report_bytes = report_bytes;
     let outcome = match record.state() {
         State::Collecting { stopped: Some(reason) } => Outcome::Stopped { reason: *reason },
         State::Collecting { stopped: None }
@@ -233,6 +244,7 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
         | State::Done(_) => ended.outcome(),
     };
     let answer = ended.session.as_ref().and_then(Session::answer).map(str::to_owned);
+    let answer = answer.map(|text| record.accepted.plan.output.bounded_result(text));
     parts.metrics.phase(Phase::Collect, begun.elapsed().as_secs_f64());
     record.done(parts, outcome, totals, answer).await
 }
@@ -241,6 +253,7 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
     let spend = parts.store.spend(&record.job).await?;
     let (tool_calls, tool_denials) = ended.session.as_ref().map_or((0, 0), Session::tool_counts);
     let exit = record.exit.unwrap_or_default();
+    let runtime = parts.store.cell_of(&record.job).await?.and_then(|cell| cell.runtime);
     Ok(Totals {
         charged_micro_usd: spend.charged,
         cli_micro_usd: ended.session.as_ref().and_then(Session::cli_cost),
@@ -251,6 +264,8 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
         tool_denials,
         peak_memory_bytes: exit.peak_memory_bytes,
         cpu_us: exit.cpu_us,
+        runtime,
+        report_bytes: None,
     })
 }
 

@@ -8,6 +8,7 @@ mod audit;
 mod cancel;
 mod client;
 mod completions;
+mod cost;
 mod fail;
 mod follow;
 mod health;
@@ -17,6 +18,7 @@ mod ls;
 mod model;
 mod policy;
 mod render;
+mod report;
 mod rm;
 mod run;
 mod schema;
@@ -54,8 +56,10 @@ enum Command {
     Show(show::ShowArgs),
     Logs(logs::LogsArgs),
     Audit(audit::AuditArgs),
+    Report(report::ReportArgs),
     Cancel(cancel::CancelArgs),
     Rm(rm::RmArgs),
+    Cost(cost::CostArgs),
     Serve(serve::ServeArgs),
     Image(image::ImageArgs),
     Agent(agent::AgentArgs),
@@ -151,8 +155,10 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Show(args) => wait(show::show(&args, context)),
         Command::Logs(args) => wait(logs::logs(&args, context)),
         Command::Audit(args) => wait(audit::audit(&args, context)),
+        Command::Report(args) => wait(report::report(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
+        Command::Cost(args) => wait(cost::cost(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
         Command::Image(args) => image::image(&args, context),
         Command::Agent(args) => agent::agent(&args, context),
@@ -176,13 +182,14 @@ impl Command {
             Self::Audit(args) => args.json,
             Self::Cancel(args) => args.json,
             Self::Rm(args) => args.json,
+            Self::Cost(args) => args.json,
             Self::Image(args) => args.json(),
             Self::Agent(args) => args.json(),
             Self::Policy(args) => args.json(),
             Self::Whoami(args) => args.json,
             Self::Health(args) => args.json,
             Self::Version(args) => args.json,
-            Self::Serve(_) | Self::Model(_) | Self::Schema(_) | Self::Completions(_) => false,
+            Self::Report(_) | Self::Serve(_) | Self::Model(_) | Self::Schema(_) | Self::Completions(_) => false,
         }
     }
 }

@@ -4,7 +4,9 @@
 //! it is given and nothing else; never reads a credential, only where one is to be found.
 
 mod access;
+mod budgets;
 mod policies;
+mod providers;
 mod raw;
 mod settings;
 
@@ -13,9 +15,12 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 pub use access::{Names, unknown_name};
+pub use budgets::Budgets;
 pub use policies::{PolicyFileError, PolicyOrigin, PolicySource, policy_sources, read_policy_text};
+pub use providers::{BUILT_IN as BUILT_IN_PROVIDER, anthropic};
 pub use settings::{SETTINGS, Setting};
 
+use crate::gateway::GatewayConfig;
 use raw::Layers;
 
 use crate::policy::access::Rule;
@@ -52,12 +57,10 @@ pub enum ConfigError {
         places: String,
     },
     /// A wrong value in one of several entries, which only the file can have.
-    #[error("{}, line {line}: {key}: {problem}", path.display())]
+    #[error("{origin}: {key}: {problem}")]
     Entry {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
+        /// File and line.
+        origin: String,
         /// The entry and its key.
         key: String,
         /// What is wrong and what is allowed.
@@ -133,15 +136,6 @@ pub enum ApiKeySource {
     Command(String),
 }
 
-/// The model provider.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Provider {
-    /// Where requests go: `https://host[:port][/prefix]`, no slash at the end.
-    pub base_url: String,
-    /// Where its key is.
-    pub api_key: ApiKeySource,
-}
-
 /// What a job gets that names nothing else.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Defaults {
@@ -193,12 +187,14 @@ pub struct Config {
     pub policy_dirs: Vec<PathBuf>,
     /// Prices instead of the built-in ones.
     pub prices_file: Option<PathBuf>,
-    /// The model provider.
-    pub provider: Provider,
+    /// The model providers and all credentials.
+    pub gateway: GatewayConfig,
     /// What a job gets that names nothing else.
     pub defaults: Defaults,
     /// Bounds.
     pub limits: Limits,
+    /// Money of users and of the daemon.
+    pub budgets: Budgets,
     /// Host user ids that see and cancel everybody's jobs.
     pub admin_uids: Vec<u32>,
     /// Who may use what; empty: everybody who can open the socket may use everything.
@@ -216,7 +212,6 @@ impl Config {
     /// [`ConfigError`]; a value outside its limit names where it came from and all places to set it.
     pub fn load(flags: &Flags, machine: &Machine) -> Result<Self, ConfigError> {
         let (layers, raw) = Layers::read(flags, machine)?;
-        let anthropic = raw.provider.anthropic;
         let state_dir = state_dir(&layers, &raw.state_dir)?;
         let socket = socket(&layers, &raw.socket, Some(&state_dir))?;
         let config_dir = machine.config_dir();
@@ -235,12 +230,12 @@ impl Config {
                 .list("policy_dirs", &raw.policy_dirs, ':', absolute)?
                 .unwrap_or_else(|| config_dir.iter().map(|dir| dir.join("policies")).collect()),
             prices_file: layers.checked("prices_file", &raw.prices_file, absolute)?,
-            provider: Provider {
-                base_url: layers
-                    .checked("provider.anthropic.base_url", &anthropic.base_url, parse_base_url)?
-                    .unwrap_or_else(|| "https://api.anthropic.com".into()),
-                api_key: layers.api_key(&anthropic)?,
-            },
+            gateway: providers::gateway(
+                &layers,
+                raw.provider,
+                raw.credential,
+                layers.name("defaults.provider", &raw.defaults.provider)?,
+            )?,
             defaults: Defaults {
                 policy: layers.name("defaults.policy", &raw.defaults.policy)?.unwrap_or("default".into()),
                 model: layers
@@ -250,6 +245,7 @@ impl Config {
                 agent: layers.name("defaults.agent", &raw.defaults.agent)?,
             },
             limits: limits(&layers, &raw.limits, machine.cores)?,
+            budgets: budgets::budgets(&layers, &raw.budgets)?,
             admin_uids: layers
                 .list("admin_uids", &raw.admin_uids, ',', |text| {
                     text.parse().map_err(|_| format!("{text:?} is not a user id"))

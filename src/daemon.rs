@@ -18,15 +18,17 @@ use tokio_util::sync::CancellationToken;
 use crate::agent_bundle::Bundles;
 use crate::api::{self, Api, peer::PeerListener};
 use crate::cell::record::Feeds;
+use crate::cell::runtime::Tried;
 use crate::cell::{Parts, Settings};
-use crate::config::{ApiKeySource, Config, policy_sources, unknown_name};
+use crate::config::{Config, policy_sources, unknown_name};
 use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
-use crate::gateway::{self, AuthStyle, CredentialSource, Gateway, Provider};
+use crate::gateway::{self, Gateway};
 use crate::job::State;
 use crate::journal;
 use crate::metrics::Metrics;
+use crate::money::Calendar;
 use crate::policy::{Access, Defaults, Policy};
 use crate::pricing::Prices;
 use crate::store::{Filter, Store};
@@ -40,8 +42,6 @@ const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// Time for open connections to end after the jobs have.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
 
-/// The provider of jobs that name none.
-const DEFAULT_PROVIDER: &str = "anthropic";
 /// Connections that the kernel holds until they are accepted.
 const LISTEN_BACKLOG: u32 = 1024;
 
@@ -128,9 +128,12 @@ pub async fn run(
         driver: handle,
         policies,
         default_policy: config.defaults.policy.clone(),
-        defaults: Defaults { model: config.defaults.model.clone(), image: config.defaults.image.clone() },
+        defaults: Defaults {
+            model: config.defaults.model.clone(),
+            image: config.defaults.image.clone(),
+            provider: config.gateway.default_provider.clone(),
+        },
         access,
-        default_provider: DEFAULT_PROVIDER.to_owned(),
         slots: config.limits.slots,
         queued_jobs_max: config.limits.queued_jobs_max.into(),
         engine_address,
@@ -246,15 +249,8 @@ async fn build(
     let models: Vec<String> = prices.names().map(str::to_owned).collect();
     let metrics = Arc::new(Metrics::new(&agent, &models)?);
     let store = Store::open(&state_dir).await?;
-    let provider = Provider {
-        name: DEFAULT_PROVIDER.to_owned(),
-        base_url: config.provider.base_url.clone(),
-        credential: credential(&config.provider.api_key),
-        style: AuthStyle::ApiKey,
-    };
-    let gateway =
-        Gateway::open(provider, prices, gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() })
-            .await?;
+    let limits = gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() };
+    let gateway = Gateway::open(config.gateway.clone(), prices, limits).await?;
     let settings = Settings {
         state_dir,
         init_binary: config.init_binary.canonicalize().context("init_binary")?,
@@ -263,8 +259,12 @@ async fn build(
         journal: journal_limits(config.limits.journal_bytes_max),
         disk_reserve_bytes: u64::from(config.limits.disk_reserve_mib) * 1024 * 1024,
         agent: config.defaults.agent.clone(),
+        caps: config.budgets.caps,
+        calendar: Calendar::new(config.budgets.time_zone.as_deref())?,
     };
-    let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds: Feeds::default() };
+    let runtimes = Tried::load(&settings.state_dir);
+    let feeds = Feeds::default();
+    let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds, runtimes };
     Ok((Arc::new(parts), policies))
 }
 
@@ -273,16 +273,6 @@ fn journal_limits(journal_bytes_max: u64) -> journal::Limits {
     let usual = journal::Limits::default();
     let segment_bytes_max = usual.segment_bytes_max.min(journal_bytes_max / 4);
     journal::Limits { journal_bytes_max, segment_bytes_max }
-}
-
-fn credential(source: &ApiKeySource) -> CredentialSource {
-    match source {
-        ApiKeySource::Env(name) => CredentialSource::Env(name.clone()),
-        ApiKeySource::File(path) => CredentialSource::File(path.clone()),
-        ApiKeySource::Command(command) => {
-            CredentialSource::Command(vec!["/bin/sh".to_owned(), "-c".to_owned(), command.clone()])
-        }
-    }
 }
 
 fn prices(file: Option<&Path>) -> anyhow::Result<Prices> {

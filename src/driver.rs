@@ -14,9 +14,10 @@ use crate::cell::{self, Parts, Start, StopWish};
 use crate::clock;
 use crate::event::{Body, Totals};
 use crate::job::{CellId, Input as Move, JobId, Outcome, State, StopReason};
+use crate::money::{self, Budget, Scope};
 use crate::scheduler::recover::{self, FoundCell};
 use crate::scheduler::{Action, Input, Scheduler};
-use crate::store::StoreError;
+use crate::store::{Payer, StoreError};
 
 /// Messages that wait for the loop.
 const INBOX_MAX: usize = 1024;
@@ -356,11 +357,32 @@ pub enum RecoverError {
 /// # Errors
 /// [`StoreError`].
 pub async fn refresh_gauges(parts: &Parts) -> Result<(), StoreError> {
+    let pace = parts.gateway.pace();
+    parts.metrics.provider_concurrency.set(i64::from(pace.limit));
+    parts.metrics.provider_paused_s.set(pace.paused.as_secs_f64());
     let counts: Vec<(String, u64)> =
         parts.store.counts_by_state().await?.into_iter().map(|(name, n)| (name.to_owned(), n)).collect();
     parts.metrics.set_jobs(&counts);
     let oldest = parts.store.oldest_queued_ms().await?;
     let age = oldest.map_or(0.0, |ms| clock::wall_ms().saturating_sub(ms) as f64 / 1000.0);
     parts.metrics.queue_age_s.set(age);
+    refresh_money(parts).await
+}
+
+/// Sums of cost, and how the budgets of the daemon stand.
+async fn refresh_money(parts: &Parts) -> Result<(), StoreError> {
+    let totals = parts.store.cost_totals().await?;
+    let costs: Vec<_> = totals.into_iter().map(|cost| (cost.model, cost.usage, cost.charged)).collect();
+    parts.metrics.set_costs(&costs);
+    let (caps, calendar, now) = (parts.settings.caps, &parts.settings.calendar, clock::wall_ms());
+    let (spent, reserved) = parts.store.dearest_user_day(calendar.clone(), now).await?;
+    parts.metrics.set_budget(Scope::UserDay, caps.user_day, spent, reserved);
+    let limits = [(Scope::Day, caps.day), (Scope::Month, caps.month)];
+    let budgets = limits.map(|(scope, limit)| Budget { scope, limit: limit.unwrap_or(money::MAX) }).to_vec();
+    let payer = Payer { uid: 0, job: None, batch: None };
+    let standings = parts.store.budget_standing(payer, budgets, calendar.clone(), now).await?;
+    for ((scope, limit), standing) in limits.into_iter().zip(standings) {
+        parts.metrics.set_budget(scope, limit, standing.charged, standing.reserved);
+    }
     Ok(())
 }

@@ -101,14 +101,23 @@ pub struct EngineInfo {
     pub arch: String,
     /// `linux`.
     pub os: String,
-    /// Names of the runtimes it has, sorted, e.g. `runc`, `runsc`.
-    pub runtimes: Vec<String>,
+    /// The runtimes it has, by name, e.g. `runc`, `runsc`.
+    pub runtimes: BTreeMap<String, RuntimeInfo>,
     /// Runtime of a cell that names none.
     pub default_runtime: String,
     /// `1` or `2`; empty where the engine does not say.
     pub cgroup_version: String,
     /// Where the engine keeps images and containers on the host.
     pub root_dir: PathBuf,
+}
+
+/// How an engine calls a runtime.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RuntimeInfo {
+    /// Its program: a path, or a name that the engine finds in its own PATH.
+    pub path: PathBuf,
+    /// Arguments that the engine adds.
+    pub args: Vec<String>,
 }
 
 /// An image that the engine has.
@@ -224,7 +233,8 @@ pub struct CellSpec {
     pub limits: CellLimits,
     /// What it sees of the host. /tmp and HOME are among them: there is no tmpfs.
     pub mounts: Vec<BindMount>,
-    /// OCI runtime by the engine's name for it; the engine's default where `None`.
+    /// OCI runtime by the engine's name for it; the engine's default where `None`. One that is named is what the
+    /// container gets, or it is not created.
     pub runtime: Option<String>,
     /// Absolute path in the cell.
     pub working_dir: String,

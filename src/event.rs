@@ -6,7 +6,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::job::{Outcome, State, StopReason};
+use crate::job::spec::Runtime;
+use crate::job::{CellId, Outcome, State, StopReason};
 use crate::money::MicroUsd;
 use crate::pricing::Usage;
 
@@ -159,6 +160,16 @@ pub enum Body {
         /// Why.
         why: String,
     },
+    /// A cell is made for the job.
+    Cell {
+        /// Its id.
+        cell: CellId,
+        /// What isolates it.
+        runtime: Runtime,
+        /// Why it is none that the policy names before this one, in words.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        instead: Option<String>,
+    },
     /// The cell's main process ended, as PID 1 reported it.
     Exit {
         /// Exit code; 128 + n for signal n.
@@ -235,6 +246,12 @@ pub struct Totals {
     pub peak_memory_bytes: u64,
     /// CPU time of the cell, in microseconds.
     pub cpu_us: u64,
+    /// What isolated the cell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime: Option<Runtime>,
+    /// Length of the report that was kept, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report_bytes: Option<u64>,
 }
 
 /// One event as clients read it. Written only: [`Line`] reads back what the daemon needs, since serde cannot
@@ -308,6 +325,7 @@ impl Body {
             Self::State { .. }
             | Self::Sent { .. }
             | Self::Tool { .. }
+            | Self::Cell { .. }
             | Self::Exit { .. }
             | Self::Stop { .. }
             | Self::Note { .. }

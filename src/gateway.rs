@@ -2,40 +2,58 @@
 //! credential that the cell never sees, and the ledger. It must never forward a request that was not authorised
 //! and paid for beforehand, never let a credential out, and never forget to settle what it forwarded.
 //!
-//! The road of one request is `messages`: admit it (`admit`: credential, path, [`body`], model), reserve its worst
-//! case ([`ledger`]), inject the credential ([`credentials`]), forward (`upstream`), pass the answer on while
-//! metering it (`relay`, [`meter`]), settle. [`lease`] holds a cell's socket and what is under way for it.
+//! The road of one request is `messages`: admit it (`admit`: credential, path, headers, [`body`], model; `provider` puts
+//! it into the vendor's form first), wait for its turn ([`pace`]), bound its input (`estimate`), reserve its worst case
+//! ([`ledger`]), put it into the provider's form with the credential (`provider`, [`credentials`]), forward (`upstream`),
+//! pass the answer on while metering it (`relay`, [`meter`]), settle. [`lease`] holds a cell's socket and what is under
+//! way for it.
 //!
-//! **Invariant**: Σ billed ≤ Σ charged + what the input estimate was short of; and once a limit is reached, no
-//! paid request goes upstream. The estimate is bytes/3 for now, so spend can pass a limit by one request's input at most.
+//! **Invariant**: Σ billed ≤ Σ charged, and what is charged for a request is within what was reserved for it, so
+//! spend never passes a limit. It rests on three things: a token is at least one byte; what a beginning of a
+//! conversation was billed for, or counted by the provider plus a margin, bounds it in later requests; and images
+//! have a largest size. It does not cover what the provider itself adds to the input: pages of a web search (an
+//! allowance is reserved for each) and results of MCP servers that a policy lets it connect to.
 
 mod admit;
 pub mod body;
 mod censor;
 pub mod credentials;
+mod estimate;
 pub mod lease;
 pub mod ledger;
 mod messages;
 pub mod meter;
+pub mod pace;
+mod provider;
 mod relay;
+pub mod secret;
+pub mod sigv4;
 mod upstream;
 
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
 
-pub use credentials::{AuthStyle, CredentialError, CredentialSource};
+pub use credentials::{
+    CredentialError, CredentialKind, CredentialSource, CredentialSpec, Credentials, Injected, Principal,
+};
 pub use lease::{Lease, LeaseSpec};
+pub use provider::ProviderSpec;
 pub use ledger::{Ask, Grant, Ledger, LedgerError, MemoryLedger, ReservationId, StoreLedger};
+pub use pace::PaceView;
 
-use crate::money::MicroUsd;
-use crate::pricing::{Prices, Usage};
-use credentials::Credential;
-use upstream::Upstream;
+use crate::agent::provider::ProviderView;
+use crate::job::Identity;
+use crate::money::{MicroUsd, Scope};
+use crate::policy::Plan;
+use crate::pricing::{Price, Prices, Usage};
+use pace::Pacer;
+use provider::Provider;
 
 /// Limits of the gateway; all of them count per lease, times per request.
 #[derive(Debug, Clone)]
@@ -52,6 +70,9 @@ pub struct Limits {
     pub body_wait: Duration,
     /// Longest wait for other reservations to make room.
     pub budget_wait: Duration,
+    /// Longest that a request is held while the provider limits the credential, its own repetitions included.
+    /// Below the 600 seconds after which the CLI gives an answer up.
+    pub pace_wait: Duration,
     /// Longest wait for the provider's first byte.
     pub first_byte_wait: Duration,
     /// Longest silence of the provider, or of a client that does not read.
@@ -71,25 +92,13 @@ impl Default for Limits {
             requests_max: 64,
             body_wait: Duration::from_secs(60),
             budget_wait: Duration::from_secs(600),
+            pace_wait: Duration::from_secs(300),
             first_byte_wait: Duration::from_secs(600),
             idle: Duration::from_secs(300),
             total: Duration::from_secs(3600),
             drain: Duration::from_secs(60),
         }
     }
-}
-
-/// The provider as configured.
-#[derive(Debug, Clone)]
-pub struct Provider {
-    /// Its name in the configuration.
-    pub name: String,
-    /// `https://…`, or `http://` to a loopback address (the scripted model); may have a path.
-    pub base_url: String,
-    /// Where the credential comes from.
-    pub credential: CredentialSource,
-    /// The header it goes into.
-    pub style: AuthStyle,
 }
 
 /// What the gateway cannot do.
@@ -105,11 +114,22 @@ pub enum GatewayError {
         /// What is wrong.
         why: &'static str,
     },
-    /// The credential cannot be read.
-    #[error("provider {provider}: {source}")]
-    Credential {
+    /// Something of its configuration is missing or contradicts itself.
+    #[error("provider {provider}: {why}")]
+    Provider {
         /// Name of the provider.
         provider: String,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// No provider of that name.
+    #[error("there is no provider {0:?}: see [[provider]] in the daemon's configuration")]
+    UnknownProvider(String),
+    /// A credential cannot be read.
+    #[error("credential {credential}: {source}")]
+    Credential {
+        /// Name of the credential.
+        credential: String,
         /// Why.
         source: CredentialError,
     },
@@ -124,6 +144,17 @@ pub enum GatewayError {
         /// Why.
         source: std::io::Error,
     },
+}
+
+/// Providers and credentials as configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GatewayConfig {
+    /// Providers, by different names.
+    pub providers: Vec<ProviderSpec>,
+    /// The provider of jobs that name none.
+    pub default_provider: String,
+    /// Credentials, by different names.
+    pub credentials: Vec<CredentialSpec>,
 }
 
 /// Why the gateway itself refused a request. A closed list: metric labels and decisions.
@@ -146,6 +177,8 @@ pub enum Refusal {
     Price,
     /// Too many requests under way.
     Busy,
+    /// The provider limits the credential, for longer than a request is held.
+    Paused,
     /// The cost limit leaves no room.
     Budget,
     /// The ledger does not answer.
@@ -156,7 +189,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// All refusals; metrics are seeded from it.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Credential,
         Self::Path,
         Self::Transport,
@@ -165,6 +198,7 @@ impl Refusal {
         Self::Model,
         Self::Price,
         Self::Busy,
+        Self::Paused,
         Self::Budget,
         Self::Ledger,
         Self::Provider,
@@ -181,6 +215,7 @@ impl Refusal {
             Self::Model => "model",
             Self::Price => "price",
             Self::Busy => "busy",
+            Self::Paused => "paused",
             Self::Budget => "budget",
             Self::Ledger => "ledger",
             Self::Provider => "provider",
@@ -198,6 +233,8 @@ pub enum GatewayEvent {
         model: String,
         /// Its worst case.
         reserved: MicroUsd,
+        /// The name of the credential that it goes out with.
+        credential: String,
     },
     /// A request is over and settled.
     Charged {
@@ -221,12 +258,16 @@ pub enum GatewayEvent {
         /// Why.
         why: Refusal,
     },
-    /// The cost limit is reached: a request had no room, or an answer was cut short for it.
+    /// A budget is exhausted: a request had no room, or an answer was cut short for it.
     BudgetExhausted {
-        /// Settled spend.
+        /// Which one.
+        scope: Scope,
+        /// Settled spend in it.
         spent: MicroUsd,
         /// The limit.
         limit: MicroUsd,
+        /// When it is empty again, in milliseconds since 1970; none where waiting does not help.
+        resets_at_ms: Option<u64>,
     },
     /// The provider failed: it is limited, refuses the credential, or broke off.
     ProviderFault {
@@ -235,50 +276,134 @@ pub enum GatewayEvent {
         /// How long it asks to wait, in seconds.
         retry_after_s: Option<u64>,
     },
+    /// The provider limits the credential for longer than a request of this job is held: the job should be parked.
+    ProviderPaused {
+        /// When the pause ends, in milliseconds of the wall clock.
+        until_ms: u64,
+    },
 }
 
-/// What all leases share: provider, connections, prices.
+/// What all leases share: providers, credentials, connections, prices.
 #[derive(Debug)]
 pub struct Gateway {
-    credential: Credential,
-    upstream: Upstream,
+    providers: BTreeMap<String, Arc<Provider>>,
+    default_provider: String,
+    credentials: Credentials,
     prices: Arc<Prices>,
     limits: Limits,
 }
 
 impl Gateway {
-    /// Reads the credential and prepares the connections; sends nothing.
+    /// Reads the credentials that can be read now and prepares the connections; sends nothing, runs nothing.
     ///
     /// # Errors
-    /// A base URL or a credential that cannot be used, or no certificate authorities.
+    /// A provider or a credential that cannot be used, or no certificate authorities.
     pub async fn open(
-        provider: Provider,
+        config: GatewayConfig,
         prices: Arc<Prices>,
         limits: Limits,
     ) -> Result<Arc<Self>, GatewayError> {
-        let upstream = Upstream::new(&provider.name, &provider.base_url)?;
-        let credential = Credential::open(provider.credential, provider.style)
-            .await
-            .map_err(|source| GatewayError::Credential { provider: provider.name, source })?;
-        Ok(Arc::new(Self { credential, upstream, prices, limits }))
+        let mut providers = BTreeMap::new();
+        let mut pacers: BTreeMap<String, Arc<Pacer>> = BTreeMap::new();
+        for spec in config.providers {
+            let pacer = pacers.entry(spec.credential.clone()).or_insert_with(Pacer::new);
+            let (name, provider) = (spec.name.clone(), Provider::open(spec, Arc::clone(pacer))?);
+            providers.insert(name, Arc::new(provider));
+        }
+        let default_provider = config.default_provider;
+        if !providers.contains_key(&default_provider) {
+            return Err(GatewayError::UnknownProvider(default_provider));
+        }
+        let opened = Credentials::open(config.credentials).await;
+        let credentials =
+            opened.map_err(|(credential, source)| GatewayError::Credential { credential, source })?;
+        for provider in providers.values() {
+            if !credentials.names().any(|name| name == provider.credential) {
+                let source = CredentialError::Unknown(provider.credential.clone());
+                return Err(GatewayError::Credential { credential: provider.credential.clone(), source });
+            }
+        }
+        Ok(Arc::new(Self { providers, default_provider, credentials, prices, limits }))
     }
 
-    /// Whether a model has a price, without which no request for it is forwarded.
-    pub fn knows_model(&self, model: &str) -> bool {
-        self.prices.of(model).is_some()
+    /// How fast the credentials are used just now: of each figure the sum, of pauses the longest.
+    pub fn pace(&self) -> PaceView {
+        let one_each: BTreeMap<&str, &Arc<Pacer>> =
+            self.providers.values().map(|p| (p.credential.as_str(), &p.pacer)).collect();
+        one_each.into_values().map(|pacer| pacer.view()).fold(PaceView::default(), PaceView::with)
+    }
+
+    /// Whether a model has a price, its own or the plan's for such models; without one no request for it is
+    /// forwarded.
+    pub fn knows_model(&self, provider: &str, model: &str, plan: &Plan) -> bool {
+        self.provider(provider).is_ok_and(|provider| self.price(provider, model, plan).is_some())
+    }
+
+    /// The names of the providers.
+    pub fn providers(&self) -> impl Iterator<Item = &str> {
+        self.providers.keys().map(String::as_str)
+    }
+
+    /// The provider of jobs that name none.
+    pub fn default_provider(&self) -> &str {
+        &self.default_provider
+    }
+
+    /// Whether a user's job may use a provider.
+    ///
+    /// # Errors
+    /// [`GatewayError::UnknownProvider`], or [`GatewayError::Credential`] where the user may not use its credential.
+    pub fn may_use(&self, provider: &str, who: &Identity) -> Result<(), GatewayError> {
+        let credential = self.provider(provider)?.credential.clone();
+        let allowed = self.credentials.may_use(&credential, who);
+        allowed.map_err(|source| GatewayError::Credential { credential, source })
+    }
+
+    /// Whether a provider has an id for a model.
+    pub fn serves(&self, provider: &str, model: &str) -> bool {
+        self.provider(provider).is_ok_and(|provider| provider.serves(model))
+    }
+
+    /// The name under which a provider's model is priced and judged.
+    pub fn plain_model(&self, provider: &str, model: &str) -> String {
+        self.provider(provider).map_or_else(|_| model.to_owned(), |provider| provider.plain(model))
+    }
+
+    /// What the CLI of a cell is told of its provider.
+    ///
+    /// # Errors
+    /// [`GatewayError::UnknownProvider`].
+    pub fn view(&self, provider: &str) -> Result<ProviderView, GatewayError> {
+        self.provider(provider).map(|provider| provider.view())
+    }
+
+    /// The credentials, for what else injects them.
+    pub fn credentials(&self) -> &Credentials {
+        &self.credentials
+    }
+
+    fn provider(&self, name: &str) -> Result<&Arc<Provider>, GatewayError> {
+        self.providers.get(name).ok_or_else(|| GatewayError::UnknownProvider(name.to_owned()))
+    }
+
+    /// The price of a model: what the list says of `<provider>/<model>`, else of the model, else the plan's highest.
+    fn price(&self, provider: &Provider, model: &str, plan: &Plan) -> Option<Price> {
+        let special = format!("{}/{model}", provider.name);
+        self.prices.of(&special).copied().or_else(|| self.prices.of_or(model, plan.unpriced.as_ref()))
     }
 
     /// Opens a cell's socket, `<run_dir>/api.sock`, in place of one that a former daemon left there.
     ///
     /// # Errors
-    /// [`GatewayError::Socket`].
+    /// [`GatewayError::Socket`], and [`GatewayError::UnknownProvider`] where the plan names one that is gone.
     pub async fn lease(
         self: &Arc<Self>,
         spec: LeaseSpec,
         ledger: Arc<dyn Ledger>,
     ) -> Result<Lease, GatewayError> {
         let cell = spec.cell.to_string();
-        Lease::open(Arc::clone(self), spec, ledger)
+        let provider = Arc::clone(self.provider(&spec.plan.provider)?);
+        Lease::open(Arc::clone(self), provider, spec, ledger)
             .await
             .map_err(|source| GatewayError::Socket { cell, source })
     }

@@ -1,6 +1,9 @@
 //! Every Prometheus name in one place. Labels are closed lists, every series is there from the start at 0,
 //! and error text, job ids and paths are never labels.
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
 use prometheus::CounterVec;
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
@@ -10,7 +13,7 @@ use prometheus::{
 use crate::event::Decision;
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Outcome, Phase, State, StopReason};
-use crate::money::MicroUsd;
+use crate::money::{MicroUsd, Scope};
 use crate::pricing::Usage;
 
 /// Label of a model that the price list does not name.
@@ -28,6 +31,10 @@ pub struct Metrics {
     pub slots: IntGauge,
     /// Slots taken.
     pub slots_used: IntGauge,
+    /// Requests that may go to the model provider at once.
+    pub provider_concurrency: IntGauge,
+    /// Seconds for which the provider still pauses all requests.
+    pub provider_paused_s: Gauge,
     /// Seconds since the oldest queued job was submitted.
     pub queue_age_s: Gauge,
     jobs: IntGaugeVec,
@@ -38,6 +45,10 @@ pub struct Metrics {
     queue_time: Histogram,
     phase_time: HistogramVec,
     cost_total: CounterVec,
+    costs: Mutex<()>,
+    budget_limit: GaugeVec,
+    budget_spent: GaugeVec,
+    budget_reserved: GaugeVec,
     job_cost: Histogram,
     tokens_total: IntCounterVec,
     turns_total: IntCounter,
@@ -102,6 +113,16 @@ impl Metrics {
             engine_up: gauge(&registry, "hotcell_engine_up", "1 while the container engine answers.")?,
             slots: gauge(&registry, "hotcell_slots", "Jobs that may run at once.")?,
             slots_used: gauge(&registry, "hotcell_slots_used", "Jobs that hold a slot.")?,
+            provider_concurrency: gauge(
+                &registry,
+                "hotcell_provider_concurrency",
+                "Requests that may go to the model provider at once; fewer after it was limited.",
+            )?,
+            provider_paused_s: float_gauge(
+                &registry,
+                "hotcell_provider_paused_seconds",
+                "What is left of a pause that the model provider asked for.",
+            )?,
             queue_age_s: float_gauge(
                 &registry,
                 "hotcell_queue_age_seconds",
@@ -140,6 +161,22 @@ impl Metrics {
                 "hotcell_cost_usd_total",
                 "Charged, by model.",
                 &["model"],
+            )?,
+            costs: Mutex::new(()),
+            budget_limit: float_gauges(
+                &registry,
+                "hotcell_budget_limit_usd",
+                "Budgets of the day and the month; 0: no limit.",
+            )?,
+            budget_spent: float_gauges(
+                &registry,
+                "hotcell_budget_spent_usd",
+                "Charged in the day or the month that counts; for user_day, of the user with the most.",
+            )?,
+            budget_reserved: float_gauges(
+                &registry,
+                "hotcell_budget_reserved_usd",
+                "Set aside there for requests under way.",
             )?,
             job_cost: histogram(&registry, "hotcell_job_cost_usd", "Cost of a job.", cost)?,
             tokens_total: counters(&registry, "hotcell_tokens_total", "Tokens billed.", &["model", "type"])?,
@@ -223,6 +260,9 @@ impl Metrics {
         for kind in Orphan::ALL {
             self.orphans_total.with_label_values(&[kind.as_str()]);
         }
+        for scope in Scope::ALL.into_iter().filter(|scope| scope.resets()) {
+            self.set_budget(scope, None, MicroUsd::ZERO, MicroUsd::ZERO);
+        }
         let none: [&str; 0] = [];
         self.cost_difference.with_label_values(&none).set(0.0);
     }
@@ -274,15 +314,36 @@ impl Metrics {
         }
     }
 
-    /// A request was charged.
-    pub fn charged(&self, model: &str, usage: &Usage, charged: MicroUsd) {
-        let model = self.models.iter().find(|m| *m == model).map_or(OTHER_MODEL, String::as_str);
-        self.cost_total.with_label_values(&[model]).inc_by(charged.as_usd());
-        let counts =
-            [usage.input, usage.output, usage.cache_read, usage.cache_write_5m, usage.cache_write_1h];
-        for (kind, count) in TOKEN_TYPES.into_iter().zip(counts) {
-            self.tokens_total.with_label_values(&[model, kind]).inc_by(count);
+    /// Sets the sums of cost and tokens to what the store has, by model: they count what nobody saw charged, too.
+    /// A sum never goes down.
+    pub fn set_costs(&self, costs: &[(String, Usage, MicroUsd)]) {
+        // Two scrapes at a time must not both add the same.
+        let _one_at_a_time = self.costs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sums: BTreeMap<&str, (Usage, MicroUsd)> = BTreeMap::new();
+        for (model, usage, charged) in costs {
+            let label = self.models.iter().find(|m| *m == model).map_or(OTHER_MODEL, String::as_str);
+            let (tokens, cost) = sums.entry(label).or_default();
+            *cost = cost.plus(*charged);
+            tokens.add(usage);
         }
+        for (model, (usage, cost)) in sums {
+            let counter = self.cost_total.with_label_values(&[model]);
+            counter.inc_by((cost.as_usd() - counter.get()).max(0.0));
+            let counts =
+                [usage.input, usage.output, usage.cache_read, usage.cache_write_5m, usage.cache_write_1h];
+            for (kind, count) in TOKEN_TYPES.into_iter().zip(counts) {
+                let counter = self.tokens_total.with_label_values(&[model, kind]);
+                counter.inc_by(count.saturating_sub(counter.get()));
+            }
+        }
+    }
+
+    /// Sets the gauges of one budget; no limit is shown as 0.
+    pub fn set_budget(&self, scope: Scope, limit: Option<MicroUsd>, spent: MicroUsd, reserved: MicroUsd) {
+        let label = [scope.as_str()];
+        self.budget_limit.with_label_values(&label).set(limit.unwrap_or_default().as_usd());
+        self.budget_spent.with_label_values(&label).set(spent.as_usd());
+        self.budget_reserved.with_label_values(&label).set(reserved.as_usd());
     }
 
     /// The model said something.
@@ -377,6 +438,12 @@ fn float_counters(
     Ok(metric)
 }
 
+fn float_gauges(registry: &Registry, name: &str, help: &str) -> Result<GaugeVec, prometheus::Error> {
+    let metric = GaugeVec::new(Opts::new(name, help), &["scope"])?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
 fn histogram(
     registry: &Registry,
     name: &str,
@@ -404,16 +471,28 @@ mod tests {
             "hotcell_tokens_total{model=\"other\",type=\"cache_read\"} 0",
             "hotcell_orphans_reaped_total{kind=\"container\"} 0",
             "hotcell_job_phase_seconds_count{phase=\"collect\"} 0",
+            "hotcell_budget_spent_usd{scope=\"user_day\"} 0",
+            "hotcell_budget_limit_usd{scope=\"month\"} 0",
         ] {
             assert!(text.contains(line), "missing {line}\n{text}");
         }
     }
 
     #[test]
-    fn an_unknown_model_is_counted_as_other() {
+    fn costs_are_the_stores_and_unknown_models_count_as_other() {
         let metrics = Metrics::new("x", &["a".into()]).expect("metrics");
-        metrics.charged("from-the-agent\"} 1", &Usage { input: 3, ..Usage::default() }, MicroUsd(1_500_000));
+        let usage = Usage { input: 3, ..Usage::default() };
+        let cost = |model: &str, usd: u64| (model.to_owned(), usage, MicroUsd(usd * 500_000));
+        let mut all = vec![cost("a", 2), cost("from-the-agent\"} 1", 1), cost("b", 2)];
+        for _ in 0..2 {
+            metrics.set_costs(&all);
+        }
         let text = metrics.text().expect("text");
         assert!(text.contains("hotcell_cost_usd_total{model=\"other\"} 1.5"), "{text}");
+        assert!(text.contains("hotcell_tokens_total{model=\"other\",type=\"input\"} 6"), "{text}");
+        all[0] = cost("a", 3);
+        metrics.set_costs(&all);
+        let text = metrics.text().expect("text");
+        assert!(text.contains("hotcell_cost_usd_total{model=\"a\"} 1.5"), "{text}");
     }
 }

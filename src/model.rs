@@ -39,6 +39,12 @@
 //! [default]
 //! text = "Done: {{tool_result}}"             # also {{prompt}}, {{last}}, {{turn}}, {{model}}
 //! ```
+//! # Other providers
+//! The same script answers as Amazon Bedrock (`/model/{id}/invoke…`, with its event stream), Google Vertex
+//! (`…/publishers/anthropic/models/{id}:rawPredict…`) and Microsoft Foundry (`/anthropic/v1/messages`), told by the
+//! path ([`cloud`]). The first two refuse requests without a credential of the right form and bodies that are not
+//! of theirs; `model` in a `when` is then the provider's id.
+//!
 //! Conditions of `when`: `prompt` (text of the first user message, reminders left out), `last` (the latest
 //! user text), `system`, `tool_result` (text of the results in the last message), `model`, `header = { name =
 //! pattern }`, all patterns: the text must contain it, `*` stands for any text, a list means all of them;
@@ -48,6 +54,8 @@
 //! thinking budget that does not fit is refused with 400, as the real API does.
 
 pub mod ask;
+pub mod cloud;
+pub mod eventstream;
 pub mod record;
 pub mod reply;
 pub mod script;

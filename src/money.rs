@@ -1,10 +1,17 @@
 //! Money in integer micro-USD (one millionth of a dollar). No floats after the edge: a budget that is
-//! a bound cannot be made of roundings.
+//! a bound cannot be made of roundings. [`budget`] decides what may be set aside under several budgets at
+//! once, [`calendar`] says which day a moment belongs to.
+
+pub mod budget;
+pub mod calendar;
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+pub use budget::{Budget, Caps, NoRoom, Scope, Standing, grant};
+pub use calendar::{Calendar, CalendarError, Day};
 
 /// An amount in micro-USD; never negative.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -48,41 +55,6 @@ impl MicroUsd {
         }
         Ok(Self((usd * 1e6).round() as u64))
     }
-}
-
-/// Why nothing can be set aside.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NoRoom {
-    /// What is settled leaves less than the floor, whatever becomes of other reservations.
-    Exhausted,
-    /// There will be room when other reservations are settled for less.
-    Busy,
-}
-
-/// How much of `want` to set aside under a limit, given what is settled and what is set aside already: all
-/// of it, or what is left (at least `floor`) when no other reservation is open. Waiting for others is better
-/// than a short grant, since an answer that is cut short ends the job.
-///
-/// # Errors
-/// [`NoRoom`].
-pub fn grant(
-    limit: Option<MicroUsd>,
-    settled: MicroUsd,
-    reserved: MicroUsd,
-    want: MicroUsd,
-    floor: MicroUsd,
-) -> Result<MicroUsd, NoRoom> {
-    let Some(limit) = limit else { return Ok(want) };
-    if settled.plus(reserved).plus(want) <= limit {
-        return Ok(want);
-    }
-    if settled.plus(floor) > limit {
-        return Err(NoRoom::Exhausted);
-    }
-    if reserved > MicroUsd::ZERO {
-        return Err(NoRoom::Busy);
-    }
-    Ok(limit.minus(settled).min(want))
 }
 
 impl fmt::Display for MicroUsd {

@@ -17,10 +17,11 @@ pub mod output;
 mod place;
 pub mod requests;
 pub mod rule;
+pub mod writable;
 
 pub use access::{Access, AccessError, Grant};
 pub use decide::{Ask, Denial, Permit, decide};
-pub use file::{Policy, PolicyError};
+pub use file::{Policy, PolicyError, Unpriced};
 pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
 pub use narrowing::Narrowing;
 

@@ -7,6 +7,7 @@ use std::ops::Range;
 use serde::{Deserialize, Deserializer, Serialize, de};
 
 use crate::money::MicroUsd;
+use crate::policy::Unpriced;
 
 /// The price list that comes with hotcell.
 const BUILT_IN: &str = include_str!("../policies/prices.toml");
@@ -25,6 +26,30 @@ pub struct Usage {
     pub cache_write_5m: u64,
     /// Input tokens written to the cache for one hour.
     pub cache_write_1h: u64,
+    /// Searches of the web that the provider made.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub web_searches: u64,
+}
+
+impl Usage {
+    /// Adds another request's tokens.
+    pub fn add(&mut self, other: &Self) {
+        let Self { input, output, cache_read, cache_write_5m, cache_write_1h, web_searches } = self;
+        for (sum, more) in [
+            (input, other.input),
+            (output, other.output),
+            (cache_read, other.cache_read),
+            (cache_write_5m, other.cache_write_5m),
+            (cache_write_1h, other.cache_write_1h),
+            (web_searches, other.web_searches),
+        ] {
+            *sum = sum.saturating_add(more);
+        }
+    }
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 impl Usage {
@@ -90,27 +115,32 @@ pub struct Price {
     rates: Rates,
     /// Other rates for requests whose input is above a number of tokens.
     long: Option<(u64, Rates)>,
-    /// The most output tokens that the model gives in one reply.
+    /// The most output tokens that the model gives in one reply; `u64::MAX` where nobody knows.
     pub output_tokens_max: u64,
+    /// One search of the web, beside its tokens; none where the list has no price for it.
+    pub web_search: Option<MicroUsd>,
 }
 
 /// A price list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prices {
     models: Vec<(String, Price)>,
+    web_search: Option<MicroUsd>,
 }
 
 impl Price {
-    /// What `usage` costs, rounded up to a whole micro-USD.
+    /// What `usage` costs, rounded up to a whole micro-USD; searches of the web without a price cost nothing,
+    /// so that a request that could make one must be refused.
     pub fn cost(&self, usage: &Usage) -> MicroUsd {
         let rates = self.rates_for(usage.input_total());
-        cost_of(&[
+        let tokens = cost_of(&[
             (usage.input, rates.input),
             (usage.output, rates.output),
             (usage.cache_read, rates.cache_read),
             (usage.cache_write_5m, rates.cache_write_5m),
             (usage.cache_write_1h, rates.cache_write_1h),
-        ])
+        ]);
+        tokens.plus(MicroUsd(self.web_search.unwrap_or_default().0.saturating_mul(usage.web_searches)))
     }
 
     /// The most that a request can cost: all input at its dearest (a cache write), all output used.
@@ -162,8 +192,9 @@ impl Prices {
             message: e.message().trim().replace('\n', ", "),
         })?;
         let mut models: Vec<(String, Price)> = Vec::new();
+        let web_search = raw.web_search_per_use.map(|usd| usd.0);
         for entry in raw.model {
-            let price = entry.price();
+            let price = Price { web_search, ..entry.price() };
             for name in entry.names {
                 if models.iter().any(|(known, _)| *known == name) {
                     return Err(PricesError::Twice { file: file.to_owned(), name });
@@ -171,7 +202,7 @@ impl Prices {
                 models.push((name, price));
             }
         }
-        Ok(Self { models })
+        Ok(Self { models, web_search })
     }
 
     /// The list that comes with hotcell (`policies/prices.toml`).
@@ -186,6 +217,23 @@ impl Prices {
     pub fn of(&self, model: &str) -> Option<&Price> {
         let known = self.models.iter().filter(|(name, _)| names_model(name, model));
         known.max_by_key(|(name, _)| name.len()).map(|(_, price)| price)
+    }
+
+    /// The price of `model`, or where it has none the highest that the policy takes any such model to have: its
+    /// input and output, cache writes twice its input, cache reads its input.
+    pub fn of_or(&self, model: &str, unpriced: Option<&Unpriced>) -> Option<Price> {
+        let listed = self.of(model).copied();
+        listed.or_else(|| {
+            let (input, output) = unpriced?.rates().ok()?;
+            let rates = Rates {
+                input,
+                output,
+                cache_write_5m: input.plus(input),
+                cache_write_1h: input.plus(input),
+                cache_read: input,
+            };
+            Some(Price { rates, long: None, output_tokens_max: u64::MAX, web_search: self.web_search })
+        })
     }
 
     /// All names in the list.
@@ -212,6 +260,7 @@ pub fn names_model(name: &str, model: &str) -> bool {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawPrices {
+    web_search_per_use: Option<Usd>,
     model: Vec<RawModel>,
 }
 
@@ -258,7 +307,7 @@ impl RawModel {
             };
             (long.above_tokens, rates)
         });
-        Price { rates, long, output_tokens_max: self.output_tokens_max }
+        Price { rates, long, output_tokens_max: self.output_tokens_max, web_search: None }
     }
 }
 
@@ -271,7 +320,7 @@ impl<'de> Deserialize<'de> for Usd {
         impl de::Visitor<'_> for Visitor {
             type Value = Usd;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("USD per million tokens, e.g. 3.75")
+                f.write_str("a price in USD, e.g. 3.75")
             }
             fn visit_f64<E: de::Error>(self, usd: f64) -> Result<Usd, E> {
                 MicroUsd::from_usd(usd).map(Usd).map_err(E::custom)
@@ -326,6 +375,35 @@ mod tests {
     }
 
     #[test]
+    fn a_model_without_a_price_is_priced_at_the_maximum_that_the_policy_names() {
+        let prices = Prices::built_in().unwrap();
+        let unpriced = Unpriced { input: 20.0, output: 100.0 };
+        assert_eq!(prices.of_or("gpt-5", None), None);
+        assert_eq!(
+            prices.of_or("claude-sonnet-4-6", Some(&unpriced)),
+            Some(sonnet()),
+            "a listed price stays"
+        );
+        let price = prices.of_or("gpt-5", Some(&unpriced)).unwrap();
+        let each = |usage: Usage| price.cost(&usage).0;
+        assert_eq!(each(Usage { input: 10, ..Usage::default() }), 200);
+        assert_eq!(each(Usage { output: 10, ..Usage::default() }), 1000);
+        assert_eq!(each(Usage { cache_write_5m: 10, ..Usage::default() }), 400);
+        assert_eq!(each(Usage { cache_write_1h: 10, ..Usage::default() }), 400);
+        assert_eq!(each(Usage { cache_read: 10, ..Usage::default() }), 200);
+        assert_eq!(price.worst_case(10, 10, CacheWrite::FiveMinutes).0, 400 + 1000);
+    }
+
+    #[test]
+    fn a_search_of_the_web_costs_what_the_list_says() {
+        assert_eq!(sonnet().web_search, Some(MicroUsd(10_000)));
+        assert_eq!(sonnet().cost(&Usage { web_searches: 3, ..Usage::default() }).0, 30_000);
+        let own = "[[model]]\nnames=['a']\ninput=1\noutput=1\ncache_write_5m=1\ncache_write_1h=1\ncache_read=1\noutput_tokens_max=1\n";
+        assert_eq!(Prices::parse(own, "p").unwrap().of("a").unwrap().web_search, None);
+        assert!(Prices::parse(&format!("web_search_per_use = -1\n{own}"), "p").is_err());
+    }
+
+    #[test]
     fn a_bad_list_names_the_line() {
         let error = Prices::parse("[[model]]\nnames = [\"a\"]\ninputs = 3\n", "p.toml").unwrap_err();
         assert!(error.to_string().starts_with("p.toml:3: "), "{error}");
@@ -340,7 +418,7 @@ mod tests {
             parts in prop::array::uniform4(0u64..400_000), output in 0u64..200_000
         ) {
             let [input, cache_read, cache_write_5m, cache_write_1h] = parts;
-            let usage = Usage { input, output, cache_read, cache_write_5m, cache_write_1h };
+            let usage = Usage { input, output, cache_read, cache_write_5m, cache_write_1h, web_searches: 0 };
             for name in Prices::built_in().unwrap().names() {
                 let price = *Prices::built_in().unwrap().of(name).unwrap();
                 prop_assert!(price.worst_case(usage.input_total(), output, CacheWrite::OneHour) >= price.cost(&usage));

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent_bundle::{Report, Version};
 use crate::clock;
-use crate::config::{ApiKeySource, Config, Provider};
+use crate::config::{self, ApiKeySource, Config};
 use crate::daemon::{self, Listeners, Shutdown};
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
@@ -220,7 +220,7 @@ impl Lab {
         own.socket.clone_from(&socket);
         own.metrics = None;
         own.policy_dirs = Vec::new();
-        own.provider = Provider { base_url, api_key: ApiKeySource::File(key) };
+        own.gateway = config::anthropic(base_url, ApiKeySource::File(key));
         own.defaults.policy = "trusted".to_owned();
         own.defaults.agent = Some(version.to_string());
         own.limits.slots = 1;

@@ -34,12 +34,12 @@ use tokio::sync::{Semaphore, oneshot};
 
 use crate::job::state::IllegalMove;
 use crate::job::{InstanceId, JobId, State};
-use crate::money::MicroUsd;
+use crate::money::{MicroUsd, Standing};
 
 pub use access::{AuditFilter, AuditJob};
 pub use cells::CellRow;
 pub use jobs::{Filter, Job, JobRow, NewJob, OpenJob, Page, Submitted};
-pub use ledger::{ModelCost, ReservationId, Spend};
+pub use ledger::{Batch, ModelCost, NewReservation, Payer, ReservationId, Reserved, Spend};
 use writer::{Durability, Writer};
 
 /// Name of the database in the state directory.
@@ -143,23 +143,19 @@ pub enum StoreError {
     /// A cell of the job is not proven gone: its row must stay until it is.
     #[error("a cell of the job is not gone yet; try again when it is")]
     CellsLeft,
-    /// The amount does not fit under the limit now.
-    #[error("over budget: {settled} USD charged and {reserved} USD set aside of {limit} USD")]
-    OverBudget {
-        /// Charged so far.
-        settled: MicroUsd,
-        /// Set aside by other open reservations.
-        reserved: MicroUsd,
-        /// The limit.
-        limit: MicroUsd,
-    },
-    /// There will be room when other reservations are settled.
-    #[error("{reserved} USD are set aside for other requests, {settled} USD are charged")]
-    BudgetBusy {
-        /// Charged so far.
-        settled: MicroUsd,
-        /// Set aside by other open reservations.
-        reserved: MicroUsd,
+    /// What is charged leaves no room under this budget, whatever becomes of open reservations.
+    #[error("{}", .0.words())]
+    OverBudget(Standing),
+    /// There will be room under this budget when other reservations are settled.
+    #[error("{} USD of the {} are set aside for other requests", .0.reserved, .0.scope.words())]
+    BudgetBusy(Standing),
+    /// The first job of the batch named another budget.
+    #[error("the batch {name:?} has {}; leave the figure out, or choose another name", batch_words(.first))]
+    BatchBudget {
+        /// Its name.
+        name: String,
+        /// What the first job said; none: no budget of its own.
+        first: Option<MicroUsd>,
     },
     /// The reservation does not exist or was settled before.
     #[error("reservation {0} is not open")]
@@ -192,6 +188,10 @@ impl StoreError {
             other => other,
         }
     }
+}
+
+fn batch_words(first: &Option<MicroUsd>) -> String {
+    first.map_or_else(|| "no budget".to_owned(), |limit| format!("a budget of {limit} USD"))
 }
 
 /// A handle on the store; clones share it.

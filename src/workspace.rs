@@ -17,6 +17,8 @@ mod rules;
 mod scratch;
 mod stage;
 mod sweep;
+mod take;
+mod writable;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -26,8 +28,10 @@ pub use idmap::{CELL_IDS, MapError};
 pub use peer::{WorkspaceRecord, open_as, read_text, reopen_as};
 pub use rules::Guard;
 pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage};
-pub use stage::{CellIds, Mode, Staged, StagedIds, stage, unstage};
+pub use stage::{CellIds, Mode, Staged, StagedIds, stage, stage_program, unstage};
 pub use sweep::{Left, SweepReport, sweep};
+pub use take::{TakeError, Taken, take_file};
+pub use writable::{PARTS_MAX, StagedPart};
 
 /// What the job will do with the workspace, so what the submitter must be allowed to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -170,6 +174,16 @@ pub enum WorkspaceError {
         path: PathBuf,
         /// What differs, e.g. `inode`.
         what: &'static str,
+    },
+    /// A path that the policy lists as writable cannot be made so.
+    #[error("{path:?}, which the policy makes writable in the workspace {workspace:?}, {why}")]
+    Writable {
+        /// The workspace.
+        workspace: PathBuf,
+        /// As the policy names it, below the workspace.
+        path: PathBuf,
+        /// What is wrong with it, and what helps.
+        why: &'static str,
     },
     /// Too many openings hang at the same time.
     #[error("{limit} workspaces are being opened already and do not answer: try again later")]

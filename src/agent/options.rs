@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
+use super::provider::ProviderView;
 use crate::job::spec::PermissionMode;
+use crate::policy::requests::web_search_uses_max;
 use crate::policy::{Plan, judge};
 
 /// Where the CLI is mounted in a cell.
@@ -72,9 +74,15 @@ pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
         argv.push(format!("--allowedTools={}", plan.allowed_tools.join(",")));
     }
     let mut refused: Vec<&str> = REMOVED_TOOLS.to_vec();
+    if web_search_uses_max(&plan.layers).is_some() {
+        refused.retain(|tool| *tool != "WebSearch");
+    }
     let denied = plan.layers.iter().flat_map(|layer| &layer.tools_deny);
-    let exact = denied.chain(&plan.disallowed_tools).map(String::as_str);
-    refused.extend(exact.filter(|p| !p.ends_with('*') && !REMOVED_TOOLS.contains(p)));
+    for name in denied.chain(&plan.disallowed_tools).map(String::as_str).filter(|p| !p.ends_with('*')) {
+        if !refused.contains(&name) {
+            refused.push(name);
+        }
+    }
     argv.push(format!("--disallowedTools={}", refused.join(",")));
     argv
 }
@@ -98,10 +106,14 @@ fn built_in_tools(plan: &Plan) -> Option<Vec<String>> {
 }
 
 /// The agent's whole environment; nothing of the daemon's is inherited. `token` opens this cell's gateway
-/// socket and is worth nothing anywhere else.
-pub fn environment(plan: &Plan, image_path: Option<&str>, token: &str) -> BTreeMap<String, String> {
+/// socket and is worth nothing anywhere else; how it stands there is `provider`'s.
+pub fn environment(
+    plan: &Plan,
+    image_path: Option<&str>,
+    provider: &ProviderView,
+    token: &str,
+) -> BTreeMap<String, String> {
     let path = image_path.unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
-    let base_url = format!("http://127.0.0.1:{MODEL_PORT}");
     let mut env: BTreeMap<String, String> = plan.env.clone();
     for (name, value) in [
         ("PATH", path),
@@ -114,8 +126,6 @@ pub fn environment(plan: &Plan, image_path: Option<&str>, token: &str) -> BTreeM
         env.entry(name.to_owned()).or_insert_with(|| value.to_owned());
     }
     for (name, value) in [
-        ("ANTHROPIC_BASE_URL", base_url.as_str()),
-        ("ANTHROPIC_API_KEY", token),
         // Settings of the repository cannot redirect the provider.
         ("CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST", "1"),
         ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1"),
@@ -127,6 +137,7 @@ pub fn environment(plan: &Plan, image_path: Option<&str>, token: &str) -> BTreeM
     ] {
         env.insert(name.to_owned(), value.to_owned());
     }
+    env.extend(provider.environment(token).into_iter().map(|(name, value)| (name.to_owned(), value)));
     env
 }
 

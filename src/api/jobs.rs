@@ -49,6 +49,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
             }
         }
     };
+    let cell = api.parts.store.cell_of(&row.id).await?;
     Ok(JobView {
         id: row.id.clone(),
         state: row.state.clone(),
@@ -60,14 +61,17 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         workspace: accepted.workspace.map(|record| record.path.display().to_string()),
         workspace_mode: accepted.plan.workspace_mode,
         labels: row.labels.clone(),
+        batch: spec.batch.map(|batch| batch.name),
         priority: row.priority,
-        cell: api.parts.store.cell_of(&row.id).await?.map(|row| row.cell.to_string()),
+        runtime: cell.as_ref().and_then(|row| row.runtime),
+        cell: cell.map(|row| row.cell.to_string()),
         created_at: clock::rfc3339(row.created_ms),
         started_at: row.started_ms.map(clock::rfc3339),
         ended_at: row.ended_ms.map(clock::rfc3339),
         last_seq: api.parts.feeds.last_seq(&row.id).or(row.state_seq).unwrap_or(0),
         cost_limit_usd: accepted.plan.limits.cost_micro_usd.as_usd(),
         cost_usd: totals.charged_micro_usd.as_usd(),
+        report_bytes: totals.report_bytes,
         totals,
         result: job.result_text.clone(),
     })
@@ -91,6 +95,7 @@ pub fn path_text(path: &JobPath) -> &str {
 }
 
 impl Api {
+    /// Whether somebody is an admin.
     pub(super) fn sees_all(&self, who: &Identity) -> bool {
         self.access.is_admin(who.uid)
     }

@@ -3,6 +3,7 @@
 use axum::Json;
 use serde_json::{Value, json};
 
+use super::cost::{BudgetList, CostReport};
 use super::wire::{ErrorBody, Health, JobList, JobView, WhoAmI};
 use crate::audit::Record;
 use crate::job::JobSpec;
@@ -26,6 +27,8 @@ pub fn openapi() -> Value {
         generator.subschema_for::<JobSpec>(),
         generator.subschema_for::<JobView>(),
         generator.subschema_for::<JobList>(),
+        generator.subschema_for::<CostReport>(),
+        generator.subschema_for::<BudgetList>(),
         generator.subschema_for::<Health>(),
         generator.subschema_for::<WhoAmI>(),
         generator.subschema_for::<Record>(),
@@ -133,6 +136,18 @@ fn paths() -> Value {
                 },
             },
         },
+        "/v1/jobs/{id}/report": {
+            "get": {
+                "operationId": "jobReport",
+                "summary": "The file that the job's policy keeps; not_found where there is none, or not yet",
+                "parameters": [id],
+                "responses": {
+                    "200": { "description": "The file's bytes, as the agent wrote them",
+                             "content": { "application/octet-stream": {} } },
+                    "default": error,
+                },
+            },
+        },
         "/v1/jobs/{id}/events": {
             "get": {
                 "operationId": "followJob",
@@ -158,6 +173,20 @@ fn paths() -> Value {
         "/v1/whoami": { "get": {
             "operationId": "whoami", "summary": "Who asks, and what they may do",
             "responses": { "200": answer("The user", "WhoAmI"), "default": error },
+        } },
+        "/v1/cost": { "get": {
+            "operationId": "cost", "summary": "What was spent; admins see everybody's, others their own",
+            "parameters": [
+                query("since", "a date (from its beginning, in the daemon's time zone) or an RFC 3339 time"),
+                query("until", "a date (to its end) or an RFC 3339 time, which is not included"),
+                query("by", "job, user, model (the default), policy, label, batch, credential, day or month"),
+                query("label", "with by=label: the label whose values are added up"),
+            ],
+            "responses": { "200": answer("Sums by key, and their total", "CostReport"), "default": error },
+        } },
+        "/v1/budgets": { "get": {
+            "operationId": "budgets", "summary": "How the budgets of the asker's day, of the day and of the month stand",
+            "responses": { "200": answer("The budgets that have a limit", "BudgetList"), "default": error },
         } },
         "/v1/openapi.json": { "get": {
             "operationId": "openapi", "summary": "This document", "responses": { "200": { "description": "OpenAPI 3.1" } },

@@ -17,11 +17,13 @@ use crate::agent_bundle::{PINNED_VERSION, Version};
 use crate::cell::Accepted;
 use crate::clock;
 use crate::event::Body;
+use crate::gateway::GatewayError;
 use crate::job::spec::{SPEC_BYTES_MAX, SpecError, WorkspaceMode};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
+use crate::money::MicroUsd;
 use crate::policy::{Grant, Narrowing, Plan, narrow};
-use crate::store::{NewJob, StoreError, Submitted};
+use crate::store::{Batch, NewJob, StoreError, Submitted};
 use crate::workspace::{self, Access, Guard, WorkspaceRecord};
 
 /// Longest idempotency key, in bytes.
@@ -67,7 +69,7 @@ pub async fn submit(
         ApiError::new(code, error).hint("`hotcell schema` prints the JSON Schema of a job spec")
     })?;
     let granted = api.granted(&identity)?;
-    let plan = plan(&api, &spec, &granted)?;
+    let plan = plan(&api, &spec, &granted, &identity)?;
     if api.parts.metrics.engine_up.get() == 0 {
         let words = format!("the container engine at {} does not answer", api.engine_address);
         return Err(ApiError::new(ErrorCode::EngineUnavailable, words)
@@ -111,7 +113,7 @@ fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<(String, [u8; 
     Ok(Some((key.to_owned(), Sha256::digest(body).into())))
 }
 
-fn plan(api: &Api, spec: &JobSpec, granted: &Grant) -> Result<Plan, ApiError> {
+fn plan(api: &Api, spec: &JobSpec, granted: &Grant, who: &Identity) -> Result<Plan, ApiError> {
     let name = spec.policy.as_deref().or(granted.default_policy.as_deref()).unwrap_or(&api.default_policy);
     granted.policy(name)?;
     let policy = api.policies.get(name).ok_or_else(|| {
@@ -133,12 +135,21 @@ fn plan(api: &Api, spec: &JobSpec, granted: &Grant) -> Result<Plan, ApiError> {
             .hint(format!("`hotcell policy show {name}` shows its limits"))
     })?;
     granted.image(&plan.image)?;
-    granted.provider(plan.provider.as_deref().unwrap_or(&api.default_provider))?;
+    granted.provider(&plan.provider)?;
+    usable(api, &plan.provider, who)?;
+    let provider = &plan.provider;
     for (key, model) in [("model", Some(&plan.model)), ("fallback_model", plan.fallback_model.as_ref())] {
-        if let Some(model) = model.filter(|model| !api.parts.gateway.knows_model(model)) {
+        let gateway = &api.parts.gateway;
+        if let Some(model) = model.filter(|model| !gateway.serves(provider, model)) {
+            let words = format!("{key}: the provider {provider} has no id for {model:?}");
+            return Err(ApiError::new(ErrorCode::InvalidSpec, words)
+                .hint("add it to `models` of that [[provider]] in the daemon's configuration"));
+        }
+        let plain = model.map(|model| gateway.plain_model(provider, model));
+        if let Some(model) = plain.filter(|model| !gateway.knows_model(provider, &model, &plan)) {
             let words = format!("{key}: {model:?} has no price, so its cost could not be bounded");
             return Err(ApiError::new(ErrorCode::InvalidSpec, words)
-                .hint("name a model of prices.toml, or add it there"));
+                .hint("name a model of prices.toml, add it there, or name [models] unpriced in the policy"));
         }
     }
     if let Some(agent) = plan.agent.as_ref().filter(|text| text.parse::<Version>().is_err()) {
@@ -148,6 +159,21 @@ fn plan(api: &Api, spec: &JobSpec, granted: &Grant) -> Result<Plan, ApiError> {
         );
     }
     Ok(plan)
+}
+
+/// Whether a provider is there and the user is one who may use its credential.
+fn usable(api: &Api, name: &str, who: &Identity) -> Result<(), ApiError> {
+    let gateway = &api.parts.gateway;
+    match gateway.may_use(name, who) {
+        Ok(()) => Ok(()),
+        Err(GatewayError::UnknownProvider(_)) => {
+            let known = gateway.providers().collect::<Vec<_>>().join(", ");
+            let words = format!("provider: there is no provider {name:?} (there are: {known})");
+            Err(ApiError::new(ErrorCode::InvalidSpec, words).hint("leave it out for the default one"))
+        }
+        Err(error) => Err(ApiError::new(ErrorCode::AbovePolicy, format!("provider: {name}: {error}"))
+            .hint("name a provider whose credential you may use, or ask the daemon's administrator")),
+    }
 }
 
 async fn room(api: &Api) -> Result<(), ApiError> {
@@ -204,6 +230,7 @@ async fn store(
         policy: accepted.plan.policy.clone(),
         model: accepted.plan.model.clone(),
         labels: spec.labels.clone(),
+        batch: batch(spec),
         idem,
         created_ms: now,
     };
@@ -224,8 +251,18 @@ fn stored(error: StoreError) -> ApiError {
             let words = format!("this Idempotency-Key was used for {existing} with another spec");
             ApiError::new(ErrorCode::IdempotencyConflict, words).hint("use a new key for a new spec")
         }
+        error @ StoreError::BatchBudget { .. } => {
+            ApiError::new(ErrorCode::InvalidSpec, format!("batch.cost_usd: {error}"))
+        }
         error => error.into(),
     }
+}
+
+/// The batch of a job; its figure was checked with the spec.
+fn batch(spec: &JobSpec) -> Option<Batch> {
+    let batch = spec.batch.as_ref()?;
+    let limit = batch.cost_usd.and_then(|usd| MicroUsd::from_usd(usd).ok());
+    Some(Batch { name: batch.name.clone(), limit })
 }
 
 fn begin_journal(api: &Api, id: &JobId) -> Result<(), ApiError> {

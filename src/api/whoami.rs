@@ -8,8 +8,8 @@ use axum::extract::{ConnectInfo, State};
 
 use super::peer::Peer;
 use super::submit::identity;
-use super::wire::{AllowedBudget, ErrorCode, GroupView, PolicyView, SlotsView, WhoAmI};
-use super::{Api, ApiError};
+use super::wire::{ErrorCode, GroupView, PolicyView, SlotsView, WhoAmI};
+use super::{Api, ApiError, cost};
 use crate::config::Names;
 use crate::policy::Grant;
 
@@ -32,6 +32,10 @@ pub async fn whoami(
     let groups = std::iter::once(who.gid).chain(who.groups.iter().copied());
     let group = |gid| GroupView { gid, name: names.group(gid).map(str::to_owned) };
     let (policies, default_policy) = grant.as_ref().map(|g| policies(&api, g)).unwrap_or_default();
+    let budgets = match &grant {
+        Some(grant) => cost::own_budgets(&api, &who, grant).await?,
+        None => Vec::new(),
+    };
     Ok(Json(WhoAmI {
         uid: who.uid,
         user: names.user(who.uid).map(str::to_owned),
@@ -41,7 +45,7 @@ pub async fn whoami(
         policies,
         default_policy,
         slots: SlotsView { used, queued, max },
-        budgets: grant.as_ref().map(budgets).unwrap_or_default(),
+        budgets,
         providers: grant.as_ref().map(|g| g.providers.clone()).unwrap_or_default(),
         images: grant.as_ref().map(|g| g.images.clone()).unwrap_or_default(),
         access: grant.map(|g| g.entries).unwrap_or_default(),
@@ -58,18 +62,6 @@ fn policies(api: &Api, grant: &Grant) -> (Vec<PolicyView>, Option<String>) {
     });
     let default = grant.default_policy.as_ref().unwrap_or(&api.default_policy);
     (views.collect(), Some(default.clone()).filter(|name| grant.has_policy(name)))
-}
-
-/// Budgets that the entries set. What is spent of them is not known here.
-fn budgets(grant: &Grant) -> Vec<AllowedBudget> {
-    let day = |limit: crate::money::MicroUsd| AllowedBudget {
-        scope: "user_day".to_owned(),
-        limit_usd: limit.as_usd(),
-        spent_usd: None,
-        reserved_usd: None,
-        resets_at: None,
-    };
-    grant.day_usd.map(day).into_iter().collect()
 }
 
 /// This user's jobs that have a slot, and those that wait.

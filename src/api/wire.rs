@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::event::Totals;
+use crate::job::spec::Runtime;
 use crate::job::{Blame, JobId, Outcome, State};
 
 /// A job as its owner sees it.
@@ -33,8 +34,14 @@ pub struct JobView {
     pub workspace_mode: crate::job::spec::WorkspaceMode,
     /// The submitter's labels.
     pub labels: BTreeMap<String, String>,
+    /// The batch it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch: Option<String>,
     /// Its priority.
     pub priority: i8,
+    /// What isolates or isolated its cell, once it has one.
+    #[serde(default)]
+    pub runtime: Option<Runtime>,
     /// The cell that runs or ran it.
     pub cell: Option<String>,
     /// RFC 3339, UTC.
@@ -53,6 +60,9 @@ pub struct JobView {
     pub totals: Totals,
     /// The agent's final answer, where it gave one.
     pub result: Option<String>,
+    /// Length of its report in bytes, where one was kept: `GET /v1/jobs/{id}/report` gives it.
+    #[serde(default)]
+    pub report_bytes: Option<u64>,
 }
 
 impl JobView {
@@ -94,8 +104,8 @@ pub struct WhoAmI {
     pub images: Vec<String>,
     /// Jobs at the same time.
     pub slots: SlotsView,
-    /// Budgets beyond the single job's.
-    pub budgets: Vec<AllowedBudget>,
+    /// Budgets beyond the single job's: the user's own, and the daemon's.
+    pub budgets: Vec<super::cost::BudgetView>,
     /// The `[[access]]` entries that matched. Empty: there are none, or this is an admin.
     pub access: Vec<String>,
 }
@@ -129,21 +139,6 @@ pub struct SlotsView {
     pub queued: u64,
     /// Most of this user's jobs at the same time.
     pub max: u32,
-}
-
-/// A budget and where it stands.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct AllowedBudget {
-    /// Which one: `user_day`, `day`, `month`.
-    pub scope: String,
-    /// The limit, in USD.
-    pub limit_usd: f64,
-    /// Charged in the present period, in USD, where it is known.
-    pub spent_usd: Option<f64>,
-    /// Set aside for requests under way, in USD, where it is known.
-    pub reserved_usd: Option<f64>,
-    /// When it is empty again, RFC 3339, where it is known.
-    pub resets_at: Option<String>,
 }
 
 /// What `GET /healthz` answers.

@@ -24,6 +24,7 @@ use crate::gateway::{GatewayEvent, Lease};
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Input, Phase, State, StopReason};
 use crate::link::{ExitReason, ExitReport, ExitStatus, Link, LinkEvent, LinkHandle, OutputStream};
+use crate::money::{MicroUsd, Scope};
 use crate::session::{AgentExit, Session, Step, Trouble, What};
 
 /// What the cell keeps of each stream until it is acknowledged, in bytes.
@@ -461,16 +462,18 @@ impl<'a> Live<'a> {
         self.record.note_gateway(self.parts, &event, &mut self.trouble)?;
         self.record.commit()?;
         match event {
-            GatewayEvent::BudgetExhausted { spent, limit } => {
-                let detail = format!(
-                    "{spent} USD of {limit} USD are spent, and the next request needs more than is left"
-                );
-                self.end(StopReason::Budget, detail).await
+            GatewayEvent::BudgetExhausted { scope, spent, limit, resets_at_ms: None } => {
+                self.end(StopReason::Budget, exhausted(scope, spent, limit)).await
+            }
+            // There will be room at that time: the place to park the job until then.
+            GatewayEvent::BudgetExhausted { scope, spent, limit, resets_at_ms: Some(_) } => {
+                self.end(StopReason::Budget, exhausted(scope, spent, limit)).await
             }
             GatewayEvent::Requested { .. }
             | GatewayEvent::Charged { .. }
             | GatewayEvent::Refused { .. }
-            | GatewayEvent::ProviderFault { .. } => Ok(()),
+            | GatewayEvent::ProviderFault { .. }
+            | GatewayEvent::ProviderPaused { .. } => Ok(()),
         }
     }
 
@@ -594,4 +597,10 @@ async fn wait(parts: &Parts, container: &ContainerId) -> Result<Exit, EngineErro
             other => return other,
         }
     }
+}
+
+/// Which budget ended a job, in words.
+fn exhausted(scope: Scope, spent: MicroUsd, limit: MicroUsd) -> String {
+    let scope = scope.words();
+    format!("{scope}: {spent} USD of {limit} USD are spent, and the next request needs more than is left")
 }

@@ -11,8 +11,8 @@ use tokio::sync::watch;
 
 use super::live::CELL_BUFFER_BYTES_MAX;
 use super::record::{Record, RecordError};
-use super::rooms::{self, Dirs, Who};
-use super::{Parts, StopWish};
+use super::rooms::{self, Dirs, Made, Tenant, Who};
+use super::{Accepted, Parts, StopWish, runtime};
 use crate::agent::options;
 use crate::agent_bundle::{Bundles, Platform, Version};
 use crate::cell_image::{EngineImages, ImageError, Images};
@@ -21,11 +21,13 @@ use crate::engine::{BindMount, CellLimits, CellSpec, ContainerId, EngineError};
 use crate::event::Body;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::job::outcome::Failure;
+use crate::job::spec::Runtime;
 use crate::job::{CellId, FailReason, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
+use crate::money::Budget;
 use crate::session::{Session, Step};
 use crate::store::CellRow;
-use crate::workspace;
+use crate::workspace::{self, StagedPart};
 
 /// Most open files of a process in a cell.
 const NOFILE_MAX: u32 = 65_536;
@@ -94,9 +96,13 @@ pub async fn prepare(
     stop: &mut watch::Receiver<StopWish>,
 ) -> Result<Prepared, PrepareError> {
     let found = find_image(parts, record, stop).await?;
+    let chosen = runtime::choose(parts, record, &found, stop).await?;
     let names = Names::new()?;
-    parts.store.put_cell(names.row(record)).await?;
-    let (dirs, session, staged) = make_directories(parts, record, &names).await?;
+    parts.store.put_cell(names.row(record, Some(chosen.runtime))).await?;
+    let (cell, runtime, instead) = (names.cell.clone(), chosen.runtime, chosen.instead.clone());
+    record.push(&Body::Cell { cell, runtime, instead })?;
+    let tenant = Tenant { uid: names.uid, runtime, claude: found.claude.clone() };
+    let (dirs, session, staged) = make_directories(parts, record, &names, tenant).await?;
     let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), staged.owner())
         .await
         .map_err(|e| failed(FailReason::Internal, e))?;
@@ -107,8 +113,10 @@ pub async fn prepare(
             return Err(error);
         }
     };
-    let spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
-    let boot = boot(record, &names, &found, record.accepted.plan.limits.wall_ms + WALL_SLACK_MS);
+    let mut spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
+    spec.runtime = chosen.engine_name;
+    let wall_limit_ms = record.accepted.plan.limits.wall_ms + WALL_SLACK_MS;
+    let boot = boot(parts, record, &names, &found, wall_limit_ms);
     let started = match boot {
         Ok(boot) => start(parts, &names.cell, &spec, &boot, stop).await,
         Err(error) => Err(error),
@@ -126,7 +134,7 @@ pub async fn prepare(
     Ok(Prepared { session, link, lease, cell: names.cell, container, pending, sent, booted, age })
 }
 
-async fn start(
+pub(super) async fn start(
     parts: &Arc<Parts>,
     cell: &CellId,
     spec: &CellSpec,
@@ -147,7 +155,7 @@ async fn start(
     Ok(container)
 }
 
-async fn leave_link(record: &Record, link: Link) {
+pub(super) async fn leave_link(record: &Record, link: Link) {
     if let Err(error) = link.destroy().await {
         tracing::warn!(job = %record.job, %error, "the socket of a cell is left to the sweep");
     }
@@ -209,7 +217,7 @@ pub async fn adopt(
     Ok(Some(Prepared { session, link, lease, cell, container, pending, sent, booted: true, age }))
 }
 
-async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
+pub(super) async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
     let wish = stop.wait_for(Option::is_some).await.map(|wish| wish.clone());
     match wish {
         Ok(wish) => wish,
@@ -219,11 +227,11 @@ async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
 }
 
 /// What the image gives.
-struct Image {
+pub(super) struct Image {
     id: String,
     path_env: Option<String>,
-    claude: PathBuf,
-    shell: &'static str,
+    pub(super) claude: PathBuf,
+    pub(super) shell: &'static str,
     volumes: Vec<String>,
 }
 
@@ -282,16 +290,16 @@ fn bundle_path(
 }
 
 /// What a cell is called and how its ends know each other.
-struct Names {
-    cell: CellId,
-    key: CtlKey,
+pub(super) struct Names {
+    pub(super) cell: CellId,
+    pub(super) key: CtlKey,
     token: String,
-    uid: u32,
+    pub(super) uid: u32,
     session_id: String,
 }
 
 impl Names {
-    fn new() -> Result<Self, PrepareError> {
+    pub(super) fn new() -> Result<Self, PrepareError> {
         let mut bytes = [0u8; 64];
         getrandom::fill(&mut bytes).map_err(|e| failed(FailReason::Internal, e))?;
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
@@ -313,7 +321,7 @@ impl Names {
         })
     }
 
-    fn row(&self, record: &Record) -> CellRow {
+    pub(super) fn row(&self, record: &Record, runtime: Option<Runtime>) -> CellRow {
         CellRow {
             cell: self.cell.clone(),
             job: record.job.clone(),
@@ -322,6 +330,7 @@ impl Names {
             ctl_key: self.key.to_bytes().to_vec(),
             token: self.token.clone(),
             cell_uid: self.uid,
+            runtime,
             created_boot_ms: clock::boot_ms(),
             gone_ms: None,
         }
@@ -332,23 +341,33 @@ async fn make_directories(
     parts: &Arc<Parts>,
     record: &mut Record,
     names: &Names,
+    tenant: Tenant,
 ) -> Result<(Dirs, Session, Who), PrepareError> {
-    let settings = parts.settings.clone();
-    let (accepted, identity, uid) = (record.accepted.clone(), record.identity.clone(), names.uid);
-    let dir = settings.cells_dir().join(names.cell.as_str());
-    let made = tokio::task::spawn_blocking(move || rooms::make(&settings, &accepted, &identity, uid, &dir));
-    let made = made.await.map_err(|e| failed(FailReason::Internal, e))??;
+    let made = make_rooms(parts, record, names, tenant, record.accepted.clone()).await?;
     for text in made.notes {
         record.push(&Body::Note { text })?;
     }
     record.commit()?;
     let plan = record.accepted.plan.clone();
-    let append = append_prompt(record, made.claude_md.as_deref());
+    let append = append_prompt(record, made.claude_md.as_deref(), &made.dirs.parts);
     let session = Session::new(plan, record.spec.prompt.clone(), record.spec.system_prompt.clone(), append);
     Ok((made.dirs, session, made.who))
 }
 
-fn append_prompt(record: &Record, claude_md: Option<&str>) -> String {
+pub(super) async fn make_rooms(
+    parts: &Arc<Parts>,
+    record: &Record,
+    names: &Names,
+    tenant: Tenant,
+    accepted: Accepted,
+) -> Result<Made, PrepareError> {
+    let (settings, identity) = (parts.settings.clone(), record.identity.clone());
+    let dir = settings.cells_dir().join(names.cell.as_str());
+    let make = move || rooms::make(&settings, &accepted, &identity, &tenant, &dir);
+    tokio::task::spawn_blocking(make).await.map_err(|e| failed(FailReason::Internal, e))?
+}
+
+fn append_prompt(record: &Record, claude_md: Option<&str>, writable: &[StagedPart]) -> String {
     let mut parts: Vec<String> = Vec::new();
     if let Some(text) = claude_md {
         // It must not end before its end: what follows would read as the user's words.
@@ -358,6 +377,27 @@ fn append_prompt(record: &Record, claude_md: Option<&str>) -> String {
         ));
     }
     parts.extend(record.spec.append_system_prompt.clone());
+    if !writable.is_empty() {
+        let names = |parts: &mut dyn Iterator<Item = &StagedPart>| {
+            parts.map(|part| part.below.display().to_string()).collect::<Vec<_>>().join(", ")
+        };
+        let mut text =
+            format!("Only this of the workspace can be written: {}.", names(&mut writable.iter()));
+        // They write beside a file and rename: the directory of a single file takes neither (2.1.197).
+        if writable.iter().any(|part| !part.is_dir) {
+            let files = names(&mut writable.iter().filter(|part| !part.is_dir));
+            text.push_str(&format!(" Write and Edit fail on {files}: write that with the shell, in place."));
+        }
+        parts.push(text);
+    }
+    let output = &record.accepted.plan.output;
+    if let Some(path) = &output.report {
+        parts.push(format!(
+            "Write your report to the file {}, of at most {} bytes: it is what the user keeps of this session.",
+            path.display(),
+            output.report_bytes_max
+        ));
+    }
     parts.join("\n\n")
 }
 
@@ -369,21 +409,32 @@ async fn open_lease(
     run: &Path,
     owner: (u32, u32),
 ) -> Result<Lease, PrepareError> {
+    let budgets = budgets(parts, record).await?;
     let spec = LeaseSpec {
         job: record.job.clone(),
         cell: cell.clone(),
         token: token.to_owned(),
+        identity: record.identity.clone(),
         plan: Arc::new(record.accepted.plan.clone()),
-        cost_limit: Some(record.accepted.plan.limits.cost_micro_usd),
+        budgets,
         output_tokens_max: None,
         run_dir: run.to_owned(),
         socket_owner: Some(owner),
     };
-    let ledger = Arc::new(StoreLedger { store: parts.store.clone(), cell: cell.clone() });
+    let calendar = parts.settings.calendar.clone();
+    let ledger = Arc::new(StoreLedger { store: parts.store.clone(), cell: cell.clone(), calendar });
     parts.gateway.lease(spec, ledger).await.map_err(|e| failed(FailReason::Internal, e))
 }
 
-fn cell_spec(
+/// The budgets that a job's requests must fit under, the innermost first.
+async fn budgets(parts: &Arc<Parts>, record: &Record) -> Result<Vec<Budget>, PrepareError> {
+    let batch = parts.store.batch_of(&record.job).await.map_err(RecordError::Store)?;
+    let job = Some(record.accepted.plan.limits.cost_micro_usd);
+    let user_day = record.accepted.user_day_micro_usd;
+    Ok(parts.settings.caps.of_job(job, batch.and_then(|batch| batch.limit), user_day))
+}
+
+pub(super) fn cell_spec(
     parts: &Parts,
     record: &Record,
     cell: &CellId,
@@ -400,7 +451,7 @@ fn cell_spec(
     let mut mounts = vec![
         bind(&dirs.run, "/.hotcell", true),
         bind(&parts.settings.init_binary, "/.hotcell-init", true),
-        bind(&image.claude, options::CLI_PATH, true),
+        bind(&dirs.claude, options::CLI_PATH, true),
         bind(&dirs.etc.join("passwd"), "/etc/passwd", true),
         bind(&dirs.etc.join("group"), "/etc/group", true),
         // Empty: managed settings of an image would win over ours, and their hooks would run.
@@ -408,8 +459,11 @@ fn cell_spec(
         bind(&dirs.home, options::HOME, false),
         bind(&dirs.tmp, "/tmp", false),
         // A read-only one is staged so; asked to do it, the engine would drop nosuid and nodev on the way.
-        bind(&dirs.workspace, options::WORKSPACE, false),
+        bind(&dirs.workspace, options::WORKSPACE, dirs.workspace_read_only),
     ];
+    for part in &dirs.parts {
+        mounts.push(bind(&part.path, &format!("{}/{}", options::WORKSPACE, part.below.display()), false));
+    }
     // A volume that the image declares would be writable and without a limit: the scratch space covers it.
     for volume in &image.volumes {
         if !mounts.iter().any(|m| m.target == *volume) {
@@ -447,10 +501,29 @@ fn cores_milli() -> u32 {
     std::thread::available_parallelism().map_or(1000, |n| u32::try_from(n.get() * 1000).unwrap_or(u32::MAX))
 }
 
-fn boot(record: &Record, names: &Names, image: &Image, wall_limit_ms: u64) -> Result<Vec<u8>, PrepareError> {
+fn boot(
+    parts: &Parts,
+    record: &Record,
+    names: &Names,
+    image: &Image,
+    wall_limit_ms: u64,
+) -> Result<Vec<u8>, PrepareError> {
+    let argv = options::argv(&record.accepted.plan, &names.session_id);
+    boot_with(parts, record, names, image, wall_limit_ms, argv)
+}
+
+pub(super) fn boot_with(
+    parts: &Parts,
+    record: &Record,
+    names: &Names,
+    image: &Image,
+    wall_limit_ms: u64,
+    argv: Vec<String>,
+) -> Result<Vec<u8>, PrepareError> {
     let plan = &record.accepted.plan;
-    let argv = options::argv(plan, &names.session_id).into_iter().map(OsString::from).collect();
-    let mut env = options::environment(plan, image.path_env.as_deref(), &names.token);
+    let argv = argv.into_iter().map(OsString::from).collect();
+    let provider = parts.gateway.view(&plan.provider).map_err(|e| failed(FailReason::Internal, e))?;
+    let mut env = options::environment(plan, image.path_env.as_deref(), &provider, &names.token);
     env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
     let mut boot = Boot::new(names.cell.clone(), names.key.clone(), argv);
     boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
@@ -464,7 +537,7 @@ fn boot(record: &Record, names: &Names, image: &Image, wall_limit_ms: u64) -> Re
     boot.encode().map_err(|e| failed(FailReason::Internal, e))
 }
 
-fn engine_failure(reason: FailReason, error: &EngineError) -> PrepareError {
+pub(super) fn engine_failure(reason: FailReason, error: &EngineError) -> PrepareError {
     let reason = match error {
         EngineError::Unavailable { .. } | EngineError::Timeout { .. } => FailReason::EngineUnavailable,
         _ => reason,

@@ -231,13 +231,12 @@ impl Record {
         trouble: &mut Option<Trouble>,
     ) -> Result<(), RecordError> {
         let body = match event {
-            GatewayEvent::Requested { model, reserved } => Body::Request {
+            GatewayEvent::Requested { model, reserved, credential } => Body::Request {
                 model: model.clone(),
                 reserved_micro_usd: *reserved,
-                credential: String::new(),
+                credential: credential.clone(),
             },
             GatewayEvent::Charged { model, usage, charged, status, duration_ms, .. } => {
-                parts.metrics.charged(model, usage, *charged);
                 *trouble = (*status == 0 || *status >= 400).then_some(Trouble::Provider(*status));
                 Body::Charge {
                     model: model.clone(),
@@ -256,7 +255,13 @@ impl Record {
                 *trouble = Some(Trouble::Provider(status.unwrap_or(0)));
                 return Ok(());
             }
-            GatewayEvent::BudgetExhausted { .. } => return Ok(()),
+            GatewayEvent::BudgetExhausted { scope, spent, limit, resets_at_ms } => Body::Budget {
+                scope: scope.as_str().to_owned(),
+                spent_micro_usd: *spent,
+                limit_micro_usd: *limit,
+                resets_at_ms: *resets_at_ms,
+            },
+            GatewayEvent::ProviderPaused { .. } => return Ok(()),
         };
         self.push(&body)?;
         Ok(())

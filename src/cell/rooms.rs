@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use super::prepare::{PrepareError, failed};
 use super::{Accepted, Settings};
 use crate::agent::options;
-use crate::job::spec::WorkspaceMode;
+use crate::job::spec::{Runtime, WorkspaceMode};
 use crate::job::{FailReason, Identity};
 use crate::policy::PlanLimits;
 use crate::workspace::{
-    self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, WorkspaceError,
+    self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, StagedPart, WorkspaceError,
 };
 
 /// Files and directories that a scratch space can hold, per MiB of its size.
@@ -27,6 +27,23 @@ pub(super) struct Dirs {
     pub(super) home: PathBuf,
     pub(super) tmp: PathBuf,
     pub(super) workspace: PathBuf,
+    /// The engine has to make the workspace read-only: no mount of ours does.
+    pub(super) workspace_read_only: bool,
+    /// What is bound over the workspace, to be written.
+    pub(super) parts: Vec<StagedPart>,
+    /// The CLI's program.
+    pub(super) claude: PathBuf,
+}
+
+/// Whose rooms they are to be.
+#[derive(Debug, Clone)]
+pub(super) struct Tenant {
+    /// The cell's private uid.
+    pub(super) uid: u32,
+    /// What will isolate it.
+    pub(super) runtime: Runtime,
+    /// The CLI's program, root's and execute-only.
+    pub(super) claude: PathBuf,
 }
 
 /// Whom the cell runs as.
@@ -62,16 +79,18 @@ pub(super) fn make(
     settings: &Settings,
     accepted: &Accepted,
     identity: &Identity,
-    uid: u32,
+    tenant: &Tenant,
     dir: &Path,
 ) -> Result<Made, PrepareError> {
-    let staged = stage(settings, accepted, identity, uid, dir)?;
-    finish_directories(settings, &accepted.plan.limits, dir, staged)
+    let staged = stage(settings, accepted, identity, tenant, dir)?;
+    finish_directories(settings, &accepted.plan.limits, tenant, dir, staged)
 }
 
 /// The workspace, and whom the cell must run as for it.
 struct StagedDir {
     path: Option<PathBuf>,
+    read_only: bool,
+    parts: Vec<StagedPart>,
     who: Who,
     notes: Vec<String>,
     claude_md: Option<String>,
@@ -81,20 +100,20 @@ fn stage(
     settings: &Settings,
     accepted: &Accepted,
     identity: &Identity,
-    uid: u32,
+    tenant: &Tenant,
     dir: &Path,
 ) -> Result<StagedDir, PrepareError> {
     make_dir(&settings.cells_dir(), 0o711)?;
     make_dir(dir, 0o711)?;
-    let plan = &accepted.plan;
-    let read_only = plan.workspace_mode == WorkspaceMode::ReadOnly;
+    let (plan, uid) = (&accepted.plan, tenant.uid);
     let record = match (&accepted.workspace, plan.workspace_mode) {
         (Some(record), WorkspaceMode::Bind | WorkspaceMode::ReadOnly) => record,
         (_, WorkspaceMode::None) | (None, _) => {
             let own = rustix::process::geteuid().as_raw();
             let (uid, gid) = if own == 0 { (uid, uid) } else { (own, rustix::process::getegid().as_raw()) };
             let who = Who { uid, gid, groups: Vec::new() };
-            return Ok(StagedDir { path: None, who, notes: Vec::new(), claude_md: None });
+            let (read_only, parts, notes) = (false, Vec::new(), Vec::new());
+            return Ok(StagedDir { path: None, read_only, parts, who, notes, claude_md: None });
         }
     };
     let guard = Guard::for_user(&settings.state_dir, identity.uid);
@@ -102,14 +121,19 @@ fn stage(
     // Private ids of the submitter's groups follow the cell's own.
     let count = identity.groups.len().min(40) as u32;
     let groups: Vec<u32> = (1..=count).map(|n| uid.wrapping_add(n)).collect();
+    let mode = match (plan.workspace_mode, &plan.writable) {
+        (WorkspaceMode::Bind, None) => Mode::Bind,
+        (WorkspaceMode::Bind, Some(paths)) if !paths.is_empty() => Mode::Partly(paths),
+        (WorkspaceMode::Bind | WorkspaceMode::ReadOnly | WorkspaceMode::None, _) => Mode::ReadOnly,
+    };
     let ids = CellIds {
         submitter: identity,
         cell_uid: uid,
         cell_gid: uid,
         cell_groups: &groups,
-        runtime_maps_ids: true,
+        // gVisor cannot make files on an id-mapped mount; it can read there.
+        runtime_maps_ids: tenant.runtime == Runtime::Runc || mode == Mode::ReadOnly,
     };
-    let mode = if read_only { Mode::ReadOnly } else { Mode::Bind };
     let staged =
         workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
     let who = match staged.ids().clone() {
@@ -125,17 +149,18 @@ fn stage(
         false => None,
     };
     // Taken down by the sweep of the cell's directory, like everything else in it.
-    let path = staged.path().to_owned();
-    Ok(StagedDir { path: Some(path), who, notes, claude_md })
+    let (path, read_only) = (Some(staged.path().to_owned()), staged.wants_read_only());
+    Ok(StagedDir { path, read_only, parts: staged.parts().to_vec(), who, notes, claude_md })
 }
 
 fn finish_directories(
     settings: &Settings,
     limits: &PlanLimits,
+    tenant: &Tenant,
     dir: &Path,
     staged: StagedDir,
 ) -> Result<Made, PrepareError> {
-    let StagedDir { path, who, mut notes, claude_md } = staged;
+    let StagedDir { path, read_only, parts, who, mut notes, claude_md } = staged;
     let plan = ScratchPlan {
         bytes_max: limits.disk_bytes,
         inodes_max: limits.disk_bytes / (1024 * 1024) * INODES_PER_MIB,
@@ -155,8 +180,23 @@ fn finish_directories(
     make_dir(&etc.join("claude-code"), 0o755)?;
     // A job without a directory works in an empty one on its scratch space.
     let workspace = path.unwrap_or_else(|| scratch.work());
-    let dirs = Dirs { run, etc, home: scratch.home(), tmp: scratch.tmp(), workspace };
+    let claude = readable_program(tenant, &who, dir)?;
+    let (home, tmp, workspace_read_only) = (scratch.home(), scratch.tmp(), read_only);
+    let dirs = Dirs { run, etc, home, tmp, workspace, workspace_read_only, parts, claude };
     Ok(Made { dirs, who, notes, claude_md })
+}
+
+/// gVisor reads a program to execute it, so there the cell's user is shown as its owner. What execute-only is
+/// for elsewhere, its kernel does by itself: no process attaches to its parent or opens its memory (seen with
+/// the release of December 2022).
+fn readable_program(tenant: &Tenant, who: &Who, dir: &Path) -> Result<PathBuf, PrepareError> {
+    if tenant.runtime == Runtime::Runc || !rustix::process::geteuid().is_root() {
+        return Ok(tenant.claude.clone());
+    }
+    let target = dir.join("claude");
+    workspace::stage_program(&tenant.claude, who.owner(), &target)
+        .map_err(|e| failed(FailReason::RuntimeUnavailable, e))?;
+    Ok(target)
 }
 
 /// A user database for the cell: programs ask for the name of the user they run as.

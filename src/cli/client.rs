@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::fail::{ApiError, CliError};
+use crate::api::cost::CostReport;
 use crate::api::wire::{Health, JobList, JobView, WhoAmI};
 use crate::job::JobId;
 
@@ -114,6 +115,22 @@ impl Client {
         let request = Request::delete(format!("/v1/jobs/{id}"));
         let answer = self.send(request.body(Full::default())).await?;
         self.whole(answer).await.map(|_| ())
+    }
+
+    /// What was spent; `query` is passed on.
+    pub(crate) async fn cost<'a>(
+        &self,
+        query: impl Iterator<Item = (&'a str, &'a str)>,
+    ) -> Result<CostReport, CliError> {
+        let query: Vec<String> = query.map(|(key, value)| format!("{key}={}", encode(value))).collect();
+        self.get(&format!("/v1/cost?{}", query.join("&"))).await
+    }
+
+    /// The report that a job left.
+    pub(crate) async fn report(&self, id: &JobId) -> Result<Bytes, CliError> {
+        let request = Request::get(format!("/v1/jobs/{id}/report"));
+        let answer = self.send(request.body(Full::default())).await?;
+        self.whole(answer).await
     }
 
     /// How the daemon is.

@@ -36,7 +36,7 @@ Exit codes of all commands:
     1  failed, or some of several did
     2  not acceptable: command line, job spec, policy, workspace
     3  stopped by a limit or the budget
-    4  the daemon or the engine is unavailable
+    4  the daemon, the engine or the required runtime is unavailable
     5  stopped at a gate
   130  cancelled by the user
 
@@ -49,8 +49,11 @@ impl ExitCode {
     pub(crate) fn of(outcome: &Outcome) -> Self {
         match outcome {
             Outcome::Succeeded => Self::Succeeded,
-            Outcome::Failed(failure) if failure.reason == FailReason::EngineUnavailable => Self::Unavailable,
-            Outcome::Failed(_) | Outcome::Lost => Self::Failed,
+            Outcome::Failed(failure) => match failure.reason {
+                FailReason::EngineUnavailable | FailReason::RuntimeUnavailable => Self::Unavailable,
+                _ => Self::Failed,
+            },
+            Outcome::Lost => Self::Failed,
             Outcome::Stopped { reason } => match reason {
                 StopReason::Cancelled => Self::Cancelled,
                 StopReason::Deadline | StopReason::Silent | StopReason::Budget | StopReason::Turns => {
@@ -296,6 +299,7 @@ mod tests {
         assert_eq!(ExitCode::of(&Outcome::Lost) as u8, 1);
         assert_eq!(failed(FailReason::Oom), 1);
         assert_eq!(failed(FailReason::EngineUnavailable), 4);
+        assert_eq!(failed(FailReason::RuntimeUnavailable), 4);
         assert_eq!(StopReason::ALL.map(stopped), [130, 3, 3, 3, 3, 4]);
     }
 

@@ -40,6 +40,8 @@ pub(super) struct Script {
     pub(super) lost_submits: usize,
     /// Answers to whole requests, by method and path.
     pub(super) errors: Vec<(&'static str, u16, Value)>,
+    /// The report of the first job.
+    pub(super) report: Option<String>,
     /// What `GET /healthz` says.
     pub(super) health: Value,
     /// Requests as they came: method, path, idempotency key, body.
@@ -134,6 +136,13 @@ async fn answer(
             cancelled.send_replace(true);
             whole(202, &known(&script).unwrap_or_default())
         }
+        path if path.ends_with("/report") => match &script.report {
+            Some(text) => {
+                let full = Full::new(Bytes::from(text.clone())).map_err(|e: Infallible| match e {});
+                Response::new(BoxBody::new(full))
+            }
+            None => whole(404, &error("not_found", "no report")),
+        },
         path if path.starts_with("DELETE") => whole(204, &Value::Null),
         _ => match known(&script) {
             Some(job) => whole(200, &job),

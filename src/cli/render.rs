@@ -3,6 +3,7 @@
 //! A reader that went away (a closed pipe) ends the command without a word.
 
 pub(crate) mod audit;
+pub(crate) mod cost;
 pub(crate) mod escape;
 pub(crate) mod stream;
 pub(crate) mod tables;
@@ -122,7 +123,7 @@ pub(crate) struct Out {
     json: bool,
     live: bool,
     /// Standard output is a terminal: a person reads it.
-    terminal: bool,
+    pub(crate) terminal: bool,
     status: Option<ProgressBar>,
 }
 
@@ -136,10 +137,10 @@ impl Out {
             stdout: Box::new(std::io::BufWriter::with_capacity(1 << 16, std::io::stdout())),
             stderr: Box::new(std::io::stderr()),
             paint: paint(std::io::stdout().is_terminal()),
+            terminal: std::io::stdout().is_terminal(),
             error_paint: paint(stderr_live),
             json: false,
             live: stderr_live && machine.var("TERM") != Some("dumb"),
-            terminal: std::io::stdout().is_terminal(),
             status: None,
         }
     }
@@ -147,7 +148,8 @@ impl Out {
     #[cfg(test)]
     pub(crate) fn to(stdout: Box<dyn Write + Send>, stderr: Box<dyn Write + Send>) -> Self {
         let paint = Paint::default();
-        Self { stdout, stderr, paint, error_paint: paint, json: false, live: false, terminal: false, status: None }
+        let (json, live, terminal, status) = (false, false, false, None);
+        Self { stdout, stderr, paint, error_paint: paint, json, live, terminal, status }
     }
 
     /// From now on errors are JSON too.

@@ -161,6 +161,12 @@ struct JobFlags {
     /// From -100 to 100; higher goes first among your jobs
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     priority: Option<i8>,
+    /// Batch it belongs to: jobs of yours that share a budget
+    #[arg(long, value_name = "NAME")]
+    batch: Option<String>,
+    /// Money in USD for all jobs of the batch together; the batch's first job decides
+    #[arg(long, value_name = "USD", value_parser = args::usd, requires = "batch")]
+    batch_cost_usd: Option<f64>,
     /// Submitting again with the same key gives the same job
     #[arg(long, value_name = "KEY")]
     idempotency_key: Option<String>,
@@ -326,6 +332,12 @@ fn job_spec(args: &RunArgs, context: &Context) -> Result<Bytes, CliError> {
         put(object(&mut spec, "labels"), key, Some(value));
     }
     put(&mut spec, "priority", args.job.priority);
+    if let Some(name) = &args.job.batch {
+        let mut batch = Map::new();
+        put(&mut batch, "name", Some(name));
+        put(&mut batch, "cost_usd", args.job.batch_cost_usd);
+        put(&mut spec, "batch", Some(batch));
+    }
     let bytes = serde_json::to_vec(&spec).map_err(|e| CliError::usage(e.to_string()))?;
     JobSpec::parse(&bytes).map_err(spec_error)?;
     Ok(bytes.into())

@@ -29,8 +29,10 @@ async fn hotcell(daemon: &Daemon, args: &[&str], context: &mut Context) -> ExitC
         Command::Ls(args) => ls::ls(&args, context).await,
         Command::Show(args) => show::show(&args, context).await,
         Command::Logs(args) => logs::logs(&args, context).await,
+        Command::Report(args) => report::report(&args, context).await,
         Command::Cancel(args) => cancel::cancel(&args, context).await,
         Command::Rm(args) => rm::rm(&args, context).await,
+        Command::Cost(args) => cost::cost(&args, context).await,
         Command::Health(args) => health::health(&args, context).await,
         Command::Whoami(args) => whoami::whoami(&args, context).await,
         Command::Audit(args) => audit::audit(&args, context).await,
@@ -483,4 +485,33 @@ fn the_schema_is_that_of_the_job_spec() {
     assert_eq!(schema["title"], "JobSpec");
     assert_eq!(schema["additionalProperties"], false);
     assert_eq!(schema["required"], json!(["prompt"]));
+}
+
+#[tokio::test]
+async fn a_report_goes_to_a_pipe_as_it_is_and_to_a_terminal_without_escapes() {
+    let evil = "# done\u{1b}]0;owned\u{7}\n";
+    let daemon =
+        Daemon::start(Script { jobs: vec![done()], report: Some(evil.to_owned()), ..Script::default() });
+    let (mut pipe, stdout, stderr) = context();
+    assert_eq!(hotcell(&daemon, &["report", JOB], &mut pipe).await, ExitCode::Succeeded);
+    assert_eq!((stdout.text().as_str(), stderr.text().as_str()), (evil, ""));
+    let (mut terminal, stdout, _) = context();
+    terminal.out.terminal = true;
+    assert_eq!(hotcell(&daemon, &["report", JOB], &mut terminal).await, ExitCode::Succeeded);
+    assert_eq!(stdout.text(), "# done\n");
+    let dir = tempfile::tempdir().expect("dir");
+    let file = dir.path().join("report.md");
+    let (mut context, stdout, _) = context();
+    let code = hotcell(&daemon, &["report", JOB, "-o", file.to_str().expect("UTF-8")], &mut context).await;
+    assert_eq!((code, stdout.text().as_str()), (ExitCode::Succeeded, ""));
+    assert_eq!(std::fs::read_to_string(&file).expect("written"), evil);
+}
+
+#[tokio::test]
+async fn a_report_that_is_not_there_is_an_error_with_a_hint() {
+    let daemon = Daemon::start(Script { jobs: vec![done()], ..Script::default() });
+    let (mut context, stdout, stderr) = context();
+    assert_eq!(hotcell(&daemon, &["report", JOB], &mut context).await, ExitCode::Usage);
+    assert!(stderr.text().contains("no report") && stderr.text().contains("do something else"));
+    assert_eq!(stdout.text(), "");
 }

@@ -131,8 +131,7 @@ impl Place<'_> {
 
     fn wrong(&self, at: usize, key: &str, problem: impl Into<String>) -> ConfigError {
         ConfigError::Entry {
-            path: self.path.to_owned(),
-            line: self.line(at),
+            origin: format!("{}, line {}", self.path.display(), self.line(at)),
             key: format!("[[access]] {} {key}", self.number).trim_end().to_owned(),
             problem: problem.into(),
         }

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::access::{Names, RawAccess};
+use super::providers::{RawCredential, RawProviders};
 use super::settings::Setting;
 use super::{ApiKeySource, ConfigError, Flags, Machine};
 use crate::policy::access::Rule;
@@ -28,19 +29,15 @@ pub(super) struct RawConfig {
     pub(super) metrics: Opt<String>,
     pub(super) policy_dirs: Opt<Vec<String>>,
     pub(super) prices_file: Opt<String>,
-    pub(super) provider: RawProvider,
+    pub(super) provider: RawProviders,
+    pub(super) credential: Vec<Spanned<RawCredential>>,
     pub(super) defaults: RawDefaults,
     pub(super) limits: RawLimits,
+    pub(super) budgets: super::budgets::RawBudgets,
     pub(super) admin_uids: Opt<Vec<u32>>,
     pub(super) access: Vec<Spanned<RawAccess>>,
     pub(super) init_binary: Opt<String>,
     pub(super) log: Opt<String>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct RawProvider {
-    pub(super) anthropic: RawAnthropic,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -59,6 +56,7 @@ pub(super) struct RawDefaults {
     pub(super) model: Opt<String>,
     pub(super) image: Opt<String>,
     pub(super) agent: Opt<String>,
+    pub(super) provider: Opt<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -133,6 +131,14 @@ impl<'a> Layers<'a> {
     fn line<T>(&self, value: &Spanned<T>) -> Origin {
         let before = self.text.get(..value.span().start).unwrap_or("");
         Origin::Line(before.matches('\n').count() + 1)
+    }
+
+    /// File and line of a value, for an error.
+    pub(super) fn place<T>(&self, value: &Spanned<T>) -> String {
+        match self.line(value) {
+            Origin::Line(line) => format!("{}, line {line}", self.path.display()),
+            Origin::Flag | Origin::Variable => self.path.display().to_string(),
+        }
     }
 
     fn wrong(&self, key: &'static str, problem: String, origin: &Origin) -> ConfigError {

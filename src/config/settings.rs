@@ -39,7 +39,7 @@ const fn everyday(key: &'static str, value_name: &'static str, help: &'static st
 }
 
 /// All settings.
-pub const SETTINGS: [Setting; 25] = [
+pub const SETTINGS: [Setting; 30] = [
     everyday(
         "state_dir",
         "DIR",
@@ -92,6 +92,11 @@ pub const SETTINGS: [Setting; 25] = [
         "Image of jobs where neither job nor policy names one [default: hotcell/cell]",
     ),
     setting("defaults.agent", "VERSION", "Agent bundle of jobs that name none [default: the one in use]"),
+    setting(
+        "defaults.provider",
+        "NAME",
+        "Provider of jobs where neither job nor policy names one [default: the only [[provider]], else anthropic]",
+    ),
     everyday("limits.slots", "N", "Jobs that run at the same time [default: the number of cores]"),
     setting("limits.queued_jobs_max", "N", "Jobs that may wait; more are refused [default: 10000]"),
     setting("limits.journal_bytes_max", "BYTES", "Size of one job's journal [default: 268435456]"),
@@ -109,6 +114,14 @@ pub const SETTINGS: [Setting; 25] = [
         "limits.disk_reserve_mib",
         "MIB",
         "Disk space that jobs must leave free in the state directory [default: 1024]",
+    ),
+    setting("budgets.user_day_usd", "USD", "What each user may spend in a day [default: no limit]"),
+    setting("budgets.day_usd", "USD", "What all jobs may spend in a day [default: no limit]"),
+    setting("budgets.month_usd", "USD", "What all jobs may spend in a month [default: no limit]"),
+    setting(
+        "budgets.time_zone",
+        "ZONE",
+        "Whose midnight ends a day, e.g. Europe/Berlin [default: the machine's time zone]",
     ),
     setting("admin_uids", "UID[,UID…]", "Users who see and cancel everybody's jobs [default: 0]"),
     setting("init_binary", "FILE", "The static hotcell-init [default: beside this executable]"),

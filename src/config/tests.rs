@@ -2,6 +2,7 @@
 
 use super::raw::RawConfig;
 use super::*;
+use crate::gateway::CredentialSource;
 
 fn machine(vars: &[(&str, &str)], root: bool) -> Machine {
     let mut all: BTreeMap<String, String> = [("HOME".into(), "/home/ann".into())].into();
@@ -109,11 +110,13 @@ fn the_highest_layer_that_names_a_key_decides_and_names_exactly_one() {
     let text = "[provider.anthropic]\napi_key_file = \"/k\"\n";
     let (_dir, path) = file(text);
     let load = |vars: &[(&str, &str)]| {
-        Config::load(&flags(Some(&path), &[]), &machine(vars, false)).map(|c| c.provider.api_key)
+        let config = Config::load(&flags(Some(&path), &[]), &machine(vars, false)).expect("config");
+        config.gateway.credentials[0].source.clone()
     };
-    assert_eq!(load(&[]).expect("file"), ApiKeySource::File("/k".into()));
+    assert_eq!(load(&[]), CredentialSource::File("/k".into()));
     let env = [("HOTCELL_PROVIDER_ANTHROPIC_API_KEY_COMMAND", "pass show key")];
-    assert_eq!(load(&env).expect("env"), ApiKeySource::Command("pass show key".into()));
+    let command = ["/bin/sh", "-c", "pass show key"].map(str::to_owned);
+    assert_eq!(load(&env), CredentialSource::Command(command.into()));
     let error = error_of("[provider.anthropic]\napi_key_file = \"/k\"\napi_key_env = \"K\"\n", &[], &[]);
     assert!(error.contains("exactly one"), "{error}");
 }
@@ -166,6 +169,7 @@ fn the_table_of_settings_and_the_file_have_the_same_keys() {
         "metrics" => "\"1\"",
         "provider.anthropic.base_url" => "\"http://h\"",
         "log" => "\"info\"",
+        "budgets.day_usd" => "1.5",
         _ if key.starts_with("limits.") => "2000000",
         _ => "\"/x\"",
     };
@@ -176,8 +180,8 @@ fn the_table_of_settings_and_the_file_have_the_same_keys() {
     assert!(raw.is_ok(), "{raw:?}");
     // A key of the file that the table lacks would have neither a flag nor a variable.
     let unknown = toml::from_str::<RawConfig>("zzz = 1").expect_err("unknown").to_string();
-    // Entries of a list have no flags.
-    for key in unknown.split('`').skip(3).step_by(2).filter(|key| *key != "access") {
+    // Lists of entries stand in the file only.
+    for key in unknown.split('`').skip(3).step_by(2).filter(|key| !["access", "credential"].contains(key)) {
         assert!(SETTINGS.iter().any(|s| s.key.split('.').next() == Some(key)), "{key}");
     }
 }

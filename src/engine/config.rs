@@ -177,6 +177,9 @@ pub(super) fn check_applied(asked: &Value, got: &Value) -> Result<(), EngineErro
     let has = |list: &Value, start: &str| {
         list.as_array().is_some_and(|l| l.iter().any(|v| v.as_str().is_some_and(|s| s.starts_with(start))))
     };
+    if !asked["Runtime"].is_null() && asked["Runtime"] != got["Runtime"] {
+        return Err(ignored("Runtime", &asked["Runtime"], &got["Runtime"]));
+    }
     // Podman expands ALL into the single capabilities.
     if !has(&got["CapDrop"], "ALL") && !has(&got["CapDrop"], "CAP_") {
         return Err(ignored("CapDrop", &asked["CapDrop"], &got["CapDrop"]));
@@ -323,11 +326,20 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_runtime_appears_only_when_asked_for() {
+    fn a_runtime_that_is_asked_for_is_all_that_differs() {
         let plain = host_config(&spec()).unwrap();
-        let gvisor = host_config(&CellSpec { runtime: Some("runsc".to_owned()), ..spec() }).unwrap();
+        let mut gvisor = host_config(&CellSpec { runtime: Some("runsc".to_owned()), ..spec() }).unwrap();
         assert_eq!(plain.get("Runtime"), None);
-        assert_eq!(gvisor["Runtime"], "runsc");
+        assert_eq!(gvisor.as_object_mut().unwrap().remove("Runtime"), Some(json!("runsc")));
+        assert_eq!(gvisor, plain, "gVisor's cells are held by everything that runc's are");
+    }
+
+    #[test]
+    fn the_configuration_of_a_gvisor_cell_is_the_golden_one() {
+        let mut config = container_config(&CellSpec { runtime: Some("runsc".to_owned()), ..spec() }).unwrap();
+        let profile = config["HostConfig"]["SecurityOpt"][1].take();
+        assert!(profile.as_str().unwrap().starts_with("seccomp={"));
+        insta::assert_snapshot!(serde_json::to_string_pretty(&config).unwrap());
     }
 
     #[test]
@@ -359,7 +371,7 @@ pub(super) mod tests {
 
     #[test]
     fn an_option_that_the_engine_dropped_is_named() {
-        let asked = host_config(&spec()).unwrap();
+        let asked = host_config(&CellSpec { runtime: Some("runsc".to_owned()), ..spec() }).unwrap();
         assert_eq!(check_applied(&asked, &asked), Ok(()));
         let changes = [
             ("Memory", json!(0)),
@@ -367,6 +379,7 @@ pub(super) mod tests {
             ("NanoCpus", json!(0)),
             ("NetworkMode", json!("default")),
             ("ReadonlyRootfs", json!(false)),
+            ("Runtime", json!("runc")),
             ("CapDrop", Value::Null),
             ("CapAdd", json!(["CAP_SYS_ADMIN"])),
             ("SecurityOpt", json!(["no-new-privileges"])),

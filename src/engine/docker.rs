@@ -29,7 +29,7 @@ use tokio::time::{Instant, timeout};
 use self::images::IMAGE_MS_MAX;
 use super::{
     BOOT_BYTES_MAX, BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Found,
-    ImageInfo, LABEL_CELL, LABEL_INSTANCE, Progress, Reply, address, config, container_name, normalise_arch,
+    ImageInfo, LABEL_CELL, LABEL_INSTANCE, Progress, Reply, RuntimeInfo, address, config, container_name, normalise_arch,
     tail,
 };
 use crate::job::InstanceId;
@@ -119,8 +119,11 @@ impl Docker {
     async fn ask_info(&self) -> Result<EngineInfo, EngineError> {
         let info = self.call("describe itself", ASK_MS_MAX, self.api.info()).await?;
         let version = self.call("tell its version", ASK_MS_MAX, self.api.version()).await?;
-        let mut runtimes: Vec<String> = info.runtimes.unwrap_or_default().into_keys().collect();
-        runtimes.sort();
+        let runtime = |(name, runtime): (String, client::models::Runtime)| {
+            let path = runtime.path.unwrap_or_default().into();
+            (name, RuntimeInfo { path, args: runtime.runtime_args.unwrap_or_default() })
+        };
+        let runtimes = info.runtimes.unwrap_or_default().into_iter().map(runtime).collect();
         Ok(EngineInfo {
             version: version.version.or(info.server_version).unwrap_or_default(),
             api_version: version.api_version.unwrap_or_default(),

@@ -7,36 +7,46 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode, Uri};
-use subtle::ConstantTimeEq;
+use hyper::header::{self, HeaderMap};
+use hyper::{Request, Response, StatusCode};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 use super::body::{BodyError, BodyFacts};
-use super::credentials::Secret;
 use super::lease::{BODY_UNIT, Shared};
 use super::messages::Call;
+use super::provider::{Provider, Target};
 use super::relay::{Body, error_response};
-use super::upstream::Target;
 use super::{GatewayEvent, Refusal};
-use crate::policy::{Ask, decide};
+use crate::policy::requests::{Part, web_search_uses_max};
+use crate::policy::{Ask, Plan, decide};
 
 /// Largest body that is looked through on the spot.
 const BODY_BYTES_INLINE: usize = 512 << 10;
-/// Request headers that go upstream, besides those that begin with one of [`REQUEST_PREFIXES`].
-const REQUEST_HEADERS: [HeaderName; 2] = [header::ACCEPT, header::USER_AGENT];
-/// What the API and its clients call their own.
-const REQUEST_PREFIXES: [&str; 4] = ["anthropic-", "x-stainless-", "x-claude-", "x-app"];
+/// Headers that mean something to the provider: see [`inspect`].
+const VENDOR_PREFIX: &str = "anthropic-";
+/// The version of the API that is understood here.
+const API_VERSION: &str = "2023-06-01";
+/// Most beta features that one request names.
+const BETAS_MAX: usize = 64;
+
 /// A refusal with its words.
 pub(super) struct Refused {
     why: Refusal,
     message: String,
+    retry_after_s: Option<u64>,
 }
 
 impl Refused {
     pub(super) fn new(why: Refusal, message: impl Into<String>) -> Self {
-        Self { why, message: message.into() }
+        let retry_after_s = (why == Refusal::Busy).then_some(1);
+        Self { why, message: message.into(), retry_after_s }
+    }
+
+    /// The provider limits the credential for so long.
+    pub(super) fn paused(retry_after_s: u64) -> Self {
+        let message = format!("the model provider limits this credential for {retry_after_s} s more");
+        Self { why: Refusal::Paused, message, retry_after_s: Some(retry_after_s) }
     }
 
     /// Statuses that the CLI does not retry (403, 400, 413), where trying again gives the same.
@@ -44,9 +54,11 @@ impl Refused {
         match self.why {
             Refusal::Transport => (StatusCode::PAYLOAD_TOO_LARGE, "request_too_large"),
             Refusal::Malformed => (StatusCode::BAD_REQUEST, "invalid_request_error"),
-            Refusal::Busy => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error"),
-            Refusal::Ledger | Refusal::Provider => (StatusCode::SERVICE_UNAVAILABLE, "api_error"),
-            Refusal::Credential
+            Refusal::Busy | Refusal::Paused => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error"),
+            Refusal::Ledger => (StatusCode::SERVICE_UNAVAILABLE, "api_error"),
+            // A credential that cannot be read now is not there in a second either.
+            Refusal::Provider
+            | Refusal::Credential
             | Refusal::Path
             | Refusal::Content
             | Refusal::Model
@@ -59,8 +71,8 @@ impl Refused {
         let (status, kind) = self.status();
         lease.event(GatewayEvent::Refused { status: status.as_u16(), why: self.why });
         let mut response = error_response(status, kind, &format!("hotcell: {}", self.message));
-        if self.why == Refusal::Busy {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        if let Some(seconds) = self.retry_after_s {
+            response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
         }
         response
     }
@@ -70,21 +82,40 @@ impl Refused {
 pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Result<Call, Refused> {
     let arrived = Instant::now();
     let limits = &lease.gateway.limits;
-    authorise(request.headers(), &lease.token)?;
-    let (target, beta) = route(request.method(), request.uri())?;
+    let provider = &lease.provider;
+    provider.authorise(request.headers(), &lease.token)?;
+    let route = provider.route(request.method(), request.uri())?;
+    let target = route.target;
     let busy = |_| Refused::new(Refusal::Busy, "too many requests at a time");
     let place = Arc::clone(&lease.requests).try_acquire_owned().map_err(busy)?;
-    let headers = forwarded(request.headers());
+    let mut headers = Provider::forwarded(request.headers());
     let late = |_| Refused::new(Refusal::Transport, "the request body did not arrive in time");
     let read = timeout(limits.body_wait, read_body(lease, request));
     let (body, body_memory) = read.await.map_err(late)??;
+    // From here on it is a request of the vendor's own API, whatever the provider's form of it is.
+    let (body, way) = provider.inbound(route, &mut headers, body).await?;
+    // Betas of the body are in the headers now.
+    inspect(&lease.plan, &headers)?;
     let facts = read_facts(&body).await?;
+    for wanted in &facts.wanted {
+        decide(&lease.plan, Ask::Request { part: wanted.part() })
+            .map_err(|denial| Refused::new(Refusal::Content, denial.reason))?;
+    }
+    let searches_each = web_search_uses_max(&lease.plan.layers).unwrap_or(0);
     let permit = decide(&lease.plan, Ask::Model { name: &facts.model })
         .map_err(|denial| Refused::new(Refusal::Model, denial.reason))?;
-    let price = *lease.gateway.prices.of(&facts.model).ok_or_else(|| {
-        let message = format!("the model {} has no price: add it to prices.toml", shown(&facts.model));
+    let price = lease.gateway.price(provider, &facts.model, &lease.plan).ok_or_else(|| {
+        let message = format!(
+            "the model {} has no price: add it to prices.toml, or name [models] unpriced in the policy",
+            shown(&facts.model)
+        );
         Refused::new(Refusal::Price, message)
     })?;
+    let web_searches = facts.web_searches_max(searches_each);
+    if web_searches > 0 && price.web_search.is_none() {
+        let message = "a web search has no price: add web_search_per_use to prices.toml";
+        return Err(Refused::new(Refusal::Price, message));
+    }
     let output_tokens_max = match (target, facts.output_tokens_max) {
         (Target::CountTokens, asked) => asked.unwrap_or(0),
         (Target::Messages, None | Some(0)) => {
@@ -96,14 +127,16 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
         lease: Arc::clone(lease),
         arrived,
         target,
-        beta,
+        way,
         headers,
         body,
+        web_searches,
+        searches_each,
+        input_tokens_max: 0,
         facts,
         price,
         output_tokens_max,
         permit,
-        clamped: false,
         body_memory: Some(body_memory),
         _place: place,
     })
@@ -128,55 +161,35 @@ fn shown(text: &str) -> String {
     format!("{:?}", text.chars().take(80).collect::<String>())
 }
 
-/// Exactly one credential, and it is the lease's. Another one would be somebody's key on its way out.
-fn authorise(headers: &HeaderMap, token: &Secret) -> Result<(), Refused> {
-    let refused = || Refused::new(Refusal::Credential, "this is not the credential of this job");
-    let keys = headers.get_all("x-api-key").iter().map(HeaderValue::as_bytes);
-    let bearers = headers.get_all(header::AUTHORIZATION).iter().map(|value| {
-        let value = value.as_bytes();
-        match value.split_at_checked(7) {
-            Some((scheme, token)) if scheme.eq_ignore_ascii_case(b"bearer ") => token,
-            _ => b"",
-        }
-    });
-    let mut offered = keys.chain(bearers);
-    match (offered.next(), offered.next()) {
-        (Some(one), None) if !one.is_empty() && bool::from(one.ct_eq(token.bytes())) => Ok(()),
-        _ => Err(refused()),
-    }
-}
-
-/// Method, path and query, compared as they are: nothing is decoded, so nothing can mean something else later.
-fn route(method: &Method, uri: &Uri) -> Result<(Target, bool), Refused> {
-    let refused =
-        || Refused::new(Refusal::Path, "only POST /v1/messages and /v1/messages/count_tokens are served");
-    if method != Method::POST || uri.scheme().is_some() || uri.authority().is_some() {
-        return Err(refused());
-    }
-    let target = match uri.path() {
-        "/v1/messages" => Target::Messages,
-        "/v1/messages/count_tokens" => Target::CountTokens,
-        _ => return Err(refused()),
-    };
-    match uri.query() {
-        None => Ok((target, false)),
-        Some("beta=true") => Ok((target, true)),
-        Some(_) => Err(refused()),
-    }
-}
-
-/// The headers that go upstream. `accept-encoding` does not: a compressed answer could not be metered.
-fn forwarded(headers: &HeaderMap) -> HeaderMap {
-    let mut out = HeaderMap::with_capacity(headers.len() + 4);
-    for (name, value) in headers {
-        let known = REQUEST_HEADERS.contains(name)
-            || REQUEST_PREFIXES.iter().any(|prefix| name.as_str().starts_with(prefix));
-        if known {
-            out.append(name.clone(), value.clone());
+/// The headers that mean something to the provider: its own version, the CLI's flag for browsers, and beta
+/// features, each with the policy's word. They can make it fetch, store and bill just as the body can.
+fn inspect(plan: &Plan, headers: &HeaderMap) -> Result<(), Refused> {
+    let refused = |message: String| Refused::new(Refusal::Content, message);
+    let mut betas = 0;
+    for (name, value) in headers.iter().filter(|(name, _)| name.as_str().starts_with(VENDOR_PREFIX)) {
+        let text = value.to_str().map_err(|_| refused(format!("the header {name} is no visible text")))?;
+        match name.as_str() {
+            "anthropic-beta" => {
+                for beta in text.split(',').map(str::trim).filter(|beta| !beta.is_empty()) {
+                    betas += 1;
+                    if betas > BETAS_MAX {
+                        return Err(refused(format!("more than {BETAS_MAX} beta features")));
+                    }
+                    decide(plan, Ask::Request { part: Part::Beta(beta) })
+                        .map_err(|denial| refused(denial.reason))?;
+                }
+            }
+            "anthropic-version" if text == API_VERSION => {}
+            "anthropic-dangerous-direct-browser-access" if text == "true" => {}
+            _ => {
+                return Err(refused(format!("the header {name}: {} is not allowed here", shown(text))));
+            }
         }
     }
-    out.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    out
+    if headers.get_all("anthropic-version").iter().count() > 1 {
+        return Err(refused("the header anthropic-version stands twice".to_owned()));
+    }
+    Ok(())
 }
 
 /// Reads the body, within the lease's share of memory.

@@ -5,30 +5,31 @@
 use bytes::{Bytes, BytesMut};
 use memchr::memmem;
 
-use super::credentials::Secret;
+use super::secret::Secrets;
 
 /// See the module.
 pub(super) struct Censor {
-    secret: Secret,
-    /// The end of what came so far, if it may be the beginning of the secret.
+    secrets: Secrets,
+    /// The end of what came so far, if it may be the beginning of a secret.
     held: BytesMut,
 }
 
 impl Censor {
-    pub(super) fn new(secret: Secret) -> Self {
-        Self { secret, held: BytesMut::new() }
+    pub(super) fn new(secrets: Secrets) -> Self {
+        Self { secrets, held: BytesMut::new() }
     }
 
     /// What may go on to the client now.
     pub(super) fn pass(&mut self, data: Bytes) -> Bytes {
-        let secret = self.secret.bytes();
-        if self.held.is_empty() && memmem::find(&data, secret).is_none() && self.begun(&data) == 0 {
+        if self.held.is_empty() && !self.secrets.are_in(&data) && self.begun(&data) == 0 {
             return data;
         }
         let mut text = std::mem::take(&mut self.held);
         text.extend_from_slice(&data);
-        while let Some(at) = memmem::find(&text, secret).filter(|_| !secret.is_empty()) {
-            text[at..at + secret.len()].fill(b'*');
+        for secret in self.secrets.iter() {
+            while let Some(at) = memmem::find(&text, secret) {
+                text[at..at + secret.len()].fill(b'*');
+            }
         }
         self.held = text.split_off(text.len() - self.begun(&text));
         text.freeze()
@@ -39,21 +40,29 @@ impl Censor {
         std::mem::take(&mut self.held).freeze()
     }
 
-    /// How many bytes at the end of `text` are a beginning of the secret.
+    /// How many bytes at the end of `text` are a beginning of a secret.
     fn begun(&self, text: &[u8]) -> usize {
-        let secret = self.secret.bytes();
-        let most = text.len().min(secret.len().saturating_sub(1));
-        (1..=most).rev().find(|n| text.ends_with(&secret[..*n])).unwrap_or(0)
+        self.secrets.iter().map(|secret| begun(text, secret)).max().unwrap_or(0)
     }
+}
+
+fn begun(text: &[u8], secret: &[u8]) -> usize {
+    let most = text.len().min(secret.len().saturating_sub(1));
+    (1..=most).rev().find(|n| text.ends_with(&secret[..*n])).unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::secret::Secret;
     use super::*;
     use proptest::prelude::*;
 
+    fn secrets(text: &str) -> Secrets {
+        Secrets::of([&Secret::new(text.to_owned())])
+    }
+
     fn through(pieces: &[&[u8]], secret: &str) -> Vec<u8> {
-        let mut censor = Censor::new(Secret::new(secret.to_owned()));
+        let mut censor = Censor::new(secrets(secret));
         let mut out = Vec::new();
         for piece in pieces {
             out.extend_from_slice(&censor.pass(Bytes::copy_from_slice(piece)));
@@ -74,7 +83,7 @@ mod tests {
 
     #[test]
     fn what_is_no_beginning_is_not_held_back() {
-        let mut censor = Censor::new(Secret::new("sk-aab".to_owned()));
+        let mut censor = Censor::new(secrets("sk-aab"));
         assert_eq!(censor.pass(Bytes::from_static(b"data: x\n\n")), "data: x\n\n");
         assert_eq!(censor.pass(Bytes::from_static(b"task")), "ta");
         assert_eq!(censor.pass(Bytes::from_static(b"s\n\n")), "sks\n\n");

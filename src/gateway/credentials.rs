@@ -1,35 +1,53 @@
-//! The provider's credential: read from the environment, a file or a command, held in memory, put into one
-//! header. It must never be printed, logged, or handed to anything but an upstream request.
+//! Credentials by name: read from the environment, a file or a command, held in memory, read again when they age
+//! or expire. They must never be printed, logged or kept in the store, and are handed out only against a
+//! [`Permit`] of the policy, to a user who may use them, for one upstream request.
+//!
+//! A command runs as the user whose job needs it, never as the daemon, and what it gave serves that user only.
 
+mod value;
+
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use hyper::HeaderMap;
+use base64::Engine as _;
 use hyper::header::{AUTHORIZATION, HeaderName, HeaderValue};
 use tokio::io::AsyncReadExt;
-use tokio::sync::Mutex;
 
+pub use value::Unusable;
+use value::{BYTES_MAX, Parsed, Value};
+
+use super::secret::{Secret, Secrets};
+use super::sigv4::Keys;
+use crate::clock;
+use crate::job::Identity;
 use crate::policy::Permit;
+use crate::run_as::{self, Bounds, RunError};
 
-/// A file or command is read again when what it gave is older than this.
-const FRESH: Duration = Duration::from_secs(300);
+/// A file or command is read again when what it gave is older than this, unless the configuration says another
+/// time.
+pub const REFRESH: Duration = Duration::from_secs(300);
 /// After a failed re-reading the old value serves this much longer before the next try.
 const RETRY: Duration = Duration::from_secs(15);
+/// A credential is renewed this long before it expires.
+const MARGIN: Duration = Duration::from_secs(60);
 /// Longest run of a command.
 const COMMAND_WAIT: Duration = Duration::from_secs(30);
-/// Longest credential, in bytes.
-const BYTES_MAX: u64 = 16 << 10;
+/// Users for whom what a command gave is kept; above that all of it is forgotten.
+const USERS_KEPT_MAX: usize = 1_000;
+/// The variable whose value is an AWS access key's id; the secret and the token stand beside it.
+const AWS_ID_VARIABLE: &str = "AWS_ACCESS_KEY_ID";
 
 /// Where a credential comes from.
 #[derive(Clone, PartialEq, Eq)]
 pub enum CredentialSource {
     /// An environment variable of the daemon, read once.
     Env(String),
-    /// A file, read again every five minutes.
+    /// A file, read by the daemon.
     File(PathBuf),
-    /// Program and arguments (no shell); its standard output, read again every five minutes.
+    /// Program and arguments (no shell), run as the user whose job needs it; its standard output.
     Command(Vec<String>),
 }
 
@@ -44,20 +62,98 @@ impl fmt::Debug for CredentialSource {
     }
 }
 
-/// The header a credential goes into.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AuthStyle {
+/// How a credential goes into a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CredentialKind {
     /// `x-api-key: …`
     ApiKey,
     /// `authorization: Bearer …`
     Bearer,
+    /// Keys of AWS, which sign a request and do not go along with it.
+    Aws,
+    /// `authorization: Basic …` of this user name and the credential as password, as git servers want it.
+    Basic {
+        /// The user name.
+        username: String,
+    },
+    /// A header of its own.
+    Header {
+        /// The header, in lower case.
+        name: String,
+        /// What stands before the credential in it, e.g. `token ` (with its space).
+        prefix: String,
+    },
+}
+
+impl CredentialKind {
+    /// The word in the configuration.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::ApiKey => "api_key",
+            Self::Bearer => "bearer",
+            Self::Aws => "aws",
+            Self::Basic { .. } => "basic",
+            Self::Header { .. } => "header",
+        }
+    }
+}
+
+/// A user or a group, as the configuration names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Principal {
+    /// By number.
+    Id(u32),
+    /// By name; looked up in the machine's user and group files.
+    Name(String),
+}
+
+/// A credential as configured. Never holds the value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CredentialSpec {
+    /// Its name: what policies, events and the audit say.
+    pub name: String,
+    /// How it goes into a request.
+    pub kind: CredentialKind,
+    /// Where it comes from.
+    pub source: CredentialSource,
+    /// How old what a file or command gave may become.
+    pub refresh: Duration,
+    /// Users who may use it. Where users and groups are both empty, everybody may.
+    pub users: Vec<Principal>,
+    /// Groups whose members may use it.
+    pub groups: Vec<Principal>,
+    /// Whether the daemon must not start without it.
+    pub required: bool,
 }
 
 /// Why there is no credential. Messages name the source, never the value.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialError {
+    /// No such name.
+    #[error("there is no credential {0:?}: see [[credential]] in the daemon's configuration")]
+    Unknown(String),
+    /// The user is not listed.
+    #[error(
+        "the user {uid} may not use the credential {name}: its users and groups are in the daemon's configuration"
+    )]
+    NotAllowed {
+        /// The credential.
+        name: String,
+        /// The user.
+        uid: u32,
+    },
+    /// A user or group that the machine does not have.
+    #[error("credential {name}: the machine has no {what} {principal:?}")]
+    Principal {
+        /// The credential.
+        name: String,
+        /// User or group.
+        what: &'static str,
+        /// As configured.
+        principal: String,
+    },
     /// The variable is unset or empty.
-    #[error("the environment variable {0} is not set: set it, or use api_key_file or api_key_command")]
+    #[error("the environment variable {0} is not set: set it, or name a file or a command")]
     Env(String),
     /// The file cannot be read.
     #[error("cannot read the API key file {path}: {source}")]
@@ -67,214 +163,312 @@ pub enum CredentialError {
         /// Why.
         source: std::io::Error,
     },
-    /// The command cannot be run.
-    #[error("cannot run the API key command {program:?}: {source}")]
-    Command {
-        /// The program.
-        program: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The command ended with an error or did not end in time.
-    #[error("the API key command {program:?} {how}")]
+    /// The command cannot be run, or took too long.
+    #[error("the credential command: {0}")]
+    Run(#[from] RunError),
+    /// The command failed.
+    #[error("the credential command {program:?} failed (exit code {code})")]
     CommandFailed {
         /// The program.
         program: String,
-        /// How it ended.
-        how: String,
+        /// Its exit code.
+        code: i32,
     },
-    /// Empty, too long, or not one line of visible characters.
-    #[error("{0} does not hold an API key: expected one line of visible characters")]
-    Unusable(String),
+    /// What the source gave cannot be used.
+    #[error("{whence} {why}")]
+    Unusable {
+        /// The source, in words.
+        whence: String,
+        /// What is wrong.
+        why: Unusable,
+    },
+    /// Keys that sign requests cannot stand in a header.
+    #[error("the credential {0} is a pair of AWS keys and fits into no header")]
+    NoHeader(String),
 }
 
-/// A credential that is kept fresh.
-pub(super) struct Credential {
-    source: CredentialSource,
-    style: AuthStyle,
-    current: Mutex<Current>,
+/// A header with a credential in it, and the secret texts that an answer must not repeat.
+#[derive(Debug, Clone)]
+pub struct Injected {
+    /// Its name.
+    pub name: HeaderName,
+    /// Its value, marked as sensitive.
+    pub value: HeaderValue,
+    /// What to look for in the answer.
+    pub secrets: Secrets,
 }
+
+/// What a request to a provider goes out with.
+#[derive(Debug, Clone)]
+pub(super) enum Attachment {
+    /// A header.
+    Header(Injected),
+    /// Keys to sign with.
+    Sign(Keys),
+}
+
+/// All credentials of the daemon.
+pub struct Credentials(BTreeMap<String, Named>);
+
+struct Named {
+    spec: CredentialSpec,
+    users: Vec<u32>,
+    groups: Vec<u32>,
+    /// By user for commands, under `None` for what is the same for all. The inner lock is held while it is read:
+    /// whoever else needs it waits for that one reading.
+    kept: Mutex<HashMap<Option<u32>, Arc<Slot>>>,
+}
+
+type Slot = tokio::sync::Mutex<Option<Current>>;
 
 struct Current {
-    header: HeaderValue,
-    secret: Secret,
+    value: Value,
     read_at: Instant,
     fresh_until: Instant,
+    expires_ms: Option<u64>,
 }
 
-/// A secret text; prints as nothing.
-#[derive(Clone)]
-pub(super) struct Secret(String);
-
-impl Secret {
-    pub(super) fn new(text: String) -> Self {
-        Self(text)
-    }
-
-    pub(super) fn bytes(&self) -> &[u8] {
-        self.0.as_bytes()
-    }
-
-    /// Whether `bytes` contain it.
-    pub(super) fn is_in(&self, bytes: &[u8]) -> bool {
-        bytes.windows(self.0.len().max(1)).any(|window| window == self.bytes())
-    }
-}
-
-impl fmt::Debug for Secret {
+impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(secret)")
+        f.debug_list().entries(self.0.values().map(|named| &named.spec)).finish()
     }
 }
 
-impl fmt::Debug for Credential {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credential").field("source", &self.source).field("style", &self.style).finish()
-    }
-}
-
-impl Credential {
-    pub(super) async fn open(source: CredentialSource, style: AuthStyle) -> Result<Self, CredentialError> {
-        let current = Mutex::new(Current::read(&source, style).await?);
-        Ok(Self { source, style, current })
-    }
-
-    /// Puts the credential into `headers`, last and once, and gives it for comparison with the answer. Only
-    /// against a permit of the policy, for this very request.
-    pub(super) async fn inject(&self, _permit: &Permit, headers: &mut HeaderMap) -> Secret {
-        let mut current = self.current.lock().await;
-        if Instant::now() >= current.fresh_until {
-            match Current::read(&self.source, self.style).await {
-                Ok(fresh) => *current = fresh,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot read the API key again: going on with the old one");
-                    current.fresh_until = Instant::now() + RETRY;
-                }
-            }
+impl Credentials {
+    /// Looks up users and groups, and reads what the environment and files hold. No command is run.
+    ///
+    /// # Errors
+    /// [`CredentialError`] for the first one that cannot be used; one that is not required may be absent.
+    pub async fn open(specs: Vec<CredentialSpec>) -> Result<Self, (String, CredentialError)> {
+        let mut all = BTreeMap::new();
+        for spec in specs {
+            let name = spec.name.clone();
+            let named = Named::open(spec).await.map_err(|error| (name.clone(), error))?;
+            all.insert(name, named);
         }
-        let name = match self.style {
-            AuthStyle::ApiKey => HeaderName::from_static("x-api-key"),
-            AuthStyle::Bearer => AUTHORIZATION,
-        };
-        headers.insert(name, current.header.clone());
-        current.secret.clone()
+        Ok(Self(all))
     }
-}
 
-impl Credential {
-    /// The provider refused it (401): it is read again at the next request, unless it was read just now.
-    pub(super) async fn doubt(&self) {
-        let mut current = self.current.lock().await;
-        if !matches!(self.source, CredentialSource::Env(_)) {
+    /// The names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
+    /// Whether a user may use a credential.
+    ///
+    /// # Errors
+    /// [`CredentialError::Unknown`] and [`CredentialError::NotAllowed`].
+    pub fn may_use(&self, name: &str, who: &Identity) -> Result<(), CredentialError> {
+        self.named(name).and_then(|named| named.allows(who))
+    }
+
+    /// The header that carries a credential. Only against a permit of the policy for this very request.
+    ///
+    /// # Errors
+    /// [`CredentialError`]; the message may be shown to the user, not to an agent.
+    pub async fn header(
+        &self,
+        name: &str,
+        permit: &Permit,
+        who: &Identity,
+    ) -> Result<Injected, CredentialError> {
+        match self.attachment(name, permit, who).await? {
+            Attachment::Header(injected) => Ok(injected),
+            Attachment::Sign(_) => Err(CredentialError::NoHeader(name.to_owned())),
+        }
+    }
+
+    pub(super) async fn attachment(
+        &self,
+        name: &str,
+        _permit: &Permit,
+        who: &Identity,
+    ) -> Result<Attachment, CredentialError> {
+        let named = self.named(name)?;
+        named.allows(who)?;
+        match named.current(who).await? {
+            Value::Aws(keys) => Ok(Attachment::Sign(keys)),
+            Value::Text(secret) => header_of(&named.spec.kind, &secret).map(Attachment::Header),
+        }
+    }
+
+    /// A request that went out with it was refused for it: it is read again at the next one, unless it was read
+    /// just now.
+    pub async fn doubt(&self, name: &str, who: &Identity) {
+        let Some(named) = self.0.get(name) else { return };
+        if matches!(named.spec.source, CredentialSource::Env(_)) {
+            return;
+        }
+        if let Some(current) = named.slot(who).lock().await.as_mut() {
             current.fresh_until = current.fresh_until.min(current.read_at + RETRY);
         }
     }
+
+    fn named(&self, name: &str) -> Result<&Named, CredentialError> {
+        self.0.get(name).ok_or_else(|| CredentialError::Unknown(name.to_owned()))
+    }
 }
 
-impl Current {
-    async fn read(source: &CredentialSource, style: AuthStyle) -> Result<Self, CredentialError> {
-        let (text, whence) = match source {
-            CredentialSource::Env(name) => {
-                let value = std::env::var(name).ok().filter(|value| !value.trim().is_empty());
-                (value.ok_or_else(|| CredentialError::Env(name.clone()))?, format!("the variable {name}"))
+impl Named {
+    async fn open(spec: CredentialSpec) -> Result<Self, CredentialError> {
+        let find = |what: &'static str, file: &'static str, list: &[Principal]| {
+            let ids: Result<Vec<u32>, CredentialError> = list
+                .iter()
+                .map(|principal| match principal {
+                    Principal::Id(id) => Ok(*id),
+                    Principal::Name(text) => id_of(file, text).ok_or_else(|| CredentialError::Principal {
+                        name: spec.name.clone(),
+                        what,
+                        principal: text.clone(),
+                    }),
+                })
+                .collect();
+            ids
+        };
+        let users = find("user", "/etc/passwd", &spec.users)?;
+        let groups = find("group", "/etc/group", &spec.groups)?;
+        let named = Self { spec, users, groups, kept: Mutex::default() };
+        if !matches!(named.spec.source, CredentialSource::Command(_)) {
+            let nobody = Identity { uid: 0, gid: 0, groups: Vec::new() };
+            match named.read(&nobody).await {
+                Ok(current) => *named.slot(&nobody).lock().await = Some(current),
+                Err(error) if named.spec.required => return Err(error),
+                // It is not there, and nothing needs it yet; what is there and wrong is always told.
+                Err(CredentialError::Env(_)) => {}
+                Err(error) => return Err(error),
             }
+        }
+        Ok(named)
+    }
+
+    fn allows(&self, who: &Identity) -> Result<(), CredentialError> {
+        let open = self.spec.users.is_empty() && self.spec.groups.is_empty();
+        let member = |group: &u32| *group == who.gid || who.groups.contains(group);
+        if open || self.users.contains(&who.uid) || self.groups.iter().any(member) {
+            return Ok(());
+        }
+        Err(CredentialError::NotAllowed { name: self.spec.name.clone(), uid: who.uid })
+    }
+
+    fn slot(&self, who: &Identity) -> Arc<Slot> {
+        let own = matches!(self.spec.source, CredentialSource::Command(_)).then_some(who.uid);
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() >= USERS_KEPT_MAX && !kept.contains_key(&own) {
+            kept.clear();
+        }
+        Arc::clone(kept.entry(own).or_default())
+    }
+
+    /// The value, read again where it is due. One that cannot be read again serves on until it expires.
+    async fn current(&self, who: &Identity) -> Result<Value, CredentialError> {
+        let slot = self.slot(who);
+        let mut slot = slot.lock().await;
+        let due = slot.as_ref().is_none_or(|current| Instant::now() >= current.fresh_until);
+        if due {
+            match (self.read(who).await, slot.as_mut()) {
+                (Ok(fresh), _) => *slot = Some(fresh),
+                (Err(error), Some(old)) if old.expires_ms.is_none_or(|at| at > clock::wall_ms()) => {
+                    tracing::warn!(%error, credential = self.spec.name, "a credential cannot be read again: going on with the old one");
+                    old.fresh_until = Instant::now() + RETRY;
+                }
+                (Err(error), _) => {
+                    tracing::warn!(%error, credential = self.spec.name, uid = who.uid, "a credential cannot be read");
+                    *slot = None;
+                    return Err(error);
+                }
+            }
+        }
+        match slot.as_ref() {
+            Some(current) => Ok(current.value.clone()),
+            None => Err(CredentialError::Unknown(self.spec.name.clone())),
+        }
+    }
+
+    async fn read(&self, who: &Identity) -> Result<Current, CredentialError> {
+        let (text, whence) = match &self.spec.source {
+            CredentialSource::Env(name) => (self.variable(name)?, format!("the variable {name}")),
             CredentialSource::File(path) => {
                 let failed = |source| CredentialError::File { path: path.clone(), source };
                 let file = tokio::fs::File::open(path).await.map_err(failed)?;
                 let mut text = String::new();
-                file.take(BYTES_MAX + 1).read_to_string(&mut text).await.map_err(failed)?;
+                file.take(BYTES_MAX as u64 + 1).read_to_string(&mut text).await.map_err(failed)?;
                 (text, format!("the file {}", path.display()))
             }
             CredentialSource::Command(argv) => {
-                (run(argv).await?, "the output of the API key command".to_owned())
+                let words = format!("the output of the command of the credential {}", self.spec.name);
+                (run(argv, who).await?, words)
             }
         };
-        let key = text.trim();
-        let visible = key.bytes().all(|byte| byte.is_ascii_graphic());
-        if key.is_empty() || !visible || key.len() as u64 > BYTES_MAX {
-            return Err(CredentialError::Unusable(whence));
-        }
-        let value = match style {
-            AuthStyle::ApiKey => HeaderValue::from_str(key),
-            AuthStyle::Bearer => HeaderValue::from_str(&format!("Bearer {key}")),
-        };
-        let mut header = value.map_err(|_| CredentialError::Unusable(whence))?;
-        header.set_sensitive(true);
-        let lasting = matches!(source, CredentialSource::Env(_));
-        let fresh = if lasting { Duration::from_secs(10 * 365 * 86_400) } else { FRESH };
+        let now_ms = clock::wall_ms();
+        let Parsed { value, expires_ms } = value::parse(&self.spec.kind, &text, now_ms)
+            .map_err(|why| CredentialError::Unusable { whence, why })?;
         let read_at = Instant::now();
-        Ok(Self { header, secret: Secret::new(key.to_owned()), read_at, fresh_until: read_at + fresh })
+        let lasting = matches!(self.spec.source, CredentialSource::Env(_));
+        let mut fresh = if lasting { Duration::from_secs(10 * 365 * 86_400) } else { self.spec.refresh };
+        if let Some(at) = expires_ms.filter(|_| !lasting) {
+            // A short-lived one is renewed at half its life, never less than a second on.
+            let left = Duration::from_millis(at.saturating_sub(now_ms));
+            fresh = fresh.min(left.saturating_sub(MARGIN).max(left / 2)).max(Duration::from_secs(1));
+        }
+        Ok(Current { value, read_at, fresh_until: read_at + fresh, expires_ms })
+    }
+
+    fn variable(&self, name: &str) -> Result<String, CredentialError> {
+        let given = |name: &str| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
+        let missing = |name: &str| CredentialError::Env(name.to_owned());
+        let value = given(name).ok_or_else(|| missing(name))?;
+        if self.spec.kind != CredentialKind::Aws || name != AWS_ID_VARIABLE {
+            return Ok(value);
+        }
+        let secret = given("AWS_SECRET_ACCESS_KEY").ok_or_else(|| missing("AWS_SECRET_ACCESS_KEY"))?;
+        let token = given("AWS_SESSION_TOKEN").map(|token| format!("\naws_session_token={token}"));
+        Ok(format!("aws_access_key_id={value}\naws_secret_access_key={secret}{}", token.unwrap_or_default()))
     }
 }
 
-async fn run(argv: &[String]) -> Result<String, CredentialError> {
-    let program = argv.first().cloned().unwrap_or_default();
-    let failed = |source| CredentialError::Command { program: program.clone(), source };
-    let ended = |how: String| CredentialError::CommandFailed { program: program.clone(), how };
-    let mut child = tokio::process::Command::new(&program)
-        .args(argv.get(1..).unwrap_or_default())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(failed)?;
-    let mut text = String::new();
-    let read = async {
-        if let Some(stdout) = child.stdout.take() {
-            stdout.take(BYTES_MAX + 1).read_to_string(&mut text).await?;
+fn header_of(kind: &CredentialKind, secret: &Secret) -> Result<Injected, CredentialError> {
+    let text = secret.expose();
+    let mut coded = None;
+    let (name, value) = match kind {
+        CredentialKind::ApiKey => (HeaderName::from_static("x-api-key"), text.to_owned()),
+        CredentialKind::Bearer => (AUTHORIZATION, format!("Bearer {text}")),
+        CredentialKind::Basic { username } => {
+            let both = base64::engine::general_purpose::STANDARD.encode(format!("{username}:{text}"));
+            coded = Some(Secret::new(both.clone()));
+            (AUTHORIZATION, format!("Basic {both}"))
         }
-        child.wait().await
+        CredentialKind::Header { name, prefix } => {
+            let unusable = |_| CredentialError::NoHeader(name.clone());
+            (HeaderName::try_from(name.as_str()).map_err(unusable)?, format!("{prefix}{text}"))
+        }
+        CredentialKind::Aws => return Err(CredentialError::NoHeader("aws".to_owned())),
     };
-    let status = tokio::time::timeout(COMMAND_WAIT, read)
-        .await
-        .map_err(|_| ended(format!("did not end within {} s", COMMAND_WAIT.as_secs())))?
-        .map_err(failed)?;
-    if status.success() { Ok(text) } else { Err(ended(format!("failed ({status})"))) }
+    let mut value =
+        HeaderValue::from_str(&value).map_err(|_| CredentialError::NoHeader(kind.as_str().to_owned()))?;
+    value.set_sensitive(true);
+    Ok(Injected { name, value, secrets: Secrets::of(std::iter::once(secret).chain(&coded)) })
+}
+
+async fn run(argv: &[String], who: &Identity) -> Result<String, CredentialError> {
+    let program = argv.first().cloned().unwrap_or_default();
+    let argv: Vec<PathBuf> = argv.iter().map(PathBuf::from).collect();
+    let bounds = Bounds { wall: COMMAND_WAIT, output_bytes_max: BYTES_MAX };
+    let output = run_as::run(&argv, who, b"", bounds).await?;
+    // Its standard error is not repeated: it may hold what it should not.
+    if output.code != 0 {
+        return Err(CredentialError::CommandFailed { program, code: output.code });
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The number of a user or group, from the machine's file.
+fn id_of(file: &str, wanted: &str) -> Option<u32> {
+    let text = std::fs::read_to_string(file).ok()?;
+    text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(wanted)).then(|| fields.nth(1)?.parse().ok()).flatten()
+    })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn permit() -> Permit {
-        let plan = super::super::tests::plan(vec!["*".into()]);
-        crate::policy::decide(&plan, crate::policy::Ask::Model { name: "m" }).unwrap()
-    }
-
-    async fn header(source: CredentialSource, style: AuthStyle) -> Result<HeaderMap, CredentialError> {
-        let mut headers = HeaderMap::new();
-        Credential::open(source, style).await?.inject(&permit(), &mut headers).await;
-        Ok(headers)
-    }
-
-    #[tokio::test]
-    async fn it_is_read_from_file_and_command_and_never_printed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("key");
-        std::fs::write(&path, "canary-1\n").unwrap();
-        let from_file = CredentialSource::File(path);
-        let headers = header(from_file.clone(), AuthStyle::ApiKey).await.unwrap();
-        assert_eq!(headers["x-api-key"], "canary-1");
-        let credential = Credential::open(from_file, AuthStyle::ApiKey).await.unwrap();
-        assert!(!format!("{credential:?} {headers:?}").contains("canary"));
-        credential.doubt().await;
-        let command = CredentialSource::Command(vec!["echo".into(), "canary-2".into()]);
-        assert!(!format!("{command:?}").contains("canary"));
-        assert_eq!(header(command, AuthStyle::Bearer).await.unwrap()["authorization"], "Bearer canary-2");
-    }
-
-    #[tokio::test]
-    async fn what_is_no_credential_is_an_error_that_names_the_source() {
-        let of = |source| async { header(source, AuthStyle::ApiKey).await.unwrap_err().to_string() };
-        assert!(
-            of(CredentialSource::Env("HOTCELL_NO_SUCH_KEY".into())).await.contains("HOTCELL_NO_SUCH_KEY")
-        );
-        assert!(of(CredentialSource::File("/nonexistent/key".into())).await.contains("/nonexistent/key"));
-        assert!(of(CredentialSource::Command(vec!["false".into()])).await.contains("failed"));
-        assert!(
-            of(CredentialSource::Command(vec!["printf".into(), "a\nb".into()])).await.contains("API key")
-        );
-        assert!(of(CredentialSource::Command(Vec::new())).await.contains("cannot run"));
-    }
-}
+mod tests;

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use hyper::server::conn::http1;
@@ -18,12 +19,14 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::credentials::Secret;
+use super::estimate::Learnt;
 use super::ledger::Ledger;
 use super::messages;
+use super::provider::Provider;
+use super::secret::Secret;
 use super::{Gateway, GatewayEvent};
-use crate::job::{CellId, JobId};
-use crate::money::MicroUsd;
+use crate::job::{CellId, Identity, JobId};
+use crate::money::Budget;
 use crate::policy::Plan;
 
 /// Name of the socket in the cell's run directory.
@@ -44,10 +47,12 @@ pub struct LeaseSpec {
     pub cell: CellId,
     /// The only credential that the socket accepts.
     pub token: String,
-    /// The job's plan: which models may be asked.
+    /// Whose job it is: commands that give credentials run as them.
+    pub identity: Identity,
+    /// The job's plan: its provider, and which models may be asked.
     pub plan: Arc<Plan>,
-    /// The job's cost limit; what was spent before is in the ledger.
-    pub cost_limit: Option<MicroUsd>,
+    /// The budgets that its requests must fit under; what was spent before is in the ledger.
+    pub budgets: Vec<Budget>,
     /// `max_tokens` of a request is lowered to this.
     pub output_tokens_max: Option<u64>,
     /// The directory in which `api.sock` is made.
@@ -79,9 +84,15 @@ pub(super) struct Shared {
     pub(super) job: JobId,
     pub(super) cell: CellId,
     pub(super) token: Secret,
+    pub(super) identity: Identity,
+    pub(super) provider: Arc<Provider>,
     pub(super) plan: Arc<Plan>,
-    pub(super) cost_limit: Option<MicroUsd>,
+    pub(super) budgets: Vec<Budget>,
     pub(super) output_tokens_max: Option<u64>,
+    /// What its conversations were billed for.
+    pub(super) learnt: Learnt,
+    /// The end of the pause that was told of last, in milliseconds of the wall clock.
+    pub(super) pause_told_ms: AtomicU64,
     /// No connections any more.
     revoked: CancellationToken,
     /// Requests under way stop and settle with what they have.
@@ -116,6 +127,7 @@ impl Shared {
 impl Lease {
     pub(super) async fn open(
         gateway: Arc<Gateway>,
+        provider: Arc<Provider>,
         spec: LeaseSpec,
         ledger: Arc<dyn Ledger>,
     ) -> io::Result<Self> {
@@ -129,9 +141,13 @@ impl Lease {
             job: spec.job,
             cell: spec.cell,
             token: Secret::new(spec.token),
+            identity: spec.identity,
+            provider,
             plan: spec.plan,
-            cost_limit: spec.cost_limit,
+            budgets: spec.budgets,
             output_tokens_max: spec.output_tokens_max,
+            learnt: Learnt::default(),
+            pause_told_ms: AtomicU64::new(0),
             revoked: CancellationToken::new(),
             cut: CancellationToken::new(),
             settled: Notify::new(),

@@ -9,9 +9,9 @@ use futures_util::future::BoxFuture;
 
 use crate::clock;
 use crate::job::{CellId, JobId};
-use crate::money::{MicroUsd, NoRoom, grant};
+use crate::money::{Budget, Calendar, MicroUsd, NoRoom, Scope, Standing, grant};
 use crate::pricing::Usage;
-use crate::store::{Store, StoreError};
+use crate::store::{NewReservation, Store, StoreError};
 
 /// Names a reservation until it is settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -24,12 +24,16 @@ pub struct Ask {
     pub job: JobId,
     /// The model.
     pub model: String,
+    /// The credential it goes out with, by name.
+    pub credential: String,
+    /// The provider, by name.
+    pub provider: String,
     /// The worst case as requested.
     pub want: MicroUsd,
     /// The worst case of the smallest answer that is worth asking for; at most `want`.
     pub floor: MicroUsd,
-    /// The job's cost limit.
-    pub limit: Option<MicroUsd>,
+    /// The budgets it must fit under, the job's cost limit among them.
+    pub budgets: Vec<Budget>,
 }
 
 /// A reservation.
@@ -39,19 +43,31 @@ pub struct Grant {
     pub id: ReservationId,
     /// Between `floor` and `want`.
     pub amount: MicroUsd,
+    /// The budget that left less than `want`, where one did.
+    pub lowered_by: Option<Standing>,
 }
 
 /// Why nothing was reserved or settled.
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
-    /// Settled spend leaves less than `floor`, whatever becomes of other reservations.
-    #[error("the cost limit is reached ({spent} USD spent)")]
+    /// Settled spend leaves less than `floor` under one budget, whatever becomes of other reservations.
+    #[error(
+        "{}",
+        Standing { scope: *scope, limit: *limit, charged: *spent, reserved: MicroUsd::ZERO, resets_at_ms: *resets_at_ms }
+            .words()
+    )]
     Exhausted {
-        /// Settled spend of the job.
+        /// Which budget: the innermost one.
+        scope: Scope,
+        /// Settled spend in it.
         spent: MicroUsd,
+        /// How much it is.
+        limit: MicroUsd,
+        /// When it is empty again, in milliseconds since 1970; none where waiting does not help.
+        resets_at_ms: Option<u64>,
     },
     /// There will be room when other reservations are settled for less: ask again.
-    #[error("other requests have reserved the rest of the cost limit")]
+    #[error("other requests have reserved the rest of a budget")]
     Busy,
     /// The ledger's store failed.
     #[error("the ledger cannot be reached: {0}")]
@@ -73,11 +89,9 @@ pub trait Ledger: Send + Sync {
     ) -> BoxFuture<'_, Result<MicroUsd, LedgerError>>;
 }
 
-fn decide(ask: &Ask, spent: MicroUsd, reserved: MicroUsd) -> Result<MicroUsd, LedgerError> {
-    grant(ask.limit, spent, reserved, ask.want, ask.floor).map_err(|why| match why {
-        NoRoom::Exhausted => LedgerError::Exhausted { spent },
-        NoRoom::Busy => LedgerError::Busy,
-    })
+fn exhausted(standing: Standing) -> LedgerError {
+    let Standing { scope, limit, charged: spent, resets_at_ms, .. } = standing;
+    LedgerError::Exhausted { scope, spent, limit, resets_at_ms }
 }
 
 /// The ledger of one cell, in the store.
@@ -87,17 +101,33 @@ pub struct StoreLedger {
     pub store: Store,
     /// The cell that asks.
     pub cell: CellId,
+    /// Which day a reservation belongs to.
+    pub calendar: Calendar,
 }
 
 impl Ledger for StoreLedger {
     fn reserve(&self, ask: Ask) -> BoxFuture<'_, Result<Grant, LedgerError>> {
         Box::pin(async move {
-            let Ask { job, model, want, floor, limit } = ask;
-            let now = clock::wall_ms();
-            match self.store.reserve(&job, &self.cell, &model, want, floor, limit, now).await {
-                Ok((id, amount)) => Ok(Grant { id: ReservationId(id.get()), amount }),
-                Err(StoreError::OverBudget { settled, .. }) => Err(LedgerError::Exhausted { spent: settled }),
-                Err(StoreError::BudgetBusy { .. }) => Err(LedgerError::Busy),
+            let reservation = NewReservation {
+                job: ask.job,
+                cell: self.cell.clone(),
+                model: ask.model,
+                credential: ask.credential,
+                provider: ask.provider,
+                want: ask.want,
+                floor: ask.floor,
+                budgets: ask.budgets,
+                calendar: self.calendar.clone(),
+                now_ms: clock::wall_ms(),
+            };
+            match self.store.reserve(reservation).await {
+                Ok(reserved) => Ok(Grant {
+                    id: ReservationId(reserved.id.get()),
+                    amount: reserved.amount,
+                    lowered_by: reserved.lowered_by,
+                }),
+                Err(StoreError::OverBudget(standing)) => Err(exhausted(standing)),
+                Err(StoreError::BudgetBusy(_)) => Err(LedgerError::Busy),
                 Err(error) => Err(LedgerError::Store(Box::new(error))),
             }
         })
@@ -124,7 +154,7 @@ impl Ledger for StoreLedger {
     }
 }
 
-/// A ledger in memory.
+/// A ledger in memory. Its only sums are those of jobs: every budget counts as the job's own.
 #[derive(Debug, Default)]
 pub struct MemoryLedger(Mutex<Books>);
 
@@ -157,12 +187,24 @@ impl MemoryLedger {
 impl Ledger for MemoryLedger {
     fn reserve(&self, ask: Ask) -> BoxFuture<'_, Result<Grant, LedgerError>> {
         let mut books = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let decided = decide(&ask, books.settled(&ask.job), books.reserved(&ask.job));
-        let granted = decided.map(|amount| {
+        let (charged, reserved) = (books.settled(&ask.job), books.reserved(&ask.job));
+        let standing = |budget: &Budget| Standing {
+            scope: budget.scope,
+            limit: budget.limit,
+            charged,
+            reserved,
+            resets_at_ms: None,
+        };
+        let standings: Vec<Standing> = ask.budgets.iter().map(standing).collect();
+        let decided = grant(&standings, ask.want, ask.floor).map_err(|why| match why {
+            NoRoom::Exhausted(standing) => exhausted(standing),
+            NoRoom::Busy(_) => LedgerError::Busy,
+        });
+        let granted = decided.map(|granted| {
             books.next += 1;
             let id = ReservationId(books.next);
-            books.open.insert(id, (ask.job, amount));
-            Grant { id, amount }
+            books.open.insert(id, (ask.job, granted.amount));
+            Grant { id, amount: granted.amount, lowered_by: granted.lowered_by }
         });
         Box::pin(std::future::ready(granted))
     }
@@ -184,25 +226,4 @@ impl Ledger for MemoryLedger {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn a_grant_never_passes_the_limit(
-            settled in 0u64..1000, reserved in 0u64..1000, want in 0u64..1000, part in 0u64..1000, limit in 0u64..1500
-        ) {
-            let floor = MicroUsd(part.min(want));
-            let ask = Ask { job: JobId::new(0, 0), model: String::new(), want: MicroUsd(want), floor, limit: Some(MicroUsd(limit)) };
-            match decide(&ask, MicroUsd(settled), MicroUsd(reserved)) {
-                Ok(amount) => {
-                    prop_assert!(amount >= floor && amount <= ask.want);
-                    prop_assert!(settled + reserved + amount.0 <= limit);
-                }
-                Err(LedgerError::Busy) => prop_assert!(reserved > 0 && settled + floor.0 <= limit),
-                Err(_) => prop_assert!(settled + floor.0 > limit),
-            }
-        }
-    }
-}
+mod tests;

@@ -1,10 +1,14 @@
-//! Reads what a reply was billed for out of its bytes while they pass by: SSE events or one JSON message.
+//! Reads what a reply was billed for out of its bytes while they pass by: SSE events, the event stream of Amazon
+//! Bedrock ([`eventstream`]), or one JSON message.
 //! Pure: bytes in, a [`Reading`] out. It must give the same reading however the bytes are cut into chunks,
 //! keep a bounded part of them, and never fail: what cannot be read is no usage.
+
+pub mod eventstream;
 
 use serde_json::Value;
 
 use crate::pricing::Usage;
+use eventstream::{Event, Frames};
 
 /// Longest SSE event that is looked into, in bytes. The events that carry usage have a few hundred.
 const EVENT_BYTES_MAX: usize = 1 << 20;
@@ -49,6 +53,8 @@ impl Reading {
 pub enum Meter {
     /// `text/event-stream`.
     Sse(Box<SseMeter>),
+    /// `application/vnd.amazon.eventstream`.
+    EventStream(Box<EventStreamMeter>),
     /// `application/json`.
     Json(Vec<u8>),
     /// Anything else: nothing is read.
@@ -61,6 +67,8 @@ impl Meter {
         let essence = content_type.split(';').next().unwrap_or_default().trim();
         if essence.eq_ignore_ascii_case("text/event-stream") {
             Self::Sse(Box::default())
+        } else if essence.eq_ignore_ascii_case("application/vnd.amazon.eventstream") {
+            Self::EventStream(Box::default())
         } else if essence.eq_ignore_ascii_case("application/json") {
             Self::Json(Vec::new())
         } else {
@@ -72,6 +80,7 @@ impl Meter {
     pub fn push(&mut self, bytes: &[u8]) {
         match self {
             Self::Sse(meter) => meter.push(bytes),
+            Self::EventStream(meter) => meter.push(bytes),
             Self::Json(body) if body.len() + bytes.len() <= JSON_BYTES_MAX => body.extend_from_slice(bytes),
             Self::Json(_) => *self = Self::Blind,
             Self::Blind => {}
@@ -82,6 +91,7 @@ impl Meter {
     pub fn finish(self) -> Reading {
         match self {
             Self::Sse(mut meter) => meter.finish(),
+            Self::EventStream(meter) => meter.finish(),
             Self::Json(body) => json_reading(&body),
             Self::Blind => Reading::default(),
         }
@@ -110,9 +120,7 @@ pub struct SseMeter {
     overlong: bool,
     after_cr: bool,
     event_bytes: u64,
-    started: bool,
-    raw: RawUsage,
-    reading: Reading,
+    events: Events,
 }
 
 impl SseMeter {
@@ -164,18 +172,76 @@ impl SseMeter {
     }
 
     fn dispatch(&mut self) {
-        let event_bytes = std::mem::take(&mut self.event_bytes);
+        self.events.take(&self.data, std::mem::take(&mut self.event_bytes));
+        self.overlong = false;
+        self.data.clear();
+    }
+
+    fn finish(&mut self) -> Reading {
+        // A last event without its empty line: a client would not see it, but it was billed.
+        if !self.line.is_empty() {
+            self.end_line();
+        }
+        self.dispatch();
+        self.events.finish()
+    }
+}
+
+/// Incremental reader of the event stream of Amazon Bedrock: the same events in frames.
+#[derive(Debug, Default)]
+pub struct EventStreamMeter {
+    frames: Frames,
+    events: Events,
+}
+
+impl EventStreamMeter {
+    fn push(&mut self, bytes: &[u8]) {
+        let events = &mut self.events;
+        self.frames.push(bytes, &mut |event| match event {
+            Event::Chunk(data) => events.take(&data, data.len() as u64),
+            Event::Exception(kind) => events.reading.error = Some(exception_type(&kind).to_owned()),
+            // What was in it is unknown: then only `max_tokens` bounds the output.
+            Event::Damaged => events.reading.thinking = true,
+        });
+    }
+
+    fn finish(mut self) -> Reading {
+        self.events.take(b"", self.frames.held_bytes() as u64);
+        self.events.finish()
+    }
+}
+
+/// The API's name for an exception of Bedrock's.
+fn exception_type(kind: &str) -> &'static str {
+    match kind {
+        "throttlingException" | "ThrottlingException" => "rate_limit_error",
+        "serviceUnavailableException" | "modelNotReadyException" => "overloaded_error",
+        "validationException" => "invalid_request_error",
+        "accessDeniedException" => "permission_error",
+        _ => "api_error",
+    }
+}
+
+/// What the events of a stream say, whatever carried them.
+#[derive(Debug, Default)]
+struct Events {
+    started: bool,
+    raw: RawUsage,
+    reading: Reading,
+}
+
+impl Events {
+    /// Takes an event's JSON (empty: none that could be read) and how many bytes it had on the wire.
+    fn take(&mut self, data: &[u8], event_bytes: u64) {
         if self.started {
             self.reading.output_bytes = self.reading.output_bytes.saturating_add(event_bytes);
         }
-        self.overlong = false;
-        if !self.data.is_empty()
-            && !self.data.starts_with(DELTA_PREFIX)
-            && let Ok(event) = serde_json::from_slice::<Value>(&self.data)
+        if !data.is_empty()
+            && !data.starts_with(DELTA_PREFIX)
+            && let Ok(event) = serde_json::from_slice::<Value>(data)
         {
             self.event(&event);
         }
-        self.data.clear();
     }
 
     fn event(&mut self, event: &Value) {
@@ -202,11 +268,6 @@ impl SseMeter {
     }
 
     fn finish(&mut self) -> Reading {
-        // A last event without its empty line: a client would not see it, but it was billed.
-        if !self.line.is_empty() {
-            self.end_line();
-        }
-        self.dispatch();
         self.reading.usage = self.raw.usage();
         self.reading.complete &= self.reading.usage.is_some();
         std::mem::take(&mut self.reading)
@@ -226,6 +287,7 @@ struct RawUsage {
     cache_write: Option<u64>,
     cache_write_5m: Option<u64>,
     cache_write_1h: Option<u64>,
+    web_searches: Option<u64>,
 }
 
 impl RawUsage {
@@ -237,6 +299,7 @@ impl RawUsage {
         take(&mut self.cache_write, &usage["cache_creation_input_tokens"]);
         take(&mut self.cache_write_5m, &usage["cache_creation"]["ephemeral_5m_input_tokens"]);
         take(&mut self.cache_write_1h, &usage["cache_creation"]["ephemeral_1h_input_tokens"]);
+        take(&mut self.web_searches, &usage["server_tool_use"]["web_search_requests"]);
     }
 
     /// `None` unless input and output were both said. Cache writes whose duration was not said are charged
@@ -247,7 +310,14 @@ impl RawUsage {
         let total = self.cache_write.unwrap_or(0);
         let cache_write_1h = long.max(total.saturating_sub(short));
         let cache_read = self.cache_read.unwrap_or(0);
-        Some(Usage { input, output, cache_read, cache_write_5m: short, cache_write_1h })
+        Some(Usage {
+            input,
+            output,
+            cache_read,
+            cache_write_5m: short,
+            cache_write_1h,
+            web_searches: self.web_searches.unwrap_or(0),
+        })
     }
 }
 
@@ -269,10 +339,49 @@ mod tests {
         meter.finish()
     }
 
+    /// The same stream as Bedrock sends it.
+    fn framed() -> Vec<u8> {
+        let text = STREAM.replace("\r\n", "\n").replace('\r', "\n").replace(",\ndata: \"delta", ",\"delta");
+        let events: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+        let events = events.into_iter();
+        events.flat_map(|event| crate::model::eventstream::chunk(event.as_bytes())).collect()
+    }
+
+    fn read_frames<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Reading {
+        let mut meter = Meter::for_content_type("application/vnd.amazon.eventstream");
+        pieces.into_iter().for_each(|piece| meter.push(piece));
+        meter.finish()
+    }
+
+    #[test]
+    fn frames_that_broke_off_or_are_damaged_are_charged_for_no_less_than_they_may_have_cost() {
+        let whole = framed();
+        for end in 0..whole.len() {
+            let reading = read_frames([&whole[..end]]);
+            if let Some(usage) = reading.billable(1_000) {
+                assert!(usage.output >= 1 && usage.input == 10, "{end}: {reading:?}");
+            }
+            let mut flipped = whole.clone();
+            flipped[end] ^= 0x10;
+            let reading = read_frames([&flipped[..]]);
+            let charged = reading.billable(1_000).map(|usage| usage.output);
+            assert!(charged.is_none_or(|output| output == 42 || output == 1_000), "{end}: {reading:?}");
+        }
+        let slow = crate::model::eventstream::exception("throttlingException", "slow down");
+        assert_eq!(read_frames([&slow[..]]).error.as_deref(), Some("rate_limit_error"));
+    }
+
     #[test]
     fn the_whole_stream_gives_the_usage() {
         let reading = read([STREAM]);
-        let usage = Usage { input: 10, output: 42, cache_read: 5, cache_write_5m: 3, cache_write_1h: 4 };
+        let usage = Usage {
+            input: 10,
+            output: 42,
+            cache_read: 5,
+            cache_write_5m: 3,
+            cache_write_1h: 4,
+            ..Usage::default()
+        };
         assert_eq!((reading.usage, reading.complete), (Some(usage), true));
         assert_eq!(reading.stop_reason.as_deref(), Some("end_turn"));
         assert_eq!(reading.billable(1_000), Some(usage));
@@ -321,10 +430,25 @@ mod tests {
         }
 
         #[test]
+        fn any_chunking_of_frames_gives_the_same_reading(cuts in prop::collection::vec(0usize..4000, 0..40)) {
+            let stream = framed();
+            let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(stream.len())).collect();
+            cuts.extend([0, stream.len()]);
+            cuts.sort_unstable();
+            let whole = read_frames([&stream[..]]);
+            prop_assert_eq!(whole.usage, read([STREAM]).usage);
+            prop_assert!(whole.complete);
+            prop_assert_eq!(read_frames(cuts.windows(2).map(|w| &stream[w[0]..w[1]])), whole);
+        }
+
+        #[test]
         fn garbage_never_panics(
-            chunks in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..200), 0..20), json in any::<bool>()
+            chunks in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..200), 0..20),
+            kind in prop::sample::select(vec![
+                "application/json", "text/event-stream", "application/vnd.amazon.eventstream",
+            ])
         ) {
-            let mut meter = Meter::for_content_type(if json { "application/json" } else { "text/event-stream" });
+            let mut meter = Meter::for_content_type(kind);
             chunks.iter().for_each(|chunk| meter.push(chunk));
             meter.finish();
         }

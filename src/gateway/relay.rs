@@ -16,9 +16,9 @@ use tokio::time::timeout;
 
 use super::Limits;
 use super::censor::Censor;
-use super::credentials::Secret;
 use super::lease::Shared;
 use super::meter::Meter;
+use super::secret::Secrets;
 
 /// Answer headers that do not come back: those of the hop, and those that tell of the account or set state.
 const ANSWER_HEADERS_DROPPED: &[&str] = &[
@@ -69,7 +69,7 @@ pub(super) struct Waiting {
 pub(super) fn passed_on(
     status: StatusCode,
     headers: &HeaderMap,
-    secret: &Secret,
+    secrets: &Secrets,
     waiting: Waiting,
 ) -> Response<Body> {
     let pieces = stream::unfold(Some(waiting), |waiting| async move {
@@ -87,9 +87,13 @@ pub(super) fn passed_on(
     let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(pieces)));
     *response.status_mut() = status;
     for (name, value) in headers {
-        if !ANSWER_HEADERS_DROPPED.contains(&name.as_str()) && !secret.is_in(value.as_bytes()) {
+        if !ANSWER_HEADERS_DROPPED.contains(&name.as_str()) && !secrets.are_in(value.as_bytes()) {
             response.headers_mut().append(name.clone(), value.clone());
         }
+    }
+    if status == StatusCode::UNAUTHORIZED {
+        // The CLI would try for three minutes, with a credential that is not its own.
+        response.headers_mut().insert("x-should-retry", HeaderValue::from_static("false"));
     }
     response
 }

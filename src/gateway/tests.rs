@@ -1,5 +1,7 @@
 //! The gateway on real sockets against the scripted model, in one process.
 
+mod requests;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,61 +16,74 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::agent::provider::ProviderKind;
 use crate::job::JobSpec;
 use crate::job::{CellId, JobId};
 use crate::model::{ModelReport, Recorder, Script, serve};
+use crate::money::{Budget, Scope};
 use crate::policy::{Defaults, Plan, Policy, narrow};
 
-const KEY: &str = "canary-key-0123456789";
-const TOKEN: &str = "job-token";
-const MODEL: &str = "claude-sonnet-4-6";
+pub(super) const KEY: &str = "canary-key-0123456789";
+pub(super) const TOKEN: &str = "job-token";
+pub(super) const MODEL: &str = "claude-sonnet-4-6";
 
-struct World {
-    recorder: Arc<Recorder>,
+pub(super) struct World {
+    pub(super) recorder: Arc<Recorder>,
     stop: CancellationToken,
     model: JoinHandle<ModelReport>,
     ledger: Arc<MemoryLedger>,
-    lease: Lease,
+    pub(super) lease: Lease,
     dir: tempfile::TempDir,
     job: JobId,
 }
 
-struct Setup {
-    limit: Option<u64>,
-    limits: Limits,
-    models: Vec<String>,
+pub(super) struct Setup {
+    pub(super) limit: Option<u64>,
+    pub(super) limits: Limits,
+    pub(super) models: Vec<String>,
+    /// A provider and its credential's kind; the base URL is what follows the model's.
+    pub(super) provider: Option<(ProviderSpec, CredentialKind)>,
+    /// What the credential's file holds.
+    pub(super) key: String,
+    /// Where the credential comes from instead.
+    pub(super) source: Option<CredentialSource>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let limits = Limits { drain: Duration::from_secs(5), ..Limits::default() };
-        Self { limit: None, limits, models: vec!["*".into()] }
+        Self { limit: None, limits, models: vec!["*".into()], provider: None, key: KEY.into(), source: None }
     }
 }
 
 /// A plan that allows these models.
 pub(super) fn plan(models: Vec<String>) -> Arc<Plan> {
     let policy = Policy::parse("test", include_str!("../../policies/default.toml")).unwrap();
-    let defaults = Defaults { model: MODEL.into(), image: "x".into() };
+    let defaults = Defaults { model: MODEL.into(), image: "x".into(), provider: "test".into() };
     let spec = JobSpec::parse(br#"{"prompt":"x"}"#).unwrap();
     let mut plan = narrow(&spec, &policy, None, &defaults).unwrap();
     plan.layers[0].models_allow = models;
     Arc::new(plan)
 }
 
-struct Answer {
-    status: u16,
+/// Nothing is held while the provider is limited.
+fn unheld() -> Limits {
+    Limits { pace_wait: Duration::ZERO, ..Limits::default() }
+}
+
+pub(super) struct Answer {
+    pub(super) status: u16,
     headers: hyper::HeaderMap,
-    body: String,
-    whole: bool,
+    pub(super) body: String,
+    pub(super) whole: bool,
 }
 
 impl World {
-    async fn new(script: &str) -> Self {
+    pub(super) async fn new(script: &str) -> Self {
         Self::with(script, Setup::default()).await
     }
 
-    async fn with(script: &str, setup: Setup) -> Self {
+    pub(super) async fn with(script: &str, setup: Setup) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let base_url = format!("http://{}/some/prefix", listener.local_addr().unwrap());
         let (stop, recorder) = (CancellationToken::new(), Arc::new(Recorder::memory()));
@@ -80,19 +95,19 @@ impl World {
         Self { recorder, stop, model, ledger, lease, dir, job }
     }
 
-    async fn connect(&self) -> UnixStream {
+    pub(super) async fn connect(&self) -> UnixStream {
         UnixStream::connect(self.dir.path().join("api.sock")).await.unwrap()
     }
 
-    async fn send(&self, path: &str, headers: &[(&str, &str)], body: String) -> Response<Incoming> {
+    pub(super) async fn send(&self, path: &str, headers: &[(&str, &str)], body: String) -> Response<Incoming> {
         send(self.connect().await, path, headers, body).await
     }
 
-    async fn post(&self, body: Value) -> Answer {
+    pub(super) async fn post(&self, body: Value) -> Answer {
         read(self.send("/v1/messages?beta=true", &[("x-api-key", TOKEN)], body.to_string()).await).await
     }
 
-    async fn charged(&mut self) -> (Usage, u64) {
+    pub(super) async fn charged(&mut self) -> (Usage, u64) {
         loop {
             if let GatewayEvent::Charged { usage, charged, .. } = self.lease.next_event().await {
                 return (usage, charged.0);
@@ -101,7 +116,7 @@ impl World {
     }
 
     /// Ends everything; nothing may be left reserved.
-    async fn end(self) -> (Vec<GatewayEvent>, u64) {
+    pub(super) async fn end(self) -> (Vec<GatewayEvent>, u64) {
         let events = self.lease.destroy().await;
         assert!(!self.dir.path().join("api.sock").exists());
         self.stop.cancel();
@@ -109,6 +124,36 @@ impl World {
         let (spent, reserved) = self.ledger.standing(&self.job);
         assert_eq!(reserved, MicroUsd::ZERO, "a reservation is left");
         (events, spent.0)
+    }
+}
+
+/// The user that the tests run as.
+pub(super) fn me() -> Identity {
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    Identity { uid, gid, groups: Vec::new() }
+}
+
+pub(super) fn config(base_url: &str, source: CredentialSource) -> GatewayConfig {
+    GatewayConfig {
+        providers: vec![ProviderSpec {
+            name: "test".into(),
+            kind: ProviderKind::Anthropic,
+            base_url: base_url.into(),
+            credential: "key".into(),
+            region: None,
+            project: None,
+            models: BTreeMap::new(),
+        }],
+        default_provider: "test".into(),
+        credentials: vec![CredentialSpec {
+            name: "key".into(),
+            kind: CredentialKind::ApiKey,
+            source,
+            refresh: credentials::REFRESH,
+            users: Vec::new(),
+            groups: Vec::new(),
+            required: true,
+        }],
     }
 }
 
@@ -120,21 +165,26 @@ async fn lease(
     setup: Setup,
 ) -> Lease {
     let key_file = dir.path().join("key");
-    std::fs::write(&key_file, KEY).unwrap();
-    let provider = Provider {
-        name: "test".into(),
-        base_url: base_url.into(),
-        credential: CredentialSource::File(key_file),
-        style: AuthStyle::ApiKey,
-    };
+    std::fs::write(&key_file, &setup.key).unwrap();
     let prices = Arc::new(Prices::built_in().unwrap());
-    let gateway = Gateway::open(provider, prices, setup.limits).await.unwrap();
+    let mut config = config(base_url, setup.source.unwrap_or(CredentialSource::File(key_file)));
+    if let Some((spec, kind)) = setup.provider {
+        config.credentials[0].kind = kind;
+        let base_url = format!("{base_url}{}", spec.base_url);
+        config.providers[0] = ProviderSpec { base_url, ..spec };
+    }
+    let gateway = Gateway::open(config, prices, setup.limits).await.unwrap();
     let spec = LeaseSpec {
         job: job.clone(),
         cell: CellId::new(1),
         token: TOKEN.into(),
+        identity: me(),
         plan: plan(setup.models),
-        cost_limit: setup.limit.map(MicroUsd),
+        budgets: setup
+            .limit
+            .map(|limit| Budget { scope: Scope::Job, limit: MicroUsd(limit) })
+            .into_iter()
+            .collect(),
         output_tokens_max: None,
         run_dir: dir.path().to_owned(),
         socket_owner: None,
@@ -153,7 +203,7 @@ async fn send(stream: UnixStream, path: &str, headers: &[(&str, &str)], body: St
     sender.send_request(request.body(Full::new(Bytes::from(body))).unwrap()).await.unwrap()
 }
 
-async fn read(response: Response<Incoming>) -> Answer {
+pub(super) async fn read(response: Response<Incoming>) -> Answer {
     let (parts, mut body) = response.into_parts();
     let (mut bytes, mut whole) = (Vec::new(), true);
     while let Some(frame) = body.frame().await {
@@ -166,34 +216,34 @@ async fn read(response: Response<Incoming>) -> Answer {
     Answer { status: parts.status.as_u16(), headers: parts.headers, body, whole }
 }
 
-fn ask(prompt: &str, stream: bool) -> Value {
+pub(super) fn ask(prompt: &str, stream: bool) -> Value {
     json!({ "model": MODEL, "max_tokens": 8000, "stream": stream,
             "messages": [{ "role": "user", "content": prompt }] })
 }
 
-const SCRIPT: &str = r#"
+pub(super) const SCRIPT: &str = r#"
     [default]
     text = "hello {{prompt}}, a rather long answer for many deltas"
     chunk_chars = 4
     usage = { input = 100, output = 200, cache_read = 300, cache_write_5m = 400, cache_write_1h = 500 }
 "#;
 /// 100 × 3 + 200 × 15 + 300 × 0.3 + 400 × 3.75 + 500 × 6, in micro-USD.
-const SCRIPT_COST: u64 = 300 + 3000 + 90 + 1500 + 3000;
+pub(super) const SCRIPT_COST: u64 = 300 + 3000 + 90 + 1500 + 3000;
 
 #[tokio::test]
 async fn the_key_is_injected_and_nothing_of_it_comes_back() {
-    let world = World::new(&format!(
+    let script = format!(
         "{SCRIPT}\n[[reply]]\nwhen={{prompt=\"limit\"}}\nfault={{status=429,\
         headers={{retry-after=\"7\",set-cookie=\"a=b\",x-echo=\"{KEY}\",anthropic-organization-id=\"o\"}}}}"
-    ))
-    .await;
+    );
+    let world = World::with(&script, Setup { limits: unheld(), ..Setup::default() }).await;
     let headers = [
         ("x-api-key", TOKEN),
         ("anthropic-version", "2023-06-01"),
         ("cookie", "c"),
         ("accept-encoding", "gzip"),
         ("x-forwarded-for", "1"),
-        ("anthropic-beta", "b"),
+        ("anthropic-beta", "context-management-2025-06-27, effort-2025-11-24"),
     ];
     let answer = read(world.send("/v1/messages?beta=true", &headers, ask("x", true).to_string()).await).await;
     assert!(
@@ -210,7 +260,8 @@ async fn the_key_is_injected_and_nothing_of_it_comes_back() {
 
     let seen = world.recorder.requests();
     assert_eq!(seen[0].target, "/some/prefix/v1/messages?beta=true");
-    assert_eq!((seen[0].header("x-api-key"), seen[0].header("anthropic-beta")), (Some(KEY), Some("b")));
+    assert_eq!(seen[0].header("x-api-key"), Some(KEY));
+    assert_eq!(seen[0].header("anthropic-beta"), Some("context-management-2025-06-27, effort-2025-11-24"));
     assert_eq!(seen[0].body, ask("x", true).to_string(), "the body goes on as it came");
     for name in ["cookie", "accept-encoding", "x-forwarded-for", "authorization"] {
         assert_eq!(seen[0].header(name), None, "{name}");
@@ -352,7 +403,7 @@ async fn bodies_that_are_not_allowed_are_refused_with_the_reason() {
         (haiku(""), 400, Refusal::Malformed),
         (haiku(",\"max_tokens\":0"), 400, Refusal::Malformed),
         (haiku(",\"max_tokens\":5,\"max_tokens\":6"), 400, Refusal::Malformed),
-        (haiku(",\"max_tokens\":5,\"mcp_servers\":[]"), 403, Refusal::Content),
+        (haiku(",\"max_tokens\":5,\"mcp_servers\":[{\"url\":\"https://m/\"}]"), 403, Refusal::Content),
         (haiku(",\"max_tokens\":5,\"tools\":[{\"type\":\"web_search_20250305\"}]"), 403, Refusal::Content),
         (ask("x", true).to_string(), 403, Refusal::Model),
         (ask("x", true).to_string().replace(MODEL, "x-unknown"), 403, Refusal::Price),
@@ -375,8 +426,14 @@ async fn usage_and_cost_are_exact_streaming_or_not() {
     for stream in [true, false] {
         let answer = world.post(ask("x", stream)).await;
         assert!(answer.whole && answer.body.contains("message"), "{}", answer.body);
-        let usage =
-            Usage { input: 100, output: 200, cache_read: 300, cache_write_5m: 400, cache_write_1h: 500 };
+        let usage = Usage {
+            input: 100,
+            output: 200,
+            cache_read: 300,
+            cache_write_5m: 400,
+            cache_write_1h: 500,
+            web_searches: 0,
+        };
         assert_eq!(world.charged().await, (usage, SCRIPT_COST));
     }
     assert_eq!(world.end().await.1, 2 * SCRIPT_COST);
@@ -458,9 +515,11 @@ async fn errors_of_the_provider_pass_and_cost_nothing() {
         let script = format!(
             "[default]\nfault = {{ status = {status}, message = \"no\", headers = {{ location = \"http://x\" }} }}"
         );
-        let mut world = World::new(&script).await;
+        let mut world = World::with(&script, Setup { limits: unheld(), ..Setup::default() }).await;
         let answer = world.post(ask("x", true)).await;
         assert_eq!(answer.status, status);
+        let hopeless = answer.headers.get("x-should-retry").is_some_and(|value| value == "false");
+        assert_eq!(hopeless, status == 401, "the CLI must not try for minutes with a key that is not its own");
         assert!(
             answer.body.contains("\"no\"") && !answer.headers.contains_key("location"),
             "{}",
@@ -510,7 +569,12 @@ async fn spend_never_passes_the_limit_and_then_nothing_goes_upstream() {
     assert_eq!(world.recorder.total(), forwarded);
     let (events, spent) = world.end().await;
     assert!(spent <= limit, "{spent}");
-    let exhausted = GatewayEvent::BudgetExhausted { spent: MicroUsd(spent), limit: MicroUsd(limit) };
+    let exhausted = GatewayEvent::BudgetExhausted {
+        scope: Scope::Job,
+        spent: MicroUsd(spent),
+        limit: MicroUsd(limit),
+        resets_at_ms: None,
+    };
     assert!(events.contains(&exhausted), "{events:?}");
 }
 
@@ -537,7 +601,7 @@ async fn a_request_is_lowered_to_what_is_left_and_its_thinking_with_it() {
 async fn of_many_at_once_with_budget_for_one_only_one_goes_upstream() {
     let price = *Prices::built_in().unwrap().of(MODEL).unwrap();
     let body = ask("x", true);
-    let input = body::BodyFacts::read(body.to_string().as_bytes()).unwrap().input_tokens_estimate;
+    let input = body::BodyFacts::read(body.to_string().as_bytes()).unwrap().shape.bound(&[]).tokens;
     let cache = crate::pricing::CacheWrite::FiveMinutes;
     // As dear as its worst case, so that there is room for exactly one.
     let script = format!(
@@ -671,8 +735,9 @@ async fn a_ledger_that_fails_stops_requests_and_settlements_are_tried_again() {
         job: world.job.clone(),
         cell: CellId::new(2),
         token: TOKEN.into(),
+        identity: me(),
         plan: plan(vec!["*".into()]),
-        cost_limit: None,
+        budgets: Vec::new(),
         output_tokens_max: None,
         run_dir: other.path().to_owned(),
         socket_owner: None,

@@ -18,20 +18,10 @@ const CONNECT_WAIT: Duration = Duration::from_secs(10);
 /// An idle connection is kept this long: shorter than providers do, so that we close first.
 const POOL_IDLE: Duration = Duration::from_secs(50);
 
-/// What is asked of the provider.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Target {
-    /// `POST /v1/messages`.
-    Messages,
-    /// `POST /v1/messages/count_tokens`.
-    CountTokens,
-}
-
 #[derive(Debug)]
 pub(super) struct Upstream {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
-    messages: [Uri; 2],
-    count_tokens: [Uri; 2],
+    base_url: String,
 }
 
 impl Upstream {
@@ -53,11 +43,6 @@ impl Upstream {
                 return Err(bad("must be https: a credential goes over plain http to loopback only"));
             }
             _ => return Err(bad("must begin with https://")),
-        };
-        let path = |path: &str| -> Result<[Uri; 2], GatewayError> {
-            let url = format!("{}{path}", base_url.trim_end_matches('/'));
-            let parse = |url: String| url.parse::<Uri>().map_err(|_| bad("is no URL"));
-            Ok([parse(url.clone())?, parse(format!("{url}?beta=true"))?])
         };
         let mut http = HttpConnector::new();
         http.enforce_http(false);
@@ -81,24 +66,24 @@ impl Upstream {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(POOL_IDLE)
             .build(connector);
-        Ok(Self { client, messages: path("/v1/messages")?, count_tokens: path("/v1/messages/count_tokens")? })
+        Ok(Self { client, base_url: base_url.trim_end_matches('/').to_owned() })
     }
 
-    /// Sends a request; returns at the answer's head. Never follows a redirect.
+    /// The URI of a path and query below the base URL.
+    pub(super) fn uri(&self, path: &str) -> Option<Uri> {
+        format!("{}{path}", self.base_url).parse().ok()
+    }
+
+    /// Sends a POST; returns at the answer's head. Never follows a redirect.
     pub(super) async fn send(
         &self,
-        target: Target,
-        beta: bool,
+        uri: Uri,
         headers: HeaderMap,
         body: Bytes,
     ) -> Result<Response<Incoming>, Error> {
-        let uris = match target {
-            Target::Messages => &self.messages,
-            Target::CountTokens => &self.count_tokens,
-        };
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = Method::POST;
-        *request.uri_mut() = uris[usize::from(beta)].clone();
+        *request.uri_mut() = uri;
         *request.headers_mut() = headers;
         self.client.request(request).await
     }
@@ -131,6 +116,7 @@ mod tests {
             assert!(matches!(Upstream::new("p", bad), Err(GatewayError::BaseUrl { .. })), "{bad}");
         }
         let upstream = Upstream::new("p", "https://h/prefix/").unwrap();
-        assert_eq!(upstream.messages[1].to_string(), "https://h/prefix/v1/messages?beta=true");
+        let uri = upstream.uri("/v1/messages?beta=true").unwrap();
+        assert_eq!(uri.to_string(), "https://h/prefix/v1/messages?beta=true");
     }
 }

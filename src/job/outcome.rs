@@ -88,6 +88,8 @@ pub enum FailReason {
     ImageUnavailable,
     /// The image lacks what a cell needs (a shell, a C library that a bundle exists for).
     ImageUnsuitable,
+    /// None of the runtimes that the policy allows is on this machine and fit for cells.
+    RuntimeUnavailable,
     /// No agent bundle of the wanted version, architecture and C library.
     AgentMissing,
     /// The workspace is not what was submitted any more.
@@ -128,9 +130,10 @@ pub enum FailReason {
 
 impl FailReason {
     /// All reasons; metrics are seeded from it.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::ImageUnavailable,
         Self::ImageUnsuitable,
+        Self::RuntimeUnavailable,
         Self::AgentMissing,
         Self::WorkspaceMoved,
         Self::WorkspaceSetup,
@@ -156,6 +159,7 @@ impl FailReason {
         match self {
             Self::ImageUnavailable => "image_unavailable",
             Self::ImageUnsuitable => "image_unsuitable",
+            Self::RuntimeUnavailable => "runtime_unavailable",
             Self::AgentMissing => "agent_missing",
             Self::WorkspaceMoved => "workspace_moved",
             Self::WorkspaceSetup => "workspace_setup",
@@ -190,6 +194,7 @@ impl FailReason {
             | Self::GatewayRefused
             | Self::ProviderRejected => Blame::Job,
             Self::ImageUnavailable
+            | Self::RuntimeUnavailable
             | Self::AgentMissing
             | Self::WorkspaceSetup
             | Self::EngineUnavailable

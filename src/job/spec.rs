@@ -156,6 +156,22 @@ pub enum Runtime {
     Runsc,
 }
 
+/// No runtime of this name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is neither runc nor runsc")]
+pub struct NoRuntime(String);
+
+impl std::str::FromStr for Runtime {
+    type Err = NoRuntime;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "runc" => Ok(Self::Runc),
+            "runsc" => Ok(Self::Runsc),
+            other => Err(NoRuntime(other.to_owned())),
+        }
+    }
+}
+
 impl Runtime {
     /// The name the engine knows it by.
     pub fn as_str(self) -> &'static str {

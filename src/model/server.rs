@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::ask::Ask;
+use super::cloud::{self, Cloud};
 use super::record::{Received, Recorder};
 use super::reply::{Answer, Plan, Step, plan, refusal};
 use super::script::{Script, error_json};
@@ -182,10 +183,14 @@ impl Model {
         };
         // Suffixes, since a base URL may have a path.
         let plan = match &head.method {
+            m if m == Method::POST && cloud::of_path(path).is_some() => {
+                self.in_the_cloud(path, &body, headers, &mut received.rule)
+            }
+            m if m == Method::GET && path.ends_with("/inference-profiles") => {
+                Plan::Answer(Answer::json(200, "{\"inferenceProfileSummaries\":[]}".to_owned()))
+            }
             m if m == Method::POST && path.ends_with("/v1/messages/count_tokens") => {
-                self.count_tokens.fetch_add(1, Ordering::Relaxed);
-                let tokens = body.len() / 4;
-                Plan::Answer(Answer::json(200, format!("{{\"input_tokens\":{tokens}}}")))
+                Plan::Answer(self.count(&body))
             }
             m if m == Method::POST && path.ends_with("/v1/messages") => {
                 self.message(&body, headers, &mut received.rule)
@@ -211,11 +216,50 @@ impl Model {
         }
     }
 
+    fn count(&self, body: &Bytes) -> Answer {
+        self.count_tokens.fetch_add(1, Ordering::Relaxed);
+        Answer::json(200, format!("{{\"input_tokens\":{}}}", body.len() / 4))
+    }
+
+    fn in_the_cloud(
+        &self,
+        path: &str,
+        body: &Bytes,
+        headers: Vec<(String, String)>,
+        rule: &mut Option<String>,
+    ) -> Plan {
+        let Some((place, id)) = cloud::of_path(path) else { return Plan::Hang };
+        if let Some(refused) = cloud::unauthorised(place, &headers) {
+            return Plan::Answer(refused);
+        }
+        if place == Cloud::VertexCount {
+            return Plan::Answer(self.count(body));
+        }
+        let Ok(json) = serde_json::from_slice(body) else { return not_json() };
+        match cloud::request(place, id, json) {
+            Err(refused) => Plan::Answer(refused),
+            Ok(json) => match self.reply(&json, body.len(), headers, rule) {
+                Plan::Hang => Plan::Hang,
+                Plan::Answer(answer) => Plan::Answer(cloud::answer(place, answer)),
+            },
+        }
+    }
+
     fn message(&self, body: &Bytes, headers: Vec<(String, String)>, rule: &mut Option<String>) -> Plan {
-        let Ok(json) = serde_json::from_slice(body) else {
-            return Plan::Answer(Answer::json(400, error_json("invalid_request_error", "body is not JSON")));
-        };
-        let ask = Ask::read(&json, body.len(), headers);
+        match serde_json::from_slice(body) {
+            Ok(json) => self.reply(&json, body.len(), headers, rule),
+            Err(_) => not_json(),
+        }
+    }
+
+    fn reply(
+        &self,
+        json: &serde_json::Value,
+        body_bytes: usize,
+        headers: Vec<(String, String)>,
+        rule: &mut Option<String>,
+    ) -> Plan {
+        let ask = Ask::read(json, body_bytes, headers);
         if let Some(refused) = refusal(&ask) {
             return Plan::Answer(refused);
         }
@@ -223,6 +267,10 @@ impl Model {
         *rule = Some(chosen.name.clone());
         plan(&chosen.reply, &ask, self.serial.fetch_add(1, Ordering::Relaxed))
     }
+}
+
+fn not_json() -> Plan {
+    Plan::Answer(Answer::json(400, error_json("invalid_request_error", "body is not JSON")))
 }
 
 async fn wait(ms: u64) {

@@ -10,6 +10,7 @@
 use super::Plan;
 use super::matches;
 use super::narrow::Layer;
+use super::requests::{self, Part};
 
 /// A question about a running job.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +19,11 @@ pub enum Ask<'a> {
     Model {
         /// The model's name as in the request.
         name: &'a str,
+    },
+    /// May a request for the model hold this?
+    Request {
+        /// The part in question.
+        part: Part<'a>,
     },
 }
 
@@ -56,6 +62,7 @@ pub fn decide(plan: &Plan, ask: Ask<'_>) -> Result<Permit, Denial> {
     for layer in &plan.layers {
         permit = Ok(match ask {
             Ask::Model { name } => allow(layer, &layer.models_allow, "models.allow", name)?,
+            Ask::Request { part } => requests::decide(layer, part)?,
         });
     }
     permit

@@ -203,7 +203,8 @@ pub struct Workspaces {
     /// Modes a job may choose; the first is the default for a job that names a directory.
     pub modes: Vec<WorkspaceMode>,
     /// With `bind`: what can be written, as paths relative to the workspace (files or directories that exist);
-    /// the rest is read-only. Absent: all of it.
+    /// the rest is read-only. Absent: all of it. The CLI's own Write and Edit write beside a file and rename it, so
+    /// they need its directory to be listed; a single file is written with the shell.
     #[serde(default)]
     pub writable: Option<Vec<std::path::PathBuf>>,
 }
@@ -327,11 +328,28 @@ impl Policy {
                 return Err((key.into(), "holds the runtime itself".into()));
             }
         }
+        self.models.unpriced.map_or(Ok(()), |unpriced| unpriced.rates().map(|_| ()))?;
         self.egress.check()?;
         self.requests.check()?;
         self.output.check()?;
+        super::writable::check(self.workspace.writable.as_deref())?;
         Rule::check_all(&self.rules)?;
         self.limits.check().map_err(|(key, problem)| (key.into(), problem))
+    }
+}
+
+impl Unpriced {
+    /// Input and output in micro-USD per million tokens.
+    ///
+    /// # Errors
+    /// (key, problem): a figure that is no price, or zero, which would let such a model be used for nothing.
+    pub fn rates(&self) -> Result<(MicroUsd, MicroUsd), (String, String)> {
+        let rate = |name: &str, usd: f64| match MicroUsd::from_usd(usd) {
+            Ok(MicroUsd::ZERO) => Err((format!("models.unpriced.{name}"), "must be above 0".to_owned())),
+            Ok(rate) => Ok(rate),
+            Err(error) => Err((format!("models.unpriced.{name}"), error.to_string())),
+        };
+        Ok((rate("input", self.input)?, rate("output", self.output)?))
     }
 }
 
@@ -382,5 +400,21 @@ mod tests {
         assert!(!Policy::parse("default", DEFAULT).expect("default").project_settings);
         let trusted = Policy::parse("trusted", include_str!("../../policies/trusted.toml")).expect("trusted");
         assert!(trusted.project_settings);
+    }
+
+    #[test]
+    fn a_price_for_models_without_one_must_be_a_price() {
+        let with = |unpriced: &str| DEFAULT.replace("[models]", &format!("[models]\nunpriced = {unpriced}"));
+        assert!(Policy::parse("p", &with("{ input = 20, output = 100.0 }")).is_ok());
+        for (bad, key) in [
+            ("{ input = 0, output = 1 }", "models.unpriced.input"),
+            ("{ input = 1, output = -1 }", "models.unpriced.output"),
+            ("{ input = nan, output = 1 }", "models.unpriced.input"),
+            ("{ input = 1, output = inf }", "models.unpriced.output"),
+            ("{ input = 1 }", "output"),
+        ] {
+            let error = Policy::parse("p", &with(bad)).unwrap_err().to_string();
+            assert!(error.contains(key), "{bad}: {error}");
+        }
     }
 }

@@ -399,7 +399,7 @@ mod tests {
     fn plan(rules: &str) -> Plan {
         let text = format!("{}\n{rules}", include_str!("../../policies/trusted.toml"));
         let policy = Policy::parse("test", &text).expect("policy");
-        let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into() };
+        let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into(), provider: "anthropic".into() };
         narrow(&JobSpec::parse(br#"{"prompt":"x"}"#).expect("spec"), &policy, None, &defaults).expect("plan")
     }
 

@@ -69,6 +69,8 @@ pub struct Defaults {
     pub model: String,
     /// The image.
     pub image: String,
+    /// The model provider.
+    pub provider: String,
 }
 
 /// Everything that a job may do and spend, with nothing left open: stored in its row.
@@ -102,8 +104,8 @@ pub struct Plan {
     /// What isolates the cell: the first is required, each further one does as well where the machine has not
     /// the one before.
     pub runtimes: Vec<Runtime>,
-    /// The model provider; the daemon's default where absent.
-    pub provider: Option<String>,
+    /// The model provider.
+    pub provider: String,
     /// The price of models that have none.
     pub unpriced: Option<Unpriced>,
     /// What of the workspace can be written in `bind`; all of it where absent.
@@ -227,15 +229,13 @@ pub fn narrow(
         .unwrap_or_else(|| defaults.image.clone());
     one_of("image", &image, &policy.images.allow, own(|n| n.images.as_ref().map(|m| &m.allow)))?;
 
-    let provider = spec.provider.clone().or_else(|| policy.providers.default.clone());
-    if let Some(provider) = &provider {
-        one_of(
-            "provider",
-            provider,
-            &policy.providers.allow,
-            own(|n| n.providers.as_ref().map(|m| &m.allow)),
-        )?;
-    }
+    let provider = spec
+        .provider
+        .clone()
+        .or_else(|| narrowing.and_then(|n| n.providers.as_ref()?.default.clone()))
+        .or_else(|| policy.providers.default.clone())
+        .unwrap_or_else(|| defaults.provider.clone());
+    one_of("provider", &provider, &policy.providers.allow, own(|n| n.providers.as_ref().map(|m| &m.allow)))?;
     let agent = spec.agent.clone().or_else(|| policy.agents.default.clone());
     if let Some(agent) = &agent {
         one_of("agent", agent, &policy.agents.allow, own(|n| n.agents.as_ref().map(|m| &m.allow)))?;
@@ -378,7 +378,7 @@ mod tests {
     }
 
     fn defaults() -> Defaults {
-        Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into() }
+        Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into(), provider: "anthropic".into() }
     }
 
     fn refused(json: &str) -> NarrowError {

@@ -13,7 +13,7 @@ impl Session {
 
 fn plan(spec: &str) -> Plan {
     let policy = Policy::parse("trusted", include_str!("../../policies/trusted.toml")).expect("policy");
-    let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into() };
+    let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into(), provider: "anthropic".into() };
     narrow(&JobSpec::parse(spec.as_bytes()).expect("spec"), &policy, None, &defaults).expect("plan")
 }
 
@@ -206,7 +206,7 @@ proptest! {
 fn ruled(rules: &str, spec: &str) -> Session {
     let text = format!("{}\n{rules}", include_str!("../../policies/trusted.toml"));
     let policy = Policy::parse("test", &text).expect("policy");
-    let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into() };
+    let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into(), provider: "anthropic".into() };
     let plan =
         narrow(&JobSpec::parse(spec.as_bytes()).expect("spec"), &policy, None, &defaults).expect("plan");
     let mut session = Session::new(plan, "do it".into(), None, String::new());

@@ -113,6 +113,7 @@ mod tests {
             policy: "default".into(),
             model: "m".into(),
             labels: Default::default(),
+            batch: None,
             idem: None,
             created_ms: n,
         };

@@ -3,11 +3,13 @@
 
 use std::fmt;
 
+use rusqlite::types::Type;
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::row::{Int, int, maybe_int, parsed};
 use super::writer::Durability;
 use super::{Store, StoreError};
+use crate::job::spec::Runtime;
 use crate::job::{CellId, JobId};
 
 /// A cell and whose it is.
@@ -27,6 +29,8 @@ pub struct CellRow {
     pub token: String,
     /// The private host uid of the cell's processes.
     pub cell_uid: u32,
+    /// What isolates it; none where it only tries a runtime out.
+    pub runtime: Option<Runtime>,
     /// When it was made, on the clock that never jumps: milliseconds since boot.
     pub created_boot_ms: u64,
     /// When all of it was proven gone.
@@ -41,13 +45,14 @@ impl fmt::Debug for CellRow {
             .field("attempt", &self.attempt)
             .field("container", &self.container)
             .field("cell_uid", &self.cell_uid)
+            .field("runtime", &self.runtime)
             .field("created_boot_ms", &self.created_boot_ms)
             .field("gone_ms", &self.gone_ms)
             .finish_non_exhaustive()
     }
 }
 
-const COLUMNS: &str = "cell, job, attempt, container, ctl_key, token, cell_uid, created_boot_ms, gone_ms";
+const COLUMNS: &str = "cell, job, attempt, container, ctl_key, token, cell_uid, created_boot_ms, gone_ms, runtime";
 
 impl Store {
     /// Stores a cell that is about to be made; on the disk before it returns.
@@ -56,7 +61,7 @@ impl Store {
     /// [`StoreError::Sqlite`] where the id was used before or there is no such job, [`StoreError::Full`].
     pub async fn put_cell(&self, cell: CellRow) -> Result<(), StoreError> {
         self.write(Durability::Now, move |db| {
-            let sql = format!("INSERT INTO cells ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)");
+            let sql = format!("INSERT INTO cells ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)");
             db.prepare_cached(&sql)?.execute(params![
                 cell.cell.as_str(),
                 cell.job.as_str(),
@@ -67,6 +72,7 @@ impl Store {
                 cell.cell_uid,
                 Int(cell.created_boot_ms),
                 cell.gone_ms.map(Int),
+                cell.runtime.map(Runtime::as_str),
             ])?;
             Ok(())
         })
@@ -141,5 +147,9 @@ fn cell_row(row: &Row<'_>) -> rusqlite::Result<CellRow> {
         cell_uid: row.get(6)?,
         created_boot_ms: int(row, 7)?,
         gone_ms: maybe_int(row, 8)?,
+        runtime: match row.get_ref(9)?.data_type() {
+            Type::Null => None,
+            _ => Some(parsed(row, 9)?),
+        },
     })
 }

@@ -8,17 +8,18 @@ use std::str::FromStr;
 use rusqlite::types::{ToSql, Type};
 use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter};
 
-use super::ledger::charge_open;
+use super::ledger::{Batch, charge_open, forget_payer, put_payer};
 use super::row::{Int, int, json, maybe_int, parsed, text};
 use super::writer::Durability;
 use super::{Store, StoreError};
 use crate::event::Totals;
 use crate::job::{Identity, Input, JobId, Outcome, State, StopReason};
+use crate::policy::output::RESULT_BYTES_CEILING;
 
 /// Most rows of one [`Page`].
 pub const PAGE_ROWS_MAX: usize = 1000;
-/// Longest result text kept, in bytes; a longer one loses its end (the journal has the whole).
-pub const RESULT_BYTES_MAX: usize = 256 * 1024;
+/// Longest result text kept, in bytes: what a policy can allow, and its mark where it was cut.
+pub const RESULT_BYTES_MAX: usize = RESULT_BYTES_CEILING as usize + 128;
 
 /// A job to be stored. Its limits (sizes of spec, labels, key) are the caller's to check.
 #[derive(Debug, Clone)]
@@ -39,6 +40,8 @@ pub struct NewJob {
     pub model: String,
     /// Labels for filters.
     pub labels: BTreeMap<String, String>,
+    /// The batch it belongs to; the first job of a batch decides its budget.
+    pub batch: Option<Batch>,
     /// The idempotency key and the digest of the body it came with.
     pub idem: Option<(String, [u8; 32])>,
     /// Wall clock, milliseconds since 1970.
@@ -168,7 +171,8 @@ impl Store {
     /// Stores a job as `Queued`; on the disk before it returns.
     ///
     /// # Errors
-    /// [`StoreError::IdempotencyConflict`], [`StoreError::Full`], [`StoreError::Sqlite`] (an id used twice).
+    /// [`StoreError::IdempotencyConflict`], [`StoreError::BatchBudget`], [`StoreError::Full`],
+    /// [`StoreError::Sqlite`] (an id used twice).
     pub async fn submit(&self, job: NewJob) -> Result<Submitted, StoreError> {
         self.write(Durability::Now, move |db| submit(db, &job)).await
     }
@@ -339,8 +343,8 @@ impl Store {
         .await
     }
 
-    /// Deletes a job that is over, with its cells and its ledger rows. Sums by model stay; what was still
-    /// set aside is charged to them in full.
+    /// Deletes a job that is over, with its cells and its ledger rows. What was charged stays in the sums and in
+    /// the report; what was still set aside is charged in full.
     ///
     /// # Errors
     /// [`StoreError::NotDone`], [`StoreError::CellsLeft`], [`StoreError::NoSuchJob`].
@@ -357,6 +361,7 @@ impl Store {
                 return Err(StoreError::CellsLeft);
             }
             charge_open(db, &job, 0)?;
+            forget_payer(db, &job)?;
             db.prepare_cached("DELETE FROM jobs WHERE id = ?1")?.execute([job.as_str()])?;
             Ok(())
         })
@@ -438,6 +443,7 @@ fn submit(db: &Connection, job: &NewJob) -> Result<Submitted, StoreError> {
         Int(job.created_ms),
     ])?;
     let n = db.last_insert_rowid();
+    put_payer(db, job)?;
     let mut label = db.prepare_cached("INSERT INTO labels (key, value, n) VALUES (?1, ?2, ?3)")?;
     for (key, value) in &job.labels {
         label.execute(params![key, value, n])?;

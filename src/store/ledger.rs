@@ -1,18 +1,31 @@
 //! The ledger: the worst cost of a request is set aside before it is forwarded, its true cost is charged
-//! after. *Invariant*: for a job with a limit, what is charged plus what is set aside never passes the
-//! limit, as long as no request costs more than was set aside for it. Nothing is ever charged less than it
-//! cost: a reservation whose request nobody followed to its end is charged in full.
+//! after. *Invariant*: under every budget that a request was reserved with, what is charged plus what is set
+//! aside never passes the limit, as long as no request costs more than was set aside for it. Nothing is ever
+//! charged less than it cost: a reservation whose request nobody followed to its end is charged in full.
+//!
+//! A reservation belongs to the day on which it was made, and so does its charge. Running sums for each job,
+//! batch, user's day, day and month are moved in the same transaction: a decision reads one row for each
+//! budget, however much was spent before. What was charged stays when its job is removed ([`report`]).
+
+mod books;
+pub mod report;
+
+#[cfg(test)]
+pub(in crate::store) mod tests;
 
 use std::fmt;
 
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{OptionalExtension, params};
 
-use super::row::{Int, int, text};
+use super::row::{Int, int};
 use super::writer::Durability;
 use super::{Store, StoreError};
 use crate::job::{CellId, JobId};
-use crate::money::{self, MicroUsd, NoRoom};
+use crate::money::{self, Budget, Calendar, MicroUsd, NoRoom, Scope, Standing};
 use crate::pricing::Usage;
+
+use books::{Charge, Keys, charged, latest_day, put_charge, put_day, reserve_sums, sums};
+pub(super) use books::{charge_open, forget_payer, put_payer};
 
 /// A reservation in the ledger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,6 +47,42 @@ impl fmt::Display for ReservationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
+}
+
+/// What is to be set aside for one request.
+#[derive(Debug, Clone)]
+pub struct NewReservation {
+    /// The job that pays.
+    pub job: JobId,
+    /// The cell that asks.
+    pub cell: CellId,
+    /// The model.
+    pub model: String,
+    /// The credential it goes out with, by name.
+    pub credential: String,
+    /// The provider, by name.
+    pub provider: String,
+    /// The worst case as requested.
+    pub want: MicroUsd,
+    /// The least that is worth it; at most `want`.
+    pub floor: MicroUsd,
+    /// The budgets it must fit under.
+    pub budgets: Vec<Budget>,
+    /// Says which day it is.
+    pub calendar: Calendar,
+    /// Wall clock, milliseconds since 1970.
+    pub now_ms: u64,
+}
+
+/// What was set aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reserved {
+    /// Its name.
+    pub id: ReservationId,
+    /// How much.
+    pub amount: MicroUsd,
+    /// The budget that left less than was wanted, where one did.
+    pub lowered_by: Option<Standing>,
 }
 
 /// What a settlement did.
@@ -71,43 +120,58 @@ pub struct ModelCost {
     pub usage: Usage,
 }
 
+/// A batch: jobs of one user that share a budget.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// Its name among the user's batches.
+    pub name: String,
+    /// Its budget; none: no limit of its own.
+    pub limit: Option<MicroUsd>,
+}
+
+/// Whose budgets are asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Payer {
+    /// The user.
+    pub uid: u32,
+    /// The job, where one is meant; without it a budget of a job stands at zero.
+    pub job: Option<JobId>,
+    /// The batch by name, where one is meant.
+    pub batch: Option<String>,
+}
+
 impl Store {
-    /// Sets money aside for one request of a job, as [`money::grant`] decides: `want`, or at least `floor`.
-    /// Returns how much it was.
+    /// Sets money aside for one request of a job, as [`money::grant`] decides over all its budgets.
     ///
     /// # Errors
-    /// [`StoreError::OverBudget`] and [`StoreError::BudgetBusy`] with the sums at that moment; nothing is set
-    /// aside then.
-    #[allow(clippy::too_many_arguments)]
-    pub async fn reserve(
-        &self,
-        job: &JobId,
-        cell: &CellId,
-        model: &str,
-        want: MicroUsd,
-        floor: MicroUsd,
-        limit: Option<MicroUsd>,
-        now_ms: u64,
-    ) -> Result<(ReservationId, MicroUsd), StoreError> {
-        let (job, cell, model) = (job.clone(), cell.clone(), model.to_owned());
+    /// [`StoreError::OverBudget`] and [`StoreError::BudgetBusy`] with the budget that is in the way, as it stood;
+    /// nothing is set aside then. [`StoreError::NoSuchJob`].
+    pub async fn reserve(&self, ask: NewReservation) -> Result<Reserved, StoreError> {
         self.write(Durability::Soon, move |db| {
-            let (settled, reserved) = (charged(db, &job)?.charged, reserved_open(db, &job)?);
-            let amount = money::grant(limit, settled, reserved, want, floor).map_err(|why| match why {
-                NoRoom::Exhausted => {
-                    StoreError::OverBudget { settled, reserved, limit: limit.unwrap_or_default() }
-                }
-                NoRoom::Busy => StoreError::BudgetBusy { settled, reserved },
+            let day = ask.calendar.day(ask.now_ms, latest_day(db)?);
+            let keys = Keys::of_job(db, &ask.job, day)?;
+            let standings = keys.standings(db, &ask.budgets, &ask.calendar)?;
+            let granted = money::grant(&standings, ask.want, ask.floor).map_err(|why| match why {
+                NoRoom::Exhausted(standing) => StoreError::OverBudget(standing),
+                NoRoom::Busy(standing) => StoreError::BudgetBusy(standing),
             })?;
-            let sql = "INSERT INTO ledger (job, cell, model, status, reserved_micro, created_ms) \
-                       VALUES (?1, ?2, ?3, 'open', ?4, ?5)";
+            let amount = granted.amount.min(money::MAX);
+            put_day(db, day)?;
+            reserve_sums(db, &keys, amount)?;
+            let sql = "INSERT INTO ledger (job, cell, model, status, reserved_micro, created_ms, day, credential, \
+                       provider) VALUES (?1, ?2, ?3, 'open', ?4, ?5, ?6, ?7, ?8)";
             db.prepare_cached(sql)?.execute(params![
-                job.as_str(),
-                cell.as_str(),
-                model,
-                Int(amount.min(money::MAX).0),
-                Int(now_ms)
+                ask.job.as_str(),
+                ask.cell.as_str(),
+                ask.model,
+                Int(amount.0),
+                Int(ask.now_ms),
+                day.to_string(),
+                ask.credential,
+                ask.provider,
             ])?;
-            Ok((ReservationId(db.last_insert_rowid()), amount))
+            let id = ReservationId(db.last_insert_rowid());
+            Ok(Reserved { id, amount, lowered_by: granted.lowered_by })
         })
         .await
     }
@@ -126,15 +190,11 @@ impl Store {
         now_ms: u64,
     ) -> Result<Settled, StoreError> {
         self.write(Durability::Soon, move |db| {
-            let sql = "SELECT job, model, reserved_micro FROM ledger WHERE id = ?1 AND status = 'open'";
-            let open = db.prepare_cached(sql)?.query_row([id.0], |row| {
-                Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, MicroUsd(int(row, 2)?)))
-            });
-            let (job, model, reserved) = open.optional()?.ok_or(StoreError::NotReserved(id))?;
-            let owner: JobId = job.parse().map_err(|_| StoreError::NotReserved(id))?;
-            let charge = Charge { id, job, model, usage, charged: charged.min(money::MAX) };
+            let mut charge = Charge::open(db, id)?.ok_or(StoreError::NotReserved(id))?;
+            (charge.usage, charge.charged) = (usage, charged.min(money::MAX));
             put_charge(db, &charge, now_ms)?;
-            Ok(Settled { spent: self::charged(db, &owner)?.charged, above: charged.minus(reserved) })
+            let spent = self::charged(db, &charge.job)?.charged;
+            Ok(Settled { spent, above: charged.minus(charge.reserved) })
         })
         .await
     }
@@ -159,9 +219,72 @@ impl Store {
             // One snapshot: a settlement between the two sums must not be missed or counted twice.
             let both = db.unchecked_transaction()?;
             let spend = charged(&both, &job)?;
-            let spend = Spend { reserved_open: reserved_open(&both, &job)?, ..spend };
+            let (_, reserved_open) = books::sum(&both, Scope::Job, job.as_str())?;
             both.finish()?;
-            Ok(spend)
+            Ok(Spend { reserved_open, ..spend })
+        })
+        .await
+    }
+
+    /// How budgets stand at a moment, in the order given. A budget of a batch that nobody named, or of a job that
+    /// nobody named, is left out.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub async fn budget_standing(
+        &self,
+        payer: Payer,
+        budgets: Vec<Budget>,
+        calendar: Calendar,
+        now_ms: u64,
+    ) -> Result<Vec<Standing>, StoreError> {
+        self.read(move |db| {
+            let all = db.unchecked_transaction()?;
+            let day = calendar.day(now_ms, latest_day(&all)?);
+            let keys = Keys { job: payer.job, uid: payer.uid, batch: payer.batch, day };
+            let standings = keys.standings(&all, &budgets, &calendar)?;
+            all.finish()?;
+            Ok(standings)
+        })
+        .await
+    }
+
+    /// The batch that a job belongs to, with its budget as its first job set it.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub async fn batch_of(&self, job: &JobId) -> Result<Option<Batch>, StoreError> {
+        let job = job.clone();
+        self.read(move |db| {
+            let sql = "SELECT batches.name, limit_micro FROM payers JOIN batches \
+                       ON batches.uid = payers.uid AND batches.name = payers.batch WHERE payers.job = ?1";
+            let found = db.prepare_cached(sql)?.query_row([job.as_str()], |row| {
+                let limit = super::row::maybe_int(row, 1)?;
+                Ok(Batch { name: row.get(0)?, limit: limit.map(MicroUsd) })
+            });
+            Ok(found.optional()?)
+        })
+        .await
+    }
+
+    /// The most that any user has spent on the day of `now_ms`, and set aside.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub async fn dearest_user_day(
+        &self,
+        calendar: Calendar,
+        now_ms: u64,
+    ) -> Result<(MicroUsd, MicroUsd), StoreError> {
+        self.read(move |db| {
+            let day = calendar.day(now_ms, latest_day(db)?);
+            // Keys are day/uid, and '0' follows '/'.
+            let sql = "SELECT charged_micro, reserved_micro FROM budget_sums WHERE scope = 'user_day' \
+                       AND key > ?1 || '/' AND key < ?1 || '0' ORDER BY charged_micro + reserved_micro DESC LIMIT 1";
+            let found = db.prepare_cached(sql)?.query_row([day.to_string()], |row| {
+                Ok((MicroUsd(int(row, 0)?), MicroUsd(int(row, 1)?)))
+            });
+            Ok(found.optional()?.unwrap_or_default())
         })
         .await
     }
@@ -172,99 +295,14 @@ impl Store {
     /// Those of SQLite.
     pub async fn cost_totals(&self) -> Result<Vec<ModelCost>, StoreError> {
         self.read(|db| {
-            let sql = "SELECT charged_micro, requests, input, output, cache_read, cache_write_5m, \
-                       cache_write_1h, model FROM model_costs ORDER BY model";
-            let mut statement = db.prepare_cached(sql)?;
+            let sql = format!("SELECT {}, model FROM model_costs ORDER BY model", books::SUM_COLUMNS);
+            let mut statement = db.prepare_cached(&sql)?;
             let rows = statement.query_map([], |row| {
                 let Spend { charged, requests, usage, .. } = sums(row)?;
-                Ok(ModelCost { model: row.get(7)?, charged, requests, usage })
+                Ok(ModelCost { model: row.get(8)?, charged, requests, usage })
             })?;
             Ok(rows.collect::<Result<_, _>>()?)
         })
         .await
     }
-}
-
-/// See [`Store::release_open`].
-pub(super) fn charge_open(db: &Connection, job: &JobId, now_ms: u64) -> Result<u64, StoreError> {
-    let sql = "SELECT id, model, reserved_micro FROM ledger WHERE job = ?1 AND status = 'open'";
-    let mut statement = db.prepare_cached(sql)?;
-    let open = statement.query_map([job.as_str()], |row| {
-        Ok(Charge {
-            id: ReservationId(row.get(0)?),
-            job: job.as_str().to_owned(),
-            model: row.get(1)?,
-            usage: Usage::default(),
-            charged: MicroUsd(int(row, 2)?),
-        })
-    })?;
-    let open = open.collect::<Result<Vec<_>, _>>()?;
-    for charge in &open {
-        put_charge(db, charge, now_ms)?;
-    }
-    Ok(open.len() as u64)
-}
-
-struct Charge {
-    id: ReservationId,
-    job: String,
-    model: String,
-    usage: Usage,
-    charged: MicroUsd,
-}
-
-fn charged(db: &Connection, job: &JobId) -> Result<Spend, StoreError> {
-    let sql = "SELECT charged_micro, requests, input, output, cache_read, cache_write_5m, cache_write_1h \
-               FROM job_costs WHERE job = ?1";
-    Ok(db.prepare_cached(sql)?.query_row([job.as_str()], sums).optional()?.unwrap_or_default())
-}
-
-fn reserved_open(db: &Connection, job: &JobId) -> Result<MicroUsd, StoreError> {
-    let sql = "SELECT coalesce(sum(reserved_micro), 0) FROM ledger WHERE job = ?1 AND status = 'open'";
-    Ok(MicroUsd(db.prepare_cached(sql)?.query_row([job.as_str()], |row| int(row, 0))?))
-}
-
-fn sums(row: &rusqlite::Row<'_>) -> rusqlite::Result<Spend> {
-    let usage = Usage {
-        input: int(row, 2)?,
-        output: int(row, 3)?,
-        cache_read: int(row, 4)?,
-        cache_write_5m: int(row, 5)?,
-        cache_write_1h: int(row, 6)?,
-    };
-    let (charged, requests) = (MicroUsd(int(row, 0)?), int(row, 1)?);
-    Ok(Spend { charged, reserved_open: MicroUsd::ZERO, requests, usage })
-}
-
-fn put_charge(db: &Connection, charge: &Charge, now_ms: u64) -> Result<(), StoreError> {
-    let sql = "UPDATE ledger SET status = 'settled', charged_micro = ?2, usage_json = ?3, settled_ms = ?4 \
-               WHERE id = ?1";
-    db.prepare_cached(sql)?.execute(params![
-        charge.id.0,
-        Int(charge.charged.0),
-        text(&charge.usage)?,
-        Int(now_ms)
-    ])?;
-    for (table, key, value) in [("job_costs", "job", &charge.job), ("model_costs", "model", &charge.model)] {
-        let sql = format!(
-            "INSERT INTO {table} ({key}, charged_micro, requests, input, output, cache_read, cache_write_5m, \
-             cache_write_1h) VALUES (?1, ?2, 1, ?3, ?4, ?5, ?6, ?7) ON CONFLICT ({key}) DO UPDATE SET \
-             charged_micro = charged_micro + excluded.charged_micro, requests = requests + 1, \
-             input = input + excluded.input, output = output + excluded.output, \
-             cache_read = cache_read + excluded.cache_read, \
-             cache_write_5m = cache_write_5m + excluded.cache_write_5m, \
-             cache_write_1h = cache_write_1h + excluded.cache_write_1h"
-        );
-        let usage = &charge.usage;
-        db.prepare_cached(&sql)?.execute(params![
-            value,
-            Int(charge.charged.0),
-            Int(usage.input),
-            Int(usage.output),
-            Int(usage.cache_read),
-            Int(usage.cache_write_5m),
-            Int(usage.cache_write_1h),
-        ])?;
-    }
-    Ok(())
 }

@@ -20,7 +20,12 @@ const BUSY_TIMEOUT_MS: u64 = 5_000;
 const CHECK_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// Step `n` takes a file from schema `n` to `n + 1`.
-const MIGRATIONS: [&str; 1] = ["
+const MIGRATIONS: [&str; 3] = [JOBS, include_str!("schema/money.sql"), RUNTIME];
+
+/// What isolated the cell; none of a cell in which a runtime was only tried out.
+const RUNTIME: &str = "ALTER TABLE cells ADD COLUMN runtime TEXT;";
+
+const JOBS: &str = "
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE jobs (
     n INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -98,7 +103,7 @@ CREATE TABLE model_costs (
     input INTEGER NOT NULL, output INTEGER NOT NULL, cache_read INTEGER NOT NULL,
     cache_write_5m INTEGER NOT NULL, cache_write_1h INTEGER NOT NULL
 ) WITHOUT ROWID;
-"];
+";
 
 /// Makes the state directory, for its owner only.
 pub(super) fn make_state_dir(state_dir: &Path) -> Result<(), StoreError> {

@@ -7,9 +7,11 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::ledger::Settled;
+use super::ledger::tests::{job_limit, reservation};
 use super::*;
 use crate::event::Totals;
 use crate::job::{CellId, Identity, Input, Outcome, StopReason};
+use crate::money::Scope;
 use crate::pricing::Usage;
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -26,6 +28,7 @@ fn new_job(n: u64, uid: u32) -> NewJob {
         policy: "default".to_owned(),
         model: "m".to_owned(),
         labels: BTreeMap::new(),
+        batch: None,
         idem: None,
         created_ms: n,
     }
@@ -40,6 +43,7 @@ fn cell_row(job: &JobId, random: u64) -> CellRow {
         ctl_key: vec![1; 32],
         token: "secret-token".to_owned(),
         cell_uid: 0x6000_0001,
+        runtime: Some(crate::job::spec::Runtime::Runsc),
         created_boot_ms: 1,
         gone_ms: None,
     }
@@ -218,21 +222,26 @@ async fn a_budget_is_a_bound_and_nothing_is_charged_too_little() {
     let job = new_job(1, 1000);
     store.submit(job.clone()).await.unwrap();
     let cell = CellId::new(5);
-    let limit = Some(MicroUsd(100));
-    let (first, granted) =
-        store.reserve(&job.id, &cell, "m", MicroUsd(60), MicroUsd(60), limit, 1).await.unwrap();
-    assert_eq!(granted, MicroUsd(60));
-    let refused = store.reserve(&job.id, &cell, "m", MicroUsd(41), MicroUsd(41), limit, 1).await;
-    let (settled, reserved) = (MicroUsd::ZERO, MicroUsd(60));
-    assert_eq!(refused, Err(StoreError::BudgetBusy { settled, reserved }));
+    let limit = job_limit(Some(100));
+    let ask = |model, want, floor, now| reservation(&job.id, &cell, model, want, floor, limit.clone(), now);
+    let Reserved { id: first, amount, .. } = store.reserve(ask("m", 60, 60, 1)).await.unwrap();
+    assert_eq!(amount, MicroUsd(60));
+    let refused = store.reserve(ask("m", 41, 41, 1)).await;
+    let standing = |charged, reserved| Standing {
+        scope: Scope::Job,
+        limit: MicroUsd(100),
+        charged: MicroUsd(charged),
+        reserved: MicroUsd(reserved),
+        resets_at_ms: None,
+    };
+    assert_eq!(refused, Err(StoreError::BudgetBusy(standing(0, 60))));
     let usage = Usage { input: 3, output: 4, ..Usage::default() };
     let settled = Settled { spent: MicroUsd(20), above: MicroUsd::ZERO };
     assert_eq!(store.settle(first, usage, MicroUsd(20), 2).await, Ok(settled));
-    let refused = store.reserve(&job.id, &cell, "m", MicroUsd(90), MicroUsd(81), limit, 2).await;
-    let (settled, reserved) = (MicroUsd(20), MicroUsd::ZERO);
-    assert_eq!(refused, Err(StoreError::OverBudget { settled, reserved, limit: MicroUsd(100) }));
+    let refused = store.reserve(ask("m", 90, 81, 2)).await;
+    assert_eq!(refused, Err(StoreError::OverBudget(standing(20, 0))));
     assert_eq!(store.settle(first, usage, MicroUsd(20), 2).await, Err(StoreError::NotReserved(first)));
-    store.reserve(&job.id, &cell, "n", MicroUsd(80), MicroUsd(80), limit, 3).await.unwrap();
+    store.reserve(ask("n", 80, 80, 3)).await.unwrap();
     store.close().await.unwrap();
 
     // The daemon died with a request under way: its reservation is charged whole.
@@ -243,10 +252,11 @@ async fn a_budget_is_a_bound_and_nothing_is_charged_too_little() {
     assert_eq!(store.release_open(&job.id, 4).await, Ok(0));
     let spend = store.spend(&job.id).await.unwrap();
     assert_eq!((spend.charged, spend.reserved_open, spend.usage), (MicroUsd(100), MicroUsd::ZERO, usage));
-    let (over, _) = store.reserve(&job.id, &cell, "m", MicroUsd(5), MicroUsd(5), None, 5).await.unwrap();
-    assert_eq!(store.settle(over, usage, MicroUsd(7), 5).await.map(|s| s.above), Ok(MicroUsd(2)));
+    let unlimited = |model, want, now| reservation(&job.id, &cell, model, want, want, Vec::new(), now);
+    let over = store.reserve(unlimited("m", 5, 5)).await.unwrap();
+    assert_eq!(store.settle(over.id, usage, MicroUsd(7), 5).await.map(|s| s.above), Ok(MicroUsd(2)));
 
-    store.reserve(&job.id, &cell, "n", MicroUsd(6), MicroUsd(6), None, 6).await.unwrap();
+    store.reserve(unlimited("n", 6, 6)).await.unwrap();
     store.stop(&job.id, StopReason::Cancelled, 6).await.unwrap();
     store.delete(&job.id).await.unwrap();
     let totals = store.cost_totals().await.unwrap();
@@ -511,11 +521,12 @@ impl Model {
                 let Some((id, _)) = self.pick(job) else { return };
                 let spent = self.charged.get(&id).copied().unwrap_or(0) + self.reserved(&id);
                 let cell = CellId::new(1);
-                let got =
-                    store.reserve(&id, &cell, "m", MicroUsd(amount), MicroUsd(amount), Some(LIMIT), 1).await;
+                let got = store
+                    .reserve(reservation(&id, &cell, "m", amount, amount, job_limit(Some(LIMIT.0)), 1))
+                    .await;
                 assert_eq!(got.is_ok(), spent + amount <= LIMIT.0);
-                if let Ok((reservation, _)) = got {
-                    assert!(self.open.insert(reservation, (id, amount)).is_none());
+                if let Ok(reserved) = got {
+                    assert!(self.open.insert(reserved.id, (id, amount)).is_none());
                 }
             }
             Op::Settle { reservation, part_percent } => {

@@ -148,7 +148,7 @@ pub(super) fn same_directory(dir: BorrowedFd<'_>, record: &WorkspaceRecord) -> R
 }
 
 /// Runs `work` on a fresh thread with the file-system credentials of `identity`.
-fn as_peer<T: Send + 'static>(
+pub(super) fn as_peer<T: Send + 'static>(
     identity: &Identity,
     path: &Path,
     work: impl FnOnce() -> Result<T, WorkspaceError> + Send + 'static,
@@ -291,18 +291,25 @@ fn open_here(
     Ok((dir, record))
 }
 
-/// Asks the kernel whether this thread's credentials may use `dir`.
-fn may_use(dir: BorrowedFd<'_>, uid: u32, path: &Path, need: Access) -> Result<(), WorkspaceError> {
+/// Asks the kernel whether this thread's credentials may write `fd` (and enter it, for a directory).
+pub(super) fn may_write(fd: BorrowedFd<'_>, is_dir: bool) -> io::Result<()> {
+    access(fd, libc::R_OK | libc::W_OK | if is_dir { libc::X_OK } else { 0 })
+}
+
+/// Asks the kernel for *this thread's* file-system ids.
+fn access(fd: BorrowedFd<'_>, mode: libc::c_int) -> io::Result<()> {
     use std::os::fd::AsRawFd;
-    let mode = libc::R_OK | libc::X_OK | if need == Access::Write { libc::W_OK } else { 0 };
     let flags = libc::AT_EACCESS | libc::AT_EMPTY_PATH;
     // SAFETY: the descriptor is open and the name is an empty C string. Raw because AT_EACCESS must ask
     // the kernel for *this thread's* file-system ids; libc may compare process ids instead.
-    let rc = unsafe { libc::syscall(libc::SYS_faccessat2, dir.as_raw_fd(), c"".as_ptr(), mode, flags) };
-    if rc == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
+    let rc = unsafe { libc::syscall(libc::SYS_faccessat2, fd.as_raw_fd(), c"".as_ptr(), mode, flags) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Asks the kernel whether this thread's credentials may use `dir`.
+fn may_use(dir: BorrowedFd<'_>, uid: u32, path: &Path, need: Access) -> Result<(), WorkspaceError> {
+    let mode = libc::R_OK | libc::X_OK | if need == Access::Write { libc::W_OK } else { 0 };
+    let Err(error) = access(dir, mode) else { return Ok(()) };
     let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
     Err(refusal(errno, uid, path, need))
 }

@@ -2,8 +2,9 @@
 //! opened directory, nosuid and nodev, with the submitter's ids shown as the cell's, on a directory that
 //! only the daemon can reach. Must never mount by path, and never show nested mounts.
 //!
-//! The order is clone, attributes, (later: protection of `.git` on the still detached tree), attach:
-//! nothing half-made is ever visible under the target.
+//! The order is clone, attributes, attach: nothing half-made is ever visible under the target. Writable parts
+//! of a workspace that is read-only otherwise are mounts beside it, on names of the daemon's own; the engine
+//! puts them together in the cell. On the host nobody meets a mount point in a directory of theirs.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,14 +15,17 @@ use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
 use super::mounts::{self, Unmounted};
+use super::writable::{self, PARTS_MAX, Part, StagedPart};
 use super::{WorkspaceError, WorkspaceRecord, idmap, io_at, peer};
 use crate::job::Identity;
 
 /// Whether the job may change the workspace in place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
+pub enum Mode<'a> {
     /// Reads and writes go to the user's own files.
     Bind,
+    /// The same for these paths below the workspace; the rest cannot be changed.
+    Partly(&'a [PathBuf]),
     /// Nothing can be changed.
     ReadOnly,
 }
@@ -73,6 +77,8 @@ pub struct Staged {
     ids: StagedIds,
     note: Option<String>,
     mounted: bool,
+    read_only: bool,
+    parts: Vec<StagedPart>,
 }
 
 const GROUPS_MAX: usize = 40;
@@ -88,38 +94,73 @@ pub fn stage(
     dir: &OwnedFd,
     record: &WorkspaceRecord,
     ids: &CellIds<'_>,
-    mode: Mode,
+    mode: Mode<'_>,
     target_dir: &Path,
 ) -> Result<Staged, WorkspaceError> {
     peer::same_directory(dir.as_fd(), record)?;
+    let parts = match mode {
+        Mode::Partly(paths) => writable::open_all(ids.submitter, record, dir, paths)?,
+        Mode::Bind | Mode::ReadOnly => Vec::new(),
+    };
+    let read_only = mode != Mode::Bind;
     if !rustix::process::geteuid().is_root() {
-        return direct(record, ids.submitter);
+        return direct(record, ids.submitter, read_only, parts);
     }
     let (uid_map, gid_map, groups) = maps(ids)?;
+    let tree = clone_of(dir.as_fd(), &record.path, read_only)?;
+    let mapped = if ids.runtime_maps_ids {
+        idmap::user_namespace(&uid_map, &gid_map).map_err(|e| format!("no user namespace: {e}")).and_then(
+            |ns| match map_ids(tree.as_fd(), &ns) {
+                Ok(()) => Ok(ns),
+                Err(e) => Err(format!("no id-mapped mount: {e}")),
+            },
+        )
+    } else {
+        Err("the cell's runtime cannot use id-mapped mounts".to_owned())
+    };
+    let (namespace, (ids, note)) = match mapped {
+        Ok(ns) => {
+            let ids = StagedIds::Private { uid: ids.cell_uid, gid: ids.cell_gid, groups: groups.0 };
+            (Some(ns), (ids, groups.1))
+        }
+        Err(why) => (None, unmapped_ids(record, ids.submitter, why)?),
+    };
+    attach(tree.as_fd(), target_dir, true)?;
+    let path = target_dir.to_owned();
+    let mut staged = Staged { path, ids, note, mounted: true, read_only, parts: Vec::new() };
+    let rest = proven((record.dev, record.ino), &record.path, target_dir, true)
+        .and_then(|()| staged.attach_parts(parts, namespace.as_ref()));
+    match rest {
+        Ok(()) => Ok(staged),
+        Err(error) => {
+            staged.destroy()?;
+            Err(error)
+        }
+    }
+}
+
+/// Shows the file `source`, which is root's, on `target` as one of `owner`, read-only: so a runtime that has to
+/// read a program to execute it can do so, and nobody else on the host gains anything. Blocks.
+///
+/// # Errors
+/// [`WorkspaceError::Io`] where the file system of `source` cannot map ids. Nothing stays mounted.
+pub fn stage_program(source: &Path, owner: (u32, u32), target: &Path) -> Result<(), WorkspaceError> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let file = rustix::fs::openat(CWD, source, flags, FileMode::empty()).map_err(io_at("open", source))?;
+    let tree = clone_of(file.as_fd(), source, true)?;
+    let (uid_map, gid_map) = (format!("0 {} 1\n", owner.0), format!("0 {} 1\n", owner.1));
+    let namespace = idmap::user_namespace(&uid_map, &gid_map).map_err(io_at("make an id map for", source))?;
+    map_ids(tree.as_fd(), &namespace).map_err(io_at("map the ids of", source))?;
+    attach(tree.as_fd(), target, false)
+}
+
+/// A detached clone of the mount at exactly `fd`.
+fn clone_of(fd: BorrowedFd<'_>, path: &Path, read_only: bool) -> Result<OwnedFd, WorkspaceError> {
     let flags =
         OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    let tree =
-        rustix::mount::open_tree(dir, c"", flags).map_err(io_at("clone the mount of", &record.path))?;
-    set_attributes(tree.as_fd(), mode).map_err(io_at("restrict the mount of", &record.path))?;
-    let unmapped = if ids.runtime_maps_ids {
-        idmap::user_namespace(&uid_map, &gid_map)
-            .map_err(|e| format!("no user namespace: {e}"))
-            .and_then(|ns| map_ids(tree.as_fd(), &ns).map_err(|e| format!("no id-mapped mount: {e}")))
-            .err()
-    } else {
-        Some("the cell's runtime cannot use id-mapped mounts".to_owned())
-    };
-    let (ids, note) = match unmapped {
-        None => (StagedIds::Private { uid: ids.cell_uid, gid: ids.cell_gid, groups: groups.0 }, groups.1),
-        Some(why) => unmapped_ids(record, ids.submitter, why)?,
-    };
-    attach(tree.as_fd(), target_dir)?;
-    let staged = Staged { path: target_dir.to_owned(), ids, note, mounted: true };
-    if let Err(error) = proven(record, target_dir) {
-        staged.destroy()?;
-        return Err(error);
-    }
-    Ok(staged)
+    let tree = rustix::mount::open_tree(fd, c"", flags).map_err(io_at("clone the mount of", path))?;
+    set_attributes(tree.as_fd(), read_only).map_err(io_at("restrict the mount of", path))?;
+    Ok(tree)
 }
 
 /// Takes down what `stage` put on `target_dir`, e.g. by an earlier daemon; fine if nothing is there.
@@ -135,9 +176,25 @@ pub fn unstage(target_dir: &Path) -> Result<(), WorkspaceError> {
     }
     // rmdir only: if anything is in there, it is not ours.
     match rustix::fs::rmdir(target_dir) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(errno) => Err(io_at("remove", target_dir)(errno)),
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(errno) => return Err(io_at("remove", target_dir)(errno)),
     }
+    for number in 0..PARTS_MAX {
+        let target = part_target(target_dir, number);
+        let Ok(meta) = std::fs::symlink_metadata(&target) else { return Ok(()) };
+        mounts::unmount(&target).map_err(|_| WorkspaceError::StillMounted { path: target.clone() })?;
+        // What is under the mount is an empty directory or an empty file.
+        let removed = if meta.is_dir() { rustix::fs::rmdir(&target) } else { rustix::fs::unlink(&target) };
+        removed.map_err(io_at("remove", &target))?;
+    }
+    Ok(())
+}
+
+/// Where part `number` is mounted: beside the workspace.
+fn part_target(target_dir: &Path, number: usize) -> PathBuf {
+    let mut name = target_dir.file_name().unwrap_or_default().to_owned();
+    name.push(format!("-{number}"));
+    target_dir.with_file_name(name)
 }
 
 impl Staged {
@@ -156,6 +213,16 @@ impl Staged {
         self.note.as_deref()
     }
 
+    /// What can be written of a workspace that is read-only otherwise: to be bound over it.
+    pub fn parts(&self) -> &[StagedPart] {
+        &self.parts
+    }
+
+    /// Whether the engine has to make it read-only: it is to be, and there is no mount of ours that is.
+    pub fn wants_read_only(&self) -> bool {
+        self.read_only && !self.mounted
+    }
+
     /// Whether this is the user's own path, with no mount in between (the daemon is not root).
     pub fn is_direct(&self) -> bool {
         !self.mounted
@@ -168,16 +235,42 @@ impl Staged {
     pub fn destroy(self) -> Result<(), WorkspaceError> {
         if self.mounted { unstage(&self.path) } else { Ok(()) }
     }
+
+    fn attach_parts(&mut self, parts: Vec<Part>, map: Option<&OwnedFd>) -> Result<(), WorkspaceError> {
+        for (number, part) in parts.into_iter().enumerate() {
+            let tree = clone_of(part.fd.as_fd(), &part.below, false)?;
+            if let Some(map) = map {
+                map_ids(tree.as_fd(), map).map_err(io_at("map the ids of", &part.below))?;
+            }
+            let (_, dev, ino) = mount_of(part.fd.as_fd(), &part.below)?;
+            let path = part_target(&self.path, number);
+            attach(tree.as_fd(), &path, part.is_dir)?;
+            proven((dev, ino), &part.below, &path, part.is_dir)?;
+            self.parts.push(StagedPart { path, below: part.below, is_dir: part.is_dir });
+        }
+        Ok(())
+    }
 }
 
-fn direct(record: &WorkspaceRecord, submitter: &Identity) -> Result<Staged, WorkspaceError> {
+fn direct(
+    record: &WorkspaceRecord,
+    submitter: &Identity,
+    read_only: bool,
+    parts: Vec<Part>,
+) -> Result<Staged, WorkspaceError> {
     let own_uid = rustix::process::geteuid().as_raw();
     if submitter.uid != own_uid {
         return Err(WorkspaceError::CannotSwitch { uid: submitter.uid, own_uid });
     }
     let why = "the daemon is not root".to_owned();
     let (ids, note) = unmapped_ids(record, submitter, why)?;
-    Ok(Staged { path: record.path.clone(), ids, note, mounted: false })
+    let parts = parts.into_iter().map(|part| StagedPart {
+        path: record.path.join(&part.below),
+        below: part.below,
+        is_dir: part.is_dir,
+    });
+    let (path, parts) = (record.path.clone(), parts.collect());
+    Ok(Staged { path, ids, note, mounted: false, read_only, parts })
 }
 
 fn unmapped_ids(
@@ -215,8 +308,8 @@ fn maps(ids: &CellIds<'_>) -> Result<(String, String, GroupsAndNote), WorkspaceE
     Ok((uid_map, idmap::map_text(&gid_pairs)?, (cell_groups, note)))
 }
 
-fn set_attributes(tree: BorrowedFd<'_>, mode: Mode) -> io::Result<()> {
-    let read_only = if mode == Mode::ReadOnly { libc::MOUNT_ATTR_RDONLY } else { 0 };
+fn set_attributes(tree: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
+    let read_only = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
     mount_setattr(
         tree,
         &libc::mount_attr {
@@ -257,27 +350,33 @@ fn mount_setattr(tree: BorrowedFd<'_>, attr: &libc::mount_attr) -> io::Result<()
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Puts the detached tree onto the target, which must be a plain directory with nothing mounted on it.
-fn attach(tree: BorrowedFd<'_>, target_dir: &Path) -> Result<(), WorkspaceError> {
-    match rustix::fs::mkdir(target_dir, FileMode::RWXU) {
+/// Puts the detached tree onto the target, which is made where it is missing and must have nothing mounted on it.
+fn attach(tree: BorrowedFd<'_>, target: &Path, is_dir: bool) -> Result<(), WorkspaceError> {
+    let made = if is_dir {
+        rustix::fs::mkdir(target, FileMode::RWXU)
+    } else {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        rustix::fs::openat(CWD, target, flags, FileMode::RUSR | FileMode::WUSR).map(drop)
+    };
+    match made {
         Ok(()) | Err(Errno::EXIST) => {}
-        Err(errno) => return Err(io_at("make", target_dir)(errno)),
+        Err(errno) => return Err(io_at("make", target)(errno)),
     }
-    let target = open_target(target_dir)?;
-    let up = rustix::fs::openat(&target, c"..", OFlags::PATH | OFlags::CLOEXEC, FileMode::empty())
-        .map_err(io_at("look above", target_dir))?;
-    if mount_of(target.as_fd(), target_dir)?.0 != mount_of(up.as_fd(), target_dir)?.0 {
-        return Err(WorkspaceError::TargetBusy { target: target_dir.to_owned() });
+    let point = open_target(target, is_dir)?;
+    // The directory that holds it: `target` lies in one that only the daemon can enter.
+    let up = open_target(target.parent().unwrap_or(target), true)?;
+    if mount_of(point.as_fd(), target)?.0 != mount_of(up.as_fd(), target)?.0 {
+        return Err(WorkspaceError::TargetBusy { target: target.to_owned() });
     }
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    rustix::mount::move_mount(tree, c"", &target, c"", flags)
-        .map_err(io_at("mount the workspace on", target_dir))
+    rustix::mount::move_mount(tree, c"", &point, c"", flags).map_err(io_at("mount the workspace on", target))
 }
 
-fn open_target(target_dir: &Path) -> Result<OwnedFd, WorkspaceError> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat2(CWD, target_dir, flags, FileMode::empty(), ResolveFlags::NO_SYMLINKS)
-        .map_err(io_at("open", target_dir))
+fn open_target(target: &Path, is_dir: bool) -> Result<OwnedFd, WorkspaceError> {
+    let kind = if is_dir { OFlags::DIRECTORY } else { OFlags::empty() };
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC | kind;
+    rustix::fs::openat2(CWD, target, flags, FileMode::empty(), ResolveFlags::NO_SYMLINKS)
+        .map_err(io_at("open", target))
 }
 
 /// Mount id, device and inode.
@@ -287,12 +386,12 @@ fn mount_of(fd: BorrowedFd<'_>, path: &Path) -> Result<(u64, (u32, u32), u64), W
     Ok((stat.stx_mnt_id, (stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino))
 }
 
-/// Looks again: what is mounted on the target is the recorded directory.
-fn proven(record: &WorkspaceRecord, target_dir: &Path) -> Result<(), WorkspaceError> {
-    let target = open_target(target_dir)?;
-    let (_, dev, ino) = mount_of(target.as_fd(), target_dir)?;
-    if (dev, ino) == (record.dev, record.ino) {
+/// Looks again: what is mounted on the target is what was opened.
+fn proven(opened: ((u32, u32), u64), path: &Path, target: &Path, is_dir: bool) -> Result<(), WorkspaceError> {
+    let point = open_target(target, is_dir)?;
+    let (_, dev, ino) = mount_of(point.as_fd(), target)?;
+    if (dev, ino) == opened {
         return Ok(());
     }
-    Err(WorkspaceError::Moved { path: record.path.clone(), what: "mounted inode" })
+    Err(WorkspaceError::Moved { path: path.to_owned(), what: "mounted inode" })
 }

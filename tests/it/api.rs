@@ -346,6 +346,7 @@ fn every_error_has_one_shape_and_every_answer_its_schema() {
         error(&world.call("POST", &format!("/v1/jobs/{id}/cancel"), ""), 404, "not_found");
     }
     error(&world.call("GET", "/v1/jobs?limit=%ff", ""), 400, "invalid_request");
+    error(&world.call("GET", "/v1/cost?since=%ff", ""), 400, "invalid_request");
     for body in [
         "",
         "{",
@@ -375,7 +376,7 @@ fn every_error_has_one_shape_and_every_answer_its_schema() {
     references(&document, &document);
     let operations: usize =
         document["paths"].as_object().unwrap().values().map(|p| p.as_object().unwrap().len()).sum();
-    assert_eq!(operations, 12, "each operation of the API is described");
+    assert_eq!(operations, 14, "each operation of the API is described");
     for key in ["id", "state", "cost_usd", "totals"] {
         let properties = document["components"]["schemas"]["JobView"].to_string();
         assert!(properties.contains(&format!("\"{key}\"")), "JobView has no {key}: {properties}");
@@ -416,7 +417,9 @@ fn metrics_are_seeded_and_move_with_the_jobs() {
     let before = series(&fresh);
     let set =
         before.iter().filter(|(_, value)| **value != 0.0).map(|(name, _)| name.split('{').next().unwrap());
-    assert_eq!(set.collect::<Vec<_>>(), ["hotcell_build_info", "hotcell_engine_up", "hotcell_slots"]);
+    let expected =
+        ["hotcell_build_info", "hotcell_engine_up", "hotcell_provider_concurrency", "hotcell_slots"];
+    assert_eq!(set.collect::<Vec<_>>(), expected);
     assert!(before.len() > 150, "all series are there from the start: {}", before.len());
     assert_eq!(series(&tcp("/metrics").body), before, "TCP tells the same");
     assert_eq!(tcp("/healthz").status, 200);

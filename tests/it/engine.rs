@@ -444,7 +444,7 @@ async fn an_image_is_known_by_its_id_and_all_its_names() {
     test(|b| async move {
         let info = b.engine.info().await.unwrap();
         assert_eq!((info.os.as_str(), &info.arch), ("linux", &b.image.arch));
-        assert!(info.runtimes.contains(&info.default_runtime), "{info:?}");
+        assert!(info.runtimes.contains_key(&info.default_runtime), "{info:?}");
         assert_eq!(b.image.path_env.as_deref(), Some("/here/bin"));
         assert_eq!(b.image.labels["test"], b.instance.as_str());
         assert_eq!(b.engine.image(&b.image.id).await.unwrap().as_ref(), Some(&b.image));

@@ -9,11 +9,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use hotcell::config::{ApiKeySource, Config, Defaults, Limits, Provider};
+use hotcell::config::{self, ApiKeySource, Config, Defaults, Limits};
 use hotcell::daemon::{self, Listeners, Shutdown};
 use hotcell::engine::{
     BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Found, ImageInfo, Progress,
-    Reply,
+    Reply, RuntimeInfo,
 };
 use hotcell::job::{CellId, InstanceId};
 use serde_json::{Value, json};
@@ -33,6 +33,10 @@ struct Script {
     wait_fails: bool,
     /// Removals fail until it is false.
     remove_fails: bool,
+    /// The engine's runtimes beside its default.
+    runtimes: Vec<&'static str>,
+    /// Containers of this runtime do not start.
+    broken_runtime: Option<&'static str>,
 }
 
 #[derive(Default)]
@@ -40,6 +44,8 @@ struct State {
     script: Script,
     containers: BTreeMap<String, (CellId, bool)>,
     calls: Vec<&'static str>,
+    /// The runtime that each create asked for.
+    asked: Vec<Option<String>>,
 }
 
 #[derive(Default)]
@@ -94,7 +100,10 @@ impl Engine for Scripted {
     fn info(&self) -> Reply<'_, EngineInfo> {
         let text = str::to_owned;
         let (version, api_version, arch, os) = (text("0"), text("1.41"), text("x64"), text("linux"));
-        let (runtimes, default_runtime, cgroup_version) = (Vec::new(), text("none"), text("2"));
+        let (default_runtime, cgroup_version) = (text("runc"), text("2"));
+        let runtimes = self.with(|state| state.script.runtimes.clone());
+        let info = |name: &&'static str| ((*name).to_owned(), RuntimeInfo::default());
+        let runtimes = runtimes.iter().map(info).collect();
         let root_dir = "/nowhere".into();
         Box::pin(async move {
             Ok(EngineInfo {
@@ -151,6 +160,7 @@ impl Engine for Scripted {
                 if state.script.create_fails {
                     return Err(refused("create a container"));
                 }
+                state.asked.push(spec.runtime.clone());
                 let id = hotcell::engine::container_name(&spec.instance, &spec.cell);
                 state.containers.insert(id.as_str().to_owned(), (spec.cell.clone(), false));
                 Ok(id)
@@ -162,6 +172,12 @@ impl Engine for Scripted {
             self.with(|state| {
                 state.calls.push("start");
                 if state.script.start_fails {
+                    return Err(refused("start a container"));
+                }
+                let broken = state.script.broken_runtime.is_some();
+                if broken
+                    && state.asked.last().is_some_and(|asked| asked.as_deref() == state.script.broken_runtime)
+                {
                     return Err(refused("start a container"));
                 }
                 state.containers.get_mut(container.as_str()).unwrap().1 = true;
@@ -240,6 +256,7 @@ impl House {
         std::fs::create_dir_all(dir.path().join("state/images")).unwrap();
         fake_agent::install(&dir.path().join("state"));
         std::fs::write(dir.path().join("key"), "sk-test").unwrap();
+        write_policies(&dir.path().join("policies"));
         let engine = Arc::new(Scripted::default());
         engine.script(|s| *s = script);
         let shutdown = Shutdown::default();
@@ -276,7 +293,12 @@ impl House {
     }
 
     fn submit(&self) -> String {
-        let spec = json!({ "prompt": "x", "image": "some/image", "policy": "trusted", "limits": { "disk_mib": 64 } });
+        self.submit_under("trusted")
+    }
+
+    fn submit_under(&self, policy: &str) -> String {
+        let spec =
+            json!({ "prompt": "x", "image": "some/image", "policy": policy, "limits": { "disk_mib": 64 } });
         self.call("POST", "/v1/jobs", &spec.to_string())["id"].as_str().unwrap().to_owned()
     }
 
@@ -324,6 +346,16 @@ impl Drop for House {
     }
 }
 
+/// `trusted`, on runsc: `strict` takes nothing else, `lenient` takes runc as well.
+fn write_policies(dir: &Path) {
+    std::fs::create_dir(dir).unwrap();
+    let trusted = include_str!("../../policies/trusted.toml");
+    for (name, fallback) in [("strict", "[]"), ("lenient", "[\"runc\"]")] {
+        let text = format!("runtime = \"runsc\"\nruntime_fallback = {fallback}\n{trusted}");
+        std::fs::write(dir.join(format!("{name}.toml")), text).unwrap();
+    }
+}
+
 fn config(dir: &Path, slots: u32) -> Config {
     let (queued_jobs_max, journal_bytes_max) = (100, 32 << 20);
     let limits = Limits {
@@ -344,11 +376,12 @@ fn config(dir: &Path, slots: u32) -> Config {
         socket_group: None,
         engine: None,
         metrics: None,
-        policy_dirs: Vec::new(),
+        policy_dirs: vec![dir.join("policies")],
         prices_file: None,
-        provider: Provider { base_url, api_key },
+        gateway: config::anthropic(base_url, api_key),
         defaults: Defaults { policy, model, image, agent: None },
         limits,
+        budgets: hotcell::config::Budgets::default(),
         admin_uids: vec![0],
         access: Vec::new(),
         init_binary: init_binary(),
@@ -408,5 +441,53 @@ fn an_engine_that_is_away_is_no_proof_that_a_cell_has_ended() {
     assert_eq!(house.show(&job)["state"], "preparing");
     house.cancel(&job);
     assert_eq!(reason(&house.done(&job)), ("stopped", "cancelled"));
+    house.end();
+}
+
+fn message(job: &Value) -> &str {
+    job["message"].as_str().unwrap_or_default()
+}
+
+#[test]
+fn a_required_runtime_that_is_not_there_fails_the_job_and_a_listed_fallback_runs_it() {
+    let house = House::new(1, Script::default());
+    let job = house.done(&house.submit_under("strict"));
+    assert_eq!(reason(&job), ("failed", "runtime_unavailable"), "{job}");
+    assert_eq!(job["blame"], "host");
+    for part in ["policy strict", "runsc: the engine has no runtime", "make gvisor", "runtime_fallback"] {
+        assert!(message(&job).contains(part), "{part}: {job}");
+    }
+    assert_eq!(job["runtime"], Value::Null, "it ran on nothing");
+    assert_eq!(house.engine.count("create"), 0);
+
+    let job = house.submit_under("lenient");
+    house.wait_for("a cell runs", |house| house.engine.count("wait") == 1);
+    assert_eq!(house.show(&job)["runtime"], "runc");
+    house.cancel(&job);
+    let job = house.done(&job);
+    assert_eq!((&job["runtime"], &job["totals"]["runtime"]), (&json!("runc"), &json!("runc")), "{job}");
+    assert_eq!(house.engine.with(|state| state.asked.clone()), [None], "the engine's own default is runc");
+    house.end();
+}
+
+#[test]
+fn a_runtime_that_runs_no_cell_is_not_used_and_its_words_are_told() {
+    let script = || Script { runtimes: vec!["runsc"], broken_runtime: Some("runsc"), ..Script::default() };
+    let house = House::new(1, script());
+    let job = house.done(&house.submit_under("strict"));
+    assert_eq!(reason(&job), ("failed", "runtime_unavailable"), "{job}");
+    assert!(message(&job).contains("runsc: the engine refused to start a container"), "{job}");
+    let runsc = || Some("runsc".to_owned());
+    assert_eq!(house.engine.with(|state| state.asked.clone()), [runsc()]);
+
+    // The verdict is fresh: the next job does not try again, and runs on what it may run on as well.
+    let job = house.submit_under("lenient");
+    house.wait_for("a cell runs", |house| house.engine.count("wait") == 1);
+    assert_eq!(house.show(&job)["runtime"], "runc");
+    assert_eq!(house.engine.with(|state| state.asked.clone()), [runsc(), None]);
+    house.cancel(&job);
+    house.done(&job);
+    let state = house.dir.path().join("state");
+    assert!(!state.join("runtimes.json").exists(), "a failed trial is not remembered on the disk");
     house.end();
 }

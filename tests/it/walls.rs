@@ -4,7 +4,7 @@
 
 mod cli;
 mod inside;
-mod key;
+pub(crate) mod key;
 mod limits;
 mod modes;
 mod repo;
@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use crate::world::{World, tool_results};
 
 /// The agent's model: its first answer runs the prompt as a shell command, the next says that it is done.
-const RUN_THE_PROMPT: &str = r#"
+pub(crate) const RUN_THE_PROMPT: &str = r#"
 usage = { input = 10, output = 20 }
 
 [[reply]]
@@ -29,10 +29,10 @@ text = "done"
 "#;
 
 /// What an agent of the zoo told, and how its job ended.
-struct Seen {
+pub(crate) struct Seen {
     found: Map<String, Value>,
-    events: Vec<Value>,
-    job: Value,
+    pub(crate) events: Vec<Value>,
+    pub(crate) job: Value,
 }
 
 impl Seen {
@@ -70,7 +70,7 @@ fn world() -> World {
 }
 
 /// The job that runs one command in a copy of the zoo, under the strict policy unless `more` says otherwise.
-fn spec(world: &World, command: &str, more: &Value) -> Value {
+pub(crate) fn spec(world: &World, command: &str, more: &Value) -> Value {
     let mut spec = json!({ "prompt": command, "workspace": { "path": agents(world) } });
     for (key, value) in more.as_object().expect("an object") {
         spec[key] = value.clone();
@@ -79,7 +79,7 @@ fn spec(world: &World, command: &str, more: &Value) -> Value {
 }
 
 /// Runs one of the zoo's agents to its end.
-fn run(world: &World, command: &str, more: &Value) -> Seen {
+pub(crate) fn run(world: &World, command: &str, more: &Value) -> Seen {
     let (events, job) = world.job(&spec(world, command, more));
     Seen::new(events, job)
 }

@@ -11,8 +11,10 @@ use std::process::{Command, Output};
 use hotcell::job::{CellId, Identity};
 use hotcell::workspace::{
     Access, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, Staged, StagedIds, WorkspaceError,
-    WorkspaceRecord, open_as, reopen_as, stage, sweep, unstage,
+    WorkspaceRecord, open_as, reopen_as, stage, stage_program, sweep, unstage,
 };
+
+mod writable;
 
 const USER: u32 = 4242;
 const CELL_UID: u32 = 0x6000_0007;

@@ -146,7 +146,11 @@ fn answer(
     own: Option<&Narrowing>,
     config: &Config,
 ) -> Result<Answer, CliError> {
-    let defaults = Defaults { model: config.defaults.model.clone(), image: config.defaults.image.clone() };
+    let defaults = Defaults {
+        model: config.defaults.model.clone(),
+        image: config.defaults.image.clone(),
+        provider: config.gateway.default_provider.clone(),
+    };
     let planned = |spec: Value| {
         let spec = JobSpec::parse(spec.to_string().as_bytes()).map_err(|e| CliError::usage(e.to_string()))?;
         Ok::<_, CliError>(narrow(&spec, policy, own, &defaults))

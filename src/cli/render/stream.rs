@@ -8,6 +8,7 @@ use super::words;
 use super::{LINE_CHARS_MAX, Paint, Style, Text, one_line};
 use crate::api::wire::JobView;
 use crate::event::{Body, Decision, Stream, Totals};
+use crate::job::spec::Runtime;
 use crate::job::{Outcome, State};
 use crate::money::MicroUsd;
 
@@ -126,6 +127,13 @@ impl StreamView {
                 let why = words::stop(reason);
                 self.remark(Style::Warn, &format!("■ stopping: {why} ({detail})"))
             }
+            Body::Cell { runtime, instead: Some(why), .. } => {
+                let words = format!("! it runs on {} instead: {why}", runtime.as_str());
+                self.remark(Style::Warn, &words)
+            }
+            Body::Cell { runtime, instead: None, .. } if runtime != Runtime::default() => {
+                self.remark(Style::Dim, &format!("· it runs on {}", words::runtime(runtime)))
+            }
             Body::Note { text } => self.remark(Style::Dim, &format!("· {text}")),
             Body::Truncated { first, last } => {
                 self.remark(Style::Warn, &format!("… events {first} to {last} are gone: the journal's limit"))
@@ -149,6 +157,7 @@ impl StreamView {
             | Body::Frame { .. }
             | Body::Sent { .. }
             | Body::Request { .. }
+            | Body::Cell { .. }
             | Body::Exit { .. } => self.text(),
         }
     }

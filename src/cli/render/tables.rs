@@ -16,7 +16,7 @@ pub(crate) fn parse_ms(rfc3339: &str) -> Option<u64> {
 }
 
 /// Columns padded to their widest cell; the last one is not padded. Cells must be one line each.
-fn table(paint: Paint, head: &[&str], rows: &[Vec<(Style, String)>]) -> Text {
+pub(super) fn table(paint: Paint, head: &[&str], rows: &[Vec<(Style, String)>]) -> Text {
     let mut text = Text::new(paint);
     let width = |column: usize| {
         let cells = rows.iter().map(|row| row.get(column).map_or(0, |(_, cell)| cell.chars().count()));
@@ -116,10 +116,16 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
         let labels: Vec<String> = job.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
         row("labels", &labels.join(" "));
     }
+    if let Some(batch) = &job.batch {
+        row("batch", batch);
+    }
     if job.priority != 0 {
         row("priority", &job.priority.to_string());
     }
     row("user", &job.uid.to_string());
+    if let Some(runtime) = job.runtime {
+        row("runtime", words::runtime(runtime));
+    }
     if let Some(cell) = &job.cell {
         row("cell", cell);
     }
@@ -138,6 +144,9 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
     if job.totals.peak_memory_bytes > 0 {
         let (memory, cpu) = (words::bytes(job.totals.peak_memory_bytes), job.totals.cpu_us / 1000);
         row("used", &format!("{memory} of memory at most · {} of CPU", words::duration(cpu)));
+    }
+    if let Some(bytes) = job.report_bytes {
+        row("report", &format!("{bytes} bytes: hotcell report {}", job.id));
     }
     row("events", &job.last_seq.to_string());
     ending(text, job)

@@ -1,7 +1,8 @@
 //! `hotcell whoami` for people. Pure.
 
 use super::{Paint, Style, Text, one_line, words};
-use crate::api::wire::{AllowedBudget, WhoAmI};
+use crate::api::cost::BudgetView;
+use crate::api::wire::WhoAmI;
 
 /// Who we are and what we may do.
 pub(crate) fn whoami(paint: Paint, me: &WhoAmI) -> Text {
@@ -48,11 +49,10 @@ fn row(text: Text, label: &str, value: &str) -> Text {
     text.add(Style::Dim, &format!("  {label:<10}")).plain(&one_line(value, 400)).end()
 }
 
-fn standing(budget: &AllowedBudget) -> String {
-    let scope = budget.scope.replace('_', " per ");
+fn standing(budget: &BudgetView) -> String {
     let limit = words::dollars_limit(budget.limit_usd);
-    let Some(spent) = budget.spent_usd else { return format!("{scope}: {limit}") };
-    let left = (budget.limit_usd - spent - budget.reserved_usd.unwrap_or(0.0)).max(0.0);
+    let left = (budget.limit_usd - budget.spent_usd - budget.reserved_usd).max(0.0);
     let resets = budget.resets_at.as_ref().map(|at| format!(", anew at {at}")).unwrap_or_default();
-    format!("{scope}: {limit}, {} spent, {} left{resets}", words::dollars(spent), words::dollars(left))
+    let (spent, left) = (words::dollars(budget.spent_usd), words::dollars(left));
+    format!("{}: {limit}, {spent} spent, {left} left{resets}", budget.scope.words())
 }

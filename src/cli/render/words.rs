@@ -1,5 +1,6 @@
 //! Figures and advice in words: durations, money, sizes, and what to do about each way a job can end. Pure.
 
+use crate::job::spec::Runtime;
 use crate::job::{Blame, FailReason, Outcome, StopReason};
 use crate::money::MicroUsd;
 
@@ -81,7 +82,7 @@ pub(crate) fn stop(reason: StopReason) -> &'static str {
         StopReason::Cancelled => "cancelled",
         StopReason::Deadline => "its time limit",
         StopReason::Silent => "its silence limit: the agent said nothing for too long",
-        StopReason::Budget => "its cost limit",
+        StopReason::Budget => "its cost limit, or a budget that it shares",
         StopReason::Turns => "its turn limit",
         StopReason::Drain => "the daemon was told to stop",
     }
@@ -103,9 +104,20 @@ fn after_stop(reason: StopReason) -> Option<String> {
         StopReason::Cancelled => None,
         StopReason::Deadline => more("--time"),
         StopReason::Silent => more("--silence"),
-        StopReason::Budget => more("--cost"),
+        StopReason::Budget => Some(
+            "submit it with a higher --cost (its policy is the ceiling), or when the budget that it shares has room"
+                .into(),
+        ),
         StopReason::Turns => more("--max-turns"),
         StopReason::Drain => Some("submit it again when the daemon is back".into()),
+    }
+}
+
+/// What isolates a cell, for people.
+pub(crate) fn runtime(runtime: Runtime) -> &'static str {
+    match runtime {
+        Runtime::Runc => "runc",
+        Runtime::Runsc => "runsc (gVisor)",
     }
 }
 
@@ -116,6 +128,9 @@ fn after_failure(reason: FailReason, job: &str) -> String {
         }
         FailReason::ImageUnsuitable => {
             "choose another image with --image: it needs a shell and glibc or musl".into()
+        }
+        FailReason::RuntimeUnavailable => {
+            "`make gvisor` installs gVisor for the engine; or list one that does as well in the policy's runtime_fallback".into()
         }
         FailReason::AgentMissing => {
             "hotcell agent ls shows the versions here, hotcell agent install adds one".into()
@@ -145,7 +160,7 @@ fn after_failure(reason: FailReason, job: &str) -> String {
             format!("its policy does not allow what it asked of the model; hotcell logs {job} shows what")
         }
         FailReason::ProviderAuth => {
-            "the daemon's credential was refused: see [provider.anthropic] in its configuration".into()
+            "the daemon's credential was refused: see its providers and credentials in the configuration".into()
         }
         FailReason::ProviderLimit => "wait and submit it again, or name a --fallback-model".into(),
         FailReason::ProviderError => format!("submit it again later; hotcell logs {job} shows the answers"),

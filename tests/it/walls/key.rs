@@ -10,12 +10,12 @@ use super::{RUN_THE_PROMPT, Seen, run, world};
 use crate::world::{CANARY, World, docker};
 
 /// The agent gets the needle reversed, so that no command line holds it.
-fn scan() -> String {
+pub(crate) fn scan() -> String {
     format!("python3 scan.py {}", CANARY.chars().rev().collect::<String>())
 }
 
 #[track_caller]
-fn nothing_inside(seen: &Seen) {
+pub(crate) fn nothing_inside(seen: &Seen) {
     seen.succeeded();
     assert_eq!(*seen.get("hits"), json!([]), "the key is in the cell");
     let control = seen.get("control").to_string();
@@ -46,8 +46,9 @@ fn files_with_key(dir: &Path, found: &mut Vec<String>) {
     }
 }
 
+/// The daemon neither wrote the key anywhere nor tells it.
 #[track_caller]
-fn nothing_outside(world: &World, seen: &Seen) {
+pub(crate) fn nothing_written(world: &World, seen: &Seen) {
     let mut found = Vec::new();
     files_with_key(world.dir.path(), &mut found);
     assert_eq!(found, Vec::<String>::new(), "the daemon wrote the key");
@@ -60,6 +61,11 @@ fn nothing_outside(world: &World, seen: &Seen) {
     }
     let journal: String = seen.events.iter().map(ToString::to_string).collect();
     assert!(!journal.contains(CANARY));
+}
+
+#[track_caller]
+fn nothing_outside(world: &World, seen: &Seen) {
+    nothing_written(world, seen);
     let got = world.recorder.requests();
     assert!(
         !got.is_empty() && got.iter().all(|r| r.header("x-api-key") == Some(CANARY)),

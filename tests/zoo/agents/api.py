@@ -67,7 +67,7 @@ def refused():
     out["file"] = ask(body={**GOOD, "messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "file", "file_id": "file_x"}}]}]})
     text = json.dumps(GOOD)
     out["model twice"] = ask(body=text.replace('{"model"', '{"model":"claude-opus-4-8","model"').encode())
-    out["escaped key"] = ask(body=text.replace('"max_tokens"', '"m\\u0063p_servers":[],"max_tokens"').encode())
+    out["escaped key"] = ask(body=text.replace('"max_tokens"', '"m\\u0063p_servers":[{"url":"https://evil.example"}],"max_tokens"').encode())
     out["gzip"] = ask(headers=[("content-encoding", "gzip")])
     out["two lengths"] = ask(headers=[("content-length", "1")])
     out["chunked and length"] = ask(headers=[("transfer-encoding", "chunked")])

@@ -13,7 +13,9 @@ from zoo import cli, tell
 needle = sys.argv[1][::-1].encode()
 needles = [needle, base64.b64encode(needle)[:-4], needle.hex().encode()]
 # What must be found, or this search is worth nothing: the job's own token is in the environment and in memory.
-token = os.environ["ANTHROPIC_API_KEY"]
+# Where the CLI finds the token depends on the kind of provider; it stands there alone, or behind a header's name.
+NAMES = ["ANTHROPIC_API_KEY", "AWS_BEARER_TOKEN_BEDROCK", "ANTHROPIC_FOUNDRY_API_KEY", "ANTHROPIC_CUSTOM_HEADERS"]
+token = next(os.environ[name] for name in NAMES if name in os.environ).split(": ")[-1]
 hits, control, looked, refused = [], [], 0, 0
 
 
@@ -104,7 +106,7 @@ for name in os.listdir("/proc"):
         look(f"/proc/{name}", 1 << 20)
 
 # The model's API: what it answers to right and wrong requests, heads and bodies.
-base = os.environ["ANTHROPIC_BASE_URL"]
+base = os.environ.get("ANTHROPIC_BASE_URL", "http://127.0.0.1:3129")
 good = b'{"model":"claude-sonnet-4-6","max_tokens":16,"messages":[{"role":"user","content":"echo"}]}'
 answers = []
 for path, key, body in [

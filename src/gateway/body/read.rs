@@ -1,0 +1,559 @@
+//! The walk over a request body: one pass, no copies of text. Every object it looks into is refused when a field
+//! stands twice in it, however the names are spelled: the provider might take the other one.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
+
+use super::shape::{Media, Piece, ShapeBuilder};
+use super::{BodyError, Wanted};
+
+/// Fields that may stand in a request. The API's others store (`container`) or are not known.
+const FIELDS: &[&str] = &[
+    "cache_control",
+    "context_management",
+    "inference_geo",
+    "max_tokens",
+    "mcp_servers",
+    "messages",
+    "metadata",
+    "model",
+    "output_config",
+    "output_format",
+    "service_tier",
+    "speed",
+    "stop_sequences",
+    "stream",
+    "system",
+    "temperature",
+    "thinking",
+    "tool_choice",
+    "tools",
+    "top_k",
+    "top_p",
+];
+/// Fields that change the price, with the one value that does not. The CLI sends none of them.
+const PRICED: [(&str, &str); 3] =
+    [("inference_geo", "global"), ("service_tier", "standard_only"), ("speed", "standard")];
+/// Tool types that the client runs; one without a type is such a tool too. (The search among tools runs at the
+/// provider, is free and reaches nothing.) All others need the policy's word.
+const CLIENT_TOOLS: &[&str] = &["bash_", "text_editor_", "computer_", "memory_", "tool_search_tool_"];
+/// Tools of MCP servers that the provider connects to; the policy is asked for the servers.
+const TOOLSET: &str = "mcp_toolset";
+/// Edits of the context that cost nothing. (A compaction is billed apart from the usage.)
+const CONTEXT_EDITS: &[&str] = &["clear_thinking_", "clear_tool_uses_"];
+/// How deep blocks may stand in blocks: the API has two levels, and each is read once more here.
+const DEPTH_MAX: u8 = 8;
+/// Most fields of one object.
+const FIELDS_MAX: usize = 64;
+/// Most things in one body that need the policy's word.
+const WANTED_MAX: usize = 256;
+
+/// A body's top level.
+#[derive(Default)]
+pub(super) struct Top<'a> {
+    pub(super) model: Option<Cow<'a, str>>,
+    pub(super) max_tokens: Option<&'a RawValue>,
+    pub(super) thinking: Option<&'a RawValue>,
+    pub(super) context: Option<&'a RawValue>,
+    pub(super) stream: bool,
+    pub(super) long_cache: bool,
+    /// A tool of [`TOOLSET`] is there.
+    pub(super) toolsets: bool,
+    pub(super) web_searches: Vec<SearchTool<'a>>,
+    pub(super) wanted: Vec<Wanted>,
+    pub(super) shape: ShapeBuilder,
+    pub(super) refused: Option<BodyError>,
+    media: Media,
+}
+
+/// A web search tool.
+pub(super) struct SearchTool<'a> {
+    pub(super) kind: &'a RawValue,
+    pub(super) max_uses: Option<&'a RawValue>,
+}
+
+/// The field `thinking`.
+#[derive(Deserialize)]
+pub(super) struct Thinking<'a> {
+    #[serde(rename = "type", borrow)]
+    pub(super) kind: Cow<'a, str>,
+    #[serde(borrow)]
+    pub(super) budget_tokens: Option<&'a RawValue>,
+}
+
+/// A string that borrows where it can.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// The names of an object's fields so far.
+#[derive(Default)]
+struct Names<'a>(Vec<Cow<'a, str>>);
+
+impl<'a> Names<'a> {
+    fn add<E: Error>(&mut self, name: Cow<'a, str>) -> Result<(), E> {
+        if self.0.contains(&name) {
+            return Err(E::custom(format_args!("the field {:?} stands twice", shown(&name))));
+        }
+        if self.0.len() >= FIELDS_MAX {
+            return Err(E::custom(format_args!("more than {FIELDS_MAX} fields in one object")));
+        }
+        self.0.push(name);
+        Ok(())
+    }
+}
+
+fn shown(text: &str) -> String {
+    text.chars().take(64).collect()
+}
+
+/// Parses a part of the body again, for its inside. Lines and columns are those of the part.
+fn inner<'de, T: Deserialize<'de>, E: Error>(raw: &'de RawValue) -> Result<T, E> {
+    serde_json::from_str(raw.get()).map_err(E::custom)
+}
+
+fn seeded<'de, S: DeserializeSeed<'de>, E: Error>(raw: &'de RawValue, seed: S) -> Result<S::Value, E> {
+    seed.deserialize(&mut serde_json::Deserializer::from_str(raw.get())).map_err(E::custom)
+}
+
+impl Top<'_> {
+    fn want(&mut self, wanted: Wanted) {
+        if self.wanted.len() < WANTED_MAX {
+            self.wanted.push(wanted);
+        } else {
+            let many = format!("more than {WANTED_MAX} remote sources and tools");
+            self.refused.get_or_insert(BodyError::Malformed(many));
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Top<'de> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_map(TopVisitor)
+    }
+}
+
+struct TopVisitor;
+
+impl<'de> Visitor<'de> for TopVisitor {
+    type Value = Top<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Top<'de>, A::Error> {
+        let mut top = Top::default();
+        let mut names = Names::default();
+        while let Some(Text(key)) = map.next_key::<Text<'de>>()? {
+            names.add(key.clone())?;
+            match FIELDS.iter().find(|field| **field == key) {
+                Some(field) => top.field(field, &mut map)?,
+                None => {
+                    top.refused.get_or_insert(BodyError::Field(shown(&key)));
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+        }
+        Ok(top)
+    }
+}
+
+impl<'de> Top<'de> {
+    fn field<A: MapAccess<'de>>(&mut self, field: &'static str, map: &mut A) -> Result<(), A::Error> {
+        match field {
+            "model" => self.model = Some(map.next_value::<Text<'de>>()?.0),
+            "max_tokens" => self.max_tokens = Some(map.next_value()?),
+            "thinking" => self.thinking = Some(map.next_value()?),
+            "stream" => self.stream = map.next_value::<Option<bool>>()?.unwrap_or(false),
+            "cache_control" => {
+                self.long_cache |=
+                    map.next_value::<Option<CacheControl<'de>>>()?.is_some_and(|c| c.is_long());
+            }
+            "messages" => map.next_value_seed(Messages { top: self })?,
+            "system" => map.next_value_seed(Parts { top: self, of: Of::System, depth: 0 })?,
+            "tools" => {
+                let raw: &RawValue = map.next_value()?;
+                self.tools(raw)?;
+            }
+            "mcp_servers" => {
+                let raw: &RawValue = map.next_value()?;
+                self.shape.setting(2, raw.get());
+                for server in inner::<Option<Vec<McpServer<'de>>>, A::Error>(raw)?.into_iter().flatten() {
+                    self.want(Wanted::McpServer(server.url.into_owned()));
+                }
+            }
+            "context_management" => {
+                let raw: &RawValue = map.next_value()?;
+                self.shape.setting(3, raw.get());
+                self.context = Some(raw);
+                let edits = inner::<Option<Edits<'de>>, A::Error>(raw)?.and_then(|edits| edits.edits);
+                for edit in edits.into_iter().flatten() {
+                    if !CONTEXT_EDITS.iter().any(|prefix| edit.kind.starts_with(prefix)) {
+                        self.refused.get_or_insert(BodyError::ContextEdit(shown(&edit.kind)));
+                    }
+                }
+            }
+            "output_config" => self.shape.setting(4, map.next_value::<&RawValue>()?.get()),
+            "output_format" => self.shape.setting(5, map.next_value::<&RawValue>()?.get()),
+            "tool_choice" => self.shape.setting(6, map.next_value::<&RawValue>()?.get()),
+            _ => {
+                let raw: &RawValue = map.next_value()?;
+                if let Some((field, free)) = PRICED.iter().find(|(name, _)| *name == field) {
+                    let value = inner::<Option<Text<'de>>, A::Error>(raw)?;
+                    if let Some(Text(value)) = value.filter(|value| value.0 != *free) {
+                        self.refused.get_or_insert(BodyError::Priced { field, value: shown(&value) });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn tools<E: Error>(&mut self, raw: &'de RawValue) -> Result<(), E> {
+        let mut deferred = false;
+        for tool in inner::<Option<Vec<Tool<'de>>>, E>(raw)?.into_iter().flatten() {
+            self.long_cache |= tool.cache_control.as_ref().is_some_and(CacheControl::is_long);
+            deferred |= tool.defer_loading.unwrap_or(false);
+            let Some(kind_raw) = tool.kind else { continue };
+            let Some(Text(kind)) = inner::<Option<Text<'de>>, E>(kind_raw)? else { continue };
+            match kind.as_ref() {
+                "custom" => {}
+                TOOLSET => self.toolsets = true,
+                kind if CLIENT_TOOLS.iter().any(|prefix| kind.starts_with(prefix)) => {}
+                kind => {
+                    if kind.starts_with("web_search_") {
+                        self.web_searches.push(SearchTool { kind: kind_raw, max_uses: tool.max_uses });
+                    }
+                    self.want(Wanted::ServerTool(kind.to_owned()));
+                }
+            }
+        }
+        self.shape.tools(raw.get(), deferred);
+        Ok(())
+    }
+}
+
+#[derive(Deserialize)]
+struct Edits<'a> {
+    #[serde(borrow)]
+    edits: Option<Vec<Edit<'a>>>,
+}
+
+#[derive(Deserialize)]
+struct Edit<'a> {
+    #[serde(rename = "type", borrow, default)]
+    kind: Cow<'a, str>,
+}
+
+#[derive(Deserialize)]
+struct McpServer<'a> {
+    #[serde(borrow)]
+    url: Cow<'a, str>,
+}
+
+#[derive(Deserialize)]
+struct Tool<'a> {
+    #[serde(rename = "type", borrow)]
+    kind: Option<&'a RawValue>,
+    // A null must be seen, too: a second field must not come beside it.
+    #[serde(borrow, default, deserialize_with = "present")]
+    max_uses: Option<&'a RawValue>,
+    #[serde(borrow)]
+    cache_control: Option<CacheControl<'a>>,
+    defer_loading: Option<bool>,
+}
+
+fn present<'de, D: Deserializer<'de>>(from: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(from).map(Some)
+}
+
+#[derive(Deserialize)]
+struct CacheControl<'a> {
+    #[serde(borrow)]
+    ttl: Option<Cow<'a, str>>,
+}
+
+impl CacheControl<'_> {
+    /// Longer than the default of five minutes, as far as we know.
+    fn is_long(&self) -> bool {
+        self.ttl.as_deref().is_some_and(|ttl| ttl != "5m")
+    }
+}
+
+/// The field `messages`.
+struct Messages<'t, 'a> {
+    top: &'t mut Top<'a>,
+}
+
+impl<'de> DeserializeSeed<'de> for Messages<'_, 'de> {
+    type Value = ();
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Messages<'_, 'de> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of messages")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
+        while items.next_element_seed(Message { top: &mut *self.top })?.is_some() {}
+        Ok(())
+    }
+}
+
+/// One message: `role` and `content` matter.
+struct Message<'t, 'a> {
+    top: &'t mut Top<'a>,
+}
+
+impl<'de> DeserializeSeed<'de> for Message<'_, 'de> {
+    type Value = ();
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Message<'_, 'de> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a message")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let (mut names, mut role) = (Names::default(), None);
+        while let Some(Text(key)) = map.next_key::<Text<'de>>()? {
+            names.add(key.clone())?;
+            match key.as_ref() {
+                "role" => role = Some(map.next_value::<Text<'de>>()?.0),
+                "content" => {
+                    map.next_value_seed(Parts { top: &mut *self.top, of: Of::Message, depth: 0 })?;
+                }
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+        }
+        self.top.shape.message(role.as_deref().unwrap_or_default());
+        Ok(())
+    }
+}
+
+/// Whose blocks they are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Of {
+    /// The system prompt's.
+    System,
+    /// A message's.
+    Message,
+    /// Another block's, which counts them as its own.
+    Block,
+}
+
+/// Text, or a list of content blocks.
+struct Parts<'t, 'a> {
+    top: &'t mut Top<'a>,
+    of: Of,
+    depth: u8,
+}
+
+impl<'de> DeserializeSeed<'de> for Parts<'_, 'de> {
+    type Value = ();
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_any(self)
+    }
+}
+
+impl Parts<'_, '_> {
+    fn done(top: &mut Top<'_>, of: Of, piece: Piece, media: Media) {
+        match of {
+            Of::System => top.shape.system(piece, media),
+            Of::Message => top.shape.block(piece, media),
+            Of::Block => {}
+        }
+    }
+}
+
+impl<'de> Visitor<'de> for Parts<'_, 'de> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("text or a list of blocks")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<(), E> {
+        let mut piece = Piece::new();
+        piece.add(text);
+        Self::done(self.top, self.of, piece, Media::default());
+        Ok(())
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
+        while items
+            .next_element_seed(Block { top: &mut *self.top, of: self.of, depth: self.depth })?
+            .is_some()
+        {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<(), A::Error> {
+        Block { top: self.top, of: self.of, depth: self.depth }.visit_map(map)
+    }
+}
+
+/// A content block: `type`, `content`, `source`, `file_id` and `cache_control` matter. Text is skipped, tool
+/// inputs are not looked into. `cache_control` is no part of the chain: the CLI moves it from block to block.
+struct Block<'t, 'a> {
+    top: &'t mut Top<'a>,
+    of: Of,
+    depth: u8,
+}
+
+impl<'de> DeserializeSeed<'de> for Block<'_, 'de> {
+    type Value = ();
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Block<'_, 'de> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a content block")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
+        if self.depth > DEPTH_MAX {
+            return Err(A::Error::custom("blocks stand too deep in blocks"));
+        }
+        let (mut names, mut piece) = (Names::default(), Piece::new());
+        let (mut kind, mut data_bytes) = (None, 0);
+        let before = self.top.media;
+        while let Some(Text(key)) = map.next_key::<Text<'de>>()? {
+            names.add(key.clone())?;
+            let raw: &'de RawValue = map.next_value()?;
+            if key == "cache_control" {
+                let control = inner::<Option<CacheControl<'de>>, A::Error>(raw)?;
+                self.top.long_cache |= control.is_some_and(|control| control.is_long());
+                continue;
+            }
+            if self.of != Of::Block {
+                piece.add(&key);
+                piece.add(raw.get());
+            }
+            match key.as_ref() {
+                "type" => kind = Some(inner::<Text<'de>, A::Error>(raw)?.0),
+                "content" => {
+                    seeded(raw, Parts { top: &mut *self.top, of: Of::Block, depth: self.depth + 1 })?
+                }
+                "source" => data_bytes = seeded(raw, Source { top: &mut *self.top, depth: self.depth })?,
+                "file_id" => self.file(raw)?,
+                _ => {}
+            }
+        }
+        let media = &mut self.top.media;
+        match kind.as_deref() {
+            Some("image") => {
+                media.images += 1;
+                media.bytes += data_bytes;
+            }
+            // A document of text has no data of this kind; its bytes count.
+            Some("document") if data_bytes > 0 => {
+                media.documents += 1;
+                media.bytes += data_bytes;
+            }
+            _ => {}
+        }
+        let own = Media {
+            images: media.images - before.images,
+            documents: media.documents - before.documents,
+            bytes: media.bytes - before.bytes,
+        };
+        Parts::done(self.top, self.of, piece, own);
+        Ok(())
+    }
+}
+
+impl Block<'_, '_> {
+    fn file<'de, E: Error>(&mut self, raw: &'de RawValue) -> Result<(), E> {
+        if let Some(Text(id)) = inner::<Option<Text<'de>>, E>(raw)? {
+            self.top.media.documents += 1;
+            self.top.want(Wanted::FileId(id.into_owned()));
+        }
+        Ok(())
+    }
+}
+
+/// The source of an image or document; gives the bytes of its data. A source that is plain text (search
+/// results have such) is not followed by the provider.
+struct Source<'t, 'a> {
+    top: &'t mut Top<'a>,
+    depth: u8,
+}
+
+impl<'de> DeserializeSeed<'de> for Source<'_, 'de> {
+    type Value = u64;
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<u64, D::Error> {
+        from.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Source<'_, 'de> {
+    type Value = u64;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a source")
+    }
+
+    fn visit_str<E: Error>(self, _: &str) -> Result<u64, E> {
+        Ok(0)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<u64, A::Error> {
+        let mut names = Names::default();
+        let (mut kind, mut url, mut file, mut bytes) = (None, None, None, 0);
+        while let Some(Text(key)) = map.next_key::<Text<'de>>()? {
+            names.add(key.clone())?;
+            match key.as_ref() {
+                "type" => kind = Some(map.next_value::<Text<'de>>()?.0),
+                "data" => bytes = map.next_value::<&RawValue>()?.get().len() as u64,
+                "url" => url = Some(map.next_value::<Text<'de>>()?.0),
+                "file_id" => file = Some(map.next_value::<Text<'de>>()?.0),
+                "content" => {
+                    map.next_value_seed(Parts { top: &mut *self.top, of: Of::Block, depth: self.depth + 1 })?
+                }
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+        }
+        // A document that is not here has no bytes to count by.
+        let remote = |top: &mut Top<'_>, wanted| {
+            top.media.documents += 1;
+            top.want(wanted);
+        };
+        match (kind.as_deref().unwrap_or_default(), url, file) {
+            ("base64", None, None) => return Ok(bytes),
+            ("text" | "content", None, None) => {}
+            ("url", Some(url), None) => remote(self.top, Wanted::UrlSource(url.into_owned())),
+            ("file", None, Some(id)) => remote(self.top, Wanted::FileId(id.into_owned())),
+            (kind, ..) => {
+                self.top.refused.get_or_insert(BodyError::RemoteSource(shown(kind)));
+            }
+        }
+        Ok(0)
+    }
+}

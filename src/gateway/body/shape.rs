@@ -1,0 +1,246 @@
+//! What a request's input is made of, for the bound on its tokens: a chain of keyed hashes over its parts (tools
+//! and system prompt, then block by block), and how many tokens each part can have at the most. Pure.
+//!
+//! Why a chain is enough: the provider's tokens for a beginning of a conversation do not change by what follows
+//! it, so what a beginning was billed for bounds it in every later request, and a token is at least one byte, so
+//! bytes bound what is new. Hashes are keyed with numbers of this process that no cell knows.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::LazyLock;
+
+/// Tokens that the provider adds for tools and the like.
+const BASE_TOKENS: u64 = 1_024;
+/// Tokens that lie between a known beginning and what follows it.
+const JOINT_TOKENS: u64 = 64;
+/// Tokens around a message.
+const MESSAGE_TOKENS: u64 = 16;
+/// Most that one image costs, in tokens; its base64 text is not what is billed.
+const IMAGE_TOKENS_MAX: u64 = 5_000;
+/// Most that one document costs, in tokens: a PDF has at most 100 pages, each billed as text and image. Its bytes
+/// are compressed and bound nothing.
+const DOCUMENT_TOKENS_MAX: u64 = 500_000;
+/// System blocks with fewer bytes are counted, but are no part of the chain: the CLI's first one differs from
+/// conversation to conversation.
+const SYSTEM_BYTES_MIN: u64 = 256;
+
+static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+
+/// Bounds that are known, by hash. Bounded itself: when full, the older half goes.
+#[derive(Debug)]
+pub struct Known {
+    young: HashMap<u64, u64>,
+    old: HashMap<u64, u64>,
+    half: usize,
+}
+
+impl Known {
+    /// Keeps at most `entries_max`.
+    pub fn new(entries_max: usize) -> Self {
+        Self { young: HashMap::new(), old: HashMap::new(), half: (entries_max / 2).max(1) }
+    }
+
+    fn get(&self, key: u64) -> Option<u64> {
+        self.young.get(&key).or_else(|| self.old.get(&key)).copied()
+    }
+
+    fn put(&mut self, key: u64, tokens: u64) {
+        let tokens = self.get(key).map_or(tokens, |known| known.min(tokens));
+        if self.young.len() >= self.half && !self.young.contains_key(&key) {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(key, tokens);
+    }
+}
+
+/// A bound on a request's input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bound {
+    /// Tokens at the most.
+    pub tokens: u64,
+    /// How many of them are only bytes that nobody has counted.
+    pub guessed: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Link {
+    chain: u64,
+    tokens_max: u64,
+}
+
+/// The parts of a request's input.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Shape {
+    /// Tools and system prompt, then each block.
+    links: Vec<Link>,
+    /// How many of them begin conversations of others, too: up to the end of a user's first message.
+    opening: usize,
+    /// What is in no link.
+    loose: u64,
+}
+
+impl Shape {
+    /// The best bound that follows from what is known.
+    pub fn bound(&self, known: &[&Known]) -> Bound {
+        let mut after = self.loose;
+        let mut best: Option<Bound> = None;
+        for link in self.links.iter().rev() {
+            if let Some(tokens) = known.iter().filter_map(|known| known.get(link.chain)).min() {
+                let tokens = tokens.saturating_add(after).saturating_add(JOINT_TOKENS);
+                if best.is_none_or(|best| tokens < best.tokens) {
+                    best = Some(Bound { tokens, guessed: after });
+                }
+            }
+            after = after.saturating_add(link.tokens_max);
+        }
+        let all = Bound { tokens: after.saturating_add(BASE_TOKENS), guessed: after };
+        best.filter(|best| best.tokens <= all.tokens).unwrap_or(all)
+    }
+
+    /// Whether the conversation has only begun.
+    pub fn is_opening(&self) -> bool {
+        self.opening == self.links.len()
+    }
+
+    /// Remembers that this whole request has at most `tokens`.
+    pub fn learn(&self, tokens: u64, known: &mut Known) {
+        if let Some(link) = self.links.last() {
+            known.put(link.chain, tokens);
+        }
+    }
+
+    /// The same for every beginning of it that other conversations may share: a part has no more than the whole.
+    pub fn learn_opening(&self, tokens: u64, known: &mut Known) {
+        for link in self.links.iter().take(self.opening) {
+            known.put(link.chain, tokens);
+        }
+    }
+}
+
+/// Builds a [`Shape`] while a body is read.
+#[derive(Debug)]
+pub(super) struct ShapeBuilder {
+    head: Vec<u64>,
+    head_tokens: u64,
+    links: Vec<Link>,
+    chain: u64,
+    loose: u64,
+    messages: usize,
+    opening: usize,
+}
+
+impl Default for ShapeBuilder {
+    fn default() -> Self {
+        Self {
+            // Places for each thing that the head holds, whatever their order in the body.
+            head: vec![0; 8],
+            head_tokens: 0,
+            links: Vec::new(),
+            chain: 0,
+            loose: 0,
+            messages: 0,
+            opening: 0,
+        }
+    }
+}
+
+/// A piece of the input that is being read.
+pub(super) struct Piece {
+    hasher: <RandomState as BuildHasher>::Hasher,
+    bytes: u64,
+}
+
+impl Piece {
+    pub(super) fn new() -> Self {
+        Self { hasher: KEYS.build_hasher(), bytes: 0 }
+    }
+
+    pub(super) fn add(&mut self, text: &str) {
+        self.hasher.write_usize(text.len());
+        self.hasher.write(text.as_bytes());
+        self.bytes = self.bytes.saturating_add(text.len() as u64);
+    }
+}
+
+/// How many blocks of a kind were seen, and the bytes of their data.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Media {
+    pub(super) images: u64,
+    pub(super) documents: u64,
+    pub(super) bytes: u64,
+}
+
+impl Media {
+    fn tokens(self) -> u64 {
+        let images = self.images.saturating_mul(IMAGE_TOKENS_MAX);
+        images.saturating_add(self.documents.saturating_mul(DOCUMENT_TOKENS_MAX))
+    }
+}
+
+fn mix(parts: &[u64]) -> u64 {
+    let mut hasher = KEYS.build_hasher();
+    parts.iter().for_each(|part| hasher.write_u64(*part));
+    hasher.finish()
+}
+
+impl ShapeBuilder {
+    /// A block of a message: text bytes and what its media cost.
+    pub(super) fn block(&mut self, piece: Piece, media: Media) {
+        self.chain = mix(&[self.chain, piece.hasher.finish()]);
+        let text = piece.bytes.saturating_sub(media.bytes);
+        self.links.push(Link { chain: self.chain, tokens_max: text.saturating_add(media.tokens()) });
+    }
+
+    /// The end of a message.
+    pub(super) fn message(&mut self, role: &str) {
+        let mut piece = Piece::new();
+        piece.add(role);
+        self.chain = mix(&[self.chain, piece.hasher.finish(), u64::MAX]);
+        self.links.push(Link { chain: self.chain, tokens_max: MESSAGE_TOKENS + role.len() as u64 });
+        self.messages += 1;
+        if self.messages == 1 && role == "user" {
+            self.opening = self.links.len();
+        }
+    }
+
+    /// A block of the system prompt.
+    pub(super) fn system(&mut self, piece: Piece, media: Media) {
+        let tokens = piece.bytes.saturating_sub(media.bytes).saturating_add(media.tokens());
+        if tokens < SYSTEM_BYTES_MIN {
+            self.loose = self.loose.saturating_add(tokens + MESSAGE_TOKENS);
+        } else {
+            self.head[0] = mix(&[self.head[0], piece.hasher.finish()]);
+            self.head_tokens = self.head_tokens.saturating_add(tokens);
+        }
+    }
+
+    /// The tools, as they stand there. A tool whose definition is only loaded later is counted again: what loads
+    /// it is short.
+    pub(super) fn tools(&mut self, raw: &str, deferred: bool) {
+        self.setting(1, raw);
+        if deferred {
+            self.loose = self.loose.saturating_add(raw.len() as u64);
+        }
+    }
+
+    /// Another field that becomes input, or changes what is counted. `place` is its own.
+    pub(super) fn setting(&mut self, place: usize, raw: &str) {
+        let mut piece = Piece::new();
+        piece.add(raw);
+        self.head_tokens = self.head_tokens.saturating_add(piece.bytes);
+        if let Some(slot) = self.head.get_mut(place) {
+            *slot = piece.hasher.finish();
+        }
+    }
+
+    pub(super) fn finish(mut self, model: &str, thinking: &str) -> Shape {
+        let mut piece = Piece::new();
+        piece.add(model);
+        piece.add(thinking);
+        self.head.push(piece.hasher.finish());
+        let head = mix(&self.head);
+        let mut links = vec![Link { chain: head, tokens_max: self.head_tokens }];
+        links.extend(self.links.iter().map(|link| Link { chain: mix(&[head, link.chain]), ..*link }));
+        Shape { links, opening: self.opening + 1, loose: self.loose }
+    }
+}

@@ -1,0 +1,290 @@
+//! Bodies as the CLI sends them, and as an attacker would.
+
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+
+fn read(body: &str) -> Result<BodyFacts, BodyError> {
+    BodyFacts::read(body.as_bytes())
+}
+
+fn rewritten(body: &str, tokens: u64, uses_max: u32) -> String {
+    let bytes = read(body).unwrap().rewritten(&Bytes::copy_from_slice(body.as_bytes()), tokens, uses_max);
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn a_request_of_the_cli_is_understood() {
+    let body = r#"{"model":"m","max_tokens":32000,"stream":true,"system":[{"type":"text","text":"s"}],
+        "thinking":{"budget_tokens":31999,"type":"enabled","display":"summarized"},"context_management":{"edits":[{"type":"clear_thinking_20251015","keep":"all"}]},
+        "tools":[{"name":"Bash","input_schema":{"properties":{"type":{"type":"url"}}}}],"service_tier":"standard_only","speed":null,
+        "messages":[{"role":"user","content":"hi"},{"role":"assistant","content":[{"type":"tool_use","input":{"source":{"type":"url"}}}]},
+        {"role":"user","content":[{"type":"tool_result","content":[{"type":"image","source":{"type":"base64","data":"AAAA"}}]}]}]}"#;
+    let facts = read(body).unwrap();
+    assert_eq!((facts.model.as_str(), facts.output_tokens_max), ("m", Some(32_000)));
+    assert!(facts.stream && facts.wanted.is_empty());
+    let changed = body.replace("\"max_tokens\":32000", "\"max_tokens\":4096").replace("31999", "2048");
+    assert_eq!(rewritten(body, 4096, 1), changed);
+    let off = rewritten(body, 1500, 1);
+    assert!(off.contains(r#""thinking":{"type":"disabled"}"#), "{off}");
+    assert!(off.contains(r#""context_management":null"#), "edits of thinking need thinking: {off}");
+    assert_eq!(rewritten(body, 32_000, 1), body, "what fits stays as it is");
+    let adaptive = r#"{"model":"m","max_tokens":64000,"thinking":{"type":"adaptive"}}"#;
+    assert_eq!(rewritten(adaptive, 4096, 1), adaptive.replace("64000", "4096"));
+}
+
+#[test]
+fn an_image_counts_as_an_image_and_text_by_its_bytes() {
+    let with = |data: &str| {
+        let body = format!(
+            r#"{{"model":"m","messages":[{{"role":"user","content":[{{"type":"image","source":{{"type":"base64","data":"{data}"}}}}]}}]}}"#
+        );
+        read(&body).unwrap().shape.bound(&[]).tokens
+    };
+    assert_eq!(with("AAAA"), with(&"A".repeat(100_000)));
+    assert!((5_000..7_000).contains(&with("AAAA")));
+    let text = |text: &str| {
+        let body = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{text}"}}]}}"#);
+        read(&body).unwrap().shape.bound(&[]).tokens
+    };
+    assert_eq!(text(&"x".repeat(10_000)) - text(""), 10_000);
+    let pdf = r#"{"model":"m","messages":[{"role":"user","content":[{"type":"document","source":{"type":"base64","data":"AAAA"}}]}]}"#;
+    assert!(read(pdf).unwrap().shape.bound(&[]).tokens > 400_000, "its bytes bound nothing");
+}
+
+#[test]
+fn what_the_provider_would_fetch_store_or_run_is_found_wherever_it_stands() {
+    let with = |more: &str| read(&format!(r#"{{"model":"m","max_tokens":1,{more}}}"#));
+    let block = |block: &str| with(&format!(r#""messages":[{{"role":"user","content":[{block}]}}]"#));
+    for field in [r#""container":"c""#, r#""c\u006fntainer":"c""#, r#""fallbacks":[]"#] {
+        assert!(matches!(with(field), Err(BodyError::Field(_))), "{field}");
+    }
+    for field in [
+        r#""speed":"fast""#,
+        r#""sp\u0065ed":"f\u0061st""#,
+        r#""service_tier":"auto""#,
+        r#""service_tier":"priority""#,
+        r#""inference_geo":"us""#,
+    ] {
+        assert!(matches!(with(field), Err(BodyError::Priced { .. })), "{field}");
+    }
+    for field in [r#""speed":1"#, r#""inference_geo":["us"]"#] {
+        assert!(matches!(with(field), Err(BodyError::Malformed(_))), "{field}");
+    }
+    for tool in ["web_search_20250305", "web_fetch_20250910", "code_execution_20250825"] {
+        let facts = with(&format!(r#""tools":[{{"name":"a"}},{{"\u0074ype":"{tool}"}}]"#)).unwrap();
+        assert_eq!(facts.wanted, [Wanted::ServerTool(tool.into())]);
+    }
+    let server = r#""mcp_servers":[{"type":"url","\u0075rl":"https://\u006dcp/","name":"x"}]"#;
+    assert_eq!(with(server).unwrap().wanted, [Wanted::McpServer("https://mcp/".into())]);
+    let toolset = r#""tools":[{"type":"mcp_toolset","mcp_server_name":"x"}]"#;
+    assert!(matches!(with(toolset), Err(BodyError::Malformed(_))));
+    assert!(with(&format!("{server},{toolset}")).is_ok());
+    let nested = |image: &str| {
+        [
+            image.to_owned(),
+            format!(r#"{{"type":"tool_result","content":[{image}]}}"#),
+            format!(r#"{{"type":"document","source":{{"type":"content","content":[{image}]}}}}"#),
+        ]
+    };
+    for (source, wanted) in [
+        (r#"{"type":"url","url":"http://x"}"#, Some(Wanted::UrlSource("http://x".into()))),
+        (r#"{"type":"\u0075rl","url":"http://x"}"#, Some(Wanted::UrlSource("http://x".into()))),
+        (r#"{"type":"file","file_id":"f"}"#, Some(Wanted::FileId("f".into()))),
+        (r#"{"type":"base64","data":"A","url":"http://x"}"#, None),
+        (r#"{"type":"s3","url":"http://x"}"#, None),
+        (r#"{"type":"url"}"#, None),
+        ("{}", None),
+    ] {
+        for nested in nested(&format!(r#"{{"type":"image","source":{source}}}"#)) {
+            match (&wanted, block(&nested)) {
+                (Some(wanted), Ok(facts)) => assert_eq!(facts.wanted.first(), Some(wanted), "{nested}"),
+                (None, Err(BodyError::RemoteSource(_))) => {}
+                (_, other) => panic!("{nested}: {other:?}"),
+            }
+        }
+    }
+    let upload = block(r#"{"type":"container_upload","file_id":"f"}"#).unwrap();
+    assert_eq!(upload.wanted, [Wanted::FileId("f".into())]);
+    let edits = r#""context_management":{"edits":[{"type":"compact_20260112"}]}"#;
+    assert!(matches!(with(edits), Err(BodyError::ContextEdit(_))));
+}
+
+#[test]
+fn web_searches_are_counted_and_lowered() {
+    let body = |tool: &str| format!(r#"{{"model":"m","max_tokens":9,"tools":[{tool}]}}"#);
+    let eight = body(r#"{"max_uses":8,"name":"web_search","type":"web_search_20250305"}"#);
+    assert_eq!(read(&eight).unwrap().web_searches_max(3), 3);
+    assert_eq!(read(&eight).unwrap().web_searches_max(20), 8);
+    assert_eq!(rewritten(&eight, 9, 3), eight.replace("\"max_uses\":8", "\"max_uses\":3"));
+    assert_eq!(rewritten(&eight, 9, 8), eight);
+    let open = body(r#"{"type":"web_search_20250305","name":"web_search"}"#);
+    let closed = body(r#"{"type":"web_search_20250305","max_uses":3,"name":"web_search"}"#);
+    assert_eq!(rewritten(&open, 9, 3), closed);
+    assert_eq!(read(&open).unwrap().web_searches_max(3), 3);
+    let null = body(r#"{"type":"web_search_20250305","max_uses":null}"#);
+    assert!(rewritten(&null, 9, 3).contains("\"max_uses\":3"));
+    let two = body(r#"{"type":"web_search_20250305"},{"type":"web_search_20250305","max_uses":1}"#);
+    assert_eq!(read(&two).unwrap().web_searches_max(3), 4);
+    assert!(matches!(
+        read(&body(r#"{"type":"web_search_20250305","max_uses":-1}"#)),
+        Err(BodyError::Malformed(_))
+    ));
+}
+
+#[test]
+fn a_one_hour_cache_is_seen_wherever_it_is_asked_for() {
+    let cache = |more: &str| read(&format!(r#"{{"model":"m",{more}}}"#)).unwrap().cache_write;
+    let long = r#""cache_control":{"type":"ephemeral","ttl":"1h"}"#;
+    let block = format!(r#"{{"type":"text","text":"t",{long}}}"#);
+    for body in [
+        long.to_owned(),
+        long.replace("1h", "\\u0031h"),
+        format!(r#""system":[{block}]"#),
+        format!(r#""tools":[{{"name":"a",{long}}}]"#),
+        format!(r#""messages":[{{"role":"user","content":[{block}]}}]"#),
+        format!(r#""messages":[{{"role":"user","content":[{{"type":"tool_result","content":[{block}]}}]}}]"#),
+    ] {
+        assert_eq!(cache(&body), CacheWrite::OneHour, "{body}");
+        let short = body.replace("\"1h\"", "\"5m\"").replace("\\u0031h", "5m");
+        assert_eq!(cache(&short), CacheWrite::FiveMinutes, "{body}");
+    }
+}
+
+#[test]
+fn fields_that_stand_twice_and_other_garbage_are_malformed() {
+    let double = [
+        r#"{"model":"a","model":"b"}"#,
+        r#"{"model":"a","m\u006fdel":"b"}"#,
+        r#"{"model":"a","system":"x","system":"y"}"#,
+        r#"{"model":"a","mcp_servers":[{"url":"a","\u0075rl":"b"}]}"#,
+        r#"{"model":"a","thinking":{"type":"enabled","type":"disabled"}}"#,
+        r#"{"model":"a","tools":[{"type":"custom","\u0074ype":"web_search_20250305"}]}"#,
+        r#"{"model":"a","tools":[{"type":"web_search_20250305","max_uses":1,"max\u005fuses":9}]}"#,
+        r#"{"model":"a","context_management":{"edits":[],"edits":[{"type":"compact_20260112"}]}}"#,
+        r#"{"model":"a","context_management":{"edits":[{"type":"clear_thinking_1","type":"compact_1"}]}}"#,
+        r#"{"model":"a","messages":[{"content":"a","content":[]}]}"#,
+        r#"{"model":"a","messages":[{"role":"user","r\u006fle":"x","content":[]}]}"#,
+        r#"{"model":"a","messages":[{"content":[{"type":"text","text":"a","t\u0065xt":"b"}]}]}"#,
+        r#"{"model":"a","messages":[{"content":[{"type":"text","cache_control":{"ttl":"5m","ttl":"1h"}}]}]}"#,
+        r#"{"model":"a","messages":[{"content":[{"type":"image","source":{"type":"base64","type":"url"}}]}]}"#,
+        r#"{"model":"a","messages":[{"content":[{"type":"image","source":{},"s\u006furce":{"type":"url"}}]}]}"#,
+        r#"{"model":"a","messages":[{"content":[{"content":[{"type":"image","type":"x"}]}]}]}"#,
+        r#"{"model":"a","messages":[{"content":[{"type":"x","file_id":"a","file\u005fid":"b"}]}]}"#,
+    ];
+    let garbage = [
+        "",
+        "[]",
+        "{}",
+        "{\"model\":\"a\"} x",
+        "{\"model\":1}",
+        "{\"model\":\"a\",\"max_tokens\":-1}",
+        "{\"model\":\"a\",\"max_tokens\":1.5}",
+        "{\"model\":\"a\",\"messages\":{}}",
+    ];
+    for body in double.into_iter().chain(garbage) {
+        assert!(matches!(read(body), Err(BodyError::Malformed(_))), "{body}: {:?}", read(body));
+    }
+    for (open, close) in [("[{\"content\":", "}]"), ("{\"source\":{\"content\":", "}}")] {
+        for depth in [100, 5000] {
+            let deep = format!(
+                "{{\"model\":\"a\",\"messages\":[{{\"content\":{}1{}}}]}}",
+                open.repeat(depth),
+                close.repeat(depth)
+            );
+            assert!(matches!(read(&deep), Err(BodyError::Malformed(_))), "{open} {depth}");
+        }
+    }
+    let many = format!("{{\"model\":\"a\",\"tools\":[{}{{}}]}}", "{\"type\":\"x_1\"},".repeat(300));
+    assert!(matches!(read(&many), Err(BodyError::Malformed(_))));
+}
+
+/// Text of a block: letters, escapes and other scripts.
+fn text() -> impl Strategy<Value = String> {
+    "([a-z ]{0,20}|\\\\n|\\\\u00e9|é|漢){0,30}"
+}
+
+/// Tokens by a tokenizer that makes as many as it can: one a byte, wherever it cuts.
+fn truth(messages: &[String], head: &str) -> u64 {
+    (head.len() + messages.iter().map(|text| text.len() + 8).sum::<usize>()) as u64 + 100
+}
+
+fn body_of(messages: &[String], head: &str, marked: usize) -> String {
+    let list: Vec<String> = messages
+        .iter()
+        .enumerate()
+        .map(|(i, text)| {
+            let role = if i % 2 == 0 { "user" } else { "assistant" };
+            let mark = if i == marked { r#""cache_control":{"type":"ephemeral"},"# } else { "" };
+            format!(r#"{{"content":[{{{mark}"text":"{text}","type":"text"}}],"role":"{role}"}}"#)
+        })
+        .collect();
+    format!(
+        r#"{{"model":"m","max_tokens":1,"system":[{{"type":"text","text":"{head}"}}],"messages":[{}]}}"#,
+        list.join(",")
+    )
+}
+
+proptest! {
+    #[test]
+    fn the_bound_is_never_below_the_truth(
+        turns in prop::collection::vec(text(), 1..12), head in "[a-z]{0,600}",
+        // What was sent before, in any order: how much of it, with another ending or not.
+        before in prop::collection::vec((1usize..12, prop::option::of(text()), any::<bool>()), 0..12)
+    ) {
+        let (mut own, mut shared) = (Known::new(64), Known::new(64));
+        for (length, ending, counted) in before {
+            let mut sent: Vec<String> = turns.iter().take(length).cloned().collect();
+            sent.extend(ending);
+            let shape = read(&body_of(&sent, &head, sent.len() - 1)).unwrap().shape;
+            let truth = truth(&sent, &head);
+            prop_assert!(shape.bound(&[&own, &shared]).tokens >= truth);
+            shape.learn(truth, &mut own);
+            if counted {
+                shape.learn_opening(truth, &mut shared);
+            }
+        }
+        let shape = read(&body_of(&turns, &head, 0)).unwrap().shape;
+        let bound = shape.bound(&[&own, &shared]);
+        prop_assert!(bound.tokens >= truth(&turns, &head), "{bound:?}");
+        shape.learn(truth(&turns, &head), &mut own);
+        let again = read(&body_of(&turns, &head, turns.len() - 1)).unwrap().shape.bound(&[&own]);
+        prop_assert!(again.tokens <= truth(&turns, &head) + 1_000, "a moved cache mark changes nothing: {again:?}");
+    }
+
+    #[test]
+    fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        let _ = BodyFacts::read(&bytes);
+    }
+
+    #[test]
+    fn garbled_bodies_never_panic(at in 0usize..1000, byte in any::<u8>()) {
+        let mut body = body_of(&["a".into(), "b".into()], "c", 0).into_bytes();
+        let at = at % body.len();
+        body[at] = byte;
+        let _ = BodyFacts::read(&body);
+    }
+
+    #[test]
+    fn a_lowered_body_is_read_back_lowered(tokens in 1u64..32_000, spaces in " {0,3}") {
+        let body = format!("{{{spaces}\"max_tokens\"{spaces}:{spaces}32000{spaces},\"thinking\":{spaces}\
+            {{\"type\":\"enabled\",\"budget_tokens\":31999}}{spaces},\"model\":\"m\"}}");
+        let lowered = read(&rewritten(&body, tokens, 1)).unwrap();
+        prop_assert_eq!(lowered.output_tokens_max, Some(tokens));
+        prop_assert!(lowered.thinking_budget.is_none_or(|(budget, _)| budget < tokens));
+    }
+}
+
+#[test]
+fn what_is_known_is_bounded_and_the_new_outlives_the_old() {
+    let mut known = Known::new(16);
+    let shapes: Vec<Shape> =
+        (0..100).map(|i| read(&body_of(&[format!("m{i}")], "h", 0)).unwrap().shape).collect();
+    for shape in &shapes {
+        shape.learn(7, &mut known);
+    }
+    assert_eq!(shapes[99].bound(&[&known]).tokens, shapes[98].bound(&[&known]).tokens);
+    assert!(shapes[99].bound(&[&known]).tokens < 200);
+    assert!(shapes[0].bound(&[&known]).tokens > 1_000, "forgotten");
+}
