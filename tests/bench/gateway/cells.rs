@@ -57,7 +57,10 @@ impl Cells {
         world.set_provider(&format!("http://{}", upstream.address));
         world.start();
         let none = Vec::new;
-        Ok((Self { world, jobs: none(), inits: Vec::new(), sockets: Vec::new(), ports: Vec::new() }, recorded))
+        Ok((
+            Self { world, jobs: none(), inits: Vec::new(), sockets: Vec::new(), ports: Vec::new() },
+            recorded,
+        ))
     }
 
     pub(crate) fn daemon(&self) -> u32 {

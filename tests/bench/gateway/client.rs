@@ -17,7 +17,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use super::upstream::Wanted;
 
 /// Longest silence of whoever answers.
-const SILENCE_MAX: Duration = Duration::from_secs(120);
+const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Bytes read at a time.
 const READ_BYTES: usize = 128 << 10;
 /// Kept of an answer's end.
@@ -31,7 +31,10 @@ pub(crate) enum Address {
     Tcp(SocketAddr),
     Unix(PathBuf),
     /// A port on 127.0.0.1 of the network that this process is in.
-    Inside { pid: u32, port: u16 },
+    Inside {
+        pid: u32,
+        port: u16,
+    },
 }
 
 /// An address and the key that it wants.
@@ -50,7 +53,8 @@ impl Door {
     pub(crate) fn request(&self, recorded: &Received, wanted: Wanted) -> Vec<u8> {
         let body = wanted.put_into(&recorded.body);
         let mut request = format!("POST {} HTTP/1.1\r\nhost: 127.0.0.1\r\n", recorded.target);
-        for (name, value) in recorded.headers.iter().filter(|(name, _)| !HEADERS_OWN.contains(&name.as_str())) {
+        for (name, value) in recorded.headers.iter().filter(|(name, _)| !HEADERS_OWN.contains(&name.as_str()))
+        {
             request += &format!("{name}: {value}\r\n");
         }
         request += &format!("x-api-key: {}\r\ncontent-length: {}\r\n\r\n", self.key, body.len());
@@ -155,7 +159,8 @@ impl Client {
         self.read_line()?;
         let status = String::from_utf8_lossy(&self.line);
         let status = status.split(' ').nth(1).and_then(|code| code.parse().ok());
-        let status = status.with_context(|| format!("no status: {:?}", String::from_utf8_lossy(&self.line)))?;
+        let status =
+            status.with_context(|| format!("no status: {:?}", String::from_utf8_lossy(&self.line)))?;
         loop {
             self.read_line()?;
             if self.line.is_empty() {

@@ -76,7 +76,10 @@ pub(crate) fn litellm(dir: &Path, upstream: SocketAddr, key: &str, model: &str) 
     command.args(["--num_workers", "1", "--telemetry", "False"]);
     // No line for each request.
     let logs = dir.join("logs.json");
-    std::fs::write(&logs, r#"{"version":1,"loggers":{"uvicorn.access":{"level":"CRITICAL","propagate":false}}}"#)?;
+    std::fs::write(
+        &logs,
+        r#"{"version":1,"loggers":{"uvicorn.access":{"level":"CRITICAL","propagate":false}}}"#,
+    )?;
     command.arg("--log_config").arg(logs);
     // Its lists come with the package; without these they would be fetched from outside.
     for list in ["MODEL_COST_MAP", "ANTHROPIC_BETA_HEADERS", "BLOG_POSTS", "POLICY_TEMPLATES"] {

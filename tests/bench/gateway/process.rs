@@ -30,7 +30,8 @@ impl Process {
         let log = dir.join("log");
         let out = std::fs::File::create(&log)?;
         let path = std::env::var_os("PATH").unwrap_or_default();
-        let envs: Vec<_> = command.get_envs().map(|(k, v)| (k.to_owned(), v.map(ToOwned::to_owned))).collect();
+        let envs: Vec<_> =
+            command.get_envs().map(|(k, v)| (k.to_owned(), v.map(ToOwned::to_owned))).collect();
         command.env_clear().env("PATH", path).env("HOME", dir);
         command.envs(envs.into_iter().filter_map(|(name, value)| Some((name, value?))));
         command.current_dir(dir).stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out).process_group(0);
@@ -76,7 +77,9 @@ pub(crate) fn free_port() -> Result<SocketAddr> {
 pub(crate) fn children(pid: u32) -> Vec<u32> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
-    lists.flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<u32>>()).collect()
+    lists
+        .flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<u32>>())
+        .collect()
 }
 
 /// A process and all that it started, directly or not.

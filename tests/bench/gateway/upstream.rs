@@ -33,7 +33,7 @@ pub(crate) const PROMPT: &str = "bench-answer-shrt";
 /// Size of the pieces in which a long answer is sent.
 const PIECE_BYTES: usize = 16 << 10;
 /// Between two events of an answer that is held.
-const HOLD_TICK: Duration = Duration::from_secs(1);
+const HOLD_TICK: Duration = Duration::from_secs(2);
 
 /// Which answer a request wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub(crate) enum Wanted {
     Short,
     /// So many megabytes of events, at once.
     Long(u16),
-    /// An event now and one a second until [`Upstream::release`].
+    /// Some events now, then one every two seconds until [`Upstream::release`].
     Hold,
 }
 
@@ -96,7 +96,9 @@ impl Upstream {
     /// Ends all answers that are held.
     pub(crate) fn release(&self) -> Result<()> {
         let mut stream = TcpStream::connect(self.address)?;
-        stream.write_all(b"POST /release HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")?;
+        stream.write_all(
+            b"POST /release HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+        )?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         ensure!(answer.starts_with("HTTP/1.1 200"), "release: {answer}");
@@ -163,7 +165,8 @@ struct Script {
 
 impl Script {
     fn new(key: &str) -> Self {
-        let event = |name: &str, data: &str| format!("event: {name}\ndata: {{\"type\":\"{name}\",{data}}}\n\n");
+        let event =
+            |name: &str, data: &str| format!("event: {name}\ndata: {{\"type\":\"{name}\",{data}}}\n\n");
         let usage = r#""usage":{"input_tokens":3,"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"output_tokens":1,"service_tier":"standard"}"#;
         let message = format!(
             r#""message":{{"id":"msg_01BenchBenchBenchBench","type":"message","role":"assistant","model":"claude-sonnet-4-6","content":[],"stop_reason":null,"stop_sequence":null,{usage}}}"#
@@ -172,8 +175,10 @@ impl Script {
             + &event("content_block_start", r#""index":0,"content_block":{"type":"text","text":""}"#)
             + &event("ping", r#""for":"nobody""#);
         let text = "a few words of an answer as they come from a model, some dozens at a time";
-        let delta =
-            event("content_block_delta", &format!(r#""index":0,"delta":{{"type":"text_delta","text":"{text}"}}"#));
+        let delta = event(
+            "content_block_delta",
+            &format!(r#""index":0,"delta":{{"type":"text_delta","text":"{text}"}}"#),
+        );
         let last = event("content_block_stop", r#""index":0"#)
             + &event(
                 "message_delta",
@@ -203,16 +208,24 @@ impl Script {
             return Ok(whole(StatusCode::OK, ""));
         }
         if head.headers.get("x-api-key") != Some(&self.key) {
-            return Ok(whole(StatusCode::UNAUTHORIZED, r#"{"type":"error","error":{"type":"authentication_error","message":"not the key"}}"#));
+            return Ok(whole(
+                StatusCode::UNAUTHORIZED,
+                r#"{"type":"error","error":{"type":"authentication_error","message":"not the key"}}"#,
+            ));
         }
         if head.uri.path() == "/v1/messages/count_tokens" {
             return Ok(whole(StatusCode::OK, r#"{"input_tokens":30000}"#));
         }
         let Some(wanted) = Wanted::of(&body) else {
-            return Ok(whole(StatusCode::BAD_REQUEST, r#"{"type":"error","error":{"type":"invalid_request_error","message":"no marker"}}"#));
+            return Ok(whole(
+                StatusCode::BAD_REQUEST,
+                r#"{"type":"error","error":{"type":"invalid_request_error","message":"no marker"}}"#,
+            ));
         };
         let body = match wanted {
-            Wanted::Short => streamed(stream::iter([self.first.clone(), self.few.clone(), self.last.clone()])),
+            Wanted::Short => {
+                streamed(stream::iter([self.first.clone(), self.few.clone(), self.last.clone()]))
+            }
             Wanted::Long(megabytes) => {
                 let pieces = usize::from(megabytes) * 1_000_000 / self.piece.len();
                 let middle = std::iter::repeat_n(self.piece.clone(), pieces);
