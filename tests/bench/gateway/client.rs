@@ -17,7 +17,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use super::upstream::Wanted;
 
 /// Longest silence of whoever answers.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
+const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// Bytes read at a time.
 const READ_BYTES: usize = 128 << 10;
 /// Kept of an answer's end.
