@@ -35,6 +35,8 @@ pub const SOCKET: &str = "api.sock";
 const EVENTS_MAX: usize = 1024;
 /// How long requests may take to settle once they were told to stop.
 const SETTLE_WAIT: Duration = Duration::from_secs(10);
+/// A connection's buffer. It grows to this with a large request and stays while the answer streams.
+const READ_BYTES_MAX: usize = 32 << 10;
 /// Bodies are counted in pieces of this many bytes.
 pub(super) const BODY_UNIT: usize = 1024;
 
@@ -242,6 +244,7 @@ async fn connection(shared: Arc<Shared>, stream: UnixStream) {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(None)
+        .max_buf_size(READ_BYTES_MAX)
         .serve_connection(TokioIo::new(stream), service);
     if let Err(error) = served.await {
         tracing::debug!(%error, cell = %shared.cell, "a connection to the model ended");
