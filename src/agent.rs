@@ -6,3 +6,4 @@
 pub mod frames;
 pub mod options;
 pub mod provider;
+pub mod way_out;

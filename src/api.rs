@@ -100,6 +100,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/audit", get(audit::daemon))
         .route("/v1/whoami", get(whoami::whoami))
+        .route("/v1/jobs/{id}/unpark", post(jobs::unpark))
         .route("/v1/cost", get(cost::cost))
         .route("/v1/budgets", get(cost::budgets))
         .route("/v1/openapi.json", get(openapi::document))

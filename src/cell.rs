@@ -5,16 +5,19 @@
 //! container, mounts, sockets and directory are proven gone. *Invariant*: only the task in here moves a
 //! job that has a slot; everybody else asks it to stop.
 //!
-//! Read in this order: [`prepare`], [`live`], `collect` below, [`record`] (journal and row together).
+//! Read in this order: [`prepare`], [`live`], `collect` below, [`park`] (instead of an end), [`record`] (journal
+//! and row together).
 
 mod errands;
 mod lines;
 pub mod live;
+pub mod park;
 pub mod prepare;
 pub mod record;
 pub mod report;
 mod rooms;
 pub mod runtime;
+mod way_out;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,21 +28,26 @@ use tokio::sync::watch;
 
 use crate::agent_bundle::Bundles;
 use crate::clock;
-use crate::engine::{ContainerId, Engine, EngineError, container_name};
+use crate::engine::{ContainerId, Engine, EngineError, Exit, container_name};
 use crate::event::{Body, Totals};
-use crate::gateway::Gateway;
+use crate::gateway::{Egress, Gateway};
 use crate::job::outcome::Failure;
-use crate::job::{CellId, FailReason, Input, JobId, Outcome, Phase, State, StopReason};
+use crate::job::{CellId, FailReason, Input, JobId, Outcome, ParkReason, Phase, State, StopReason};
 use crate::journal;
 use crate::metrics::Metrics;
 use crate::money::{Calendar, Caps, MicroUsd};
 use crate::policy::Plan;
-use crate::session::{AgentExit, Session};
+use crate::scheduler::Ticket;
+use crate::session::{AgentExit, Session, Trouble};
 use crate::store::Store;
 use crate::workspace::{self, WorkspaceRecord};
 
-use self::live::{Ended, Live};
+use self::live::Live;
+use self::park::{Admission, Pauses, Seen};
 use self::record::{Feeds, Record, RecordError};
+
+/// Pause before an engine that is away is asked again.
+const ENGINE_PAUSE: Duration = Duration::from_secs(1);
 
 /// What stays the same for all cells of a daemon.
 #[derive(Debug, Clone)]
@@ -74,6 +82,16 @@ impl Settings {
     pub fn journal_dir(&self, job: &JobId) -> PathBuf {
         self.state_dir.join("jobs").join(job.as_str())
     }
+
+    /// Where the scratch spaces of parked jobs are; on the file system of the cells' directories.
+    pub fn kept_dir(&self) -> PathBuf {
+        self.state_dir.join("kept")
+    }
+
+    /// What is kept of a job while it is parked.
+    pub fn kept(&self, job: &JobId) -> PathBuf {
+        self.kept_dir().join(format!("{job}.img"))
+    }
 }
 
 /// The hands that a cell's life needs.
@@ -86,6 +104,8 @@ pub struct Parts {
     pub engine: Arc<dyn Engine>,
     /// The way to the model.
     pub gateway: Arc<Gateway>,
+    /// The way to everything else.
+    pub egress: Arc<Egress>,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// The CLI's binaries.
@@ -94,6 +114,10 @@ pub struct Parts {
     pub feeds: Feeds,
     /// Runtimes that were tried.
     pub runtimes: runtime::Tried,
+    /// Who may keep a queued job from starting; asked in this order.
+    pub admission: Vec<Arc<dyn Admission>>,
+    /// The one of them that knows which credentials the provider limits.
+    pub pauses: Arc<Pauses>,
 }
 
 impl std::fmt::Debug for Parts {
@@ -134,9 +158,25 @@ pub enum Start {
     Close,
 }
 
-/// Runs a job that has a slot to its end. Returns when nothing of its cell is left, or when the sweeper
-/// has to see to what is.
-pub async fn run(parts: Arc<Parts>, job: JobId, start: Start, stop: watch::Receiver<StopWish>) {
+/// What became of a job that had a slot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// It is done.
+    Over,
+    /// It waits for a moment.
+    Parked {
+        /// What the scheduler has to know of it.
+        ticket: Ticket,
+        /// The moment, in milliseconds since 1970.
+        until_ms: u64,
+        /// True when the provider's limit ended its cell.
+        limited: bool,
+    },
+}
+
+/// Runs a job that has a slot until it is done or parked. Returns when nothing of its cell is left, or when the
+/// sweeper has to see to what is.
+pub async fn run(parts: Arc<Parts>, job: JobId, start: Start, stop: watch::Receiver<StopWish>) -> Fate {
     let mut record = match Record::open(&parts, &job).await {
         Ok(record) => record,
         Err(error) => {
@@ -145,40 +185,72 @@ pub async fn run(parts: Arc<Parts>, job: JobId, start: Start, stop: watch::Recei
                 parts.metrics.ended(&outcome, None, totals.charged_micro_usd, None);
             }
             parts.feeds.close(&job);
-            return;
+            return Fate::Over;
         }
     };
     if record.state().is_done() {
         // Cancelled between its submit and the news of it, or closed before its task died.
         destroy(&parts, &job).await;
         record.finish(&parts);
-        return;
+        return Fate::Over;
     }
     let begun = Instant::now();
-    if let Err(error) = walk(&parts, &mut record, start, stop).await {
-        tracing::error!(%job, %error, "a job's record cannot be written; closing it as a fault of the host");
-        record.close_after_fault(&parts, &error).await;
-    }
+    let had_cell = match walk(&parts, &mut record, start, stop).await {
+        Ok(had_cell) => had_cell,
+        Err(error) => {
+            tracing::error!(%job, %error, "a job's record cannot be written; closing it as a fault of the host");
+            record.close_after_fault(&parts, &error).await;
+            true
+        }
+    };
     if let State::Done(outcome) = record.state() {
         let cli = record.totals.cli_micro_usd;
         let seconds = begun.elapsed().as_secs_f64();
         parts.metrics.ended(outcome, Some(seconds), record.totals.charged_micro_usd, cli);
         tracing::info!(%job, outcome = outcome.label(), seconds, "job done");
     }
+    let fate = match record.state() {
+        State::Parked { parked } => {
+            parts.metrics.parked(parked.why);
+            let until = clock::rfc3339(parked.until_ms);
+            tracing::info!(%job, why = parked.why.as_str(), until, "job parked");
+            Fate::Parked {
+                ticket: record.ticket(&parts),
+                until_ms: parked.until_ms,
+                limited: had_cell && parked.why == ParkReason::ProviderLimit,
+            }
+        }
+        State::Queued
+        | State::Preparing
+        | State::Running
+        | State::Stopping { .. }
+        | State::Parking { .. }
+        | State::Collecting { .. }
+        | State::Done(_) => Fate::Over,
+    };
     record.finish(&parts);
+    fate
 }
 
+/// False where the job was parked before it had a cell.
 async fn walk(
     parts: &Arc<Parts>,
     record: &mut Record,
     start: Start,
     mut stop: watch::Receiver<StopWish>,
-) -> Result<(), RecordError> {
+) -> Result<bool, RecordError> {
+    let at_end = stop.clone();
     let ended = match start {
         Start::Fresh => {
+            if let Some(parked) = park::turned_away(parts, record).await {
+                record.step(parts, Input::Park(parked)).await?;
+                return Ok(false);
+            }
             record.step(parts, Input::Admit).await?;
-            let waited = clock::wall_ms().saturating_sub(record.created_ms);
-            parts.metrics.started(waited as f64 / 1000.0);
+            if record.attempt == 1 {
+                let waited = clock::wall_ms().saturating_sub(record.created_ms);
+                parts.metrics.started(waited as f64 / 1000.0);
+            }
             let begun = Instant::now();
             match prepare::prepare(parts, record, &mut stop).await {
                 Ok(prepared) => {
@@ -200,7 +272,13 @@ async fn walk(
         },
         Start::Close => replayed(record).await?,
     };
-    collect(parts, record, ended).await
+    if let Some(parked) = park::instead_of_done(record, &ended, clock::wall_ms())
+        && park::shelve(parts, record, &ended, parked, &at_end).await?
+    {
+        return Ok(true);
+    }
+    collect(parts, record, ended).await?;
+    Ok(true)
 }
 
 /// What the journal alone says of how a job ended, when no daemon saw its end.
@@ -208,15 +286,14 @@ async fn replayed(record: &mut Record) -> Result<Ended, RecordError> {
     let replay = match record.replay().await {
         Ok(replay) => replay,
         Err(RecordError::Cut) => {
-            return Ok(Ended { session: None, exit: None, failure: None, trouble: None });
+            let (trouble, seen) = (None, Seen::default());
+            return Ok(Ended { session: None, exit: None, failure: None, trouble, seen });
         }
         Err(error) => return Err(error),
     };
     record.exit = replay.figures;
-    Ok(match replay.exit {
-        Some(exit) => Ended { session: Some(replay.session), exit: Some(exit), failure: None, trouble: None },
-        None => Ended::unseen(replay.session),
-    })
+    let (session, seen) = (Some(replay.session), Seen::default());
+    Ok(Ended { session, exit: replay.exit, failure: None, trouble: replay.trouble, seen })
 }
 
 /// From the end of the cell's processes to `Done`.
@@ -228,6 +305,7 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
     // Before the cell's scratch space is gone.
     let report_bytes = report::collect(parts, record).await?;
     destroy(parts, &record.job).await;
+    park::forget_work(parts, &record.job).await;
     let left_open = parts.store.release_open(&record.job, clock::wall_ms()).await?;
     if left_open > 0 {
         parts.metrics.reaped(crate::metrics::Orphan::Reservation, left_open);
@@ -241,6 +319,8 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
         | State::Preparing
         | State::Running
         | State::Stopping { .. }
+        | State::Parking { .. }
+        | State::Parked { .. }
         | State::Done(_) => ended.outcome(),
     };
     let answer = ended.session.as_ref().and_then(Session::answer).map(str::to_owned);
@@ -252,18 +332,25 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
 async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<Totals, RecordError> {
     let spend = parts.store.spend(&record.job).await?;
     let (tool_calls, tool_denials) = ended.session.as_ref().map_or((0, 0), Session::tool_counts);
-    let exit = record.exit.unwrap_or_default();
     let runtime = parts.store.cell_of(&record.job).await?.and_then(|cell| cell.runtime);
+    let (exit, before) = (record.exit.unwrap_or_default(), &record.carry);
+    let own = ended.session.as_ref().map(Session::cli_cost);
+    // Each CLI counts what it paid itself; a sum that lacks one of them says nothing.
+    let cli_micro_usd = match (before.parked_ms, before.cli_micro_usd, own) {
+        (None, _, own) => own.flatten(),
+        (Some(_), before, None) => before,
+        (Some(_), before, Some(own)) => before.zip(own).map(|(a, b)| MicroUsd(a.0.saturating_add(b.0))),
+    };
     Ok(Totals {
         charged_micro_usd: spend.charged,
-        cli_micro_usd: ended.session.as_ref().and_then(Session::cli_cost),
-        turns: ended.session.as_ref().map_or(0, Session::turns),
+        cli_micro_usd,
+        turns: before.turns + ended.session.as_ref().map_or(0, Session::turns),
         usage: spend.usage,
         requests: spend.requests,
-        tool_calls,
-        tool_denials,
-        peak_memory_bytes: exit.peak_memory_bytes,
-        cpu_us: exit.cpu_us,
+        tool_calls: before.tool_calls + tool_calls,
+        tool_denials: before.tool_denials + tool_denials,
+        peak_memory_bytes: before.peak_memory_bytes.max(exit.peak_memory_bytes),
+        cpu_us: before.cpu_us + exit.cpu_us,
         runtime,
         report_bytes: None,
     })
@@ -339,15 +426,25 @@ async fn sweep_one(parts: &Arc<Parts>, cell: &CellId) -> Result<(), LeftOver> {
     }
 }
 
+/// What is known when a cell's processes are gone.
+#[derive(Debug)]
+pub struct Ended {
+    /// The conversation.
+    pub session: Option<Session>,
+    /// How the CLI ended.
+    pub exit: Option<AgentExit>,
+    /// What went wrong, where it was not the CLI that says so.
+    pub failure: Option<Failure>,
+    /// What last went wrong on the way to the model.
+    pub trouble: Option<Trouble>,
+    /// What parking depends on.
+    pub seen: Seen,
+}
+
 impl Ended {
     /// Ended before its CLI had anything to say.
     pub fn failed(failure: Failure) -> Self {
-        Self { session: None, exit: None, failure: Some(failure), trouble: None }
-    }
-
-    /// No daemon saw the end.
-    fn unseen(session: Session) -> Self {
-        Self { session: Some(session), exit: None, failure: None, trouble: None }
+        Self { session: None, exit: None, failure: Some(failure), trouble: None, seen: Seen::default() }
     }
 
     /// How the job ended, when no stop was decided.
@@ -363,4 +460,18 @@ impl Ended {
 /// The exit as the session wants it.
 pub(crate) fn agent_exit(code: i32, oom_kills: u64, stderr_tail: String) -> AgentExit {
     AgentExit { code, oom_kills, stderr_tail }
+}
+
+/// Waits for the container's end. An engine that is away says nothing of it: the cell may well be alive, and
+/// what it says itself comes over the link.
+async fn wait(parts: &Parts, container: &ContainerId) -> Result<Exit, EngineError> {
+    loop {
+        match parts.engine.wait(container).await {
+            Err(error @ (EngineError::Unavailable { .. } | EngineError::Timeout { .. })) => {
+                tracing::warn!(%container, %error, "cannot watch a cell; asking again");
+                tokio::time::sleep(ENGINE_PAUSE).await;
+            }
+            other => return other,
+        }
+    }
 }

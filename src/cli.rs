@@ -24,6 +24,7 @@ mod run;
 mod schema;
 mod serve;
 mod show;
+mod unpark;
 mod version;
 mod whoami;
 
@@ -58,6 +59,7 @@ enum Command {
     Audit(audit::AuditArgs),
     Report(report::ReportArgs),
     Cancel(cancel::CancelArgs),
+    Unpark(unpark::UnparkArgs),
     Rm(rm::RmArgs),
     Cost(cost::CostArgs),
     Serve(serve::ServeArgs),
@@ -157,6 +159,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Audit(args) => wait(audit::audit(&args, context)),
         Command::Report(args) => wait(report::report(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
+        Command::Unpark(args) => wait(unpark::unpark(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
         Command::Cost(args) => wait(cost::cost(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
@@ -181,6 +184,7 @@ impl Command {
             Self::Logs(args) => args.json,
             Self::Audit(args) => args.json,
             Self::Cancel(args) => args.json,
+            Self::Unpark(args) => args.json,
             Self::Rm(args) => args.json,
             Self::Cost(args) => args.json,
             Self::Image(args) => args.json(),
@@ -189,7 +193,9 @@ impl Command {
             Self::Whoami(args) => args.json,
             Self::Health(args) => args.json,
             Self::Version(args) => args.json,
-            Self::Report(_) | Self::Serve(_) | Self::Model(_) | Self::Schema(_) | Self::Completions(_) => false,
+            Self::Report(_) | Self::Serve(_) | Self::Model(_) | Self::Schema(_) | Self::Completions(_) => {
+                false
+            }
         }
     }
 }

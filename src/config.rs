@@ -5,6 +5,7 @@
 
 mod access;
 mod budgets;
+mod network;
 mod policies;
 mod providers;
 mod raw;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 pub use access::{Names, unknown_name};
 pub use budgets::Budgets;
+pub use network::Network;
 pub use policies::{PolicyFileError, PolicyOrigin, PolicySource, policy_sources, read_policy_text};
 pub use providers::{BUILT_IN as BUILT_IN_PROVIDER, anthropic};
 pub use settings::{SETTINGS, Setting};
@@ -191,6 +193,8 @@ pub struct Config {
     pub gateway: GatewayConfig,
     /// What a job gets that names nothing else.
     pub defaults: Defaults,
+    /// The way to the internet.
+    pub network: Network,
     /// Bounds.
     pub limits: Limits,
     /// Money of users and of the daemon.
@@ -244,6 +248,7 @@ impl Config {
                 image: layers.name("defaults.image", &raw.defaults.image)?.unwrap_or("hotcell/cell".into()),
                 agent: layers.name("defaults.agent", &raw.defaults.agent)?,
             },
+            network: Network::read(&layers, &raw.network)?,
             limits: limits(&layers, &raw.limits, machine.cores)?,
             budgets: budgets::budgets(&layers, &raw.budgets)?,
             admin_uids: layers

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent_bundle::Bundles;
 use crate::api::{self, Api, peer::PeerListener};
+use crate::cell::park::{Admission, Budgets, Pauses};
 use crate::cell::record::Feeds;
 use crate::cell::runtime::Tried;
 use crate::cell::{Parts, Settings};
@@ -24,7 +25,8 @@ use crate::config::{Config, policy_sources, unknown_name};
 use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
-use crate::gateway::{self, Gateway};
+use crate::gateway::egress::{CorporateProxy, EgressLimits, Network, further_roots};
+use crate::gateway::{self, Egress, Gateway, Reach};
 use crate::job::State;
 use crate::journal;
 use crate::metrics::Metrics;
@@ -249,8 +251,9 @@ async fn build(
     let models: Vec<String> = prices.names().map(str::to_owned).collect();
     let metrics = Arc::new(Metrics::new(&agent, &models)?);
     let store = Store::open(&state_dir).await?;
+    let (egress, reach) = way_out(config)?;
     let limits = gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() };
-    let gateway = Gateway::open(config.gateway.clone(), prices, limits).await?;
+    let gateway = Gateway::open(config.gateway.clone(), prices, limits, &reach).await?;
     let settings = Settings {
         state_dir,
         init_binary: config.init_binary.canonicalize().context("init_binary")?,
@@ -263,9 +266,47 @@ async fn build(
         calendar: Calendar::new(config.budgets.time_zone.as_deref())?,
     };
     let runtimes = Tried::load(&settings.state_dir);
-    let feeds = Feeds::default();
-    let parts = Parts { settings, store, engine, gateway, metrics, bundles, feeds, runtimes };
+    let (feeds, pauses) = (Feeds::default(), Arc::new(Pauses::default()));
+    let (caps, calendar) = (settings.caps, settings.calendar.clone());
+    let budgets = Arc::new(Budgets { store: store.clone(), caps, calendar });
+    let admission: Vec<Arc<dyn Admission>> = vec![pauses.clone(), budgets];
+    let parts = Parts {
+        settings,
+        store,
+        engine,
+        gateway,
+        egress,
+        metrics,
+        bundles,
+        feeds,
+        runtimes,
+        admission,
+        pauses,
+    };
     Ok((Arc::new(parts), policies))
+}
+
+/// How hosts and providers are reached from here.
+fn way_out(config: &Config) -> anyhow::Result<(Arc<Egress>, Reach)> {
+    let network = &config.network;
+    let ca_text = match &network.ca_file {
+        Some(path) => Some(
+            std::fs::read_to_string(path)
+                .with_context(|| format!("network.ca_file: cannot read {}", path.display()))?,
+        ),
+        None => None,
+    };
+    let proxy = network.proxy.clone().map(|(host, port)| {
+        tracing::warn!(
+            "network.proxy {host}:{port}: names are decided here; which addresses they have is looked up and \
+             checked by the proxy, not by hotcell"
+        );
+        CorporateProxy { host, port, except: network.no_proxy.clone() }
+    });
+    let extra_roots = ca_text.as_deref().map(further_roots).transpose()?.unwrap_or_default();
+    let by = Network { proxy: proxy.clone(), ..Network::default() };
+    let egress = Egress::new(by, EgressLimits::default(), ca_text.as_deref())?;
+    Ok((Arc::new(egress), Reach { proxy, extra_roots }))
 }
 
 /// A journal has at least four segments: smaller ones where the whole is small, or it would be larger than asked.

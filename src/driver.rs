@@ -1,7 +1,7 @@
-//! The one loop: news from the API and ends of jobs go into the scheduler, and what it says to start is
-//! started. It decides nothing itself and owns every job's task: a task that dies is an end like any other.
+//! The one loop: news from the API, ends of jobs and the time go into the scheduler, and what it says to start or
+//! to take back into the queue is done. It decides nothing itself and owns every job's task: a task that dies is an end like any other.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,13 +10,12 @@ use tokio::task::{Id, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::cell::record::Record;
-use crate::cell::{self, Parts, Start, StopWish};
+use crate::cell::{self, Fate, Parts, Start, StopWish, park};
 use crate::clock;
-use crate::event::{Body, Totals};
-use crate::job::{CellId, Input as Move, JobId, Outcome, State, StopReason};
+use crate::job::{CellId, Input as Move, JobId, ParkReason, State, StopReason};
 use crate::money::{self, Budget, Scope};
 use crate::scheduler::recover::{self, FoundCell};
-use crate::scheduler::{Action, Input, Scheduler};
+use crate::scheduler::{Action, Input, Scheduler, Ticket};
 use crate::store::{Payer, StoreError};
 
 /// Messages that wait for the loop.
@@ -24,11 +23,18 @@ const INBOX_MAX: usize = 1024;
 /// Time for jobs to end after a drain turned into a stop, beside the grace that agents get.
 const STOP_SLACK: Duration = Duration::from_secs(30);
 
+/// Longest sleep while a job is parked: its moment is on the wall clock, which may jump.
+const LOOK_MAX: Duration = Duration::from_secs(60);
+/// When a parked job whose record could not be written is tried again.
+const UNPARK_AGAIN_MS: u64 = 60_000;
+
 /// What the API asks for.
 #[derive(Debug)]
 enum Message {
     Limit { uid: u32, slots: Option<usize> },
-    Submitted { job: JobId, uid: u32, priority: i8 },
+    Submitted { job: JobId, ticket: Ticket },
+    Unpark { job: JobId, done: oneshot::Sender<Result<(), UnparkError>> },
+    Limited { credential: String, max: Option<usize> },
     Stop { job: JobId, reason: StopReason, detail: String, done: oneshot::Sender<Result<(), StopError>> },
 }
 
@@ -38,6 +44,23 @@ pub enum StopError {
     /// It is over.
     #[error("the job is over")]
     Over,
+    /// The daemon is going down.
+    #[error("the daemon is going down")]
+    Draining,
+    /// The record cannot be written.
+    #[error(transparent)]
+    Record(#[from] cell::record::RecordError),
+}
+
+/// Why a job cannot be taken out of its parking.
+#[derive(Debug, thiserror::Error)]
+pub enum UnparkError {
+    /// It is not parked.
+    #[error("the job is {state}, not parked")]
+    NotParked {
+        /// What it is.
+        state: &'static str,
+    },
     /// The daemon is going down.
     #[error("the daemon is going down")]
     Draining,
@@ -58,19 +81,41 @@ pub struct Driver {
     parts: Arc<Parts>,
     scheduler: Scheduler,
     inbox: mpsc::Receiver<Message>,
-    tasks: JoinSet<JobId>,
+    tasks: JoinSet<Fate>,
     names: HashMap<Id, JobId>,
     stops: HashMap<JobId, watch::Sender<StopWish>>,
     /// Jobs whose task died and that are being closed.
     rescued: HashSet<JobId>,
+    /// Parked jobs whose time has come.
+    due: VecDeque<JobId>,
+    /// Jobs that were to be stopped in the moment in which they were parked.
+    late_stops: Vec<(JobId, StopReason, String)>,
+    /// When the scheduler wants to know the time, in milliseconds since 1970.
+    wake_ms: Option<u64>,
     drain_max: Duration,
 }
 
 impl Handle {
     /// A job is queued.
-    pub async fn submitted(&self, job: JobId, uid: u32, priority: i8) {
+    pub async fn submitted(&self, job: JobId, ticket: Ticket) {
         // A closed inbox means that the daemon is going down; the row stays queued for the next one.
-        let _ = self.inbox.send(Message::Submitted { job, uid, priority }).await;
+        let _ = self.inbox.send(Message::Submitted { job, ticket }).await;
+    }
+
+    /// At most `max` jobs of a credential run at once from now on; none: only the slots count.
+    pub async fn limited(&self, credential: String, max: Option<usize>) {
+        // A daemon that is going down starts nothing anyway.
+        let _ = self.inbox.send(Message::Limited { credential, max }).await;
+    }
+
+    /// Takes a parked job back into the queue before its time.
+    ///
+    /// # Errors
+    /// [`UnparkError`].
+    pub async fn unpark(&self, job: JobId) -> Result<(), UnparkError> {
+        let (done, answer) = oneshot::channel();
+        self.inbox.send(Message::Unpark { job, done }).await.map_err(|_| UnparkError::Draining)?;
+        answer.await.map_err(|_| UnparkError::Draining)?
     }
 
     /// From now on a user has at most so many running jobs; all slots where absent.
@@ -103,6 +148,9 @@ impl Driver {
             names: HashMap::new(),
             stops: HashMap::new(),
             rescued: HashSet::new(),
+            due: VecDeque::new(),
+            late_stops: Vec::new(),
+            wake_ms: None,
             drain_max,
         };
         (driver, Handle { inbox: sender })
@@ -118,10 +166,11 @@ impl Driver {
     /// # Errors
     /// When the store cannot be read, or the engine does not answer: then nothing was done.
     pub async fn recover(&mut self) -> Result<(), RecoverError> {
-        let mut rows = Vec::new();
+        let (mut rows, mut tickets) = (Vec::new(), HashMap::new());
         for open in self.parts.store.open_jobs().await? {
             let cell = match open.state {
                 State::Queued => None,
+                // No arm for each: whatever state a row is in, it may have a cell that is not gone.
                 _ => self
                     .parts
                     .store
@@ -130,13 +179,16 @@ impl Driver {
                     .filter(|row| row.gone_ms.is_none())
                     .map(|row| row.cell),
             };
-            rows.push(recover::Row {
-                job: open.id,
-                uid: open.uid,
-                priority: open.priority,
-                state: open.state,
-                cell,
-            });
+            let provider = open.provider.unwrap_or_else(|| self.parts.gateway.default_provider().to_owned());
+            let credential = self.parts.gateway.credential_of(&provider);
+            let ticket = Ticket { uid: open.uid, priority: open.priority, credential };
+            if let State::Parked { parked } = &open.state
+                && parked.why == ParkReason::ProviderLimit
+            {
+                self.parts.pauses.note(&ticket.credential, parked.until_ms);
+            }
+            tickets.insert(open.id.clone(), ticket);
+            rows.push(recover::Row { job: open.id, state: open.state, cell });
         }
         let found = self.parts.engine.list(self.parts.store.instance()).await?;
         let found: Vec<FoundCell> = found
@@ -148,41 +200,54 @@ impl Driver {
             })
             .collect();
         for action in recover::plan(&rows, &found) {
-            match action {
-                recover::Action::Requeue { job, uid, priority } => self.requeue(job, uid, priority).await,
-                recover::Action::Adopt { job, uid, cell, container } => {
-                    self.adopt(job, uid, cell, &container)
-                }
-                recover::Action::Close { job } => {
-                    let uid = rows.iter().find(|row| row.job == job).map_or(0, |row| row.uid);
-                    self.close(job, uid);
-                }
+            let job = match action {
                 recover::Action::Reap { container } => {
-                    let container = crate::engine::ContainerId::new(container);
-                    if let Err(error) = self.parts.engine.remove(&container).await {
-                        tracing::warn!(%container, %error, "a container that no job owns is left; the sweeper goes on");
-                        continue;
-                    }
-                    self.parts.metrics.reaped(crate::metrics::Orphan::Container, 1);
-                    tracing::info!(%container, "removed a container that no job owns");
+                    self.reap(&container).await;
+                    continue;
                 }
+                recover::Action::Requeue { ref job }
+                | recover::Action::Adopt { ref job, .. }
+                | recover::Action::Park { ref job, .. }
+                | recover::Action::Close { ref job } => job.clone(),
+            };
+            let Some(ticket) = tickets.remove(&job) else { continue };
+            match action {
+                recover::Action::Requeue { .. } => self.requeue(job, ticket).await,
+                recover::Action::Adopt { cell, container, .. } => self.adopt(job, ticket, cell, &container),
+                recover::Action::Park { until_ms, .. } => self.park(job, ticket, until_ms).await,
+                recover::Action::Close { .. } => self.close(job, ticket),
+                recover::Action::Reap { .. } => {}
             }
         }
         Ok(())
     }
 
-    /// One job whose record is damaged must not keep the daemon from starting: it goes the way of a lost one.
-    async fn requeue(&mut self, job: JobId, uid: u32, priority: i8) {
-        // One try: what is left has its row, and is tried again at the job's end.
-        if let Err(left) = cell::destroy_once(&self.parts, &job).await {
-            tracing::warn!(%job, %left, "something of a cell is left");
-        }
-        if let Err(error) = self.requeue_record(&job).await {
-            tracing::error!(%job, %error, "cannot queue a job again; closing it");
-            self.close(job, uid);
+    async fn reap(&self, container: &str) {
+        let container = crate::engine::ContainerId::new(container.to_owned());
+        if let Err(error) = self.parts.engine.remove(&container).await {
+            tracing::warn!(%container, %error, "a container that no job owns is left; the sweeper goes on");
             return;
         }
-        self.step(Input::Submitted { job, uid, priority });
+        self.parts.metrics.reaped(crate::metrics::Orphan::Container, 1);
+        tracing::info!(%container, "removed a container that no job owns");
+    }
+
+    /// One job whose record is damaged must not keep the daemon from starting: it goes the way of a lost one.
+    async fn requeue(&mut self, job: JobId, ticket: Ticket) {
+        self.remove_cells(&job).await;
+        if let Err(error) = self.requeue_record(&job).await {
+            tracing::error!(%job, %error, "cannot queue a job again; closing it");
+            self.close(job, ticket);
+            return;
+        }
+        self.step(Input::Submitted { job, ticket });
+    }
+
+    /// One try: what is left has its row, and is tried again at the job's end.
+    async fn remove_cells(&self, job: &JobId) {
+        if let Err(left) = cell::destroy_once(&self.parts, job).await {
+            tracing::warn!(%job, %left, "something of a cell is left");
+        }
     }
 
     async fn requeue_record(&self, job: &JobId) -> Result<(), cell::record::RecordError> {
@@ -195,13 +260,18 @@ impl Driver {
         moved
     }
 
-    fn close(&mut self, job: JobId, uid: u32) {
-        self.step(Input::Adopted { job: job.clone(), uid });
+    async fn park(&mut self, job: JobId, ticket: Ticket, until_ms: u64) {
+        self.remove_cells(&job).await;
+        self.step(Input::Parked { job, ticket, until_ms, limited: false });
+    }
+
+    fn close(&mut self, job: JobId, ticket: Ticket) {
+        self.step(Input::Adopted { job: job.clone(), ticket });
         self.start(job, Start::Close);
     }
 
-    fn adopt(&mut self, job: JobId, uid: u32, cell: CellId, container: &str) {
-        self.step(Input::Adopted { job: job.clone(), uid });
+    fn adopt(&mut self, job: JobId, ticket: Ticket, cell: CellId, container: &str) {
+        self.step(Input::Adopted { job: job.clone(), ticket });
         let container = crate::engine::ContainerId::new(container);
         self.start(job, Start::Adopt { cell, container });
     }
@@ -210,10 +280,13 @@ impl Driver {
     /// and are stopped then, or at once when `hurry` fires.
     pub async fn run(mut self, shutdown: CancellationToken, hurry: CancellationToken) {
         loop {
+            self.unpark_due().await;
+            self.stop_late().await;
             tokio::select! {
                 () = shutdown.cancelled() => break,
                 Some(message) = self.inbox.recv() => self.on_message(message).await,
                 Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
+                () = until(self.wake_ms) => self.step(Input::Now { ms: clock::wall_ms() }),
             }
         }
         self.step(Input::Drain);
@@ -246,7 +319,12 @@ impl Driver {
     async fn on_message(&mut self, message: Message) {
         match message {
             Message::Limit { uid, slots } => self.limit(uid, slots),
-            Message::Submitted { job, uid, priority } => self.step(Input::Submitted { job, uid, priority }),
+            Message::Submitted { job, ticket } => self.step(Input::Submitted { job, ticket }),
+            Message::Limited { credential, max } => self.step(Input::Limited { credential, max }),
+            Message::Unpark { job, done } => {
+                let answer = self.unpark(job).await;
+                let _ = done.send(answer);
+            }
             Message::Stop { job, reason, detail, done } => {
                 let answer = self.stop(job, reason, detail).await;
                 let _ = done.send(answer);
@@ -262,10 +340,13 @@ impl Driver {
         // Not running: it waits, or it is over.
         let mut record = Record::open(&self.parts, &job).await?;
         let answer = match record.state() {
-            State::Queued => self.end_queued(&mut record, reason, detail).await,
+            State::Queued | State::Parked { .. } => {
+                park::end_waiting(&self.parts, &mut record, reason, detail).await.map_err(StopError::from)
+            }
             State::Preparing
             | State::Running
             | State::Stopping { .. }
+            | State::Parking { .. }
             | State::Collecting { .. }
             | State::Done(_) => Err(StopError::Over),
         };
@@ -278,22 +359,71 @@ impl Driver {
         answer
     }
 
-    async fn end_queued(
+    /// Parked → queued, for those whose time has come.
+    async fn unpark_due(&mut self) {
+        while let Some(job) = self.due.pop_front() {
+            match self.take_back(&job).await {
+                Ok(Ok(ticket)) => self.step(Input::Submitted { job, ticket }),
+                // Stopped meanwhile.
+                Ok(Err(_)) => {}
+                Err(error) => {
+                    tracing::error!(%job, %error, "cannot take a parked job back into the queue; trying again");
+                    let ticket = Ticket { uid: 0, priority: 0, credential: String::new() };
+                    let until_ms = clock::wall_ms() + UNPARK_AGAIN_MS;
+                    self.step(Input::Parked { job, ticket, until_ms, limited: false });
+                }
+            }
+        }
+    }
+
+    /// What the scheduler has to know of the job, or the name of its state if it is not parked.
+    async fn take_back(
         &self,
-        record: &mut Record,
-        reason: StopReason,
-        detail: String,
-    ) -> Result<(), StopError> {
-        record.push(&Body::Stop { reason, detail })?;
-        let outcome = Outcome::Stopped { reason };
-        record.done(&self.parts, outcome.clone(), Totals::default(), None).await?;
-        self.parts.metrics.ended(&outcome, None, crate::money::MicroUsd::ZERO, None);
+        job: &JobId,
+    ) -> Result<Result<Ticket, &'static str>, cell::record::RecordError> {
+        let mut record = Record::open(&self.parts, job).await?;
+        let moved = match record.state() {
+            State::Parked { .. } => {
+                record.step(&self.parts, Move::Unpark).await.map(|()| Ok(record.ticket(&self.parts)))
+            }
+            other => Ok(Err(other.name())),
+        };
+        record.finish(&self.parts);
+        moved
+    }
+
+    async fn unpark(&mut self, job: JobId) -> Result<(), UnparkError> {
+        if self.stops.contains_key(&job) {
+            // It has a slot: its task is its record's only writer.
+            return Err(UnparkError::NotParked { state: "running" });
+        }
+        let ticket = self.take_back(&job).await?.map_err(|state| UnparkError::NotParked { state })?;
+        self.parts.pauses.lift(&ticket.credential);
+        self.step(Input::Withdrawn { job: job.clone() });
+        self.step(Input::Submitted { job, ticket });
         Ok(())
     }
 
+    /// Stops that a job's task did not see any more, since it was parked by then.
+    async fn stop_late(&mut self) {
+        for (job, reason, detail) in std::mem::take(&mut self.late_stops) {
+            if let Err(error) = self.stop(job.clone(), reason, detail).await {
+                tracing::error!(%job, %error, "a job that was just parked cannot be stopped");
+            }
+        }
+    }
+
     fn step(&mut self, input: Input) {
-        for Action::Start(job) in self.scheduler.step(input) {
-            self.start(job, Start::Fresh);
+        let timers = matches!(input, Input::Now { .. });
+        if timers {
+            self.wake_ms = None;
+        }
+        for action in self.scheduler.step(input) {
+            match action {
+                Action::Start(job) => self.start(job, Start::Fresh),
+                Action::Unpark(job) => self.due.push_back(job),
+                Action::WakeAt(ms) => self.wake_ms = Some(ms),
+            }
         }
         self.parts.metrics.slots_used.set(i64::try_from(self.scheduler.running()).unwrap_or(i64::MAX));
     }
@@ -302,31 +432,47 @@ impl Driver {
         let (stop, wish) = watch::channel(None);
         self.stops.insert(job.clone(), stop);
         let (parts, id) = (self.parts.clone(), job.clone());
-        let task = self.tasks.spawn(async move {
-            cell::run(parts, id.clone(), start, wish).await;
-            id
-        });
+        let task = self.tasks.spawn(cell::run(parts, id, start, wish));
         self.names.insert(task.id(), job);
     }
 
-    fn on_end(&mut self, ended: Result<(Id, JobId), tokio::task::JoinError>) {
-        let (task, died) = match ended {
-            Ok((task, _)) => (task, false),
+    fn on_end(&mut self, ended: Result<(Id, Fate), tokio::task::JoinError>) {
+        let (task, fate) = match ended {
+            Ok((task, fate)) => (task, Some(fate)),
             Err(error) => {
                 tracing::error!(%error, "the task of a job died");
-                (error.id(), true)
+                (error.id(), None)
             }
         };
         let Some(job) = self.names.remove(&task) else { return };
-        if died && self.rescued.insert(job.clone()) {
+        if fate.is_none() && self.rescued.insert(job.clone()) {
             // Its cell may be there still: the same road as after a restart, on a slot it already holds. Once: what
             // kills this task too would do so for ever.
             self.start(job, Start::Close);
             return;
         }
         self.rescued.remove(&job);
-        self.stops.remove(&job);
-        self.step(Input::Ended { job });
+        let stop = self.stops.remove(&job).and_then(|stop| stop.borrow().clone());
+        match fate {
+            Some(Fate::Parked { ticket, until_ms, limited }) => {
+                if let Some((reason, detail)) = stop.filter(|(reason, _)| *reason != StopReason::Drain) {
+                    self.late_stops.push((job.clone(), reason, detail));
+                }
+                self.step(Input::Parked { job, ticket, until_ms, limited });
+            }
+            Some(Fate::Over) | None => self.step(Input::Ended { job }),
+        }
+    }
+}
+
+/// Returns at that moment on the wall clock or earlier; never where there is none.
+async fn until(wake_ms: Option<u64>) {
+    match wake_ms {
+        Some(ms) => {
+            let left = Duration::from_millis(ms.saturating_sub(clock::wall_ms()));
+            tokio::time::sleep(left.min(LOOK_MAX)).await;
+        }
+        None => std::future::pending().await,
     }
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::job::spec::Runtime;
-use crate::job::{CellId, Outcome, State, StopReason};
+use crate::job::{CellId, Outcome, Pause, State, StopReason};
 use crate::money::MicroUsd;
 use crate::pricing::Usage;
 
@@ -44,6 +44,16 @@ pub enum Body {
         /// The new state.
         #[serde(flatten)]
         state: State,
+    },
+    /// A cell of its own begins for the job: offsets in streams count from its beginning from here on.
+    Attempt {
+        /// Which try this is, from 1.
+        attempt: u32,
+        /// The cell.
+        cell: CellId,
+        /// Set where the conversation of an earlier attempt is gone on with after a pause.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        paused: Option<Pause>,
     },
     /// One frame that the CLI printed on stdout.
     Frame {
@@ -310,6 +320,12 @@ pub struct Line<'a> {
     /// CPU time, for `exit`.
     #[serde(default)]
     pub cpu_us: u64,
+    /// The provider's status, for `charge`.
+    #[serde(default)]
+    pub status: u16,
+    /// The pause before it, for `attempt`.
+    #[serde(default)]
+    pub paused: Option<Pause>,
 }
 
 impl Body {
@@ -323,6 +339,7 @@ impl Body {
             | Self::Egress { .. }
             | Self::Budget { .. } => Origin::Gateway,
             Self::State { .. }
+            | Self::Attempt { .. }
             | Self::Sent { .. }
             | Self::Tool { .. }
             | Self::Cell { .. }

@@ -18,6 +18,7 @@ mod admit;
 pub mod body;
 mod censor;
 pub mod credentials;
+pub mod egress;
 mod estimate;
 pub mod lease;
 pub mod ledger;
@@ -42,10 +43,11 @@ use serde::Serialize;
 pub use credentials::{
     CredentialError, CredentialKind, CredentialSource, CredentialSpec, Credentials, Injected, Principal,
 };
+pub use egress::{Egress, EgressRecord, EgressSpec};
 pub use lease::{Lease, LeaseSpec};
-pub use provider::ProviderSpec;
 pub use ledger::{Ask, Grant, Ledger, LedgerError, MemoryLedger, ReservationId, StoreLedger};
 pub use pace::PaceView;
+pub use provider::ProviderSpec;
 
 use crate::agent::provider::ProviderView;
 use crate::job::Identity;
@@ -98,6 +100,28 @@ impl Default for Limits {
             total: Duration::from_secs(3600),
             drain: Duration::from_secs(60),
         }
+    }
+}
+
+/// How providers are reached: what `[network]` of the configuration says.
+#[derive(Debug, Clone, Default)]
+pub struct Reach {
+    /// A proxy before them.
+    pub proxy: Option<egress::CorporateProxy>,
+    /// Certificate authorities beside the machine's.
+    pub extra_roots: Vec<rustls::pki_types::CertificateDer<'static>>,
+}
+
+impl Reach {
+    fn roots(&self) -> Result<rustls::RootCertStore, GatewayError> {
+        let native = rustls_native_certs::load_native_certs();
+        let mut store = rustls::RootCertStore::empty();
+        store.add_parsable_certificates(native.certs.into_iter().chain(self.extra_roots.iter().cloned()));
+        if store.is_empty() {
+            let why = native.errors.first().map_or_else(|| "none was found".to_owned(), ToString::to_string);
+            return Err(GatewayError::Roots(std::io::Error::other(why)));
+        }
+        Ok(store)
     }
 }
 
@@ -281,6 +305,8 @@ pub enum GatewayEvent {
         /// When the pause ends, in milliseconds of the wall clock.
         until_ms: u64,
     },
+    /// A connection to a host, or a request to one, ended or was refused.
+    Egress(EgressRecord),
 }
 
 /// What all leases share: providers, credentials, connections, prices.
@@ -302,12 +328,13 @@ impl Gateway {
         config: GatewayConfig,
         prices: Arc<Prices>,
         limits: Limits,
+        reach: &Reach,
     ) -> Result<Arc<Self>, GatewayError> {
         let mut providers = BTreeMap::new();
         let mut pacers: BTreeMap<String, Arc<Pacer>> = BTreeMap::new();
         for spec in config.providers {
             let pacer = pacers.entry(spec.credential.clone()).or_insert_with(Pacer::new);
-            let (name, provider) = (spec.name.clone(), Provider::open(spec, Arc::clone(pacer))?);
+            let (name, provider) = (spec.name.clone(), Provider::open(spec, Arc::clone(pacer), reach)?);
             providers.insert(name, Arc::new(provider));
         }
         let default_provider = config.default_provider;
@@ -337,6 +364,11 @@ impl Gateway {
     /// forwarded.
     pub fn knows_model(&self, provider: &str, model: &str, plan: &Plan) -> bool {
         self.provider(provider).is_ok_and(|provider| self.price(provider, model, plan).is_some())
+    }
+
+    /// The name of a provider's credential: jobs with the same one share its limits.
+    pub fn credential_of(&self, provider: &str) -> String {
+        self.provider(provider).map_or_else(|_| provider.to_owned(), |provider| provider.credential.clone())
     }
 
     /// The names of the providers.

@@ -114,6 +114,13 @@ struct Tally {
     last_state: Option<State>,
 }
 
+impl Tally {
+    /// A new cell has streams of its own.
+    fn begin_attempt(&mut self) {
+        (self.stdout_end, self.stderr_end, self.stdin_end) = (0, 0, 0);
+    }
+}
+
 /// What readers may see: all segments before `segment`, and that one up to `bytes`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Published {
@@ -258,6 +265,7 @@ impl Journal {
             }
             Body::Output { stream: Stream::Stderr, end, .. } => self.pending.stderr_end = *end,
             Body::Sent { end, .. } => self.pending.stdin_end = *end,
+            Body::Attempt { .. } => self.pending.begin_attempt(),
             Body::State { state } => self.pending.last_state = Some(state.clone()),
             _ => {}
         }

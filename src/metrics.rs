@@ -12,7 +12,7 @@ use prometheus::{
 
 use crate::event::Decision;
 use crate::job::outcome::Failure;
-use crate::job::{FailReason, Outcome, Phase, State, StopReason};
+use crate::job::{FailReason, Outcome, ParkReason, Phase, State, StopReason};
 use crate::money::{MicroUsd, Scope};
 use crate::pricing::Usage;
 
@@ -58,6 +58,9 @@ pub struct Metrics {
     orphans_total: IntCounterVec,
     refused_total: IntCounter,
     not_listed_total: IntCounter,
+    egress_total: IntCounterVec,
+    egress_bytes_total: IntCounterVec,
+    parked_total: IntCounterVec,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -222,6 +225,24 @@ impl Metrics {
                 "hotcell_access_refused_total",
                 "Requests of users that no access entry names.",
             )?,
+            egress_total: counters(
+                &registry,
+                "hotcell_egress_total",
+                "Connections and requests to hosts beside the model.",
+                &["decision"],
+            )?,
+            egress_bytes_total: counters(
+                &registry,
+                "hotcell_egress_bytes_total",
+                "Bytes exchanged with hosts beside the model.",
+                &["direction"],
+            )?,
+            parked_total: counters(
+                &registry,
+                "hotcell_parked_total",
+                "Jobs that were parked, by reason; each time counts.",
+                &["why"],
+            )?,
             registry,
             models,
         };
@@ -242,6 +263,9 @@ impl Metrics {
                 self.failures_total.with_label_values(&[phase.as_str(), reason.as_str()]);
             }
         }
+        for why in ParkReason::ALL {
+            self.parked_total.with_label_values(&[why.as_str()]);
+        }
         for reason in StopReason::ALL {
             self.stops_total.with_label_values(&[reason.as_str()]);
         }
@@ -253,6 +277,12 @@ impl Metrics {
         }
         for decision in ["allow", "deny", "rewrite"] {
             self.tool_calls_total.with_label_values(&[decision]);
+        }
+        for decision in ["allow", "deny"] {
+            self.egress_total.with_label_values(&[decision]);
+        }
+        for direction in ["up", "down"] {
+            self.egress_bytes_total.with_label_values(&[direction]);
         }
         for direction in ["above", "below"] {
             self.cost_difference_total.with_label_values(&[direction]);
@@ -371,9 +401,22 @@ impl Metrics {
         self.not_listed_total.inc();
     }
 
+    /// A cell reached a host, or was kept from it.
+    pub fn egress(&self, decision: Decision, bytes_up: u64, bytes_down: u64) {
+        let label = if decision == Decision::Deny { "deny" } else { "allow" };
+        self.egress_total.with_label_values(&[label]).inc();
+        self.egress_bytes_total.with_label_values(&["up"]).inc_by(bytes_up);
+        self.egress_bytes_total.with_label_values(&["down"]).inc_by(bytes_down);
+    }
+
     /// Something was left over and is removed.
     pub fn reaped(&self, orphan: Orphan, count: u64) {
         self.orphans_total.with_label_values(&[orphan.as_str()]).inc_by(count);
+    }
+
+    /// A job was parked.
+    pub fn parked(&self, why: ParkReason) {
+        self.parked_total.with_label_values(&[why.as_str()]).inc();
     }
 
     /// The text format, version 0.0.4.

@@ -21,6 +21,7 @@ pub mod writable;
 
 pub use access::{Access, AccessError, Grant};
 pub use decide::{Ask, Denial, Permit, decide};
+pub use egress::{Act, EgressAsk, Host, decide_egress};
 pub use file::{Policy, PolicyError, Unpriced};
 pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
 pub use narrowing::Narrowing;

@@ -1,16 +1,28 @@
-//! Who goes next: a pure machine over the queue. It knows nothing of cells; it is told that a job came,
-//! ended or was withdrawn, and says which jobs to start.
+//! Who goes next: a pure machine over the queue. It knows nothing of cells; it is told that a job came, ended,
+//! was parked or withdrawn, and what time it is, and says which jobs to start, which parked ones to take back
+//! into the queue, and when it wants to be woken.
 //!
-//! *Invariant*: at most `slots` jobs run. Among users, the one with the fewest running jobs goes first, and
-//! among those the one that was served longest ago; among one user's jobs the higher priority, then the
-//! older. A user with a limit of their own starts none above it, whatever is free. A slot is free when its
-//! job's end was reported, never when it was asked to end.
+//! *Invariant*: at most `slots` jobs run, and of one credential at most as many as its limit says. Among users, the
+//! one with the fewest running jobs goes first, and among those the one that was served longest ago; among one user's
+//! jobs the higher priority, then the older. A user with a limit of their own starts none above it, whatever is free.
+//! A slot is free when its job's end was reported, never when it was asked to end. A parked job holds no slot.
 
 pub mod recover;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::job::JobId;
+
+/// What the scheduler knows of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ticket {
+    /// Whose it is.
+    pub uid: u32,
+    /// Higher goes first.
+    pub priority: i8,
+    /// The credential it uses, by name; empty for the daemon's default.
+    pub credential: String,
+}
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,19 +31,17 @@ pub enum Input {
     Submitted {
         /// Its id; ids sort by submit time.
         job: JobId,
-        /// Whose it is.
-        uid: u32,
-        /// Higher goes first.
-        priority: i8,
+        /// The rest.
+        ticket: Ticket,
     },
     /// A job that already has a cell (found after a restart) takes a slot, even one too many.
     Adopted {
         /// Its id.
         job: JobId,
-        /// Whose it is.
-        uid: u32,
+        /// The rest.
+        ticket: Ticket,
     },
-    /// A queued job was cancelled.
+    /// A queued or parked job was cancelled, or a parked one was taken back.
     Withdrawn {
         /// Its id.
         job: JobId,
@@ -48,6 +58,30 @@ pub enum Input {
         /// The limit.
         slots: Option<usize>,
     },
+    /// A job waits for a moment; if it had a slot, its cell is proven gone.
+    Parked {
+        /// Its id.
+        job: JobId,
+        /// The rest.
+        ticket: Ticket,
+        /// The moment, in milliseconds since 1970.
+        until_ms: u64,
+        /// True when a provider's limit ended its cell: fewer jobs of its credential run at once from now on, and
+        /// one more again for each that ends.
+        limited: bool,
+    },
+    /// At most so many jobs of a credential run at once; none: only the slots count.
+    Limited {
+        /// By name.
+        credential: String,
+        /// How many; 0 starts none.
+        max: Option<usize>,
+    },
+    /// What time it is.
+    Now {
+        /// Milliseconds since 1970. May jump back.
+        ms: u64,
+    },
     /// Start nothing more.
     Drain,
 }
@@ -57,14 +91,36 @@ pub enum Input {
 pub enum Action {
     /// Give this job a slot.
     Start(JobId),
+    /// Take this parked job back into the queue (then it is `Submitted` again).
+    Unpark(JobId),
+    /// Say what time it is at this moment, in milliseconds since 1970, or earlier.
+    WakeAt(u64),
 }
+
+/// Lower priority value first: (-priority, id).
+type Rank = (i16, JobId);
 
 #[derive(Debug, Default)]
 struct User {
-    /// Lower priority value first: (-priority, id).
-    queued: BTreeSet<(i16, JobId)>,
+    /// By credential.
+    queued: BTreeMap<String, BTreeSet<Rank>>,
     running: usize,
     served: u64,
+}
+
+#[derive(Debug, Default)]
+struct Credential {
+    running: usize,
+    /// Told from outside.
+    max: Option<usize>,
+    /// Learned from jobs that a provider's limit ended.
+    eased: Option<usize>,
+}
+
+impl Credential {
+    fn has_room(&self) -> bool {
+        [self.max, self.eased].into_iter().flatten().all(|max| self.running < max)
+    }
 }
 
 /// The queue and the slots.
@@ -74,9 +130,16 @@ pub struct Scheduler {
     draining: bool,
     clock: u64,
     users: BTreeMap<u32, User>,
-    queued: BTreeMap<JobId, (u32, i16)>,
-    running: BTreeMap<JobId, u32>,
     limits: BTreeMap<u32, usize>,
+    credentials: BTreeMap<String, Credential>,
+    queued: BTreeMap<JobId, Ticket>,
+    running: BTreeMap<JobId, Ticket>,
+    parked: BTreeMap<JobId, u64>,
+    waking: BTreeSet<(u64, JobId)>,
+}
+
+fn rank(job: &JobId, ticket: &Ticket) -> Rank {
+    (-i16::from(ticket.priority), job.clone())
 }
 
 impl Scheduler {
@@ -87,35 +150,52 @@ impl Scheduler {
             draining: false,
             clock: 0,
             users: BTreeMap::new(),
+            credentials: BTreeMap::new(),
             queued: BTreeMap::new(),
             running: BTreeMap::new(),
             limits: BTreeMap::new(),
+            parked: BTreeMap::new(),
+            waking: BTreeSet::new(),
         }
     }
 
-    /// Takes one input and says what to start. Inputs about unknown jobs change nothing.
+    /// Takes one input and says what to do. Inputs about unknown jobs change nothing.
     pub fn step(&mut self, input: Input) -> Vec<Action> {
+        let mut actions = Vec::new();
         match input {
-            Input::Submitted { job, uid, priority } => {
+            Input::Submitted { job, ticket } => {
                 if self.running.contains_key(&job) || self.queued.contains_key(&job) {
                     return Vec::new();
                 }
-                let rank = -i16::from(priority);
-                self.users.entry(uid).or_default().queued.insert((rank, job.clone()));
-                self.queued.insert(job, (uid, rank));
-            }
-            Input::Adopted { job, uid } => {
                 self.forget(&job);
-                if self.running.insert(job, uid).is_none() {
-                    self.users.entry(uid).or_default().running += 1;
+                let user = self.users.entry(ticket.uid).or_default();
+                user.queued.entry(ticket.credential.clone()).or_default().insert(rank(&job, &ticket));
+                self.queued.insert(job, ticket);
+            }
+            Input::Adopted { job, ticket } => {
+                self.forget(&job);
+                if !self.running.contains_key(&job) {
+                    self.take_slot(job, ticket);
                 }
             }
             Input::Withdrawn { job } => self.forget(&job),
-            Input::Ended { job } => {
-                if let Some(uid) = self.running.remove(&job) {
-                    self.users.entry(uid).or_default().running -= 1;
-                    self.prune(uid);
+            Input::Ended { job } => self.ended(&job),
+            Input::Parked { job, ticket, until_ms, limited } => {
+                self.park(&job, &ticket, until_ms, limited);
+                actions.extend(self.waking.first().map(|(ms, _)| Action::WakeAt(*ms)));
+            }
+            Input::Limited { credential, max } => {
+                self.credentials.entry(credential.clone()).or_default().max = max;
+                self.prune_credential(&credential);
+            }
+            Input::Now { ms } => {
+                while self.waking.first().is_some_and(|(until, _)| *until <= ms)
+                    && let Some((_, job)) = self.waking.pop_first()
+                {
+                    self.parked.remove(&job);
+                    actions.push(Action::Unpark(job));
                 }
+                actions.extend(self.waking.first().map(|(ms, _)| Action::WakeAt(*ms)));
             }
             Input::Limit { uid, slots } => {
                 match slots {
@@ -125,7 +205,8 @@ impl Scheduler {
             }
             Input::Drain => self.draining = true,
         }
-        self.fill()
+        self.fill(&mut actions);
+        actions
     }
 
     /// Jobs that have a slot.
@@ -133,40 +214,93 @@ impl Scheduler {
         self.running.len()
     }
 
-    /// Jobs that wait.
+    /// Jobs that wait for a slot.
     pub fn queued(&self) -> usize {
         self.queued.len()
     }
 
-    fn fill(&mut self) -> Vec<Action> {
-        let mut actions = Vec::new();
-        while !self.draining && self.running.len() < self.slots {
-            let below = |uid, user: &User| self.limits.get(uid).is_none_or(|limit| user.running < *limit);
-            let waiting =
-                self.users.iter().filter(|(uid, user)| !user.queued.is_empty() && below(*uid, user));
-            let Some(uid) =
-                waiting.min_by_key(|(uid, user)| (user.running, user.served, **uid)).map(|(uid, _)| *uid)
-            else {
-                break;
-            };
-            self.clock += 1;
-            let Some(user) = self.users.get_mut(&uid) else { break };
-            let Some((_, job)) = user.queued.pop_first() else { break };
-            user.running += 1;
-            user.served = self.clock;
-            self.queued.remove(&job);
-            self.running.insert(job.clone(), uid);
-            actions.push(Action::Start(job));
-        }
-        actions
+    /// Jobs that wait for a moment.
+    pub fn parked(&self) -> usize {
+        self.parked.len()
     }
 
+    /// What is known of a job that is queued or has a slot.
+    pub fn ticket(&self, job: &JobId) -> Option<&Ticket> {
+        self.running.get(job).or_else(|| self.queued.get(job))
+    }
+
+    fn fill(&mut self, actions: &mut Vec<Action>) {
+        while !self.draining && self.running.len() < self.slots {
+            let open = |name: &String| self.credentials.get(name).is_none_or(Credential::has_room);
+            // Each user's next job among the credentials that have room.
+            let below = |uid: &u32, user: &User| self.limits.get(uid).is_none_or(|most| user.running < *most);
+            let next = self.users.iter().filter(|(uid, user)| below(uid, user)).filter_map(|(uid, user)| {
+                let ranks = user.queued.iter().filter(|(name, _)| open(name));
+                let first = ranks.filter_map(|(_, ranks)| ranks.first()).min()?;
+                Some(((user.running, user.served, *uid), first.1.clone()))
+            });
+            let Some((_, job)) = next.min() else { break };
+            let Some(ticket) = self.queued.get(&job).cloned() else { break };
+            self.forget(&job);
+            self.clock += 1;
+            self.users.entry(ticket.uid).or_default().served = self.clock;
+            self.take_slot(job.clone(), ticket);
+            actions.push(Action::Start(job));
+        }
+    }
+
+    fn take_slot(&mut self, job: JobId, ticket: Ticket) {
+        self.users.entry(ticket.uid).or_default().running += 1;
+        self.credentials.entry(ticket.credential.clone()).or_default().running += 1;
+        self.running.insert(job, ticket);
+    }
+
+    fn leave_slot(&mut self, job: &JobId) -> Option<Ticket> {
+        let ticket = self.running.remove(job)?;
+        self.users.entry(ticket.uid).or_default().running -= 1;
+        self.prune(ticket.uid);
+        self.credentials.entry(ticket.credential.clone()).or_default().running -= 1;
+        Some(ticket)
+    }
+
+    fn ended(&mut self, job: &JobId) {
+        let Some(ticket) = self.leave_slot(job) else { return };
+        // One that ended without the provider's limit: there is room for one more.
+        if let Some(credential) = self.credentials.get_mut(&ticket.credential) {
+            credential.eased = credential.eased.map(|max| max + 1).filter(|max| *max < self.slots);
+        }
+        self.prune_credential(&ticket.credential);
+    }
+
+    fn park(&mut self, job: &JobId, ticket: &Ticket, until_ms: u64, limited: bool) {
+        self.forget(job);
+        let running = self.credentials.get(&ticket.credential).map_or(0, |c| c.running);
+        self.leave_slot(job);
+        if limited {
+            let credential = self.credentials.entry(ticket.credential.clone()).or_default();
+            // Half of those that were too many, and never none: one must find out when it is over.
+            let half = (running / 2).max(1);
+            credential.eased = Some(credential.eased.map_or(half, |max| max.min(half)));
+        }
+        self.prune_credential(&ticket.credential);
+        self.parked.insert(job.clone(), until_ms);
+        self.waking.insert((until_ms, job.clone()));
+    }
+
+    /// Takes a job out of the queue, or from among the parked ones.
     fn forget(&mut self, job: &JobId) {
-        if let Some((uid, rank)) = self.queued.remove(job)
-            && let Some(user) = self.users.get_mut(&uid)
-        {
-            user.queued.remove(&(rank, job.clone()));
-            self.prune(uid);
+        if let Some(until_ms) = self.parked.remove(job) {
+            self.waking.remove(&(until_ms, job.clone()));
+        }
+        let Some(ticket) = self.queued.remove(job) else { return };
+        if let Some(user) = self.users.get_mut(&ticket.uid) {
+            if let Some(ranks) = user.queued.get_mut(&ticket.credential) {
+                ranks.remove(&rank(job, &ticket));
+                if ranks.is_empty() {
+                    user.queued.remove(&ticket.credential);
+                }
+            }
+            self.prune(ticket.uid);
         }
     }
 
@@ -174,6 +308,14 @@ impl Scheduler {
     fn prune(&mut self, uid: u32) {
         if self.users.get(&uid).is_some_and(|user| user.queued.is_empty() && user.running == 0) {
             self.users.remove(&uid);
+        }
+    }
+
+    /// Nor does a credential without a limit that nobody uses.
+    fn prune_credential(&mut self, name: &str) {
+        if self.credentials.get(name).is_some_and(|c| c.running == 0 && c.max.is_none() && c.eased.is_none())
+        {
+            self.credentials.remove(name);
         }
     }
 }
@@ -187,8 +329,16 @@ mod tests {
         JobId::new(n, 0)
     }
 
+    fn ticket(uid: u32, priority: i8, credential: &str) -> Ticket {
+        Ticket { uid, priority, credential: credential.to_owned() }
+    }
+
     fn submit(n: u64, uid: u32, priority: i8) -> Input {
-        Input::Submitted { job: job(n), uid, priority }
+        Input::Submitted { job: job(n), ticket: ticket(uid, priority, "") }
+    }
+
+    fn park(n: u64, until_ms: u64, limited: bool) -> Input {
+        Input::Parked { job: job(n), ticket: ticket(1, 0, ""), until_ms, limited }
     }
 
     #[test]
@@ -239,9 +389,58 @@ mod tests {
         assert_eq!(raised, [Action::Start(job(2))], "a limit that goes lets the next one start");
         // Found after a restart, one too many: it runs, and the limit holds for what comes.
         scheduler.step(Input::Limit { uid: 9, slots: Some(1) });
-        scheduler.step(Input::Adopted { job: job(20), uid: 9 });
+        scheduler.step(Input::Adopted { job: job(20), ticket: ticket(9, 0, "a") });
         scheduler.step(Input::Ended { job: job(4) });
         assert!(scheduler.step(submit(21, 9, 0)).is_empty());
+    }
+
+    #[test]
+    fn a_parked_job_gives_up_its_slot_and_is_taken_back_when_its_time_has_come() {
+        let mut scheduler = Scheduler::new(1);
+        scheduler.step(submit(1, 1, 0));
+        scheduler.step(submit(2, 1, 0));
+        let parked = scheduler.step(park(1, 5000, false));
+        assert_eq!(parked, [Action::WakeAt(5000), Action::Start(job(2))]);
+        scheduler.step(park(3, 9000, false));
+        assert_eq!(scheduler.step(Input::Now { ms: 4999 }), [Action::WakeAt(5000)]);
+        // A clock that jumps back and forth wakes nobody twice.
+        assert_eq!(scheduler.step(Input::Now { ms: 100 }), [Action::WakeAt(5000)]);
+        let woken = scheduler.step(Input::Now { ms: 6000 });
+        assert_eq!(woken, [Action::Unpark(job(1)), Action::WakeAt(9000)]);
+        assert_eq!(scheduler.step(Input::Now { ms: 6000 }), [Action::WakeAt(9000)]);
+        assert!(scheduler.step(submit(1, 1, 0)).is_empty(), "it waits for a slot like any other");
+        assert_eq!(scheduler.step(Input::Ended { job: job(2) }), [Action::Start(job(1))]);
+        scheduler.step(Input::Withdrawn { job: job(3) });
+        assert_eq!((scheduler.step(Input::Now { ms: 10_000 }), scheduler.parked()), (vec![], 0));
+    }
+
+    #[test]
+    fn after_a_providers_limit_fewer_jobs_of_its_credential_run_and_then_more_again() {
+        let mut scheduler = Scheduler::new(4);
+        for n in 1..=8 {
+            scheduler.step(submit(n, 1, 0));
+        }
+        let other = Input::Submitted { job: job(9), ticket: ticket(1, -5, "other") };
+        scheduler.step(other);
+        assert_eq!(scheduler.running(), 4);
+        // Of four at once one is limited: two may go on, and the slot is another credential's.
+        assert_eq!(scheduler.step(park(1, 5000, true)), [Action::WakeAt(5000), Action::Start(job(9))]);
+        assert!(scheduler.step(Input::Ended { job: job(9) }).is_empty());
+        // Each end makes room for one more: 3 of 2 run, then 2 of 3.
+        assert_eq!(scheduler.step(Input::Ended { job: job(2) }), [Action::Start(job(5))]);
+        let next = scheduler.step(Input::Ended { job: job(3) });
+        assert_eq!(next, [Action::Start(job(6)), Action::Start(job(7))], "the limit is gone at four");
+    }
+
+    #[test]
+    fn a_limit_from_outside_holds_for_its_credential_alone() {
+        let mut scheduler = Scheduler::new(3);
+        scheduler.step(Input::Limited { credential: "a".into(), max: Some(0) });
+        let submit = |n, name: &str| Input::Submitted { job: job(n), ticket: ticket(1, 0, name) };
+        assert!(scheduler.step(submit(1, "a")).is_empty());
+        assert_eq!(scheduler.step(submit(2, "b")), [Action::Start(job(2))]);
+        let free = scheduler.step(Input::Limited { credential: "a".into(), max: None });
+        assert_eq!(free, [Action::Start(job(1))]);
     }
 
     proptest! {
@@ -258,8 +457,8 @@ mod tests {
             for (n, uid, comes) in script {
                 scheduler.step(if comes { submit(n, uid, 0) } else { Input::Ended { job: job(n) } });
                 for (uid, limit) in (0u32..).zip(&limits) {
-                    let running = scheduler.running.values().filter(|u| **u == uid).count();
-                    let waits = scheduler.queued.values().any(|(u, _)| *u == uid);
+                    let running = scheduler.running.values().filter(|t| t.uid == uid).count();
+                    let waits = scheduler.queued.values().any(|t| t.uid == uid);
                     prop_assert!(limit.is_none_or(|limit| running <= limit));
                     let full = scheduler.running() == slots || limit.is_some_and(|limit| running == limit);
                     prop_assert!(full || !waits, "nothing keeps this user's job waiting");
@@ -268,26 +467,53 @@ mod tests {
         }
 
         #[test]
-        fn slots_hold_and_every_job_starts_once(slots in 1usize..5, script in proptest::collection::vec((0u64..30, 0u32..4, -3i8..3, 0u8..3), 0..200)) {
+        fn slots_hold_and_every_job_starts_once_per_turn(
+            slots in 1usize..5,
+            script in proptest::collection::vec((0u64..30, 0u32..4, -3i8..3, 0u8..6, any::<bool>()), 0..200),
+        ) {
             let mut scheduler = Scheduler::new(slots);
-            let mut live = BTreeSet::new();
-            let mut started = BTreeSet::new();
-            for (n, uid, priority, kind) in script {
+            let (mut live, mut over, mut parked) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+            for (step, (n, uid, priority, kind, limited)) in script.into_iter().enumerate() {
+                let id = job(n);
+                let credential = if n % 2 == 0 { "even" } else { "odd" };
+                let ticket = ticket(uid, priority, credential);
                 let input = match kind {
-                    0 if !started.contains(&job(n)) => submit(n, uid, priority),
-                    1 => Input::Withdrawn { job: job(n) },
-                    _ => Input::Ended { job: job(n) },
+                    0 | 1 if !over.contains(&id) && !parked.contains(&id) => Input::Submitted { job: id, ticket },
+                    2 if !live.contains(&id) => { parked.remove(&id); Input::Withdrawn { job: id } }
+                    3 if live.remove(&id) => {
+                        parked.insert(id.clone());
+                        let ticket = scheduler.ticket(&id).cloned().unwrap_or(ticket);
+                        Input::Parked { job: id, ticket, until_ms: step as u64 + 3, limited }
+                    }
+                    4 => Input::Now { ms: step as u64 },
+                    _ => { if live.remove(&id) { over.insert(id.clone()); } Input::Ended { job: id } }
                 };
-                if let Input::Ended { job } = &input {
-                    live.remove(job);
-                }
-                for Action::Start(job) in scheduler.step(input) {
-                    prop_assert!(started.insert(job.clone()), "started twice");
-                    live.insert(job);
+                let mut todo = vec![input];
+                while let Some(input) = todo.pop() {
+                    for action in scheduler.step(input) {
+                        match action {
+                            Action::Start(job) => {
+                                prop_assert!(!over.contains(&job) && !parked.contains(&job));
+                                prop_assert!(live.insert(job), "started twice");
+                            }
+                            Action::Unpark(job) => {
+                                prop_assert!(parked.remove(&job), "woken and not parked");
+                                let ticket = Ticket { uid: 1, priority: 0, credential: "even".into() };
+                                todo.push(Input::Submitted { job, ticket });
+                            }
+                            Action::WakeAt(_) => {}
+                        }
+                    }
                 }
                 prop_assert!(live.len() <= slots);
                 prop_assert_eq!(live.len(), scheduler.running());
-                prop_assert!(scheduler.running() == slots || scheduler.queued() == 0, "a free slot beside a waiting job");
+                prop_assert_eq!(parked.len(), scheduler.parked());
+                let limited = scheduler.credentials.values().any(|c| c.eased.is_some());
+                prop_assert!(
+                    scheduler.running() == slots || scheduler.queued() == 0 || limited,
+                    "a free slot beside a waiting job"
+                );
+                prop_assert!(scheduler.running() > 0 || scheduler.queued() == 0, "nobody runs and somebody waits");
             }
         }
     }

@@ -1,5 +1,5 @@
 //! Looks from time to time for what no job owns: containers of this instance without an open cell row, and
-//! cells' directories, mounts and loop devices without one. A cell whose row is open is never touched here;
+//! cells' directories, mounts and loop devices without one, and for kept work of jobs that are over. A cell whose row is open is never touched here;
 //! one whose removal failed before is tried again.
 
 use std::collections::HashSet;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::cell::{self, Parts};
-use crate::job::CellId;
+use crate::job::{CellId, JobId};
 use crate::metrics::Orphan;
 use crate::workspace;
 
@@ -77,7 +77,7 @@ pub async fn once(parts: &Arc<Parts>) -> Result<(), SweepError> {
     // or is not on the lists.
     let found = parts.engine.list(parts.store.instance()).await?;
     let dir = parts.settings.cells_dir();
-    let listed = tokio::task::spawn_blocking(move || directories(&dir)).await;
+    let listed = tokio::task::spawn_blocking(move || names::<CellId>(&dir, "")).await;
     let listed = listed.unwrap_or_else(|e| Err(std::io::Error::other(e)))?;
     for row in parts.store.live_cells().await? {
         let job = parts.store.job(&row.job).await?;
@@ -107,18 +107,40 @@ pub async fn once(parts: &Arc<Parts>) -> Result<(), SweepError> {
     for left in report.left {
         tracing::warn!(path = %left.path.display(), why = left.why, "something is left in the directory of cells");
     }
+    kept(parts).await
+}
+
+/// What is kept of a job goes with it; here what a dead daemon did not come to.
+async fn kept(parts: &Arc<Parts>) -> Result<(), SweepError> {
+    let dir = parts.settings.kept_dir();
+    let listed = tokio::task::spawn_blocking(move || names::<JobId>(&dir, ".img")).await;
+    for job in listed.unwrap_or_else(|e| Err(std::io::Error::other(e)))? {
+        if parts.store.job(&job).await?.is_some_and(|job| !job.row.state.is_done()) {
+            continue;
+        }
+        let file = parts.settings.kept(&job);
+        match tokio::task::spawn_blocking(move || workspace::remove_kept(&file)).await {
+            Ok(Ok(())) => parts.metrics.reaped(Orphan::Directory, 1),
+            Ok(Err(error)) => tracing::warn!(%job, %error, "kept work of a job that is over is left"),
+            Err(error) => tracing::error!(%job, %error, "kept work of a job that is over is left"),
+        }
+    }
     Ok(())
 }
 
-/// The cells that have a directory.
-fn directories(dir: &std::path::Path) -> std::io::Result<HashSet<CellId>> {
+/// The ids that have an entry in a directory, under their name with `suffix`.
+fn names<T: std::str::FromStr + Eq + std::hash::Hash>(
+    dir: &std::path::Path,
+    suffix: &str,
+) -> std::io::Result<HashSet<T>> {
     let entries = match std::fs::read_dir(dir) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(HashSet::new()),
         entries => entries?,
     };
-    let mut cells = HashSet::new();
+    let mut found = HashSet::new();
     for entry in entries {
-        cells.extend(entry?.file_name().to_str().and_then(|name| name.parse::<CellId>().ok()));
+        let name = entry?.file_name();
+        found.extend(name.to_str().and_then(|name| name.strip_suffix(suffix)?.parse::<T>().ok()));
     }
-    Ok(cells)
+    Ok(found)
 }

@@ -145,20 +145,9 @@ struct ResponseBody<'a> {
 #[derive(Deserialize)]
 struct Request {
     request_id: String,
-    request: RequestBody,
-}
-
-#[derive(Deserialize)]
-struct RequestBody {
-    subtype: String,
+    /// Read leniently: a question that is odd in one field still has to be answered.
     #[serde(default)]
-    tool_name: String,
-    #[serde(default)]
-    tool_use_id: String,
-    #[serde(default)]
-    callback_id: String,
-    #[serde(default)]
-    input: Value,
+    request: Value,
 }
 
 #[derive(Deserialize)]
@@ -230,27 +219,26 @@ pub fn parse(line: &[u8]) -> Option<Incoming<'_>> {
     }
 }
 
-fn incoming_request(request_id: String, request: RequestBody) -> Incoming<'static> {
-    let mut input = request.input;
-    match request.subtype.as_str() {
+fn incoming_request(request_id: String, mut request: Value) -> Incoming<'static> {
+    let text = |value: &Value| value.as_str().unwrap_or("").to_owned();
+    let subtype = text(&request["subtype"]);
+    let mut input = request.get_mut("input").map(Value::take).unwrap_or_default();
+    match subtype.as_str() {
         "can_use_tool" => Incoming::CanUseTool(ToolAsk {
             request_id,
-            tool_name: request.tool_name,
-            tool_use_id: request.tool_use_id,
+            tool_name: text(&request["tool_name"]),
+            tool_use_id: text(&request["tool_use_id"]),
             input,
         }),
-        "hook_callback" => {
-            let text = |value: &Value| value.as_str().unwrap_or("").to_owned();
-            Incoming::Hook(HookCall {
-                request_id,
-                callback_id: request.callback_id,
-                tool_name: text(&input["tool_name"]),
-                tool_use_id: text(&input["tool_use_id"]),
-                response: input.get_mut("tool_response").map(Value::take),
-                input: input.get_mut("tool_input").map(Value::take).unwrap_or_default(),
-            })
-        }
-        _ => Incoming::Foreign { request_id, subtype: request.subtype },
+        "hook_callback" => Incoming::Hook(HookCall {
+            request_id,
+            callback_id: text(&request["callback_id"]),
+            tool_name: text(&input["tool_name"]),
+            tool_use_id: text(&input["tool_use_id"]),
+            response: input.get_mut("tool_response").map(Value::take),
+            input: input.get_mut("tool_input").map(Value::take).unwrap_or_default(),
+        }),
+        _ => Incoming::Foreign { request_id, subtype },
     }
 }
 
@@ -319,6 +307,13 @@ mod tests {
         let line = br#"{"type":"control_request","request_id":"r","request":{"subtype":"hook_callback","callback_id":"gate","input":{"tool_name":"Write","tool_use_id":"t2","tool_input":{}}}}"#;
         let Some(Incoming::Hook(call)) = parse(line) else { panic!("not a hook") };
         assert_eq!((call.tool_name.as_str(), call.tool_use_id.as_str()), ("Write", "t2"));
+    }
+
+    #[test]
+    fn a_question_that_is_odd_in_a_field_is_still_a_question() {
+        let line = br#"{"type":"control_request","request_id":"r","request":{"subtype":"hook_callback","callback_id":7,"tool_use_id":null,"input":["x"]}}"#;
+        let Some(Incoming::Hook(call)) = parse(line) else { panic!("not a hook") };
+        assert_eq!((call.request_id.as_str(), call.tool_name.as_str()), ("r", ""));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! that make the gate hold are here and in no other place; each says why.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
@@ -31,16 +32,33 @@ const MANAGED_SETTINGS: &str = r#"--managed-settings={"allowManagedHooksOnly":tr
 
 /// Nor does anything else that a repository names for the CLI itself to run: programs in its settings (the key
 /// that such a helper gives would also go out beside the job's own), and shell commands within the text of
-/// its skills and commands, which no gate sees in the modes that ask. These win over the repository's; as
+/// its skills and commands, which no gate sees in the modes that ask. Nor does WebFetch ask its vendor's host
+/// about every other one: which hosts are reached, egress decides. These win over the repository's; as
 /// managed settings they are ignored (seen with 2.1.197).
-const FLAG_SETTINGS: &str = r#"--settings={"apiKeyHelper":"","proxyAuthHelper":"","awsAuthRefresh":"","awsCredentialExport":"","gcpAuthRefresh":"","otelHeadersHelper":"","disableSkillShellExecution":true}"#;
+const FLAG_SETTINGS: &str = r#"--settings={"apiKeyHelper":"","proxyAuthHelper":"","awsAuthRefresh":"","awsCredentialExport":"","gcpAuthRefresh":"","otelHeadersHelper":"","disableSkillShellExecution":true,"skipWebFetchPreflight":true}"#;
 
 /// Tools that need a person, or a network that the cell does not have.
 const REMOVED_TOOLS: [&str; 5] =
-    ["AskUserQuestion", "EnterPlanMode", "ExitPlanMode", "WebFetch", "WebSearch"];
+    ["AskUserQuestion", "EnterPlanMode", "ExitPlanMode", "WebSearch", "WebFetch"];
 
-/// The CLI's arguments, its path first.
-pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
+/// What no CLI of this plan has: WebFetch stays where egress allows some host, WebSearch where requests may hold it.
+fn removed_tools(plan: &Plan) -> Vec<&'static str> {
+    let stays = |tool: &str| match tool {
+        "WebFetch" => plan.has_egress(),
+        "WebSearch" => web_search_uses_max(&plan.layers).is_some(),
+        _ => false,
+    };
+    REMOVED_TOOLS.into_iter().filter(|tool| !stays(tool)).collect()
+}
+
+/// Where below HOME the CLI keeps the record of a conversation in [`WORKSPACE`].
+pub fn session_file(session_id: &str) -> PathBuf {
+    let project = WORKSPACE.replace(['/', '.'], "-");
+    PathBuf::from(format!(".claude/projects/{project}/{session_id}.jsonl"))
+}
+
+/// The CLI's arguments, its path first. `resumed`: the conversation is gone on with, from its record in HOME.
+pub fn argv(plan: &Plan, session_id: &str, resumed: bool) -> Vec<String> {
     let mut argv: Vec<String> = [
         CLI_PATH,
         "-p",
@@ -61,7 +79,8 @@ pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
     argv.push(format!("--permission-mode={}", plan.permission_mode.as_str()));
     // Never `user`: the agent can write its own HOME in mid-run.
     argv.push(format!("--setting-sources={}", if plan.project_settings { "project" } else { "" }));
-    argv.push(format!("--session-id={session_id}"));
+    // With `--resume` alone the conversation keeps its id.
+    argv.push(format!("{}={session_id}", if resumed { "--resume" } else { "--session-id" }));
     argv.push(format!("--model={}", plan.model));
     argv.push(format!("--max-turns={}", plan.limits.max_turns));
     if let Some(fallback) = &plan.fallback_model {
@@ -73,10 +92,7 @@ pub fn argv(plan: &Plan, session_id: &str) -> Vec<String> {
     if !plan.allowed_tools.is_empty() {
         argv.push(format!("--allowedTools={}", plan.allowed_tools.join(",")));
     }
-    let mut refused: Vec<&str> = REMOVED_TOOLS.to_vec();
-    if web_search_uses_max(&plan.layers).is_some() {
-        refused.retain(|tool| *tool != "WebSearch");
-    }
+    let mut refused: Vec<&str> = removed_tools(plan);
     let denied = plan.layers.iter().flat_map(|layer| &layer.tools_deny);
     for name in denied.chain(&plan.disallowed_tools).map(String::as_str).filter(|p| !p.ends_with('*')) {
         if !refused.contains(&name) {

@@ -14,7 +14,7 @@ use super::wire::{ErrorCode, JobList, JobView};
 use super::{Api, ApiError};
 use crate::cell::Accepted;
 use crate::clock;
-use crate::driver::StopError;
+use crate::driver::{StopError, UnparkError};
 use crate::event::Totals;
 use crate::job::{Identity, JobId, JobSpec, State as JobState, StopReason};
 use crate::store::{Filter, Job, StoreError};
@@ -63,6 +63,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         labels: row.labels.clone(),
         batch: spec.batch.map(|batch| batch.name),
         priority: row.priority,
+        attempt: row.attempt,
         runtime: cell.as_ref().and_then(|row| row.runtime),
         cell: cell.map(|row| row.cell.to_string()),
         created_at: clock::rfc3339(row.created_ms),
@@ -215,6 +216,24 @@ pub async fn cancel(
     let job = api.own_job(&peer, id.as_str()).await?;
     let status = if job.row.state.is_done() { StatusCode::OK } else { StatusCode::ACCEPTED };
     Ok((status, Json(view(&api, &job).await?)).into_response())
+}
+
+/// `POST /v1/jobs/{id}/unpark`: lets a parked job go on before its time.
+pub async fn unpark(
+    State(api): State<Arc<Api>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    id: JobPath,
+) -> Result<Json<JobView>, ApiError> {
+    let id = api.own_job(&peer, path_text(&id)).await?.row.id;
+    api.driver.unpark(id.clone()).await.map_err(|error| match error {
+        UnparkError::NotParked { state } => {
+            ApiError::new(ErrorCode::NotParked, format!("{id} is {state}; only a parked job can be unparked"))
+        }
+        UnparkError::Draining => ApiError::new(ErrorCode::Draining, "the daemon is going down"),
+        UnparkError::Record(error) => ApiError::new(ErrorCode::Internal, error),
+    })?;
+    let job = api.own_job(&peer, id.as_str()).await?;
+    Ok(Json(view(&api, &job).await?))
 }
 
 /// `DELETE /v1/jobs/{id}`: row, journal and all; only of a job that is over.

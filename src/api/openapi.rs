@@ -63,7 +63,10 @@ fn query(name: &str, description: &str) -> Value {
 fn audit(operation: &str, summary: &str, more: Vec<Value>) -> Value {
     let common = [
         query("follow", "1: wait for more"),
-        query("kind", "tool, egress, request, charge, refused, budget, stop, limit, end, credential; several with commas"),
+        query(
+            "kind",
+            "tool, egress, request, charge, refused, budget, stop, limit, end, credential; several with commas",
+        ),
         query("denied", "1: only what was denied or refused"),
         query("since_ms", "at or after, in milliseconds since 1970"),
     ];
@@ -146,6 +149,12 @@ fn paths() -> Value {
                              "content": { "application/octet-stream": {} } },
                     "default": error,
                 },
+            },
+        },
+        "/v1/jobs/{id}/unpark": {
+            "post": {
+                "operationId": "unparkJob", "summary": "Let a parked job go on before its time", "parameters": [id],
+                "responses": { "200": answer("It waits for a slot", "JobView"), "default": error },
             },
         },
         "/v1/jobs/{id}/events": {

@@ -23,6 +23,7 @@ use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
 use crate::money::MicroUsd;
 use crate::policy::{Grant, Narrowing, Plan, narrow};
+use crate::scheduler::Ticket;
 use crate::store::{Batch, NewJob, StoreError, Submitted};
 use crate::workspace::{self, Access, Guard, WorkspaceRecord};
 
@@ -89,7 +90,9 @@ pub async fn submit(
         if !api.access.rules.is_empty() {
             api.driver.limit(identity.uid, granted.slots.and_then(|n| usize::try_from(n).ok())).await;
         }
-        api.driver.submitted(id, identity.uid, spec.priority).await;
+        let credential = api.parts.gateway.credential_of(&accepted.plan.provider);
+        let ticket = Ticket { uid: identity.uid, priority: spec.priority, credential };
+        api.driver.submitted(id, ticket).await;
     }
     let status = if fresh { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, axum::Json(view(&api, &job).await?)).into_response())
@@ -178,7 +181,8 @@ fn usable(api: &Api, name: &str, who: &Identity) -> Result<(), ApiError> {
 
 async fn room(api: &Api) -> Result<(), ApiError> {
     let counts = api.parts.store.counts_by_state().await?;
-    let queued = counts.iter().find(|(name, _)| **name == "queued").map_or(0, |(_, n)| *n);
+    // Those that wait for a slot, and those that wait for a moment.
+    let queued: u64 = ["queued", "parked"].iter().filter_map(|name| counts.get(name)).sum();
     if queued < api.queued_jobs_max {
         return Ok(());
     }

@@ -15,7 +15,8 @@ use crate::job::{Blame, JobId, Outcome, State};
 pub struct JobView {
     /// Its id.
     pub id: JobId,
-    /// Where it stands; with `outcome` and its data when done, with `reason` when stopping.
+    /// Where it stands; with `outcome` and its data when done, with `reason` when stopping, with `parked` (`until_ms`,
+    /// `why`) when parking or parked.
     #[serde(flatten)]
     pub state: State,
     /// Host user id of the submitter.
@@ -42,6 +43,9 @@ pub struct JobView {
     /// What isolates or isolated its cell, once it has one.
     #[serde(default)]
     pub runtime: Option<Runtime>,
+    /// Which try this is, from 1: one more after each parking.
+    #[serde(default)]
+    pub attempt: u32,
     /// The cell that runs or ran it.
     pub cell: Option<String>,
     /// RFC 3339, UTC.
@@ -207,6 +211,8 @@ pub enum ErrorCode {
     IdempotencyConflict,
     /// The job is not done yet. 409
     NotDone,
+    /// The job is not parked. 409
+    NotParked,
     /// Too many jobs are queued. 429
     QueueFull,
     /// The engine does not answer. 503
@@ -227,7 +233,7 @@ impl ErrorCode {
             Self::AbovePolicy | Self::NotListed | Self::AboveAccess => 403,
             Self::NotFound | Self::NoRoute => 404,
             Self::MethodNotAllowed => 405,
-            Self::IdempotencyConflict | Self::NotDone => 409,
+            Self::IdempotencyConflict | Self::NotDone | Self::NotParked => 409,
             Self::TooLarge => 413,
             Self::QueueFull => 429,
             Self::EngineUnavailable | Self::ImageUnavailable | Self::Draining => 503,
@@ -250,7 +256,8 @@ impl ErrorCode {
             | Self::NoRoute
             | Self::MethodNotAllowed
             | Self::IdempotencyConflict
-            | Self::NotDone => Blame::Job,
+            | Self::NotDone
+            | Self::NotParked => Blame::Job,
             Self::QueueFull
             | Self::EngineUnavailable
             | Self::ImageUnavailable

@@ -2,6 +2,8 @@
 //! session's frames back, the gateway's news beside them, and the limits over all. It acknowledges bytes
 //! to the cell only after they are in the journal, and sends nothing that is not journaled before.
 
+mod ending;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,16 +15,17 @@ use tokio::time::Instant;
 
 use super::errands::{Errands, Found, Place};
 use super::lines::{LINE_BYTES_MAX, Lines};
+use super::park::{self, Seen};
 use super::prepare::Prepared;
 use super::record::{ExitFigures, Record, RecordError};
-use super::{Parts, StopWish, agent_exit};
+use super::{Ended, Parts, StopWish, agent_exit, wait};
 use crate::agent::frames;
 use crate::clock;
 use crate::engine::{ContainerId, EngineError, Exit};
 use crate::event::{Body, Stream};
 use crate::gateway::{GatewayEvent, Lease};
 use crate::job::outcome::Failure;
-use crate::job::{FailReason, Input, Phase, State, StopReason};
+use crate::job::{FailReason, Input, Parked, Phase, State, StopReason};
 use crate::link::{ExitReason, ExitReport, ExitStatus, Link, LinkEvent, LinkHandle, OutputStream};
 use crate::money::{MicroUsd, Scope};
 use crate::session::{AgentExit, Session, Step, Trouble, What};
@@ -35,23 +38,8 @@ const STDERR_TAIL_BYTES: usize = 2048;
 const OVER_GRACE: Duration = Duration::from_secs(10);
 /// Wait for what is still on its way when the container ended without a last word.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-/// Pause before an engine that is away is asked again.
-const ENGINE_PAUSE: Duration = Duration::from_secs(1);
 /// Wait for the exit report after everything was killed.
 const KILL_GRACE: Duration = Duration::from_secs(5);
-
-/// What is known when a cell's processes are gone.
-#[derive(Debug)]
-pub struct Ended {
-    /// The conversation.
-    pub session: Option<Session>,
-    /// How the CLI ended.
-    pub exit: Option<AgentExit>,
-    /// What went wrong, where it was not the CLI that says so.
-    pub failure: Option<Failure>,
-    /// What last went wrong on the way to the model.
-    pub trouble: Option<Trouble>,
-}
 
 /// How far the ending of a cell has come.
 #[derive(Debug, Clone, Copy)]
@@ -97,6 +85,9 @@ pub struct Live<'a> {
     over: bool,
     failure: Option<Failure>,
     trouble: Option<Trouble>,
+    seen: Seen,
+    /// What is left of the wall limit for this attempt, from `begun`.
+    wall: Duration,
 }
 
 enum Next {
@@ -117,7 +108,9 @@ impl<'a> Live<'a> {
         stop: watch::Receiver<StopWish>,
     ) -> Self {
         let now = Instant::now();
-        let Prepared { session, link, lease, cell, container, pending, sent, booted, age } = prepared;
+        let wall = Duration::from_millis(record.wall_left_ms());
+        let Prepared { session, link, lease, cell, container, pending, sent, booted, age, trouble } =
+            prepared;
         Self {
             parts,
             stop,
@@ -141,7 +134,9 @@ impl<'a> Live<'a> {
             ending: Ending::NotYet,
             over: false,
             failure: None,
-            trouble: None,
+            trouble,
+            seen: Seen::default(),
+            wall,
         }
     }
 
@@ -212,7 +207,7 @@ impl<'a> Live<'a> {
             Ending::Asked { until } | Ending::Terminated { until } | Ending::Killed { until } => until,
             Ending::NotYet => {
                 let silent = self.activity + Duration::from_millis(limits.silence_ms);
-                let wall = self.begun + Duration::from_millis(limits.wall_ms);
+                let wall = self.begun + self.wall;
                 match self.booted {
                     Some(_) => silent.min(wall),
                     None => (self.begun + self.parts.settings.boot_max).min(wall),
@@ -250,7 +245,7 @@ impl<'a> Live<'a> {
 
     async fn limit_reached(&mut self, now: Instant) -> Result<(), RecordError> {
         let limits = &self.record.accepted.plan.limits;
-        if now >= self.begun + Duration::from_millis(limits.wall_ms) {
+        if now >= self.begun + self.wall {
             let detail = format!("{} s from the start of the cell", limits.wall_ms / 1000);
             return self.end(StopReason::Deadline, detail).await;
         }
@@ -277,11 +272,33 @@ impl<'a> Live<'a> {
 
     /// Decides a stop: stored first, then the way to the model is closed, then the CLI is asked.
     async fn end(&mut self, reason: StopReason, detail: String) -> Result<(), RecordError> {
+        let parking = matches!(self.record.state(), State::Parking { .. });
         if matches!(self.record.state(), State::Stopping { .. }) || self.failure.is_some() {
+            return Ok(());
+        }
+        if parking && reason == StopReason::Drain {
+            // It gives up its cell anyway, and waits for the next daemon as well.
             return Ok(());
         }
         self.record.push(&Body::Stop { reason, detail })?;
         self.record.step(self.parts, Input::Stop(reason)).await?;
+        if parking {
+            return Ok(());
+        }
+        self.interrupt().await
+    }
+
+    /// Decides to park: like a stop, except that the job goes on later. Not where its end is known already.
+    async fn park(&mut self, parked: Parked) -> Result<(), RecordError> {
+        let goes_on = matches!(self.record.state(), State::Preparing | State::Running);
+        if !goes_on || self.over || self.failure.is_some() {
+            return Ok(());
+        }
+        self.record.step(self.parts, Input::Park(parked)).await?;
+        self.interrupt().await
+    }
+
+    async fn interrupt(&mut self) -> Result<(), RecordError> {
         self.lease.revoke();
         let interrupt = Session::interrupt();
         self.send(interrupt)?;
@@ -397,7 +414,7 @@ impl<'a> Live<'a> {
                 Step::Turn(turns) => {
                     self.parts.metrics.turn();
                     let most = u64::from(self.record.accepted.plan.limits.max_turns);
-                    if turns > most {
+                    if self.record.carry.turns + turns > most {
                         self.end(StopReason::Turns, format!("{most} turns")).await?;
                     }
                 }
@@ -461,140 +478,20 @@ impl<'a> Live<'a> {
         self.activity = Instant::now();
         self.record.note_gateway(self.parts, &event, &mut self.trouble)?;
         self.record.commit()?;
+        self.seen.note(&event);
+        if let Some(parked) = park::parking(&event) {
+            return self.park(parked).await;
+        }
         match event {
-            GatewayEvent::BudgetExhausted { scope, spent, limit, resets_at_ms: None } => {
-                self.end(StopReason::Budget, exhausted(scope, spent, limit)).await
-            }
-            // There will be room at that time: the place to park the job until then.
-            GatewayEvent::BudgetExhausted { scope, spent, limit, resets_at_ms: Some(_) } => {
+            GatewayEvent::BudgetExhausted { scope, spent, limit, .. } => {
                 self.end(StopReason::Budget, exhausted(scope, spent, limit)).await
             }
             GatewayEvent::Requested { .. }
             | GatewayEvent::Charged { .. }
             | GatewayEvent::Refused { .. }
             | GatewayEvent::ProviderFault { .. }
-            | GatewayEvent::ProviderPaused { .. } => Ok(()),
-        }
-    }
-
-    async fn exited(&mut self, report: &ExitReport) -> Result<AgentExit, RecordError> {
-        let code = match report.status {
-            ExitStatus::Code(code) => code,
-            ExitStatus::Signal(signal) => 128 + signal,
-        };
-        self.last_words()?;
-        self.ended_by_init(report.reason).await?;
-        self.record.exit =
-            Some(ExitFigures { peak_memory_bytes: report.peak_memory_bytes, cpu_us: report.cpu_us });
-        // Killed by us after it had said its last word: the word counts.
-        let code = if self.over && code > 128 && self.failure.is_none() { 0 } else { code };
-        self.record.push(&Body::Exit {
-            code,
-            oom_kills: report.oom_kills,
-            peak_memory_bytes: report.peak_memory_bytes,
-            cpu_us: report.cpu_us,
-        })?;
-        self.record.commit()?;
-        self.to_cell.bye();
-        Ok(agent_exit(code, report.oom_kills, self.tail()))
-    }
-
-    /// A last line without its line feed.
-    fn last_words(&mut self) -> Result<(), RecordError> {
-        let (end, part) = self.lines.rest();
-        if part.is_empty() {
-            return Ok(());
-        }
-        let text = String::from_utf8_lossy(&part).into_owned();
-        self.record.push(&Body::Output { stream: Stream::Stdout, end, text })?;
-        Ok(())
-    }
-
-    /// PID 1 holds limits of its own for the time without a daemon: what it did about them is a stop or a loss,
-    /// not an error of the CLI.
-    async fn ended_by_init(&mut self, reason: ExitReason) -> Result<(), RecordError> {
-        let decided =
-            self.over || self.failure.is_some() || matches!(self.record.state(), State::Stopping { .. });
-        match reason {
-            ExitReason::WallLimit if !decided => {
-                let detail =
-                    "PID 1 of the cell ended it at its wall limit, while the daemon was away".to_owned();
-                self.record.push(&Body::Stop { reason: StopReason::Deadline, detail })?;
-                self.record.step(self.parts, Input::Stop(StopReason::Deadline)).await
-            }
-            ExitReason::DeadMan if !decided => {
-                let words = "PID 1 of the cell ended it, since no daemon was there for too long";
-                self.fail(Phase::Run, FailReason::CellLost, words.to_owned());
-                Ok(())
-            }
-            ExitReason::WallLimit | ExitReason::DeadMan | ExitReason::Agent | ExitReason::Killed => Ok(()),
-        }
-    }
-
-    /// The container ended and PID 1 said nothing of it.
-    fn unseen_exit(&mut self, exit: &Result<Exit, String>) -> AgentExit {
-        let words = match exit {
-            Ok(exit) => {
-                let why = exit.error.clone().unwrap_or_default();
-                format!(
-                    "the cell ended without a last word, with code {}{why} {}",
-                    exit.code, exit.stderr_tail
-                )
-            }
-            Err(error) => format!("the cell is gone: {error}"),
-        };
-        let oom = exit.as_ref().is_ok_and(|e| e.oom_killed);
-        let reason = if oom { FailReason::Oom } else { FailReason::CellLost };
-        self.fail(Phase::Run, reason, words);
-        agent_exit(exit.as_ref().map_or(137, |e| e.code as i32), u64::from(oom), self.tail())
-    }
-
-    fn fail(&mut self, phase: Phase, reason: FailReason, words: String) {
-        if self.failure.is_none() {
-            self.failure = Some(Failure::new(phase, reason, words));
-        }
-    }
-
-    fn tail(&self) -> String {
-        let bytes: Vec<u8> = self.stderr.iter().copied().collect();
-        String::from_utf8_lossy(&bytes).trim().to_owned()
-    }
-
-    /// Closes the way to the model and the link, whether the record can still be written or not; requests still
-    /// under way are followed to their end.
-    async fn leave(self, exit: Result<AgentExit, RecordError>) -> Result<Ended, RecordError> {
-        let Self { parts, record, session, link, lease, container, booted, failure, mut trouble, .. } = self;
-        if let Some(booted) = booted {
-            parts.metrics.phase(Phase::Run, booted.elapsed().as_secs_f64());
-        }
-        if exit.is_err()
-            && let Err(error) = parts.engine.kill(&container).await
-        {
-            tracing::warn!(job = %record.job, %error, "cannot kill a cell whose record cannot be written; destroying it");
-        }
-        let last = lease.destroy().await;
-        if let Err(error) = link.destroy().await {
-            tracing::warn!(job = %record.job, %error, "the socket of a cell is left to the sweep");
-        }
-        let exit = exit?;
-        for event in last {
-            record.note_gateway(parts, &event, &mut trouble)?;
-        }
-        record.commit()?;
-        Ok(Ended { session: Some(session), exit: Some(exit), failure, trouble })
-    }
-}
-
-/// Waits for the container's end. An engine that is away says nothing of it: the cell may well be alive, and
-/// what it says itself comes over the link.
-async fn wait(parts: &Parts, container: &ContainerId) -> Result<Exit, EngineError> {
-    loop {
-        match parts.engine.wait(container).await {
-            Err(error @ (EngineError::Unavailable { .. } | EngineError::Timeout { .. })) => {
-                tracing::warn!(%container, %error, "cannot watch a cell; asking again");
-                tokio::time::sleep(ENGINE_PAUSE).await;
-            }
-            other => return other,
+            | GatewayEvent::ProviderPaused { .. }
+            | GatewayEvent::Egress(_) => Ok(()),
         }
     }
 }

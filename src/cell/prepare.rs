@@ -11,9 +11,9 @@ use tokio::sync::watch;
 
 use super::live::CELL_BUFFER_BYTES_MAX;
 use super::record::{Record, RecordError};
-use super::rooms::{self, Dirs, Made, Tenant, Who};
-use super::{Accepted, Parts, StopWish, runtime};
-use crate::agent::options;
+use super::rooms::{self, Dirs, Kept, Made, Tenant, Who};
+use super::{Accepted, Parts, StopWish, runtime, way_out};
+use crate::agent::{options, way_out as agent_way_out};
 use crate::agent_bundle::{Bundles, Platform, Version};
 use crate::cell_image::{EngineImages, ImageError, Images};
 use crate::clock;
@@ -22,10 +22,10 @@ use crate::event::Body;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::job::outcome::Failure;
 use crate::job::spec::Runtime;
-use crate::job::{CellId, FailReason, Phase, StopReason};
+use crate::job::{CellId, FailReason, JobId, Pause, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
 use crate::money::Budget;
-use crate::session::{Session, Step};
+use crate::session::{Session, Step, Trouble};
 use crate::store::CellRow;
 use crate::workspace::{self, StagedPart};
 
@@ -57,6 +57,8 @@ pub struct Prepared {
     pub booted: bool,
     /// Time since the cell was begun.
     pub age: Duration,
+    /// What last went wrong on the way to the model, while an earlier daemon watched.
+    pub trouble: Option<Trouble>,
 }
 
 /// Why there is no cell.
@@ -97,12 +99,13 @@ pub async fn prepare(
 ) -> Result<Prepared, PrepareError> {
     let found = find_image(parts, record, stop).await?;
     let chosen = runtime::choose(parts, record, &found, stop).await?;
-    let names = Names::new()?;
+    let former = parts.store.cell_of(&record.job).await?;
+    let names = Names::new(former.as_ref(), &record.job)?;
     parts.store.put_cell(names.row(record, Some(chosen.runtime))).await?;
     let (cell, runtime, instead) = (names.cell.clone(), chosen.runtime, chosen.instead.clone());
     record.push(&Body::Cell { cell, runtime, instead })?;
     let tenant = Tenant { uid: names.uid, runtime, claude: found.claude.clone() };
-    let (dirs, session, staged) = make_directories(parts, record, &names, tenant).await?;
+    let (dirs, session, staged, resumed) = make_directories(parts, record, &names, tenant).await?;
     let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), staged.owner())
         .await
         .map_err(|e| failed(FailReason::Internal, e))?;
@@ -115,8 +118,7 @@ pub async fn prepare(
     };
     let mut spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
     spec.runtime = chosen.engine_name;
-    let wall_limit_ms = record.accepted.plan.limits.wall_ms + WALL_SLACK_MS;
-    let boot = boot(parts, record, &names, &found, wall_limit_ms);
+    let boot = boot(parts, record, &names, &found, resumed);
     let started = match boot {
         Ok(boot) => start(parts, &names.cell, &spec, &boot, stop).await,
         Err(error) => Err(error),
@@ -130,8 +132,8 @@ pub async fn prepare(
         }
     };
     let pending = session.start();
-    let (sent, booted, age) = (Vec::new(), false, Duration::ZERO);
-    Ok(Prepared { session, link, lease, cell: names.cell, container, pending, sent, booted, age })
+    let (sent, booted, age, trouble) = (Vec::new(), false, Duration::ZERO, None);
+    Ok(Prepared { session, link, lease, cell: names.cell, container, pending, sent, booted, age, trouble })
 }
 
 pub(super) async fn start(
@@ -212,9 +214,9 @@ pub async fn adopt(
             };
         }
     };
-    let (session, pending, sent) = (replay.session, replay.pending, replay.sent);
+    let (session, pending, sent, trouble) = (replay.session, replay.pending, replay.sent, replay.trouble);
     let age = Duration::from_millis(clock::boot_ms().saturating_sub(row.created_boot_ms));
-    Ok(Some(Prepared { session, link, lease, cell, container, pending, sent, booted: true, age }))
+    Ok(Some(Prepared { session, link, lease, cell, container, pending, sent, booted: true, age, trouble }))
 }
 
 pub(super) async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
@@ -299,25 +301,18 @@ pub(super) struct Names {
 }
 
 impl Names {
-    pub(super) fn new() -> Result<Self, PrepareError> {
-        let mut bytes = [0u8; 64];
+    pub(super) fn new(former: Option<&CellRow>, job: &JobId) -> Result<Self, PrepareError> {
+        let mut bytes = [0u8; 48];
         getrandom::fill(&mut bytes).map_err(|e| failed(FailReason::Internal, e))?;
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
-        let hex = |range: std::ops::Range<usize>| {
-            bytes[range].iter().map(|b| format!("{b:02x}")).collect::<String>()
-        };
+        let ids = u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start);
         Ok(Self {
             cell: CellId::new(word(0)),
             key: CtlKey::generate().map_err(|e| failed(FailReason::Internal, e))?,
-            token: format!("hotcell-{}", hex(16..48)),
-            uid: workspace::CELL_IDS.start
-                + (word(8) % u64::from(workspace::CELL_IDS.end - workspace::CELL_IDS.start)) as u32,
-            session_id: {
-                let h = hex(48..64);
-                // A random UUID, version 4.
-                let variant = char::from(b"89ab"[usize::from(bytes[56] & 3)]);
-                format!("{}-{}-4{}-{variant}{}-{}", &h[..8], &h[8..12], &h[13..16], &h[17..20], &h[20..32])
-            },
+            token: format!("hotcell-{}", hex(&bytes[16..])),
+            // The same for all of a job's cells: files of an earlier attempt are theirs.
+            uid: former.map_or(workspace::CELL_IDS.start + (word(8) % ids) as u32, |cell| cell.cell_uid),
+            session_id: session_id(job),
         })
     }
 
@@ -337,21 +332,45 @@ impl Names {
     }
 }
 
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The conversation's id, the same in each attempt: a UUID of the random kind, made from the job's id.
+fn session_id(job: &JobId) -> String {
+    use sha2::Digest;
+    let digest = sha2::Sha256::digest(format!("hotcell session of {job}"));
+    let h = hex(&digest[..16]);
+    let variant = char::from(b"89ab"[usize::from(digest[8] & 3)]);
+    format!("{}-{}-4{}-{variant}{}-{}", &h[..8], &h[8..12], &h[13..16], &h[17..20], &h[20..32])
+}
+
 async fn make_directories(
     parts: &Arc<Parts>,
     record: &mut Record,
     names: &Names,
     tenant: Tenant,
-) -> Result<(Dirs, Session, Who), PrepareError> {
-    let made = make_rooms(parts, record, names, tenant, record.accepted.clone()).await?;
+) -> Result<(Dirs, Session, Who, bool), PrepareError> {
+    let was_parked = record.carry.parked_ms;
+    let kept = was_parked.map(|_| Kept {
+        image: parts.settings.kept(&record.job),
+        session: options::session_file(&names.session_id),
+    });
+    let mut made = make_rooms(parts, record, names, tenant, record.accepted.clone(), kept).await?;
+    let paused = was_parked.filter(|_| made.resumed);
+    let paused = paused.map(|from_ms| Pause { from_ms, to_ms: clock::wall_ms() });
+    record.begin_attempt(&names.cell, paused)?;
+    if was_parked.is_some() && paused.is_none() {
+        let text = "there is no conversation of an earlier attempt to go on with: the task is given again";
+        made.notes.push(text.to_owned());
+    }
     for text in made.notes {
         record.push(&Body::Note { text })?;
     }
     record.commit()?;
-    let plan = record.accepted.plan.clone();
     let append = append_prompt(record, made.claude_md.as_deref(), &made.dirs.parts);
-    let session = Session::new(plan, record.spec.prompt.clone(), record.spec.system_prompt.clone(), append);
-    Ok((made.dirs, session, made.who))
+    let session = record.session(paused.as_ref(), append);
+    Ok((made.dirs, session, made.who, paused.is_some()))
 }
 
 pub(super) async fn make_rooms(
@@ -360,10 +379,11 @@ pub(super) async fn make_rooms(
     names: &Names,
     tenant: Tenant,
     accepted: Accepted,
+    kept: Option<Kept>,
 ) -> Result<Made, PrepareError> {
     let (settings, identity) = (parts.settings.clone(), record.identity.clone());
     let dir = settings.cells_dir().join(names.cell.as_str());
-    let make = move || rooms::make(&settings, &accepted, &identity, &tenant, &dir);
+    let make = move || rooms::make(&settings, &accepted, &identity, &tenant, &dir, kept.as_ref());
     tokio::task::spawn_blocking(make).await.map_err(|e| failed(FailReason::Internal, e))?
 }
 
@@ -381,8 +401,7 @@ fn append_prompt(record: &Record, claude_md: Option<&str>, writable: &[StagedPar
         let names = |parts: &mut dyn Iterator<Item = &StagedPart>| {
             parts.map(|part| part.below.display().to_string()).collect::<Vec<_>>().join(", ")
         };
-        let mut text =
-            format!("Only this of the workspace can be written: {}.", names(&mut writable.iter()));
+        let mut text = format!("Only this of the workspace can be written: {}.", names(&mut writable.iter()));
         // They write beside a file and rename: the directory of a single file takes neither (2.1.197).
         if writable.iter().any(|part| !part.is_dir) {
             let files = names(&mut writable.iter().filter(|part| !part.is_dir));
@@ -410,6 +429,8 @@ async fn open_lease(
     owner: (u32, u32),
 ) -> Result<Lease, PrepareError> {
     let budgets = budgets(parts, record).await?;
+    let dir = run.parent().unwrap_or(run);
+    let egress = way_out::make(parts, &record.accepted.plan, &record.identity, dir).await?;
     let spec = LeaseSpec {
         job: record.job.clone(),
         cell: cell.clone(),
@@ -420,6 +441,7 @@ async fn open_lease(
         output_tokens_max: None,
         run_dir: run.to_owned(),
         socket_owner: Some(owner),
+        egress,
     };
     let calendar = parts.settings.calendar.clone();
     let ledger = Arc::new(StoreLedger { store: parts.store.clone(), cell: cell.clone(), calendar });
@@ -506,10 +528,14 @@ fn boot(
     record: &Record,
     names: &Names,
     image: &Image,
-    wall_limit_ms: u64,
+    resumed: bool,
 ) -> Result<Vec<u8>, PrepareError> {
-    let argv = options::argv(&record.accepted.plan, &names.session_id);
-    boot_with(parts, record, names, image, wall_limit_ms, argv)
+    let mut plan = record.accepted.plan.clone();
+    // The limit holds for all attempts together.
+    let turns = u32::try_from(record.carry.turns).unwrap_or(u32::MAX);
+    plan.limits.max_turns = plan.limits.max_turns.saturating_sub(turns).max(1);
+    let argv = options::argv(&plan, &names.session_id, resumed);
+    boot_with(parts, record, names, image, record.wall_left_ms() + WALL_SLACK_MS, argv)
 }
 
 pub(super) fn boot_with(
@@ -524,6 +550,7 @@ pub(super) fn boot_with(
     let argv = argv.into_iter().map(OsString::from).collect();
     let provider = parts.gateway.view(&plan.provider).map_err(|e| failed(FailReason::Internal, e))?;
     let mut env = options::environment(plan, image.path_env.as_deref(), &provider, &names.token);
+    env.extend(agent_way_out::environment(plan, way_out::has_authorities(parts, plan)));
     env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
     let mut boot = Boot::new(names.cell.clone(), names.key.clone(), argv);
     boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
@@ -534,6 +561,10 @@ pub(super) fn boot_with(
     boot.buffer_bytes_max = CELL_BUFFER_BYTES_MAX;
     boot.forwards =
         vec![PortForward { port: options::MODEL_PORT, socket: PathBuf::from("/.hotcell/api.sock") }];
+    if plan.has_egress() {
+        let socket = PathBuf::from("/.hotcell/egress.sock");
+        boot.forwards.push(PortForward { port: agent_way_out::EGRESS_PORT, socket });
+    }
     boot.encode().map_err(|e| failed(FailReason::Internal, e))
 }
 

@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::{Accepted, Parts};
+use super::{Accepted, Parts, park};
 use crate::agent::frames;
 use crate::clock;
-use crate::event::{Body, Line, Totals};
+use crate::event::{Body, Decision, Line, Totals};
 use crate::gateway::GatewayEvent;
 use crate::job::outcome::Failure;
-use crate::job::{FailReason, Identity, Input, JobId, JobSpec, Outcome, Phase, State};
+use crate::job::{Carry, CellId, FailReason, Identity, Input, JobId, JobSpec, Outcome, Pause, Phase, State};
 use crate::journal::{Feed, Journal, JournalError, Reader, Recovered};
+use crate::scheduler::Ticket;
 use crate::session::{AgentExit, Session, Step, Trouble};
 use crate::store::{Store, StoreError};
 
@@ -72,6 +73,10 @@ pub struct Record {
     pub created_ms: u64,
     /// Which try this is.
     pub attempt: u32,
+    /// Higher goes first.
+    pub priority: i8,
+    /// What earlier attempts left it.
+    pub carry: Carry,
     /// What PID 1 reported, once it has.
     pub exit: Option<ExitFigures>,
     /// Totals, once it is done.
@@ -97,6 +102,8 @@ pub struct Replay {
     pub exit: Option<AgentExit>,
     /// What PID 1 reported beside it.
     pub figures: Option<ExitFigures>,
+    /// What last went wrong on the way to the model.
+    pub trouble: Option<Trouble>,
 }
 
 impl Record {
@@ -119,6 +126,8 @@ impl Record {
             accepted,
             created_ms: row.row.created_ms,
             attempt: row.row.attempt,
+            priority: row.row.priority,
+            carry: row.carry,
             exit: None,
             totals: row.row.totals.unwrap_or_default(),
             state: row.row.state,
@@ -131,6 +140,17 @@ impl Record {
             record.commit()?;
         }
         Ok(record)
+    }
+
+    /// What the scheduler has to know of it.
+    pub fn ticket(&self, parts: &Parts) -> Ticket {
+        let credential = park::credential(parts, self);
+        Ticket { uid: self.identity.uid, priority: self.priority, credential }
+    }
+
+    /// What earlier attempts left of the wall limit, in milliseconds; at least a second.
+    pub fn wall_left_ms(&self) -> u64 {
+        self.accepted.plan.limits.wall_ms.saturating_sub(self.carry.ran_ms).max(1000)
     }
 
     /// Where the job stands.
@@ -164,6 +184,36 @@ impl Record {
         let seq = self.journal.next_seq();
         let now = clock::wall_ms();
         self.state = parts.store.transition(&self.job, &self.state, &input, Some(seq), now).await?;
+        self.journal.push(&Body::State { state: self.state.clone() }, now)?;
+        self.commit()
+    }
+
+    /// Tells that a cell of its own begins for the job; its streams are counted from their beginning.
+    ///
+    /// # Errors
+    /// [`RecordError::Journal`].
+    pub fn begin_attempt(&mut self, cell: &CellId, paused: Option<Pause>) -> Result<(), RecordError> {
+        self.push(&Body::Attempt { attempt: self.attempt, cell: cell.clone(), paused })?;
+        (self.recovered.stdout_end, self.recovered.stderr_end, self.recovered.stdin_end) = (0, 0, 0);
+        self.commit()
+    }
+
+    /// A conversation for one attempt: it begins with the task, or with the word that the pause is over.
+    pub fn session(&self, paused: Option<&Pause>, append: String) -> Session {
+        let prompt = paused.map_or_else(|| self.spec.prompt.clone(), park::continuation);
+        Session::new(self.accepted.plan.clone(), prompt, self.spec.system_prompt.clone(), append)
+    }
+
+    /// Parks the job: its cell is gone and its work is put away.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub async fn shelve(&mut self, parts: &Parts, carry: Carry) -> Result<(), RecordError> {
+        self.commit()?;
+        self.journal.sync().await?;
+        let (seq, now) = (self.journal.next_seq(), clock::wall_ms());
+        self.state = parts.store.shelve(&self.job, &self.state, carry.clone(), seq, now).await?;
+        self.carry = carry;
         self.journal.push(&Body::State { state: self.state.clone() }, now)?;
         self.commit()
     }
@@ -237,7 +287,7 @@ impl Record {
                 credential: credential.clone(),
             },
             GatewayEvent::Charged { model, usage, charged, status, duration_ms, .. } => {
-                *trouble = (*status == 0 || *status >= 400).then_some(Trouble::Provider(*status));
+                *trouble = self::trouble(*status);
                 Body::Charge {
                     model: model.clone(),
                     status: *status,
@@ -262,35 +312,62 @@ impl Record {
                 resets_at_ms: *resets_at_ms,
             },
             GatewayEvent::ProviderPaused { .. } => return Ok(()),
+            GatewayEvent::Egress(reached) => {
+                let decision = if reached.allowed { Decision::Allow } else { Decision::Deny };
+                parts.metrics.egress(decision, reached.bytes_up, reached.bytes_down);
+                Body::Egress {
+                    host: reached.host.clone(),
+                    port: reached.port,
+                    method: reached.method.clone(),
+                    path: reached.path.clone(),
+                    decision,
+                    rule: reached.rule.clone(),
+                    reason: reached.reason.clone(),
+                    credential: reached.credential.clone(),
+                    bytes_up: reached.bytes_up,
+                    bytes_down: reached.bytes_down,
+                    duration_ms: reached.duration_ms,
+                }
+            }
         };
         self.push(&body)?;
         Ok(())
     }
 
-    /// Rebuilds the conversation from the journal.
+    /// Rebuilds the conversation of the current attempt from the journal.
     ///
     /// # Errors
-    /// [`RecordError::Cut`] where the journal lost its middle.
+    /// [`RecordError::Cut`] where the journal lost its middle, and a part of this attempt with it.
     pub async fn replay(&self) -> Result<Replay, RecordError> {
-        let plan = self.accepted.plan.clone();
-        let session =
-            Session::new(plan, self.spec.prompt.clone(), self.spec.system_prompt.clone(), String::new());
-        let mut replay =
-            Replay { pending: session.start(), session, sent: Vec::new(), exit: None, figures: None };
+        let mut replay = Replay::new(self.session(None, String::new()));
+        let mut cut = false;
         let mut reader = Reader::open(&self.dir, 1, None);
         while let Some(chunk) = reader.next_chunk(REPLAY_CHUNK_BYTES).await? {
             for line in chunk.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
                 let line: Line = serde_json::from_slice(line)
                     .map_err(|e| RecordError::Corrupt { what: "journal", detail: e.to_string() })?;
-                replay.take(&line)?;
+                match line.kind {
+                    // What was before is another cell's.
+                    "attempt" => {
+                        cut = false;
+                        replay = Replay::new(self.session(line.paused.as_ref(), String::new()));
+                    }
+                    "truncated" => cut = true,
+                    _ => replay.take(&line),
+                }
             }
         }
-        Ok(replay)
+        if cut { Err(RecordError::Cut) } else { Ok(replay) }
     }
 }
 
 impl Replay {
-    fn take(&mut self, line: &Line<'_>) -> Result<(), RecordError> {
+    fn new(session: Session) -> Self {
+        let pending = session.start();
+        Self { pending, session, sent: Vec::new(), exit: None, figures: None, trouble: None }
+    }
+
+    fn take(&mut self, line: &Line<'_>) {
         match (line.kind, line.frame) {
             ("frame", Some(frame)) => {
                 if let Some(incoming) = frames::parse(frame.get().as_bytes()) {
@@ -318,16 +395,16 @@ impl Replay {
                 }
                 self.done(|step| matches!(step, Step::Event(Body::Tool { .. })));
             }
+            ("charge", _) => self.trouble = trouble(line.status),
+            ("refused", _) => self.trouble = Some(Trouble::Refused),
             ("exit", _) => {
                 let (code, oom_kills) = (line.code, line.oom_kills);
                 self.figures =
                     Some(ExitFigures { peak_memory_bytes: line.peak_memory_bytes, cpu_us: line.cpu_us });
                 self.exit = Some(AgentExit { code, oom_kills, stderr_tail: String::new() });
             }
-            ("truncated", _) => return Err(RecordError::Cut),
             _ => {}
         }
-        Ok(())
     }
 
     /// Takes the first step of a kind off the list: an event tells that it was done.
@@ -338,10 +415,16 @@ impl Replay {
     }
 }
 
+/// What a request that ended with this status means for the job.
+fn trouble(status: u16) -> Option<Trouble> {
+    (status == 0 || status >= 400).then_some(Trouble::Provider(status))
+}
+
 /// Cleans up after a job whose record cannot be opened or written, and walks its row to `Done`: tries until the
 /// store takes it, since a job that nobody moves any more would never end. None where there is no such job.
 pub async fn close_row(parts: &Arc<Parts>, job: &JobId, error: &RecordError) -> Option<(State, Totals)> {
     super::destroy(parts, job).await;
+    park::forget_work(parts, job).await;
     let failure = Failure::new(Phase::Collect, FailReason::Internal, error.to_string());
     let mut pause = Duration::from_millis(250);
     loop {
@@ -370,7 +453,7 @@ async fn force_done(store: &Store, job: &JobId, failure: &Failure) -> Result<(St
     store.release_open(job, now).await?;
     let spend = store.spend(job).await?;
     let mut state = row.state;
-    if matches!(state, State::Preparing | State::Running | State::Stopping { .. }) {
+    if matches!(state, State::Preparing | State::Running | State::Stopping { .. } | State::Parking { .. }) {
         state = store.transition(job, &state, &Input::CellEnded, None, now).await?;
     }
     let totals = Totals {

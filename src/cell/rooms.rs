@@ -65,6 +65,16 @@ pub(super) struct Made {
     pub(super) who: Who,
     pub(super) notes: Vec<String>,
     pub(super) claude_md: Option<String>,
+    /// The conversation of an earlier attempt is there.
+    pub(super) resumed: bool,
+}
+
+/// What an earlier attempt of the job may have left.
+pub(super) struct Kept {
+    /// Its scratch space.
+    pub(super) image: PathBuf,
+    /// The CLI's record of the conversation, below HOME.
+    pub(super) session: PathBuf,
 }
 
 /// Whom the cell in `dir` runs as: not always its private uid, since some file systems cannot map ids.
@@ -81,9 +91,10 @@ pub(super) fn make(
     identity: &Identity,
     tenant: &Tenant,
     dir: &Path,
+    kept: Option<&Kept>,
 ) -> Result<Made, PrepareError> {
     let staged = stage(settings, accepted, identity, tenant, dir)?;
-    finish_directories(settings, &accepted.plan.limits, tenant, dir, staged)
+    finish_directories(settings, &accepted.plan.limits, tenant, dir, staged, kept)
 }
 
 /// The workspace, and whom the cell must run as for it.
@@ -159,6 +170,7 @@ fn finish_directories(
     tenant: &Tenant,
     dir: &Path,
     staged: StagedDir,
+    kept: Option<&Kept>,
 ) -> Result<Made, PrepareError> {
     let StagedDir { path, read_only, parts, who, mut notes, claude_md } = staged;
     let plan = ScratchPlan {
@@ -168,7 +180,12 @@ fn finish_directories(
         template_dir: settings.state_dir.join("scratch-templates"),
     };
     make_dir(&plan.template_dir, 0o700)?;
-    let scratch = Scratch::create(dir, &plan, who.uid, who.gid).map_err(|e| scratch_failure(&e))?;
+    let restored = kept.and_then(|kept| restore(dir, kept, &plan, &mut notes));
+    let resumed = restored.as_ref().is_some_and(|(_, resumed)| *resumed);
+    let scratch = match restored {
+        Some((scratch, _)) => scratch,
+        None => Scratch::create(dir, &plan, who.uid, who.gid).map_err(|e| scratch_failure(&e))?,
+    };
     if let Some(why) = scratch.fallback_reason() {
         notes.push(format!("the disk limit is not enforced by the kernel here: {why}"));
     }
@@ -183,7 +200,36 @@ fn finish_directories(
     let claude = readable_program(tenant, &who, dir)?;
     let (home, tmp, workspace_read_only) = (scratch.home(), scratch.tmp(), read_only);
     let dirs = Dirs { run, etc, home, tmp, workspace, workspace_read_only, parts, claude };
-    Ok(Made { dirs, who, notes, claude_md })
+    Ok(Made { dirs, who, notes, claude_md, resumed })
+}
+
+/// The scratch space of an earlier attempt, and whether its conversation is in it. What cannot be had again is no
+/// reason to fail: the task is given again then.
+fn restore(dir: &Path, kept: &Kept, plan: &ScratchPlan, notes: &mut Vec<String>) -> Option<(Scratch, bool)> {
+    match Scratch::restore(dir, &kept.image, plan) {
+        Ok(Some(scratch)) => {
+            let resumed = is_file_below(&scratch.home(), &kept.session);
+            Some((scratch, resumed))
+        }
+        Ok(None) => None,
+        Err(error) => {
+            notes.push(format!("what an earlier attempt left cannot be used: {error}"));
+            None
+        }
+    }
+}
+
+/// Looks without following a symlink: the agent could have made any.
+fn is_file_below(dir: &Path, path: &Path) -> bool {
+    use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let Ok(dir) = rustix::fs::openat(CWD, dir, flags | OFlags::DIRECTORY, Mode::empty()) else {
+        return false;
+    };
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(&dir, path, flags, Mode::empty(), how)
+        .and_then(|file| rustix::fs::fstat(&file))
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
 }
 
 /// gVisor reads a program to execute it, so there the cell's user is shown as its owner. What execute-only is

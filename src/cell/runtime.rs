@@ -301,7 +301,7 @@ async fn trial(
     image: &Image,
     runtime: Runtime,
 ) -> Result<Result<(), String>, PrepareError> {
-    let names = Names::new()?;
+    let names = Names::new(None, &record.job)?;
     parts.store.put_cell(names.row(record, None)).await?;
     let verdict = trial_cell(parts, record, image, runtime, &names).await;
     super::destroy(parts, &record.job).await;
@@ -325,7 +325,7 @@ async fn trial_cell(
     accepted.plan.workspace_mode = WorkspaceMode::None;
     accepted.plan.limits.disk_bytes = TRIAL_DISK_BYTES;
     let tenant = Tenant { uid: names.uid, runtime, claude: image.claude.clone() };
-    let made = prepare::make_rooms(parts, record, names, tenant, accepted).await?;
+    let made = prepare::make_rooms(parts, record, names, tenant, accepted, None).await?;
     let (dirs, who) = (made.dirs, made.who);
     let mut spec = prepare::cell_spec(parts, record, &names.cell, image, &dirs, &who);
     spec.runtime = Some(runtime.as_str().to_owned());

@@ -110,6 +110,12 @@ impl Client {
         self.read(request.body(Full::default())).await
     }
 
+    /// Lets a parked job go on.
+    pub(crate) async fn unpark(&self, id: &JobId) -> Result<JobView, CliError> {
+        let request = Request::post(format!("/v1/jobs/{id}/unpark"));
+        self.read(request.body(Full::default())).await
+    }
+
     /// Deletes a job that is done, with its events.
     pub(crate) async fn remove(&self, id: &JobId) -> Result<(), CliError> {
         let request = Request::delete(format!("/v1/jobs/{id}"));

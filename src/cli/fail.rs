@@ -78,7 +78,8 @@ impl ExitCode {
             | ErrorCode::NoRoute
             | ErrorCode::MethodNotAllowed
             | ErrorCode::IdempotencyConflict
-            | ErrorCode::NotDone => Self::Usage,
+            | ErrorCode::NotDone
+            | ErrorCode::NotParked => Self::Usage,
             ErrorCode::QueueFull
             | ErrorCode::EngineUnavailable
             | ErrorCode::ImageUnavailable

@@ -31,6 +31,7 @@ async fn hotcell(daemon: &Daemon, args: &[&str], context: &mut Context) -> ExitC
         Command::Logs(args) => logs::logs(&args, context).await,
         Command::Report(args) => report::report(&args, context).await,
         Command::Cancel(args) => cancel::cancel(&args, context).await,
+        Command::Unpark(args) => unpark::unpark(&args, context).await,
         Command::Rm(args) => rm::rm(&args, context).await,
         Command::Cost(args) => cost::cost(&args, context).await,
         Command::Health(args) => health::health(&args, context).await,
@@ -349,7 +350,7 @@ async fn whoami_tells_what_may_be_done_and_fails_who_is_not_listed() {
         "alice  uid 1001\n  groups    users, 7\n  access    [[access]] 1 (config.toml, line 2)\n\
          \x20 policies  review (default), $0.50 a job: reads\n  providers *\n  images    hotcell/cell*\n\
          \x20 slots     1 of 3 in use, 2 waiting\n\
-         \x20 budget    user per day: $5.00, $1.2500 spent, $3.7500 left\n"
+         \x20 budget    user's budget of the day: $5.00, $1.2500 spent, $3.7500 left\n"
     );
     daemon.script.lock().expect("lock").errors = vec![("GET /v1/whoami", 200, stranger)];
     assert_eq!(hotcell(&daemon, &["whoami"], &mut context).await, ExitCode::Usage);

@@ -533,14 +533,8 @@ provider = "bedrock"
                 "region: kind anthropic does not take it",
             ),
             ("[[provider]]\nname = \"a b\"\nkind = \"anthropic\"\n", "name: must have"),
-            (
-                &format!("{cred}{cred}"),
-                "[[credential]] \"c\": name: stands twice",
-            ),
-            (
-                &format!("{cred}file = \"/x\"\n"),
-                "exactly one of env, file and command",
-            ),
+            (&format!("{cred}{cred}"), "[[credential]] \"c\": name: stands twice"),
+            (&format!("{cred}file = \"/x\"\n"), "exactly one of env, file and command"),
             (&format!("{cred}users = []\n"), "users: is empty"),
             (&format!("{cred}refresh_s = 0\n"), "refresh_s: must be"),
             (&format!("{cred}username = \"x\"\n"), "username: this kind does not take it"),

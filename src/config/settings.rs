@@ -39,7 +39,7 @@ const fn everyday(key: &'static str, value_name: &'static str, help: &'static st
 }
 
 /// All settings.
-pub const SETTINGS: [Setting; 30] = [
+pub const SETTINGS: [Setting; 33] = [
     everyday(
         "state_dir",
         "DIR",
@@ -122,6 +122,22 @@ pub const SETTINGS: [Setting; 30] = [
         "budgets.time_zone",
         "ZONE",
         "Whose midnight ends a day, e.g. Europe/Berlin [default: the machine's time zone]",
+    ),
+    setting(
+        "network.proxy",
+        "URL",
+        "A proxy through which the model and the hosts of egress are reached, http://HOST:PORT; it looks names up \
+         and answers for their addresses [default: none]",
+    ),
+    setting(
+        "network.no_proxy",
+        "HOST[,HOST…]",
+        "Hosts and .suffixes reached without the proxy; loopback always is [default: none]",
+    ),
+    setting(
+        "network.ca_file",
+        "FILE",
+        "Further certificate authorities (PEM), for the model, for egress and in the cells [default: none]",
     ),
     setting("admin_uids", "UID[,UID…]", "Users who see and cancel everybody's jobs [default: 0]"),
     setting("init_binary", "FILE", "The static hotcell-init [default: beside this executable]"),

@@ -165,6 +165,7 @@ fn the_table_of_settings_and_the_file_have_the_same_keys() {
     let value = |key: &str| match key {
         "policy_dirs" => "[\"/p\"]",
         "admin_uids" => "[0]",
+        "network.no_proxy" => "[\"h\"]",
         "socket_mode" => "\"0600\"",
         "metrics" => "\"1\"",
         "provider.anthropic.base_url" => "\"http://h\"",

@@ -29,8 +29,8 @@ use tokio::time::{Instant, timeout};
 use self::images::IMAGE_MS_MAX;
 use super::{
     BOOT_BYTES_MAX, BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Found,
-    ImageInfo, LABEL_CELL, LABEL_INSTANCE, Progress, Reply, RuntimeInfo, address, config, container_name, normalise_arch,
-    tail,
+    ImageInfo, LABEL_CELL, LABEL_INSTANCE, Progress, Reply, RuntimeInfo, address, config, container_name,
+    normalise_arch, tail,
 };
 use crate::job::InstanceId;
 

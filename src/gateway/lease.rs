@@ -19,6 +19,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::egress::{self, Door, EgressSpec};
 use super::estimate::Learnt;
 use super::ledger::Ledger;
 use super::messages;
@@ -61,6 +62,8 @@ pub struct LeaseSpec {
     pub run_dir: PathBuf,
     /// Host uid and gid that may connect, beside root; `None`: the daemon's own.
     pub socket_owner: Option<(u32, u32)>,
+    /// The way out to hosts; without it there is none, and no socket for it.
+    pub egress: Option<EgressSpec>,
 }
 
 impl fmt::Debug for LeaseSpec {
@@ -76,6 +79,7 @@ pub struct Lease {
     events: mpsc::Receiver<GatewayEvent>,
     acceptor: JoinHandle<()>,
     socket: PathBuf,
+    door: Option<Door>,
     destroyed: bool,
 }
 
@@ -134,8 +138,14 @@ impl Lease {
         ledger: Arc<dyn Ledger>,
     ) -> io::Result<Self> {
         let (run_dir, owner) = (spec.run_dir.clone(), spec.socket_owner);
-        let listener = tokio::task::spawn_blocking(move || bind(&run_dir, owner)).await??;
+        let way_out = spec.egress.is_some();
+        let (listener, egress_listener) = tokio::task::spawn_blocking(move || {
+            let egress = if way_out { Some(bind(&run_dir, egress::SOCKET, owner)?) } else { None };
+            Ok::<_, io::Error>((bind(&run_dir, SOCKET, owner)?, egress))
+        })
+        .await??;
         let listener = UnixListener::from_std(listener)?;
+        let egress_listener = egress_listener.map(UnixListener::from_std).transpose()?;
         let (sender, events) = mpsc::channel(EVENTS_MAX);
         let limits = &gateway.limits;
         let shared = Arc::new(Shared {
@@ -159,16 +169,27 @@ impl Lease {
             events: sender,
             gateway,
         });
+        let door = egress_listener.zip(spec.egress).map(|(listener, egress)| {
+            Door::open(listener, egress, Arc::clone(&shared.plan), shared.cell.clone())
+        });
         let acceptor = tokio::spawn(accept(Arc::clone(&shared), listener));
-        Ok(Self { shared, events, acceptor, socket: spec.run_dir.join(SOCKET), destroyed: false })
+        Ok(Self { shared, events, acceptor, socket: spec.run_dir.join(SOCKET), door, destroyed: false })
     }
 
     /// The next event. Cancel-safe. Does not return while nothing happens.
     pub async fn next_event(&mut self) -> GatewayEvent {
-        match self.events.recv().await {
-            Some(event) => event,
-            // Not while `shared` lives, which holds a sender.
-            None => std::future::pending().await,
+        let (events, door) = (&mut self.events, &mut self.door);
+        let egress = async {
+            match door {
+                Some(door) => door.next_event().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            // There is always one: `shared` lives, which holds a sender.
+            Some(event) = events.recv() => event,
+            event = egress => GatewayEvent::Egress(event),
         }
     }
 
@@ -176,6 +197,9 @@ impl Lease {
     /// limited time) and settled.
     pub fn revoke(&self) {
         self.shared.revoked.cancel();
+        if let Some(door) = &self.door {
+            door.revoke();
+        }
     }
 
     /// Revokes, waits for the requests under way to settle (at most [`super::Limits::drain`], then they stop
@@ -183,6 +207,10 @@ impl Lease {
     pub async fn destroy(mut self) -> Vec<GatewayEvent> {
         self.destroyed = true;
         self.revoke();
+        let reached = match self.door.take() {
+            Some(door) => door.destroy().await,
+            None => Vec::new(),
+        };
         if let Err(error) = (&mut self.acceptor).await {
             tracing::error!(%error, cell = %self.shared.cell, "the model socket's task ended badly");
         }
@@ -195,12 +223,15 @@ impl Lease {
                 tracing::error!(job = %self.shared.job, open, "requests are not settled: reservations stay");
             }
         }
-        if let Err(error) = tokio::fs::remove_file(&self.socket).await
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(%error, socket = %self.socket.display(), "cannot remove a model socket");
+        for socket in [self.socket.clone(), self.socket.with_file_name(egress::SOCKET)] {
+            if let Err(error) = tokio::fs::remove_file(&socket).await
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::warn!(%error, socket = %socket.display(), "cannot remove a socket of a cell");
+            }
         }
-        std::iter::from_fn(|| self.events.try_recv().ok()).collect()
+        let left = std::iter::from_fn(|| self.events.try_recv().ok());
+        left.chain(reached.into_iter().map(GatewayEvent::Egress)).collect()
     }
 }
 
@@ -209,7 +240,7 @@ impl Drop for Lease {
         if !self.destroyed {
             tracing::error!(job = %self.shared.job, "a lease was dropped, not destroyed: its socket file stays");
             // Not clean-up, but a door that nobody watches must not stay open.
-            self.shared.revoked.cancel();
+            self.revoke();
         }
     }
 }
@@ -253,8 +284,12 @@ async fn connection(shared: Arc<Shared>, stream: UnixStream) {
 
 /// Makes the socket under a temporary name, sets owner and mode, then renames it, so that it is never there
 /// with the wrong ones. By descriptor: the path of a state directory may be longer than a socket address.
-fn bind(run_dir: &Path, owner: Option<(u32, u32)>) -> io::Result<std::os::unix::net::UnixListener> {
-    let new = format!("{SOCKET}.new");
+fn bind(
+    run_dir: &Path,
+    socket: &str,
+    owner: Option<(u32, u32)>,
+) -> io::Result<std::os::unix::net::UnixListener> {
+    let new = format!("{socket}.new");
     let dir = rustix::fs::open(run_dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     match rustix::fs::unlinkat(&dir, &new, AtFlags::empty()) {
         Ok(()) | Err(rustix::io::Errno::NOENT) => {}
@@ -268,6 +303,6 @@ fn bind(run_dir: &Path, owner: Option<(u32, u32)>) -> io::Result<std::os::unix::
         let (uid, gid) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
         rustix::fs::chownat(&dir, &new, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
     }
-    rustix::fs::renameat(&dir, &new, &dir, SOCKET)?;
+    rustix::fs::renameat(&dir, &new, &dir, socket)?;
     Ok(listener)
 }

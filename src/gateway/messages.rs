@@ -43,8 +43,7 @@ const LIMITED_TRIES: u32 = 3;
 
 /// Answers one request of a cell.
 pub(super) async fn answer(lease: Arc<Shared>, request: Request<Incoming>) -> Response<Body> {
-    let here =
-        lease.provider.answered_here(request.method(), request.uri(), request.headers(), &lease.token);
+    let here = lease.provider.answered_here(request.method(), request.uri(), request.headers(), &lease.token);
     let admitted = match here {
         Some(Ok(response)) => return response,
         Some(Err(refused)) => Err(refused),
@@ -232,7 +231,9 @@ impl Call {
             settled.as_mut().enable();
             match lease.ledger.reserve(ask.clone()).await {
                 Ok(grant) => break grant,
-                Err(error @ LedgerError::Exhausted { .. }) => return Err(Stop::Refused(self.exhausted(&error))),
+                Err(error @ LedgerError::Exhausted { .. }) => {
+                    return Err(Stop::Refused(self.exhausted(&error)));
+                }
                 Err(LedgerError::Busy) if Instant::now() < give_up => drop(turn.take()),
                 Err(LedgerError::Busy) => {
                     return Err(refused(Refusal::Busy, "other requests hold the rest of a budget"));
@@ -323,7 +324,8 @@ impl Call {
             let name = &lease.provider.credential;
             tracing::warn!(%error, job = %lease.job, credential = name, "a request cannot go out");
             // The words of the error name files and programs of the host: they are not for the cell.
-            let message = format!("the credential {name} of the provider cannot be used: see the daemon's log");
+            let message =
+                format!("the credential {name} of the provider cannot be used: see the daemon's log");
             Refused::new(Refusal::Provider, message)
         })
     }

@@ -27,7 +27,7 @@ use super::relay::{Body, whole};
 use super::secret::{Secret, Secrets};
 use super::sigv4::{self, Keys, Scope, Signed};
 use super::upstream::Upstream;
-use super::{GatewayError, Refusal};
+use super::{GatewayError, Reach, Refusal};
 use crate::agent::provider::{ProviderKind, ProviderView, TOKEN_HEADER};
 use crate::clock;
 use crate::job::Identity;
@@ -122,7 +122,7 @@ pub(super) struct Provider {
 }
 
 impl Provider {
-    pub(super) fn open(spec: ProviderSpec, pacer: Arc<Pacer>) -> Result<Self, GatewayError> {
+    pub(super) fn open(spec: ProviderSpec, pacer: Arc<Pacer>, reach: &Reach) -> Result<Self, GatewayError> {
         let bad = |why| GatewayError::Provider { provider: spec.name.clone(), why };
         let region = spec.region.clone().unwrap_or_default();
         let project = spec.project.clone().unwrap_or_default();
@@ -151,7 +151,7 @@ impl Provider {
         if spec.kind == ProviderKind::Vertex && (project.is_empty() || region.is_empty()) {
             return Err(bad("needs a project and a region"));
         }
-        let upstream = Upstream::new(&spec.name, &base_url)?;
+        let upstream = Upstream::new(&spec.name, &base_url, reach)?;
         let names = Names::new(spec.kind, spec.models);
         let (name, kind, credential) = (spec.name, spec.kind, spec.credential);
         let estimates = Estimates::default();

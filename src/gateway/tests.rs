@@ -99,7 +99,12 @@ impl World {
         UnixStream::connect(self.dir.path().join("api.sock")).await.unwrap()
     }
 
-    pub(super) async fn send(&self, path: &str, headers: &[(&str, &str)], body: String) -> Response<Incoming> {
+    pub(super) async fn send(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: String,
+    ) -> Response<Incoming> {
         send(self.connect().await, path, headers, body).await
     }
 
@@ -173,7 +178,7 @@ async fn lease(
         let base_url = format!("{base_url}{}", spec.base_url);
         config.providers[0] = ProviderSpec { base_url, ..spec };
     }
-    let gateway = Gateway::open(config, prices, setup.limits).await.unwrap();
+    let gateway = Gateway::open(config, prices, setup.limits, &super::Reach::default()).await.unwrap();
     let spec = LeaseSpec {
         job: job.clone(),
         cell: CellId::new(1),
@@ -188,6 +193,7 @@ async fn lease(
         output_tokens_max: None,
         run_dir: dir.path().to_owned(),
         socket_owner: None,
+        egress: None,
     };
     gateway.lease(spec, Arc::clone(ledger) as Arc<dyn Ledger>).await.unwrap()
 }
@@ -519,7 +525,11 @@ async fn errors_of_the_provider_pass_and_cost_nothing() {
         let answer = world.post(ask("x", true)).await;
         assert_eq!(answer.status, status);
         let hopeless = answer.headers.get("x-should-retry").is_some_and(|value| value == "false");
-        assert_eq!(hopeless, status == 401, "the CLI must not try for minutes with a key that is not its own");
+        assert_eq!(
+            hopeless,
+            status == 401,
+            "the CLI must not try for minutes with a key that is not its own"
+        );
         assert!(
             answer.body.contains("\"no\"") && !answer.headers.contains_key("location"),
             "{}",
@@ -741,6 +751,7 @@ async fn a_ledger_that_fails_stops_requests_and_settlements_are_tried_again() {
         output_tokens_max: None,
         run_dir: other.path().to_owned(),
         socket_owner: None,
+        egress: None,
     };
     let flaky = gateway.lease(spec, Arc::clone(&ledger) as Arc<dyn Ledger>).await.unwrap();
     std::mem::replace(&mut world.lease, flaky).destroy().await;

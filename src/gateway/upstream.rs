@@ -7,11 +7,12 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::{HeaderMap, Method, Request, Response, Uri};
-use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::{Client, Error, connect::HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
-use super::GatewayError;
+use super::egress::route::ProviderConnector;
+use super::{GatewayError, Reach};
 
 /// Longest wait for a TCP connection.
 const CONNECT_WAIT: Duration = Duration::from_secs(10);
@@ -20,12 +21,12 @@ const POOL_IDLE: Duration = Duration::from_secs(50);
 
 #[derive(Debug)]
 pub(super) struct Upstream {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    client: Client<HttpsConnector<ProviderConnector>, Full<Bytes>>,
     base_url: String,
 }
 
 impl Upstream {
-    pub(super) fn new(provider: &str, base_url: &str) -> Result<Self, GatewayError> {
+    pub(super) fn new(provider: &str, base_url: &str, reach: &Reach) -> Result<Self, GatewayError> {
         let bad =
             |why| GatewayError::BaseUrl { provider: provider.to_owned(), url: base_url.to_owned(), why };
         let base: Uri = base_url.parse().map_err(|_| bad("is no URL"))?;
@@ -52,16 +53,13 @@ impl Upstream {
             rustls::ClientConfig::builder_with_provider(rustls::crypto::ring::default_provider().into())
                 .with_safe_default_protocol_versions()
                 .map_err(|_| bad("cannot be used: no TLS version in common"))?;
-        let tls = if secure {
-            tls.with_native_roots().map_err(GatewayError::Roots)?
-        } else {
-            tls.with_root_certificates(rustls::RootCertStore::empty())
-        };
+        let roots = if secure { reach.roots()? } else { rustls::RootCertStore::empty() };
+        let tls = tls.with_root_certificates(roots);
         let connector = HttpsConnectorBuilder::new()
             .with_tls_config(tls.with_no_client_auth())
             .https_or_http()
             .enable_http1()
-            .wrap_connector(http);
+            .wrap_connector(ProviderConnector::new(http, reach.proxy.clone()));
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(POOL_IDLE)
@@ -102,7 +100,7 @@ mod tests {
     fn a_credential_goes_over_plain_http_to_loopback_only() {
         for good in ["http://127.0.0.1:1", "http://localhost/p/", "http://[::1]:9", "https://api.example.com"]
         {
-            assert!(Upstream::new("p", good).is_ok(), "{good}");
+            assert!(Upstream::new("p", good, &Reach::default()).is_ok(), "{good}");
         }
         for bad in [
             "http://example.com",
@@ -113,9 +111,12 @@ mod tests {
             "https://u:p@h",
             "https://h?a=b",
         ] {
-            assert!(matches!(Upstream::new("p", bad), Err(GatewayError::BaseUrl { .. })), "{bad}");
+            assert!(
+                matches!(Upstream::new("p", bad, &Reach::default()), Err(GatewayError::BaseUrl { .. })),
+                "{bad}"
+            );
         }
-        let upstream = Upstream::new("p", "https://h/prefix/").unwrap();
+        let upstream = Upstream::new("p", "https://h/prefix/", &Reach::default()).unwrap();
         let uri = upstream.uri("/v1/messages?beta=true").unwrap();
         assert_eq!(uri.to_string(), "https://h/prefix/v1/messages?beta=true");
     }

@@ -5,20 +5,25 @@
 //!    ┌────────────┐
 //!    ▼            │
 //!  Queued ──► Preparing ──► Running ──► Collecting ──► Done(outcome)
-//!    │            │            │            ▲             ▲
-//!    │            └────┬───────┘            │             │
-//!    │                 ▼                    │             │
-//!    │         Stopping(reason) ────────────┘             │
-//!    └────────────────────────────────────────────────────┘
+//!   │ ▲ │         │            │           ▲ ▲            ▲
+//!   │ │ │         └─────┬──────┤           │ │            │
+//!   │ │ │               │      ▼           │ │            │
+//!   │ │ │               │  Stopping(reason)┘ │            │
+//!   │ │ │               ▼      ▲             │            │
+//!   │ │ │            Parking ──┴─────────────┘            │
+//!   │ │ │ Park          │ Shelved                         │
+//!   │ │ └───────► Parked(until) ──────────────────────────┤
+//!   │ └────────────────┘ Unpark                           │
+//!   └─────────────────────────────────────────────────────┘
 //! ```
 //!
 //! *Invariant*: every move goes through [`State::next`] and is stored by a compare-and-set before the act
-//! it announces. Nothing leaves `Done`. The first stop reason wins. `Parked` (provider limits) is not here
-//! yet: a job never waits in this version for anything but a slot.
+//! it announces. Nothing leaves `Done`. The first stop reason wins, and a stop wins over parking. A job that
+//! is `Parked` has no slot, no cell, no lease and no reservation; it goes back to the queue when its time comes.
 
 use serde::{Deserialize, Serialize};
 
-use super::{Outcome, StopReason};
+use super::{Outcome, Parked, StopReason};
 
 /// Where a job stands.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -34,6 +39,16 @@ pub enum State {
     Stopping {
         /// The first reason given.
         reason: StopReason,
+    },
+    /// The job is to wait; its cell is being ended, and its work is put away.
+    Parking {
+        /// Until when and why.
+        parked: Parked,
+    },
+    /// Waiting for a moment on the wall clock; nothing of a cell is left but its scratch space.
+    Parked {
+        /// Until when and why.
+        parked: Parked,
     },
     /// The cell's processes are gone; results are read back and the cell is destroyed.
     Collecting {
@@ -55,6 +70,12 @@ pub enum Input {
     Booted,
     /// A stop was asked for or a limit was reached.
     Stop(StopReason),
+    /// It is to wait.
+    Park(Parked),
+    /// Its cell is proven gone and its work is put away.
+    Shelved,
+    /// Its time has come, or its owner wants it to go on.
+    Unpark,
     /// All processes of the cell are proven gone.
     CellEnded,
     /// Results are read back and nothing of the cell is left, or it never had a cell.
@@ -73,7 +94,8 @@ pub struct IllegalMove {
 
 impl State {
     /// The names, in order; metrics are seeded from it.
-    pub const NAMES: [&'static str; 6] = ["queued", "preparing", "running", "stopping", "collecting", "done"];
+    pub const NAMES: [&'static str; 8] =
+        ["queued", "preparing", "running", "stopping", "parking", "parked", "collecting", "done"];
 
     /// The name used in rows, metrics and JSON.
     pub fn name(&self) -> &'static str {
@@ -82,6 +104,8 @@ impl State {
             Self::Preparing => "preparing",
             Self::Running => "running",
             Self::Stopping { .. } => "stopping",
+            Self::Parking { .. } => "parking",
+            Self::Parked { .. } => "parked",
             Self::Collecting { .. } => "collecting",
             Self::Done(_) => "done",
         }
@@ -103,40 +127,49 @@ impl State {
     /// [`IllegalMove`] where the diagram has no such arrow.
     pub fn next(&self, input: &Input) -> Result<Self, IllegalMove> {
         let illegal = || Err(IllegalMove { from: self.name(), input: input.clone() });
+        use Input::{Admit, Booted, CellEnded, Finish, Park, Requeue, Shelved, Stop, Unpark};
         match (self, input) {
-            (Self::Queued, Input::Admit) => Ok(Self::Preparing),
-            // A queued job has no cell: a stop ends it at once.
-            (Self::Queued, Input::Stop(reason)) => Ok(Self::Done(Outcome::Stopped { reason: *reason })),
-            (Self::Queued, Input::Finish(outcome)) => Ok(Self::Done(outcome.clone())),
-            (Self::Queued, Input::Requeue | Input::Booted | Input::CellEnded) => illegal(),
+            (Self::Queued, Admit) => Ok(Self::Preparing),
+            (Self::Queued, Park(parked)) => Ok(Self::Parked { parked: *parked }),
+            // No cell: a stop ends it at once.
+            (Self::Queued | Self::Parked { .. }, Stop(reason)) => {
+                Ok(Self::Done(Outcome::Stopped { reason: *reason }))
+            }
+            (Self::Queued | Self::Parked { .. }, Finish(outcome)) => Ok(Self::Done(outcome.clone())),
+            (Self::Queued, Requeue | Booted | Shelved | Unpark | CellEnded) => illegal(),
 
-            (Self::Preparing, Input::Requeue) => Ok(Self::Queued),
-            (Self::Preparing, Input::Booted) => Ok(Self::Running),
-            (Self::Preparing | Self::Running, Input::Stop(reason)) => Ok(Self::Stopping { reason: *reason }),
-            (Self::Preparing | Self::Running, Input::CellEnded) => Ok(Self::Collecting { stopped: None }),
-            (Self::Preparing, Input::Admit | Input::Finish(_)) => illegal(),
-            (Self::Running, Input::Admit | Input::Requeue | Input::Booted | Input::Finish(_)) => illegal(),
+            (Self::Parked { .. }, Unpark) => Ok(Self::Queued),
+            (Self::Parked { .. }, Admit | Requeue | Booted | Park(_) | Shelved | CellEnded) => illegal(),
 
-            (Self::Stopping { reason }, Input::CellEnded) => Ok(Self::Collecting { stopped: Some(*reason) }),
-            (Self::Stopping { reason }, Input::Stop(_)) => Ok(Self::Stopping { reason: *reason }),
-            (Self::Stopping { .. }, Input::Admit | Input::Requeue | Input::Booted | Input::Finish(_)) => {
+            (Self::Preparing, Requeue) => Ok(Self::Queued),
+            (Self::Preparing, Booted) => Ok(Self::Running),
+            (Self::Preparing | Self::Running, Stop(reason)) => Ok(Self::Stopping { reason: *reason }),
+            (Self::Preparing | Self::Running, Park(parked)) => Ok(Self::Parking { parked: *parked }),
+            (Self::Preparing | Self::Running, CellEnded) => Ok(Self::Collecting { stopped: None }),
+            (Self::Preparing, Admit | Shelved | Unpark | Finish(_)) => illegal(),
+            (Self::Running, Admit | Requeue | Booted | Shelved | Unpark | Finish(_)) => illegal(),
+
+            (Self::Parking { .. }, Stop(reason)) => Ok(Self::Stopping { reason: *reason }),
+            (Self::Parking { parked }, Shelved) => Ok(Self::Parked { parked: *parked }),
+            // Its task was over before it could be parked, or its work cannot be gone on with.
+            (Self::Parking { .. }, CellEnded) => Ok(Self::Collecting { stopped: None }),
+            (Self::Parking { .. }, Admit | Requeue | Booted | Park(_) | Unpark | Finish(_)) => illegal(),
+
+            (Self::Stopping { reason }, CellEnded) => Ok(Self::Collecting { stopped: Some(*reason) }),
+            (Self::Stopping { reason }, Stop(_)) => Ok(Self::Stopping { reason: *reason }),
+            (Self::Stopping { .. }, Admit | Requeue | Booted | Park(_) | Shelved | Unpark | Finish(_)) => {
                 illegal()
             }
 
-            (Self::Collecting { .. }, Input::Finish(outcome)) => Ok(Self::Done(outcome.clone())),
-            (Self::Collecting { stopped }, Input::Stop(_)) => Ok(Self::Collecting { stopped: *stopped }),
-            (Self::Collecting { .. }, Input::Admit | Input::Requeue | Input::Booted | Input::CellEnded) => {
+            (Self::Collecting { .. }, Finish(outcome)) => Ok(Self::Done(outcome.clone())),
+            (Self::Collecting { stopped }, Stop(_)) => Ok(Self::Collecting { stopped: *stopped }),
+            (Self::Collecting { .. }, Admit | Requeue | Booted | Park(_) | Shelved | Unpark | CellEnded) => {
                 illegal()
             }
 
             (
                 Self::Done(_),
-                Input::Admit
-                | Input::Requeue
-                | Input::Booted
-                | Input::Stop(_)
-                | Input::CellEnded
-                | Input::Finish(_),
+                Admit | Requeue | Booted | Stop(_) | Park(_) | Shelved | Unpark | CellEnded | Finish(_),
             ) => illegal(),
         }
     }
@@ -144,8 +177,11 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use super::super::ParkReason;
     use super::*;
     use proptest::prelude::*;
+
+    const PARKED: Parked = Parked { until_ms: 7, why: ParkReason::DayBudget };
 
     fn any_input() -> impl Strategy<Value = Input> {
         prop_oneof![
@@ -153,10 +189,33 @@ mod tests {
             Just(Input::Requeue),
             Just(Input::Booted),
             proptest::sample::select(StopReason::ALL.to_vec()).prop_map(Input::Stop),
+            Just(Input::Park(PARKED)),
+            Just(Input::Shelved),
+            Just(Input::Unpark),
             Just(Input::CellEnded),
             Just(Input::Finish(Outcome::Succeeded)),
             Just(Input::Finish(Outcome::Lost)),
         ]
+    }
+
+    #[test]
+    fn a_parked_job_says_until_when_and_why_in_its_json() {
+        let json = serde_json::to_value(State::Parked { parked: PARKED }).expect("json");
+        let parked = serde_json::json!({ "until_ms": 7, "why": "day_budget" });
+        assert_eq!(json, serde_json::json!({ "state": "parked", "parked": parked }));
+        assert_eq!(serde_json::from_value::<State>(json).ok(), Some(State::Parked { parked: PARKED }));
+    }
+
+    #[test]
+    fn a_parked_job_goes_on_by_the_queue_and_a_stop_wins_over_parking() {
+        let parked = State::Running.next(&Input::Park(PARKED)).and_then(|s| s.next(&Input::Shelved));
+        assert_eq!(parked, Ok(State::Parked { parked: PARKED }));
+        assert_eq!(State::Parked { parked: PARKED }.next(&Input::Unpark), Ok(State::Queued));
+        assert!(State::Parked { parked: PARKED }.next(&Input::Admit).is_err(), "never past the queue");
+        let reason = StopReason::Cancelled;
+        let stopped = State::Parking { parked: PARKED }.next(&Input::Stop(reason));
+        assert_eq!(stopped, Ok(State::Stopping { reason }));
+        assert!(State::Stopping { reason }.next(&Input::Park(PARKED)).is_err());
     }
 
     proptest! {

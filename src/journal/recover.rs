@@ -122,6 +122,8 @@ impl Scan {
             self.tally.stderr_end = number_after(rest, b",\"end\":")?.0;
         } else if let Some(rest) = rest.strip_prefix(b"sent\"") {
             self.tally.stdin_end = number_after(rest, b",\"end\":")?.0;
+        } else if rest.starts_with(b"attempt\"") {
+            self.tally.begin_attempt();
         } else if rest.starts_with(b"state\"") {
             self.tally.last_state = Some(serde_json::from_slice(line).ok()?);
         }

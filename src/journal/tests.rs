@@ -73,6 +73,27 @@ fn lines_are_events_and_frames_stay_byte_for_byte() {
 }
 
 #[test]
+fn a_new_attempt_begins_its_streams_again() {
+    let dir = TempDir::new().unwrap();
+    let mut journal = Journal::create(dir.path(), Limits::default()).unwrap();
+    let sent = RawValue::from_string("{}".to_owned()).unwrap();
+    journal.push_frame(b"{}", 40, 1);
+    journal.push(&Body::Sent { end: 12, frame: sent }, 1).unwrap();
+    let cell = crate::job::CellId::new(7);
+    let paused = Some(crate::job::Pause { from_ms: 1, to_ms: 2 });
+    journal.push(&Body::Attempt { attempt: 2, cell, paused }, 2).unwrap();
+    journal.commit().unwrap();
+    drop(journal);
+    let (mut journal, recovered) = Journal::open(dir.path(), Limits::default()).unwrap();
+    assert_eq!((recovered.stdout_end, recovered.stdin_end, recovered.next_seq), (0, 0, 4));
+    journal.push_frame(b"{}", 3, 3);
+    journal.commit().unwrap();
+    drop(journal);
+    let (_journal, recovered) = Journal::open(dir.path(), Limits::default()).unwrap();
+    assert_eq!((recovered.stdout_end, recovered.stdin_end), (3, 0));
+}
+
+#[test]
 fn a_frame_with_a_line_feed_cannot_forge_an_event() {
     let dir = TempDir::new().unwrap();
     let mut journal = Journal::create(dir.path(), Limits::default()).unwrap();
@@ -95,6 +116,10 @@ fn every_state_is_found_again() {
         State::Preparing,
         State::Running,
         State::Stopping { reason },
+        State::Parking { parked: crate::job::Parked { until_ms: 5, why: crate::job::ParkReason::DayBudget } },
+        State::Parked {
+            parked: crate::job::Parked { until_ms: 5, why: crate::job::ParkReason::MonthBudget },
+        },
         State::Collecting { stopped: None },
         State::Collecting { stopped: Some(reason) },
         State::Done(Outcome::Succeeded),

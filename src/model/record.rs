@@ -123,8 +123,8 @@ impl Recorder {
 
 fn line(received: &Received) -> String {
     let header = |(name, value): &(String, String)| {
-        let secret =
-            ["x-api-key", "authorization", "cookie", "proxy-authorization", "x-amz-security-token"].contains(&&**name);
+        let secret = ["x-api-key", "authorization", "cookie", "proxy-authorization", "x-amz-security-token"]
+            .contains(&&**name);
         let shown = if secret { format!("sha256:{:x}", Sha256::digest(value)) } else { value.clone() };
         json!([name, shown])
     };

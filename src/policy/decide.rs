@@ -8,6 +8,7 @@
 //! ```
 
 use super::Plan;
+use super::egress;
 use super::matches;
 use super::narrow::Layer;
 use super::requests::{self, Part};
@@ -25,6 +26,8 @@ pub enum Ask<'a> {
         /// The part in question.
         part: Part<'a>,
     },
+    /// May this host be reached, and how?
+    Egress(egress::EgressAsk<'a>),
 }
 
 /// Proof that the policy allowed something. Secrets are attached only against one.
@@ -58,11 +61,16 @@ pub struct Denial {
 /// # Errors
 /// [`Denial`] when no rule allows it; what no rule names is denied.
 pub fn decide(plan: &Plan, ask: Ask<'_>) -> Result<Permit, Denial> {
+    if let Ask::Egress(ask) = ask {
+        return egress::decide_egress(&plan.layers, &ask).map(|terms| terms.permit);
+    }
     let mut permit = Err(Denial { rule: "layers".into(), reason: "the job has no policy".into() });
     for layer in &plan.layers {
         permit = Ok(match ask {
             Ask::Model { name } => allow(layer, &layer.models_allow, "models.allow", name)?,
             Ask::Request { part } => requests::decide(layer, part)?,
+            // Answered above, for all layers at once.
+            Ask::Egress(_) => return permit,
         });
     }
     permit

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::decide::{Denial, Permit, permit};
 use super::matches;
 use super::narrow::{Layer, Plan};
-use super::rule::{Action, Rule, When};
+use super::rule::{Action, Rule, When, command_fits};
 
 /// Where the agent works, in the cell.
 const WORKSPACE: &str = "/workspace";
@@ -123,7 +123,7 @@ pub fn judge_traced(plan: &Plan, call: Call<'_>, found: &Findings, tell: &mut dy
         let mut step = |rule: &str, said: &str| {
             tell(Step { layer: layer.name.clone(), rule: rule.to_owned(), said: said.to_owned() });
         };
-        let listed = match lists(plan, layer, call.tool) {
+        let listed = match lists(plan, layer, call) {
             Ok(listed) => listed,
             Err(denial) => {
                 step(&denial.rule, "denies");
@@ -173,13 +173,13 @@ pub fn asks_after(plan: &Plan) -> bool {
 }
 
 /// Whether one layer's lists, and the job's own, have the tool.
-fn lists(plan: &Plan, layer: &Layer, tool: &str) -> Result<String, Denial> {
+fn lists(plan: &Plan, layer: &Layer, call: Call<'_>) -> Result<String, Denial> {
+    let tool = call.tool;
     let refuse = |rule: String, reason: String| Err(denial(layer, rule, &reason));
     if let Some(pattern) = layer.tools_deny.iter().find(|p| matches(p, tool)) {
         return refuse(format!("tools.deny {pattern}"), format!("the tool {tool} is not allowed"));
     }
-    let mut denied = plan.disallowed_tools.iter().filter(|p| !p.contains('('));
-    if let Some(pattern) = denied.find(|p| matches(p, tool)) {
+    if let Some(pattern) = plan.disallowed_tools.iter().find(|p| refuses(p, call)) {
         return refuse(format!("job disallowed_tools {pattern}"), format!("the job refuses {tool}"));
     }
     if let Some(list) = &plan.tools
@@ -191,6 +191,17 @@ fn lists(plan: &Plan, layer: &Layer, tool: &str) -> Result<String, Denial> {
     match layer.tools_allow.iter().find(|p| matches(p, tool)) {
         Some(pattern) => Ok(format!("tools.allow {pattern}")),
         None => refuse("tools.allow".into(), format!("{tool} is not in tools.allow")),
+    }
+}
+
+/// Whether an entry of `disallowed_tools` speaks of a call: a tool, or `Bash(…)` with a command's pattern. The CLI has
+/// these too, but where every call asks the daemon it does not look at patterns of commands. Those of paths it does
+/// look at in every mode, before it asks.
+fn refuses(entry: &str, call: Call<'_>) -> bool {
+    match entry.split_once('(').map(|(tool, rest)| (tool, rest.strip_suffix(')').unwrap_or(rest))) {
+        None => matches(entry, call.tool),
+        Some(("Bash", pattern)) if call.tool == "Bash" => command_fits(pattern, call.input),
+        Some(_) => false,
     }
 }
 
@@ -399,7 +410,11 @@ mod tests {
     fn plan(rules: &str) -> Plan {
         let text = format!("{}\n{rules}", include_str!("../../policies/trusted.toml"));
         let policy = Policy::parse("test", &text).expect("policy");
-        let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into(), provider: "anthropic".into() };
+        let defaults = Defaults {
+            model: "claude-sonnet-4-6".into(),
+            image: "hotcell/cell".into(),
+            provider: "anthropic".into(),
+        };
         narrow(&JobSpec::parse(br#"{"prompt":"x"}"#).expect("spec"), &policy, None, &defaults).expect("plan")
     }
 
@@ -458,6 +473,26 @@ mod tests {
             panic!("allowed");
         };
         assert_eq!(input, Some(json!({ "command": "nice ls" })));
+    }
+
+    #[test]
+    fn a_command_that_the_job_refuses_is_refused_by_the_judge_too() {
+        let mut plan = plan("");
+        plan.disallowed_tools =
+            ["Bash(git push:*)", "Bash(rm *)", "Bash(make all)", "Read(x)", "Glo*"].map(str::to_owned).into();
+        let refused = |tool: &str, command: &str| {
+            let input = json!({ "command": command });
+            matches!(judge(&plan, call(tool, &input), &Findings::default()), Judgement::Deny(_))
+        };
+        for command in ["git push", "git push origin", "cd x && git push", "rm", "rm -r x", "make all"] {
+            assert!(refused("Bash", command), "{command}");
+        }
+        for command in ["git pushed", "git status", "rmdir x", "make", "make all-of-it", ""] {
+            assert!(!refused("Bash", command), "{command}");
+        }
+        assert!(refused("Glob", "") && !refused("Grep", "rm x"));
+        // The CLI looks at patterns of paths itself.
+        assert!(!refused("Read", "x"));
     }
 
     #[test]

@@ -378,7 +378,11 @@ mod tests {
     }
 
     fn defaults() -> Defaults {
-        Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into(), provider: "anthropic".into() }
+        Defaults {
+            model: "claude-sonnet-4-6".into(),
+            image: "hotcell/cell".into(),
+            provider: "anthropic".into(),
+        }
     }
 
     fn refused(json: &str) -> NarrowError {
@@ -396,7 +400,10 @@ mod tests {
         );
         assert_eq!(refused(r#"{"prompt":"x","model":"gpt"}"#).key, "model");
         assert_eq!(refused(r#"{"prompt":"x","image":"evil"}"#).key, "image");
-        assert_eq!(refused(r#"{"prompt":"x","tools":["Read","WebFetch"]}"#).key, "tools[1]");
+        let text = include_str!("../../policies/default.toml").replace("deny = []", "deny = ['WebFetch']");
+        let strict = Policy::parse("strict", &text).expect("policy");
+        let spec = JobSpec::parse(br#"{"prompt":"x","tools":["Read","WebFetch"]}"#).expect("spec");
+        assert_eq!(narrow(&spec, &strict, None, &defaults()).expect_err("denied").key, "tools[1]");
         assert_eq!(
             refused(r#"{"prompt":"x","env":{"ANTHROPIC_BASE_URL":"http://evil"}}"#).key,
             "env.ANTHROPIC_BASE_URL"

@@ -108,6 +108,7 @@ impl Narrowing {
         if self.models.as_ref().is_some_and(|models| models.unpriced.is_some()) {
             return wrong("models.unpriced", "only the policy itself can name a price");
         }
+        super::writable::check(self.workspace.writable.as_deref())?;
         let empty = "is empty: no job could run";
         if self.permission_modes.as_ref().is_some_and(Vec::is_empty) {
             return wrong("permission_modes", empty);

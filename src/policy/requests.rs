@@ -221,7 +221,8 @@ mod tests {
 
     fn plan(sections: &[&str]) -> Plan {
         let spec = JobSpec::parse(br#"{"prompt":"x"}"#).unwrap();
-        let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "x".into(), provider: "anthropic".into() };
+        let defaults =
+            Defaults { model: "claude-sonnet-4-6".into(), image: "x".into(), provider: "anthropic".into() };
         let plans: Vec<Plan> =
             sections.iter().map(|s| narrow(&spec, &parse(s).unwrap(), None, &defaults).unwrap()).collect();
         let mut plan = plans[0].clone();

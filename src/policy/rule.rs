@@ -73,6 +73,23 @@ pub enum Action {
     Hook,
 }
 
+/// Whether a shell command, or a part of it, is what the CLI's own pattern `Bash(…)` means: the words themselves, with
+/// `*` for any text; `git push:*` and `git push *` also mean `git push` alone.
+pub(super) fn command_fits(pattern: &str, input: &Value) -> bool {
+    let Some(command) = input.get("command").and_then(Value::as_str) else { return false };
+    let patterns = match pattern.strip_suffix(":*").or_else(|| pattern.strip_suffix(" *")) {
+        Some(words) => vec![words.to_owned(), format!("{words} *")],
+        None => vec![pattern.to_owned()],
+    };
+    commands_fit(&patterns, command, false)
+}
+
+fn commands_fit(patterns: &[String], command: &str, all: bool) -> bool {
+    let fits = |text: &str| patterns.iter().any(|pattern| star_matches(pattern, text));
+    let mut parts = parts(command);
+    if all { parts.all(fits) } else { fits(command.trim()) || parts.any(fits) }
+}
+
 /// When a hook is asked.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -139,9 +156,7 @@ impl Rule {
 
     fn command_fits(&self, input: &Value, all: bool) -> bool {
         let Some(command) = input.get("command").and_then(Value::as_str) else { return false };
-        let fits = |text: &str| self.command.iter().any(|pattern| star_matches(pattern, text));
-        let mut parts = parts(command);
-        if all { parts.all(fits) } else { fits(command.trim()) || parts.any(fits) }
+        commands_fit(&self.command, command, all)
     }
 
     /// The input after a `rewrite`.

@@ -8,10 +8,6 @@ use crate::job::{CellId, JobId, State};
 pub struct Row {
     /// The job.
     pub job: JobId,
-    /// Whose it is.
-    pub uid: u32,
-    /// Its priority.
-    pub priority: i8,
     /// Where it stood.
     pub state: State,
     /// The cell that its row names, where it has one that is not known to be gone.
@@ -36,23 +32,24 @@ pub enum Action {
     Requeue {
         /// The job.
         job: JobId,
-        /// Whose it is.
-        uid: u32,
-        /// Its priority.
-        priority: i8,
     },
     /// Its cell lives: take it over where the stream was left.
     Adopt {
         /// The job.
         job: JobId,
-        /// Whose it is.
-        uid: u32,
         /// The cell.
         cell: CellId,
         /// The engine's id.
         container: String,
     },
-    /// Its cell is gone or was being stopped: clean up; the journal decides the outcome.
+    /// It waits for a moment; it has no cell.
+    Park {
+        /// The job.
+        job: JobId,
+        /// The moment, in milliseconds since 1970.
+        until_ms: u64,
+    },
+    /// Its cell is gone or was being stopped or parked: clean up; the journal decides the outcome.
     Close {
         /// The job.
         job: JobId,
@@ -74,22 +71,18 @@ pub fn plan(rows: &[Row], found: &[FoundCell]) -> Vec<Action> {
         });
         let action = match (&row.state, live) {
             // Before `Running` the agent has not got its task: start again.
-            (State::Queued | State::Preparing, _) => {
-                Action::Requeue { job: row.job.clone(), uid: row.uid, priority: row.priority }
-            }
+            (State::Queued | State::Preparing, _) => Action::Requeue { job: row.job.clone() },
             (State::Running, Some((cell, f))) => {
                 kept.push(&f.container);
-                Action::Adopt {
-                    job: row.job.clone(),
-                    uid: row.uid,
-                    cell: cell.clone(),
-                    container: f.container.clone(),
-                }
+                Action::Adopt { job: row.job.clone(), cell: cell.clone(), container: f.container.clone() }
             }
-            // A stop was decided or the cell is gone: what the journal holds decides the outcome.
-            (State::Running | State::Stopping { .. } | State::Collecting { .. }, _) => {
-                Action::Close { job: row.job.clone() }
-            }
+            // A stop was decided or the cell is gone: what the journal holds decides the outcome. What was being
+            // parked is parked: its work is put away once its cell is gone.
+            (
+                State::Running | State::Stopping { .. } | State::Parking { .. } | State::Collecting { .. },
+                _,
+            ) => Action::Close { job: row.job.clone() },
+            (State::Parked { parked }, _) => Action::Park { job: row.job.clone(), until_ms: parked.until_ms },
             (State::Done(_), _) => continue,
         };
         actions.push(action);
@@ -102,8 +95,10 @@ pub fn plan(rows: &[Row], found: &[FoundCell]) -> Vec<Action> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::{Outcome, StopReason};
+    use crate::job::{Outcome, ParkReason, Parked, StopReason};
     use proptest::prelude::*;
+
+    const PARKED: Parked = Parked { until_ms: 9, why: ParkReason::ProviderLimit };
 
     fn any_state() -> impl Strategy<Value = State> {
         prop_oneof![
@@ -111,6 +106,8 @@ mod tests {
             Just(State::Preparing),
             Just(State::Running),
             Just(State::Stopping { reason: StopReason::Budget }),
+            Just(State::Parking { parked: PARKED }),
+            Just(State::Parked { parked: PARKED }),
             Just(State::Collecting { stopped: None }),
             Just(State::Done(Outcome::Succeeded)),
         ]
@@ -123,7 +120,7 @@ mod tests {
             found in proptest::collection::vec((proptest::option::of(0u64..6), any::<bool>()), 0..12),
         ) {
             let rows: Vec<Row> = rows.into_iter().enumerate().map(|(n, (state, cell))| Row {
-                job: JobId::new(n as u64, 0), uid: 1, priority: 0, state, cell: cell.map(CellId::new),
+                job: JobId::new(n as u64, 0), state, cell: cell.map(CellId::new),
             }).collect();
             let found: Vec<FoundCell> = found.into_iter().enumerate().map(|(n, (cell, running))| FoundCell {
                 cell: cell.map(CellId::new), container: n.to_string(), running,
@@ -132,6 +129,7 @@ mod tests {
             for row in &rows {
                 let about = actions.iter().filter(|a| match a {
                     Action::Requeue { job, .. } | Action::Adopt { job, .. } | Action::Close { job } => *job == row.job,
+                    Action::Park { job, .. } => *job == row.job && matches!(row.state, State::Parked { .. }),
                     Action::Reap { .. } => false,
                 }).count();
                 prop_assert_eq!(about, usize::from(!row.state.is_done()));

@@ -76,6 +76,20 @@ pub(super) struct Pending {
     found: Findings,
 }
 
+impl Pending {
+    /// A call whose tool or input is not said: no rule can speak of it.
+    fn cannot_be_judged(&self) -> bool {
+        self.tool.is_empty() || !self.input.is_object()
+    }
+}
+
+fn unreadable() -> Verdict {
+    Verdict::deny(
+        "unreadable",
+        "the question about this call names no tool or no input, so it cannot be judged",
+    )
+}
+
 /// A decision with its words.
 struct Verdict {
     decision: Decision,
@@ -100,6 +114,9 @@ impl Session {
         let pending =
             Pending { question: Question::Ask, tool: tool_name, tool_use_id, input, response: None, found };
         if mode == PermissionMode::BypassPermissions {
+            if pending.cannot_be_judged() {
+                return self.conclude(&request_id, &pending, unreadable());
+            }
             return self.weigh(request_id, pending);
         }
         let reason = format!(
@@ -120,6 +137,9 @@ impl Session {
         if question == Question::Gate && callback_id != options::GATE_CALLBACK {
             let verdict = Verdict::deny("unknown callback", "not a callback of this daemon");
             return self.conclude(&request_id, &pending, verdict);
+        }
+        if question == Question::Gate && pending.cannot_be_judged() {
+            return self.conclude(&request_id, &pending, unreadable());
         }
         self.weigh(request_id, pending)
     }

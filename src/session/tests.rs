@@ -13,7 +13,11 @@ impl Session {
 
 fn plan(spec: &str) -> Plan {
     let policy = Policy::parse("trusted", include_str!("../../policies/trusted.toml")).expect("policy");
-    let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into(), provider: "anthropic".into() };
+    let defaults = Defaults {
+        model: "claude-sonnet-4-6".into(),
+        image: "hotcell/cell".into(),
+        provider: "anthropic".into(),
+    };
     narrow(&JobSpec::parse(spec.as_bytes()).expect("spec"), &policy, None, &defaults).expect("plan")
 }
 
@@ -84,7 +88,7 @@ fn in_other_modes_the_hook_is_the_gate_and_nobody_can_be_asked() {
     let mut session = booted(r#"{"prompt":"x","permission_mode":"default","disallowed_tools":["Write"]}"#);
     let hook = |tool: &str, id: &str| {
         format!(
-            r#"{{"type":"control_request","request_id":"q","request":{{"subtype":"hook_callback","callback_id":"{id}","input":{{"tool_name":"{tool}","tool_use_id":"t"}}}}}}"#
+            r#"{{"type":"control_request","request_id":"q","request":{{"subtype":"hook_callback","callback_id":"{id}","input":{{"tool_name":"{tool}","tool_use_id":"t","tool_input":{{}}}}}}}}"#
         )
     };
     let pass = session.on_line(hook("Bash", options::GATE_CALLBACK).as_bytes());
@@ -206,7 +210,11 @@ proptest! {
 fn ruled(rules: &str, spec: &str) -> Session {
     let text = format!("{}\n{rules}", include_str!("../../policies/trusted.toml"));
     let policy = Policy::parse("test", &text).expect("policy");
-    let defaults = Defaults { model: "claude-sonnet-4-6".into(), image: "hotcell/cell".into(), provider: "anthropic".into() };
+    let defaults = Defaults {
+        model: "claude-sonnet-4-6".into(),
+        image: "hotcell/cell".into(),
+        provider: "anthropic".into(),
+    };
     let plan =
         narrow(&JobSpec::parse(spec.as_bytes()).expect("spec"), &policy, None, &defaults).expect("plan");
     let mut session = Session::new(plan, "do it".into(), None, String::new());
@@ -297,4 +305,124 @@ fn what_is_asked_after_a_call_blocks_and_never_lets_an_error_through() {
     let answer = &sent(&steps)[0]["response"];
     assert_eq!((&answer["subtype"], &answer["response"]["decision"]), (&json!("success"), &json!("block")));
     assert_eq!(session.tool_counts(), (1, 0), "one call, allowed");
+}
+
+/// Any JSON value, small.
+fn anything() -> impl Strategy<Value = serde_json::Value> {
+    let leaf = prop_oneof![
+        Just(json!(null)),
+        any::<bool>().prop_map(|b| json!(b)),
+        any::<i32>().prop_map(|n| json!(n)),
+        "[ -~]{0,12}".prop_map(|text| json!(text)),
+        prop_oneof![Just("Bash"), Just("Write"), Just("ls"), Just("hotcell-gate"), Just("/etc/shadow")]
+            .prop_map(|text| json!(text)),
+    ];
+    leaf.prop_recursive(3, 12, 4, |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..3).prop_map(|list| json!(list)),
+            proptest::collection::btree_map("(command|file_path|tool_name|tool_input|x)", inner, 0..4)
+                .prop_map(|map| json!(map)),
+        ]
+    })
+}
+
+/// A question of the CLI, with any field missing or of any kind.
+fn question() -> impl Strategy<Value = serde_json::Value> {
+    let field = |right: serde_json::Value| prop_oneof![3 => Just(Some(right)), 1 => Just(None), 1 => anything().prop_map(Some)];
+    let callback = prop_oneof![Just(options::GATE_CALLBACK), Just(options::AFTER_CALLBACK), Just("other")];
+    let tool = prop_oneof![Just("Bash"), Just("Write"), Just("mcp__x__y"), Just("Glob")];
+    let fields = (callback, tool).prop_flat_map(move |(callback, tool)| {
+        (
+            field(json!(callback)),
+            field(json!(tool)),
+            field(json!({ "command": "ls", "file_path": "a" })),
+            field(json!("t")),
+            any::<bool>(),
+        )
+    });
+    fields.prop_map(|(callback, tool, input, tool_use_id, hook)| {
+        let mut call = serde_json::Map::new();
+        let given = [("tool_name", tool), ("tool_input", input), ("tool_use_id", tool_use_id.clone())];
+        call.extend(given.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))));
+        let mut request = if hook {
+            json!({ "subtype": "hook_callback", "input": call })
+        } else {
+            let mut request = json!({ "subtype": "can_use_tool" });
+            for (key, to) in [("tool_name", "tool_name"), ("tool_input", "input")] {
+                if let Some(value) = call.get(key) {
+                    request[to] = value.clone();
+                }
+            }
+            request
+        };
+        for (key, value) in [("callback_id", callback), ("tool_use_id", tool_use_id)] {
+            if let Some(value) = value {
+                request[key] = value;
+            }
+        }
+        json!({ "type": "control_request", "request_id": "q", "request": request })
+    })
+}
+
+/// True where the CLI would run the call after this answer.
+fn lets_it_run(hook: bool, answer: &serde_json::Value) -> bool {
+    let response = &answer["response"]["response"];
+    if hook {
+        // As measured: everything but a well-formed denial.
+        response["hookSpecificOutput"]["permissionDecision"] != "deny"
+            || response["hookSpecificOutput"]["hookEventName"] != "PreToolUse"
+    } else {
+        response["behavior"] == "allow"
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_question_gets_one_answer_that_is_no_error_and_runs_nothing_undecided(
+        asked in question(),
+        mode in prop_oneof![Just("bypassPermissions"), Just("default"), Just("acceptEdits"), Just("plan"), Just("dontAsk")],
+        hooked in any::<bool>(),
+        answer in prop_oneof![
+            Just(crate::policy::judge::HookAnswer::Pass(None)),
+            Just(crate::policy::judge::HookAnswer::Deny("no".into())),
+            Just(crate::policy::judge::HookAnswer::Failed("no".into())),
+        ],
+    ) {
+        let rules = if hooked { HOOKED } else { "" };
+        let mut session = ruled(rules, &json!({ "prompt": "x", "permission_mode": mode }).to_string());
+        let mut steps = session.on_line(asked.to_string().as_bytes());
+        let passes = answer == crate::policy::judge::HookAnswer::Pass(None);
+        let waits = matches!(&steps[..], [Step::Find(_)]);
+        if waits {
+            // Nothing leaves before the hook's word.
+            let What::Hook { id, .. } = errand(&steps).what.clone() else { panic!("a hook") };
+            steps = session.on_found("q", Finding::Hook(id, answer));
+        }
+        let answers = sent(&steps);
+        prop_assert_eq!(answers.len(), 1, "{:?}", steps);
+        prop_assert_eq!(&answers[0]["response"]["request_id"], &json!("q"));
+        prop_assert_eq!(&answers[0]["response"]["subtype"], &json!("success"), "an error lets the tool run");
+        let request = &asked["request"];
+        let hook = request["subtype"] == "hook_callback";
+        if request["callback_id"] == options::AFTER_CALLBACK && hook {
+            return Ok(());
+        }
+        let decisions: Vec<_> = steps
+            .iter()
+            .filter_map(|s| if let Step::Event(Body::Tool { decision, .. }) = s { Some(*decision) } else { None })
+            .collect();
+        prop_assert_eq!(decisions.len(), 1, "one decision, and before the answer: {:?}", steps);
+        prop_assert!(matches!(steps[0], Step::Event(_)));
+        let denied = decisions[0] == crate::event::Decision::Deny;
+        prop_assert_eq!(lets_it_run(hook, &answers[0]), !denied, "{:?}", answers[0]);
+        let (tool, input) = if hook {
+            (&request["input"]["tool_name"], &request["input"]["tool_input"])
+        } else {
+            (&request["tool_name"], &request["input"])
+        };
+        let readable = tool.as_str().is_some_and(|name| !name.is_empty()) && input.is_object();
+        if !readable || (waits && !passes) || (!hook && mode != "bypassPermissions") {
+            prop_assert!(denied, "{:?}", answers[0]);
+        }
+    }
 }

@@ -52,7 +52,8 @@ impl fmt::Debug for CellRow {
     }
 }
 
-const COLUMNS: &str = "cell, job, attempt, container, ctl_key, token, cell_uid, created_boot_ms, gone_ms, runtime";
+const COLUMNS: &str =
+    "cell, job, attempt, container, ctl_key, token, cell_uid, created_boot_ms, gone_ms, runtime";
 
 impl Store {
     /// Stores a cell that is about to be made; on the disk before it returns.
@@ -61,7 +62,8 @@ impl Store {
     /// [`StoreError::Sqlite`] where the id was used before or there is no such job, [`StoreError::Full`].
     pub async fn put_cell(&self, cell: CellRow) -> Result<(), StoreError> {
         self.write(Durability::Now, move |db| {
-            let sql = format!("INSERT INTO cells ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)");
+            let sql =
+                format!("INSERT INTO cells ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)");
             db.prepare_cached(&sql)?.execute(params![
                 cell.cell.as_str(),
                 cell.job.as_str(),

@@ -13,7 +13,7 @@ use super::row::{Int, int, json, maybe_int, parsed, text};
 use super::writer::Durability;
 use super::{Store, StoreError};
 use crate::event::Totals;
-use crate::job::{Identity, Input, JobId, Outcome, State, StopReason};
+use crate::job::{Carry, Identity, Input, JobId, Outcome, State, StopReason};
 use crate::policy::output::RESULT_BYTES_CEILING;
 
 /// Most rows of one [`Page`].
@@ -80,7 +80,7 @@ pub struct JobRow {
     pub labels: BTreeMap<String, String>,
     /// Submitted, wall clock in milliseconds.
     pub created_ms: u64,
-    /// Admitted.
+    /// Admitted for the first time.
     pub started_ms: Option<u64>,
     /// Over.
     pub ended_ms: Option<u64>,
@@ -99,6 +99,8 @@ pub struct Job {
     pub plan_json: String,
     /// The agent's final answer, at most [`RESULT_BYTES_MAX`] bytes.
     pub result_text: Option<String>,
+    /// What earlier attempts left it.
+    pub carry: Carry,
 }
 
 /// A job that is not over, as the scheduler needs it.
@@ -112,6 +114,8 @@ pub struct OpenJob {
     pub priority: i8,
     /// Where it stands.
     pub state: State,
+    /// The provider that its plan names; none for the daemon's default.
+    pub provider: Option<String>,
 }
 
 /// Where a page ended: give it to the next call. Stays good when rows come and go.
@@ -197,14 +201,19 @@ impl Store {
     pub async fn job(&self, id: &JobId) -> Result<Option<Job>, StoreError> {
         let id = id.clone();
         self.read(move |db| {
-            let sql =
-                format!("SELECT {ROW_COLUMNS}, spec_json, plan_json, result_text FROM jobs WHERE id = ?1");
+            let sql = format!(
+                "SELECT {ROW_COLUMNS}, spec_json, plan_json, result_text, carry_json FROM jobs WHERE id = ?1"
+            );
             let row = db.prepare_cached(&sql)?.query_row([id.as_str()], |row| {
                 Ok(Job {
                     row: job_row(row)?,
                     spec_json: row.get(15)?,
                     plan_json: row.get(16)?,
                     result_text: row.get(17)?,
+                    carry: match row.get_ref(18)?.data_type() {
+                        Type::Null => Carry::default(),
+                        _ => json(row, 18)?,
+                    },
                 })
             });
             Ok(row.optional()?)
@@ -226,12 +235,15 @@ impl Store {
     /// Those of SQLite.
     pub async fn open_jobs(&self) -> Result<Vec<OpenJob>, StoreError> {
         self.read(|db| {
-            let sql = "SELECT id, uid, priority, state_json FROM jobs WHERE state IN \
-                       ('queued', 'preparing', 'running', 'stopping', 'collecting') ORDER BY n";
+            let sql = "SELECT id, uid, priority, state_json, \
+                       CASE WHEN json_valid(plan_json) THEN plan_json ->> '$.plan.provider' END \
+                       FROM jobs WHERE state IN ('queued', 'preparing', 'running', 'stopping', 'parking', \
+                       'parked', 'collecting') ORDER BY n";
             let mut statement = db.prepare_cached(sql)?;
             let rows = statement.query_map([], |row| {
                 let (uid, priority) = (row.get(1)?, row.get(2)?);
-                Ok(OpenJob { id: parsed(row, 0)?, uid, priority, state: json(row, 3)? })
+                let (state, provider) = (json(row, 3)?, row.get(4)?);
+                Ok(OpenJob { id: parsed(row, 0)?, uid, priority, state, provider })
             })?;
             Ok(rows.collect::<Result<_, _>>()?)
         })
@@ -254,8 +266,13 @@ impl Store {
     ) -> Result<State, StoreError> {
         let (job, expected, input) = (job.clone(), expected.clone(), input.clone());
         let durability = match input {
-            Input::Finish(_) | Input::Stop(_) => Durability::Now,
-            Input::Admit | Input::Requeue | Input::Booted | Input::CellEnded => Durability::Soon,
+            Input::Finish(_) | Input::Stop(_) | Input::Park(_) => Durability::Now,
+            Input::Admit
+            | Input::Requeue
+            | Input::Booted
+            | Input::Shelved
+            | Input::Unpark
+            | Input::CellEnded => Durability::Soon,
         };
         self.write(durability, move |db| {
             let actual = state_of(db, &job)?;
@@ -264,6 +281,33 @@ impl Store {
             }
             let next = actual.next(&input)?;
             put_state(db, &job, &next, seq, &input, now_ms)?;
+            Ok(next)
+        })
+        .await
+    }
+
+    /// Parks a job whose cell is gone, with what its next attempt takes over; on the disk before it returns.
+    ///
+    /// # Errors
+    /// Those of [`Store::transition`].
+    pub async fn shelve(
+        &self,
+        job: &JobId,
+        expected: &State,
+        carry: Carry,
+        seq: u64,
+        now_ms: u64,
+    ) -> Result<State, StoreError> {
+        let (job, expected) = (job.clone(), expected.clone());
+        self.write(Durability::Now, move |db| {
+            let actual = state_of(db, &job)?;
+            if actual != expected {
+                return Err(StoreError::Conflict { actual: Box::new(actual) });
+            }
+            let next = actual.next(&Input::Shelved)?;
+            put_state(db, &job, &next, Some(seq), &Input::Shelved, now_ms)?;
+            db.prepare_cached("UPDATE jobs SET carry_json = ?2 WHERE id = ?1")?
+                .execute(params![job.as_str(), text(&carry)?])?;
             Ok(next)
         })
         .await
@@ -505,8 +549,11 @@ fn put_state(
 ) -> Result<(), StoreError> {
     let started_ms = matches!(input, Input::Admit).then_some(now_ms);
     let ended_ms = state.is_done().then_some(now_ms);
+    // The next cell is another try.
+    let tried = u32::from(matches!(input, Input::Requeue | Input::Shelved));
     let sql = "UPDATE jobs SET state = ?2, state_json = ?3, state_seq = ?4, \
-               started_ms = coalesce(?5, started_ms), ended_ms = ?6, outcome = ?7 WHERE id = ?1";
+               started_ms = coalesce(started_ms, ?5), ended_ms = ?6, outcome = ?7, attempt = attempt + ?8 \
+               WHERE id = ?1";
     db.prepare_cached(sql)?.execute(params![
         job.as_str(),
         state.name(),
@@ -515,6 +562,7 @@ fn put_state(
         started_ms.map(Int),
         ended_ms.map(Int),
         state.outcome().map(Outcome::label),
+        tried,
     ])?;
     Ok(())
 }

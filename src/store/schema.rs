@@ -20,7 +20,7 @@ const BUSY_TIMEOUT_MS: u64 = 5_000;
 const CHECK_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// Step `n` takes a file from schema `n` to `n + 1`.
-const MIGRATIONS: [&str; 3] = [JOBS, include_str!("schema/money.sql"), RUNTIME];
+const MIGRATIONS: [&str; 4] = [JOBS, include_str!("schema/money.sql"), RUNTIME, PARKING];
 
 /// What isolated the cell; none of a cell in which a runtime was only tried out.
 const RUNTIME: &str = "ALTER TABLE cells ADD COLUMN runtime TEXT;";
@@ -104,6 +104,9 @@ CREATE TABLE model_costs (
     cache_write_5m INTEGER NOT NULL, cache_write_1h INTEGER NOT NULL
 ) WITHOUT ROWID;
 ";
+
+/// What a parked job carries over to its next attempt.
+const PARKING: &str = "ALTER TABLE jobs ADD COLUMN carry_json TEXT;";
 
 /// Makes the state directory, for its owner only.
 pub(super) fn make_state_dir(state_dir: &Path) -> Result<(), StoreError> {

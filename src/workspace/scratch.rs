@@ -1,6 +1,7 @@
 //! A cell's scratch space: its HOME and /tmp on disk, in a file system of their own with a hard limit on
 //! bytes and inodes. Must never take more from the host's disk than the limit, never be made when the
-//! host is nearly full, and never be called removed before the loop device is seen to be free.
+//! host is nearly full, and never be called removed before the loop device is seen to be free. The image of
+//! a parked job is kept under a second name, and mounted again for its next cell.
 //!
 //! Made from a template: an empty ext4 of the right size is formatted once and its few data extents are
 //! copied into a sparse file for each cell. Where that cannot be had (not root, no loop devices, no
@@ -23,8 +24,8 @@ use super::{loopdev, remove};
 const IMAGE: &str = "scratch.img";
 const MOUNT_POINT: &str = "scratch";
 const BYTES_MIN: u64 = 16 << 20;
-const MKFS_TIME_MAX: Duration = Duration::from_secs(30);
-const MKFS_POLL: Duration = Duration::from_millis(1);
+const E2FS_TIME_MAX: Duration = Duration::from_secs(30);
+const E2FS_POLL: Duration = Duration::from_millis(1);
 /// Entries counted by `usage()` where no file system counts for us.
 const WALK_ENTRIES_MAX: u64 = 500_000;
 const WALK_DEPTH_MAX: usize = 64;
@@ -169,6 +170,83 @@ impl Scratch {
         Ok(Some(Self { dir: dir.to_owned(), fallback }))
     }
 
+    /// Mounts the image that [`Scratch::keep`] put away as `kept` as the scratch space of the cell in `dir`. The
+    /// kept image stays in its place, whatever becomes of the cell. None where there is no such image, or this
+    /// host cannot mount it. Blocks; some 10 ms.
+    ///
+    /// # Errors
+    /// See [`ScratchError`]; nothing is left over, except after `Exists`.
+    pub fn restore(dir: &Path, kept: &Path, plan: &ScratchPlan) -> Result<Option<Self>, ScratchError> {
+        if !kept.is_file() || !rustix::process::geteuid().is_root() {
+            return Ok(None);
+        }
+        host_has_room(dir, plan)?;
+        if dir.join(IMAGE).exists() || dir.join(MOUNT_POINT).exists() {
+            return Err(ScratchError::Exists { dir: dir.to_owned() });
+        }
+        rustix::fs::mkdir(dir.join(MOUNT_POINT), Mode::RWXU | Mode::XGRP | Mode::XOTH)
+            .map_err(io_at("make", &dir.join(MOUNT_POINT)))?;
+        let scratch = Self { dir: dir.to_owned(), fallback: None };
+        let error = match scratch.mount_kept(kept) {
+            Ok(()) if scratch.home().is_dir() && scratch.tmp().is_dir() => return Ok(Some(scratch)),
+            Ok(()) => io_at("find the directories of", kept)(io::Error::from(io::ErrorKind::NotFound)),
+            Err(Failure::Broken(error)) => error,
+            Err(Failure::Unsupported(why)) => {
+                tracing::warn!(kept = %kept.display(), why, "a kept scratch space cannot be mounted here");
+                cleaned_up(scratch);
+                return Ok(None);
+            }
+        };
+        cleaned_up(scratch);
+        Err(error)
+    }
+
+    fn mount_kept(&self, kept: &Path) -> Result<(), Failure> {
+        check_image(kept)?;
+        let path = self.dir.join(IMAGE);
+        // A second name: what sweeps the cell's directory takes the cell's name only.
+        let broken = |errno| Failure::Broken(io_at("link", &path)(errno));
+        rustix::fs::linkat(CWD, kept, CWD, &path, AtFlags::empty()).map_err(broken)?;
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let image = rustix::fs::openat(CWD, &path, flags, Mode::empty());
+        attach_and_mount(&self.dir, &image.map_err(|errno| Failure::Broken(io_at("open", &path)(errno)))?)
+    }
+
+    /// Puts the scratch space of a cell, whose processes are gone, away as the file `kept` (in a directory of the
+    /// daemon's own, on the same file system) and unmounts it. False where there is no image to keep: it was a plain
+    /// directory. Can be called again after it failed, or after its caller died. The sweep of the cell's directory
+    /// leaves `kept` alone. Blocks until what the cell wrote is on the disk.
+    ///
+    /// # Errors
+    /// [`ScratchError::StillHeld`] while a process still holds it, [`ScratchError::Io`].
+    pub fn keep(dir: &Path, kept: &Path) -> Result<bool, ScratchError> {
+        let (image, root) = (dir.join(IMAGE), dir.join(MOUNT_POINT));
+        if !image.is_file() {
+            return Ok(kept.is_file());
+        }
+        let held = |what| ScratchError::StillHeld { dir: dir.to_owned(), what };
+        // Not dropped but written: somebody goes on with it.
+        mounts::unmount(&root).map_err(|_| held("mount"))?;
+        if !loopdev::detached_below(&image).map_err(io_at("look for loop devices of", &root))? {
+            return Err(held("loop device"));
+        }
+        let written = std::fs::File::open(&image).and_then(|file| file.sync_all());
+        written.map_err(io_at("write", &image))?;
+        let same = |a: &Path, b: &Path| {
+            let of = |p: &Path| rustix::fs::lstat(p).map(|s| (s.st_dev, s.st_ino)).ok();
+            of(a).is_some() && of(a) == of(b)
+        };
+        if !same(&image, kept) {
+            remove_kept(kept)?;
+            rustix::fs::linkat(CWD, &image, CWD, kept, AtFlags::empty()).map_err(io_at("keep", kept))?;
+        }
+        if let Some(parent) = kept.parent() {
+            let synced = std::fs::File::open(parent).and_then(|dir| dir.sync_all());
+            synced.map_err(io_at("write", parent))?;
+        }
+        Ok(true)
+    }
+
     /// What to bind as the cell's HOME.
     pub fn home(&self) -> PathBuf {
         self.root().join("home")
@@ -255,6 +333,17 @@ impl Scratch {
     }
 }
 
+/// Removes a kept image; one that is not there is fine. While a cell uses it the cell's own name of it stays.
+///
+/// # Errors
+/// [`ScratchError::Io`].
+pub fn remove_kept(kept: &Path) -> Result<(), ScratchError> {
+    match rustix::fs::unlink(kept) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(io_at("remove", kept)(errno)),
+    }
+}
+
 fn cleaned_up(scratch: Scratch) {
     if let Err(error) = scratch.destroy() {
         tracing::warn!(%error, "a scratch space that could not be made could not be removed either");
@@ -295,27 +384,31 @@ fn mount_image(dir: &Path, plan: &ScratchPlan) -> Result<(), Failure> {
     let path = dir.join(IMAGE);
     let image = copy_sparse(&template, &path, plan.bytes_max)
         .map_err(|e| Failure::Broken(io_at("make", &path)(e)))?;
-    let device = match loopdev::attach(image.as_fd()) {
-        Ok(device) => device,
-        Err(error) => {
-            rustix::fs::unlink(&path).map_err(|e| Failure::Broken(io_at("remove", &path)(e)))?;
-            return Err(Failure::Unsupported(format!("no loop device: {error}")));
-        }
-    };
+    let mounted = attach_and_mount(dir, &image);
+    if mounted.is_err() {
+        // Should the template be the reason (a torn write), the next scratch starts from a fresh one.
+        let _ = rustix::fs::unlink(&template);
+    }
+    if matches!(mounted, Err(Failure::Unsupported(_))) {
+        rustix::fs::unlink(&path).map_err(|e| Failure::Broken(io_at("remove", &path)(e)))?;
+    }
+    mounted
+}
+
+fn attach_and_mount(dir: &Path, image: &OwnedFd) -> Result<(), Failure> {
+    let device = loopdev::attach(image.as_fd())
+        .map_err(|error| Failure::Unsupported(format!("no loop device: {error}")))?;
     let point = dir.join(MOUNT_POINT);
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
-    // noinit_itable: no background writes into the image; nobarrier: nothing here outlives the cell.
+    // noinit_itable: no background writes into the image; nobarrier: one that is kept is synced as a whole.
     let options = c"noinit_itable,nobarrier,errors=remount-ro";
-    let Err(errno) = rustix::mount::mount(&device.path, &point, c"ext4", flags, options) else {
-        return Ok(());
-    };
-    // Should the template be the reason (a torn write), the next scratch starts from a fresh one.
-    let _ = rustix::fs::unlink(&template);
-    if matches!(errno, Errno::NODEV | Errno::PERM | Errno::ACCESS) {
-        rustix::fs::unlink(&path).map_err(|e| Failure::Broken(io_at("remove", &path)(e)))?;
-        return Err(Failure::Unsupported(format!("cannot mount ext4: {errno}")));
+    match rustix::mount::mount(&device.path, &point, c"ext4", flags, options) {
+        Ok(()) => Ok(()),
+        Err(errno @ (Errno::NODEV | Errno::PERM | Errno::ACCESS)) => {
+            Err(Failure::Unsupported(format!("cannot mount ext4: {errno}")))
+        }
+        Err(errno) => Err(Failure::Broken(io_at("mount", &point)(errno))),
     }
-    Err(Failure::Broken(io_at("mount", &point)(errno)))
 }
 
 /// The formatted template of this size, made if it is missing.
@@ -327,7 +420,7 @@ fn template(plan: &ScratchPlan) -> Result<PathBuf, Failure> {
     }
     let broken = |doing, at: &Path, e: io::Error| Failure::Broken(io_at(doing, at)(e));
     std::fs::create_dir_all(dir).map_err(|e| broken("make", dir, e))?;
-    let Some(mkfs) = mkfs_program() else {
+    let Some(mkfs) = program("mkfs.ext4") else {
         return Err(Failure::Unsupported("no mkfs.ext4 (package e2fsprogs)".to_owned()));
     };
     let file = tempfile::NamedTempFile::new_in(dir).map_err(|e| broken("make a file in", dir, e))?;
@@ -339,43 +432,58 @@ fn template(plan: &ScratchPlan) -> Result<PathBuf, Failure> {
     Ok(path)
 }
 
-fn mkfs_program() -> Option<PathBuf> {
+fn program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let usual = ["/sbin", "/usr/sbin"].map(PathBuf::from);
-    std::env::split_paths(&path).chain(usual).map(|d| d.join("mkfs.ext4")).find(|p| p.is_file())
+    std::env::split_paths(&path).chain(usual).map(|d| d.join(name)).find(|p| p.is_file())
 }
 
 fn format_image(mkfs: &Path, image: &Path, inodes: u64) -> Result<(), Failure> {
-    let failed = |e: io::Error| Failure::Broken(io_at("format", image)(e));
-    let mut child = Command::new(mkfs)
+    let mut command = Command::new(mkfs);
+    command
         .args(["-q", "-F", "-b", "4096", "-I", "256", "-m", "0", "-N", &inodes.to_string()])
-        // No journal: a scratch space is never recovered. Few superblock copies: fewer extents to copy.
+        // No journal: a kept scratch is checked instead. Few superblock copies: fewer extents to copy.
         .args(["-O", "^has_journal,^resize_inode,sparse_super2"])
         .args(["-E", "lazy_itable_init=1,nodiscard,num_backup_sb=0"])
-        .arg(image)
-        .env_clear()
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(failed)?;
-    let end = Instant::now() + MKFS_TIME_MAX;
-    let status = loop {
-        if let Some(status) = child.try_wait().map_err(failed)? {
-            break status;
-        }
-        if Instant::now() >= end {
-            child.kill().map_err(failed)?;
-            child.wait().map_err(failed)?;
-            return Err(failed(io::Error::from(io::ErrorKind::TimedOut)));
-        }
-        std::thread::sleep(MKFS_POLL);
-    };
+        .arg(image);
+    let status = run(&mut command).map_err(|e| Failure::Broken(io_at("format", image)(e)))?;
     if status.success() {
         return Ok(());
     }
     // An old e2fsprogs does not know the options: fall back rather than refuse every job.
     Err(Failure::Unsupported(format!("mkfs.ext4 failed ({status})")))
+}
+
+/// Checks a kept image, and repairs what needs no decision: its host may have gone down while it was mounted.
+fn check_image(image: &Path) -> Result<(), Failure> {
+    let Some(fsck) = program("e2fsck") else {
+        return Err(Failure::Unsupported("no e2fsck (package e2fsprogs)".to_owned()));
+    };
+    let checked = run(Command::new(fsck).arg("-p").arg(image));
+    let status = checked.map_err(|e| Failure::Broken(io_at("check", image)(e)))?;
+    // 1: errors were repaired.
+    match status.code() {
+        Some(0 | 1) => Ok(()),
+        _ => Err(Failure::Unsupported(format!("its file system is damaged ({status})"))),
+    }
+}
+
+/// Runs a program of e2fsprogs, within its time limit.
+fn run(command: &mut Command) -> io::Result<std::process::ExitStatus> {
+    let command = command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn()?;
+    let end = Instant::now() + E2FS_TIME_MAX;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if Instant::now() >= end {
+            child.kill()?;
+            child.wait()?;
+            return Err(io::Error::from(io::ErrorKind::TimedOut));
+        }
+        std::thread::sleep(E2FS_POLL);
+    }
 }
 
 /// Copies the data extents of `from` (tens of kilobytes) into a new file of `bytes` bytes.
@@ -419,9 +527,13 @@ fn write_all_at(file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> io::Result<()>
 }
 
 /// Unmounts a scratch file system after telling it to drop what is not written yet: nobody will read it
-/// (with 1 GB unwritten: 35 ms instead of 500 to 4500).
+/// (with 1 GB unwritten: 35 ms instead of 500 to 4500). Except of an image that has a second name: it is kept.
 pub(super) fn unmount_image(point: &Path) -> io::Result<Unmounted> {
     let mounts = mounts::all()?;
+    let kept = rustix::fs::lstat(point.with_file_name(IMAGE)).is_ok_and(|stat| stat.st_nlink > 1);
+    if kept {
+        return mounts::unmount(point);
+    }
     if mounts.iter().any(|m| m.point == point && m.fs_type == "ext4") && point.ends_with(MOUNT_POINT) {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         if let Ok(fd) = rustix::fs::openat(CWD, point, flags, Mode::empty()) {

@@ -90,7 +90,11 @@ fn a_spec_that_cannot_be_accepted_names_its_key() {
             case(json!({ "env": { "A-B": "1" } }), &["env.A-B"], "invalid_spec"),
             case(json!({ "model": "--model" }), &["model"], "invalid_spec"),
             case(json!({ "permission_mode": "auto" }), &["auto", "bypassPermissions"], "invalid_spec"),
-            case(json!({ "policy": "nope" }), &["policy", "\"nope\"", "default, trusted"], "unknown_policy"),
+            case(
+                json!({ "policy": "nope" }),
+                &["policy", "\"nope\"", "default, refactor, review, trusted, untrusted"],
+                "unknown_policy",
+            ),
             case(
                 json!({ "limits": { "cost_usd": 2 } }),
                 &["limits.cost_usd", "2", "at most 1", "default"],
@@ -103,7 +107,11 @@ fn a_spec_that_cannot_be_accepted_names_its_key() {
             ),
             case(json!({ "model": "gpt-9" }), &["model", "gpt-9", "claude-*"], "above_policy"),
             case(json!({ "image": "debian" }), &["image", "debian", "hotcell/cell*"], "above_policy"),
-            case(json!({ "tools": ["Read", "WebFetch"] }), &["tools[1]", "WebFetch"], "above_policy"),
+            case(
+                json!({ "policy": "review", "tools": ["Read", "Bash"] }),
+                &["tools[1]", "Bash"],
+                "above_policy",
+            ),
             case(
                 json!({ "policy": "trusted", "env": { "LD_PRELOAD": "/x" } }),
                 &["env.LD_PRELOAD"],

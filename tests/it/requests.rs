@@ -114,7 +114,7 @@ text = "found"
 "#;
     let mut world = World::without_daemon(script, "");
     let text = include_str!("../../policies/default.toml");
-    let text = text.replace("deny = [\"WebFetch\", \"WebSearch\"]", "deny = [\"WebFetch\"]");
+    let text = text.replace("deny = []", "deny = [\"WebFetch\"]");
     std::fs::create_dir(world.path("policies")).unwrap();
     let search = format!("{text}\n[requests]\nserver_tools = [\"web_search\"]\nweb_search_uses_max = 2\n");
     std::fs::write(world.path("policies/search.toml"), search).unwrap();

@@ -369,6 +369,7 @@ fn config(dir: &Path, slots: u32) -> Config {
     let (policy, model, image) = ("trusted".into(), "claude-sonnet-4-6".into(), "some/image".into());
     let (base_url, api_key) = ("http://127.0.0.1:9".into(), ApiKeySource::File(dir.join("key")));
     Config {
+        network: Default::default(),
         file: None,
         state_dir: dir.join("state"),
         socket: dir.join("s"),

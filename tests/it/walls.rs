@@ -6,7 +6,6 @@ mod cli;
 mod inside;
 pub(crate) mod key;
 mod limits;
-mod modes;
 mod repo;
 mod sockets;
 
@@ -93,13 +92,13 @@ fn agents(world: &World) -> PathBuf {
     copy
 }
 
-fn zoo(name: &str) -> PathBuf {
+pub(crate) fn zoo(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/zoo").join(name)
 }
 
 /// Copies files and directories. A name that begins with `dot.` gets its dot: what is kept in this repository
 /// must not act in it.
-fn copy_tree(from: &Path, to: &Path) {
+pub(crate) fn copy_tree(from: &Path, to: &Path) {
     std::fs::create_dir(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap().flatten() {
         let name = entry.file_name().into_string().unwrap();

@@ -208,6 +208,8 @@ impl World {
         let cells: Vec<_> =
             std::fs::read_dir(state.join("cells")).unwrap().flatten().map(|e| e.path()).collect();
         assert!(cells.is_empty(), "cells are left: {cells:?}");
+        let kept: Vec<_> = std::fs::read_dir(state.join("kept")).into_iter().flatten().flatten().collect();
+        assert!(kept.is_empty(), "kept scratch spaces are left: {kept:?}");
     }
 
     fn remove_containers(&self) {

@@ -14,6 +14,7 @@ use super::super::serve::ConfigFlags;
 use crate::config::{Config, policy_sources, read_policy_text};
 use crate::job::JobSpec;
 use crate::money::MicroUsd;
+use crate::policy::egress::{Terms, decide_url};
 use crate::policy::judge::{Call, Findings, Judgement, Need, Step, judge_traced};
 use crate::policy::{Ask, Defaults, Narrowing, Plan, Policy, decide, narrow};
 use crate::workspace::View;
@@ -32,7 +33,7 @@ pub(super) struct CheckArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(group = clap::ArgGroup::new("question").required(true).args(["tool", "model", "cost"]))]
+#[command(group = clap::ArgGroup::new("question").required(true).args(["tool", "url", "model", "cost"]))]
 pub(super) struct ExplainArgs {
     /// The policy [default: the daemon's]
     #[arg(short, long, value_name = "NAME", conflicts_with = "file")]
@@ -49,6 +50,12 @@ pub(super) struct ExplainArgs {
     /// With --tool: its input
     #[arg(long, value_name = "JSON", requires = "tool", default_value = "{}")]
     input: String,
+    /// May a cell reach this URL?
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+    /// With --url: the method, which counts for hosts that are looked into
+    #[arg(long, value_name = "NAME", requires = "url", default_value = "GET")]
+    method: String,
     /// May this model be asked?
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
@@ -173,11 +180,31 @@ fn answer(
             Err(denial) => plain(false, denial.rule, Some(denial.reason)),
         });
     }
+    if let Some(url) = &args.url {
+        let decided = decide_url(&plan.layers, &args.method, url).map_err(CliError::usage)?;
+        return Ok(match decided {
+            Ok(terms) => plain(true, terms.permit.rule().to_owned(), Some(terms_in_words(&terms))),
+            Err(denial) => plain(false, denial.rule, Some(denial.reason)),
+        });
+    }
     let tool = args.tool.as_deref().unwrap_or_default();
     let input: Value = serde_json::from_str(&args.input).ok().filter(Value::is_object).ok_or_else(|| {
         CliError::usage("--input is no JSON object such as '{\"command\":\"ls\"}'".to_owned())
     })?;
     Ok(tool_answer(&plan, tool, &input))
+}
+
+fn terms_in_words(terms: &Terms) -> String {
+    let looked_into =
+        if terms.inspect { "its requests are looked into" } else { "TLS passes through as it is" };
+    let credential = terms.credential.as_ref().map(|name| format!(", with the credential {name}"));
+    format!(
+        "{looked_into}{}; at most {} bytes up, {} bytes down and {} connections",
+        credential.unwrap_or_default(),
+        terms.bytes_up_max,
+        terms.bytes_down_max,
+        terms.connections_max
+    )
 }
 
 /// Judges a tool call with what can be known without a cell: paths as they are written, no hook is run.

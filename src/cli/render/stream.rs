@@ -154,6 +154,7 @@ impl StreamView {
             }
             Body::Tool { decision: Decision::Allow, .. }
             | Body::Egress { decision: Decision::Allow | Decision::Rewrite, .. }
+            | Body::Attempt { .. }
             | Body::Frame { .. }
             | Body::Sent { .. }
             | Body::Request { .. }
@@ -164,6 +165,9 @@ impl StreamView {
 
     fn state(&mut self, state: &State) -> Text {
         self.state = state.name().to_owned();
+        if let State::Parked { parked } = state {
+            return self.remark(Style::Warn, &format!("‖ {}; it goes on by itself", words::parked(parked)));
+        }
         let worth_a_line = matches!(state, State::Queued | State::Preparing | State::Running);
         if self.states && worth_a_line {
             return self.remark(Style::Dim, &format!("· {}", self.state));

@@ -46,6 +46,8 @@ fn standing(state: &State) -> (Style, String) {
         State::Queued => (Style::Dim, "queued".into()),
         State::Preparing | State::Collecting { .. } => (Style::Plain, state.name().into()),
         State::Running => (Style::Bold, "running".into()),
+        State::Parking { parked } => (Style::Warn, format!("parking ({})", parked.why.as_str())),
+        State::Parked { parked } => (Style::Warn, format!("parked ({})", parked.why.as_str())),
         State::Stopping { reason } => (Style::Warn, format!("stopping ({})", reason.as_str())),
         State::Done(Outcome::Succeeded) => (Style::Good, "succeeded".into()),
         State::Done(Outcome::Failed(f)) => (Style::Bad, format!("failed ({})", f.reason.as_str())),
@@ -103,6 +105,9 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
         text.safe.push_str(line.as_str());
     };
     row("state", &standing(&job.state).1);
+    if let State::Parking { parked } | State::Parked { parked } = &job.state {
+        row("", &format!("{}; hotcell unpark lets it go on now", words::parked(parked)));
+    }
     row("policy", &job.policy);
     row("model", &job.model);
     row("image", &job.image);

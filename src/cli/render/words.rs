@@ -1,7 +1,7 @@
 //! Figures and advice in words: durations, money, sizes, and what to do about each way a job can end. Pure.
 
 use crate::job::spec::Runtime;
-use crate::job::{Blame, FailReason, Outcome, StopReason};
+use crate::job::{Blame, FailReason, Outcome, ParkReason, Parked, StopReason};
 use crate::money::MicroUsd;
 
 /// A duration: `0.4 s`, `42.1 s`, `3m 05s`, `1h 02m`.
@@ -86,6 +86,17 @@ pub(crate) fn stop(reason: StopReason) -> &'static str {
         StopReason::Turns => "its turn limit",
         StopReason::Drain => "the daemon was told to stop",
     }
+}
+
+/// Until when a job is parked, and what for.
+pub(crate) fn parked(parked: &Parked) -> String {
+    let why = match parked.why {
+        ParkReason::ProviderLimit => "the provider limits its credential",
+        ParkReason::UserDayBudget => "its user's budget of the day has no room",
+        ParkReason::DayBudget => "the budget of the day has no room",
+        ParkReason::MonthBudget => "the budget of the month has no room",
+    };
+    format!("parked until {} because {why}", crate::clock::rfc3339(parked.until_ms))
 }
 
 /// What to do about an end, where there is something; `job` is the id.

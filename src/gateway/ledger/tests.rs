@@ -69,7 +69,9 @@ impl World {
         std::fs::write(&key, "canary").unwrap();
         let config = config(&base_url, CredentialSource::File(key));
         let prices = Arc::new(Prices::built_in().unwrap());
-        let gateway = Gateway::open(config, prices, Limits::default()).await.unwrap();
+        let gateway = Gateway::open(config, prices, Limits::default(), &crate::gateway::Reach::default())
+            .await
+            .unwrap();
         let store = Store::open(dir.path().join("state")).await.unwrap();
         for n in 0..4 {
             store.submit(new_job(n, 1000 + (n / 2) as u32)).await.unwrap();
@@ -90,6 +92,7 @@ impl World {
                 identity: me(),
                 plan: self.plan.clone(),
                 budgets: caps.of_job(Some(MicroUsd(5_000_000)), None, None),
+                egress: None,
                 output_tokens_max: None,
                 run_dir,
                 socket_owner: None,

@@ -207,7 +207,7 @@ async fn only_the_list_of_its_kind_passes() {
     .collect();
     let methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"];
     for kind in ProviderKind::ALL {
-        let provider = Provider::open(spec_at_home(kind), Pacer::new()).unwrap();
+        let provider = Provider::open(spec_at_home(kind), Pacer::new(), &Reach::default()).unwrap();
         let mut passed = Vec::new();
         for (method, path) in methods.iter().flat_map(|m| paths.iter().map(move |p| (*m, p))) {
             let (method, uri) =
@@ -402,7 +402,9 @@ fn a_provider_that_lacks_something_is_named() {
     let open = |change: &dyn Fn(&mut ProviderSpec)| {
         let mut spec = spec_at_home(ProviderKind::Vertex);
         change(&mut spec);
-        Provider::open(spec, Pacer::new()).map(|p| p.upstream.uri("/x").unwrap().to_string()).map_err(|e| e.to_string())
+        Provider::open(spec, Pacer::new(), &Reach::default())
+            .map(|p| p.upstream.uri("/x").unwrap().to_string())
+            .map_err(|e| e.to_string())
     };
     assert!(open(&|s| s.project = None).unwrap_err().contains("project"));
     assert!(open(&|s| s.region = Some("a/b".into())).unwrap_err().contains("single words"));

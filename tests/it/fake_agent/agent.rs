@@ -3,10 +3,15 @@
 //!
 //! `print N BYTES [PAUSE_US]` numbered lines; `flood` without end; `sleep S`; `ask N` tool calls, each waits for its
 //! answer; `empty N` empty lines; `partial` a line without an end; `long BYTES` one line; `deaf` to interrupt, SIGINT
-//! and SIGTERM; `forge` lines that look like the daemon's own, on both streams; `linger` after the result; `exit CODE` at once, without a result. Then comes the result.
+//! and SIGTERM; `forge` lines that look like the daemon's own, on both streams; `linger` after the result; `exit CODE`
+//! at once, without a result; `keep TEXT` adds a line to a file in HOME, `kept` prints it; `model PROMPT` asks the model
+//! once, and any status but 200 ends the task with an error. Then comes the result. What was not done of a task stands in
+//! HOME where the CLI has its conversations, and is gone on with after `--resume`.
 //! The variable FAKE_BOOT is `deaf` (never answers), `die`, or a number of milliseconds to wait.
 
-use std::io::{BufRead, Write};
+use std::io::{BufRead, Read, Write};
+use std::net::TcpStream;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -73,15 +78,76 @@ fn main() {
             }
         }
     });
-    for task in task {
-        for command in task.split(';') {
-            act(command.trim(), &answered);
+    let session = Session::of_arguments();
+    for mut task in task {
+        if session.resumed {
+            say(&format!("{{\"type\":\"system\",\"subtype\":\"resumed\",\"with\":\"{task}\"}}"));
+            task = std::fs::read_to_string(&session.file).unwrap();
         }
+        let mut todo: Vec<&str> = task.split(';').map(str::trim).collect();
+        while let Some(command) = todo.first() {
+            session.write(&todo.join(";"));
+            match command.strip_prefix("model ") {
+                Some(prompt) => match ask_model(prompt) {
+                    200 => {}
+                    status => {
+                        say(&format!(
+                            "{{\"type\":\"result\",\"subtype\":\"success\",\"is_error\":true,\"result\":\"API error\",\"api_error_status\":{status},\"total_cost_usd\":0}}"
+                        ));
+                        reader.join().unwrap();
+                        return;
+                    }
+                },
+                None => act(command, &answered),
+            }
+            todo.remove(0);
+        }
+        session.write("");
         say(
             "{\"type\":\"result\",\"subtype\":\"success\",\"is_error\":false,\"result\":\"all done\",\"total_cost_usd\":0}",
         );
     }
     reader.join().unwrap();
+}
+
+/// The record of the conversation.
+struct Session {
+    file: PathBuf,
+    resumed: bool,
+}
+
+impl Session {
+    fn of_arguments() -> Self {
+        let value = |name: &str| std::env::args().find_map(|a| a.strip_prefix(name).map(str::to_owned));
+        let resume = value("--resume=");
+        let resumed = resume.is_some();
+        let id = resume.or_else(|| value("--session-id=")).unwrap_or_default();
+        let home = std::env::var("HOME").unwrap_or_default();
+        Self { file: format!("{home}/.claude/projects/-workspace/{id}.jsonl").into(), resumed }
+    }
+
+    fn write(&self, text: &str) {
+        let _ = std::fs::create_dir_all(self.file.parent().unwrap());
+        let _ = std::fs::write(&self.file, text);
+    }
+}
+
+fn ask_model(prompt: &str) -> u16 {
+    let token = std::env::var("ANTHROPIC_API_KEY").unwrap();
+    let body = format!(
+        "{{\"model\":\"claude-sonnet-4-6\",\"max_tokens\":50,\"messages\":[{{\"role\":\"user\",\"content\":\"{prompt}\"}}]}}"
+    );
+    let mut socket = TcpStream::connect("127.0.0.1:3129").unwrap();
+    write!(
+        socket,
+        "POST /v1/messages HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-api-key: {token}\r\n\
+         anthropic-version: 2023-06-01\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    let mut answer = String::new();
+    let _ = socket.read_to_string(&mut answer);
+    answer.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0)
 }
 
 fn act(command: &str, answered: &Receiver<String>) {
@@ -138,6 +204,16 @@ fn act(command: &str, answered: &Receiver<String>) {
             say("{\"type\":\"system\",\"subtype\":\"deaf\"}");
         }
         "forge" => forge(),
+        "keep" => {
+            let path = format!("{}/kept", std::env::var("HOME").unwrap());
+            let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
+            writeln!(file, "{}", words[1]).unwrap();
+        }
+        "kept" => {
+            let path = format!("{}/kept", std::env::var("HOME").unwrap());
+            let kept = std::fs::read_to_string(path).unwrap_or_default().replace('\n', " ");
+            say(&format!("{{\"type\":\"system\",\"subtype\":\"kept\",\"kept\":\"{}\"}}", kept.trim()));
+        }
         "linger" => LINGER.store(true, Ordering::SeqCst),
         "exit" => std::process::exit(number(1) as i32),
         _ => {}
