@@ -193,6 +193,11 @@ impl Lease {
         }
     }
 
+    /// The next event of the model's side that is there already.
+    pub fn waiting_event(&mut self) -> Option<GatewayEvent> {
+        self.events.try_recv().ok()
+    }
+
     /// Stops accepting and closes all connections, at once. Requests that were forwarded are read on (for a
     /// limited time) and settled.
     pub fn revoke(&self) {
