@@ -8,7 +8,7 @@ PREFIX ?= /usr/local
 # The engine's address, once `make engine` has found or started one.
 ENGINE  = $(shell .ci/engine address 2>/dev/null)
 
-.PHONY: help tools engine gvisor engine-stop image build init demo test test-full lint bench install clean
+.PHONY: help tools engine gvisor engine-stop image build init demo test test-full lint bench bench-tools install clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,7 +57,19 @@ lint: tools ## Format, clippy, docs, shell scripts: no warning is let through.
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --lib --locked --quiet
 	bash -n .ci/engine && bash -n .ci/tools && bash -n .ci/run && bash -n tests/demo
 
-bench: image ## Measure side by side, print ratios, write target/bench.json.
+# Made anew when the list of versions changes; half made, it is not taken for whole.
+BENCH_TOOLS = target/bench-tools
+$(BENCH_TOOLS)/peers.txt: tests/bench/peers.txt
+	rm -rf $(BENCH_TOOLS)
+	python3 -m venv $(BENCH_TOOLS)
+	$(BENCH_TOOLS)/bin/pip install --quiet --disable-pip-version-check -r $<
+	cp $< $@
+
+bench-tools: ## Install what the gateway is measured against: nginx, and mitmproxy and LiteLLM below target/.
+	@.ci/tools bench
+	@$(MAKE) --no-print-directory $(BENCH_TOOLS)/peers.txt
+
+bench: image bench-tools ## Measure side by side, print ratios, write target/bench.json.
 	HOTCELL_ENGINE=$(ENGINE) $(CARGO) bench --bench side_by_side
 
 install: build ## Install both binaries below PREFIX (default /usr/local).

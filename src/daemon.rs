@@ -9,6 +9,7 @@ use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener, UnixSocket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
@@ -70,6 +71,7 @@ pub struct Listeners {
 /// Whatever keeps the daemon from starting, in words for the person who started it.
 pub fn serve(config: Config) -> anyhow::Result<()> {
     start_log(&config.log)?;
+    raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -422,6 +424,14 @@ fn listen(path: &Path, mode: u32, group: Option<u32>) -> anyhow::Result<UnixList
     let listener = socket.listen(LISTEN_BACKLOG).with_context(failed)?;
     std::fs::rename(&fresh, path).with_context(failed)?;
     Ok(listener)
+}
+
+/// A model's answer under way is two descriptors: the usual limit of 1,024 would end at 500 answers.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// SIGTERM or SIGINT drains; the second one hurries.

@@ -8,9 +8,10 @@
 //!
 //! **What survives what.** A reply means that the transaction is committed to the write-ahead log: it
 //! survives `kill -9` always. A power loss is another matter: submits, stops, cells and outcomes are synced
-//! before the reply; all else (other transitions, reservations, settlements) is synced within
-//! [`SYNC_DELAY_MS`] after the reply. What a power loss takes is a suffix of the last commits, never a
-//! part of one.
+//! before the reply; for all else (other transitions, reservations, settlements) the sync begins within
+//! [`SYNC_DELAY_MS`] after the commit, or when the sync before has ended, where that takes longer; meanwhile no
+//! more is committed than in that time. What a power loss takes is a suffix of the last commits, never a part
+//! of one.
 //!
 //! *Invariant*: one daemon per state directory, by `flock` on `<state>/lock`, held until the last connection
 //! is closed.

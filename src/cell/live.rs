@@ -32,6 +32,8 @@ use crate::session::{AgentExit, Session, Step, Trouble, What};
 
 /// What the cell keeps of each stream until it is acknowledged, in bytes.
 pub const CELL_BUFFER_BYTES_MAX: u32 = 16 * 1024 * 1024;
+/// Events of the gateway that are journaled in one commit.
+const GATEWAY_EVENTS_MAX: usize = 32;
 /// How much of stderr's end is kept for error messages, in bytes.
 const STDERR_TAIL_BYTES: usize = 2048;
 /// Wait for the CLI to end after the task is over, before it is ended.
@@ -474,10 +476,22 @@ impl<'a> Live<'a> {
         Ok(())
     }
 
-    async fn on_gateway(&mut self, event: GatewayEvent) -> Result<(), RecordError> {
+    /// Journals an event and those that wait behind it in one commit, then acts on each.
+    async fn on_gateway(&mut self, first: GatewayEvent) -> Result<(), RecordError> {
         self.activity = Instant::now();
-        self.record.note_gateway(self.parts, &event, &mut self.trouble)?;
+        let more = std::iter::from_fn(|| self.lease.waiting_event()).take(GATEWAY_EVENTS_MAX - 1);
+        let events: Vec<GatewayEvent> = std::iter::once(first).chain(more).collect();
+        for event in &events {
+            self.record.note_gateway(self.parts, event, &mut self.trouble)?;
+        }
         self.record.commit()?;
+        for event in events {
+            self.act_on(event).await?;
+        }
+        Ok(())
+    }
+
+    async fn act_on(&mut self, event: GatewayEvent) -> Result<(), RecordError> {
         self.seen.note(&event);
         if let Some(parked) = park::parking(&event) {
             return self.park(parked).await;

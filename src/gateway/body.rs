@@ -5,6 +5,7 @@
 
 mod read;
 mod shape;
+mod tools;
 
 use std::ops::Range;
 

@@ -36,6 +36,8 @@ pub const SOCKET: &str = "api.sock";
 const EVENTS_MAX: usize = 1024;
 /// How long requests may take to settle once they were told to stop.
 const SETTLE_WAIT: Duration = Duration::from_secs(10);
+/// A connection's buffer. It grows to this with a large request and stays while the answer streams.
+const READ_BYTES_MAX: usize = 32 << 10;
 /// Bodies are counted in pieces of this many bytes.
 pub(super) const BODY_UNIT: usize = 1024;
 
@@ -191,6 +193,11 @@ impl Lease {
         }
     }
 
+    /// The next event of the model's side that is there already.
+    pub fn waiting_event(&mut self) -> Option<GatewayEvent> {
+        self.events.try_recv().ok()
+    }
+
     /// Stops accepting and closes all connections, at once. Requests that were forwarded are read on (for a
     /// limited time) and settled.
     pub fn revoke(&self) {
@@ -273,6 +280,7 @@ async fn connection(shared: Arc<Shared>, stream: UnixStream) {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(None)
+        .max_buf_size(READ_BYTES_MAX)
         .serve_connection(TokioIo::new(stream), service);
     if let Err(error) = served.await {
         tracing::debug!(%error, cell = %shared.cell, "a connection to the model ended");

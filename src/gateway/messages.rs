@@ -30,8 +30,8 @@ use crate::money::MicroUsd;
 use crate::policy::Permit;
 use crate::pricing::{Price, Usage};
 
-/// Pieces of an answer that wait for the client.
-const PIECES_MAX: usize = 16;
+/// Pieces of an answer that wait for the client; each is a buffer of the provider's connection at the most.
+const PIECES_MAX: usize = 8;
 /// The least `max_tokens` that a request is lowered to; less is not worth asking for.
 const OUTPUT_TOKENS_FLOOR: u64 = 4_096;
 /// How often a request that waits for room asks again, besides at each settlement of its own lease.
@@ -381,8 +381,7 @@ impl Call {
         turn: Option<Turn>,
     ) -> Relayed {
         // It is upstream, and not sent again.
-        self.body = Bytes::new();
-        self.body_memory = None;
+        (self.body, self.body_memory, self.headers) = (Bytes::new(), None, HeaderMap::new());
         let limits = &self.lease.gateway.limits;
         let (parts, body) = answer.into_parts();
         let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());

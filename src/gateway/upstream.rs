@@ -18,6 +18,8 @@ use super::{GatewayError, Reach};
 const CONNECT_WAIT: Duration = Duration::from_secs(10);
 /// An idle connection is kept this long: shorter than providers do, so that we close first.
 const POOL_IDLE: Duration = Duration::from_secs(50);
+/// A connection's buffer. It grows to this with answers that come in large pieces, and stays while it is open.
+const BUFFER_BYTES_MAX: usize = 32 << 10;
 
 #[derive(Debug)]
 pub(super) struct Upstream {
@@ -63,6 +65,7 @@ impl Upstream {
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(POOL_IDLE)
+            .http1_max_buf_size(BUFFER_BYTES_MAX)
             .build(connector);
         Ok(Self { client, base_url: base_url.trim_end_matches('/').to_owned() })
     }

@@ -148,7 +148,8 @@ impl Store {
     /// nothing is set aside then. [`StoreError::NoSuchJob`].
     pub async fn reserve(&self, ask: NewReservation) -> Result<Reserved, StoreError> {
         self.write(Durability::Soon, move |db| {
-            let day = ask.calendar.day(ask.now_ms, latest_day(db)?);
+            let latest = latest_day(db)?;
+            let day = ask.calendar.day(ask.now_ms, latest);
             let keys = Keys::of_job(db, &ask.job, day)?;
             let standings = keys.standings(db, &ask.budgets, &ask.calendar)?;
             let granted = money::grant(&standings, ask.want, ask.floor).map_err(|why| match why {
@@ -156,7 +157,9 @@ impl Store {
                 NoRoom::Busy(standing) => StoreError::BudgetBusy(standing),
             })?;
             let amount = granted.amount.min(money::MAX);
-            put_day(db, day)?;
+            if latest != Some(day) {
+                put_day(db, day)?;
+            }
             reserve_sums(db, &keys, amount)?;
             let sql = "INSERT INTO ledger (job, cell, model, status, reserved_micro, created_ms, day, credential, \
                        provider) VALUES (?1, ?2, ?3, 'open', ?4, ?5, ?6, ?7, ?8)";

@@ -1,11 +1,12 @@
 //! The writer's thread: takes requests in order, runs those that wait together in one transaction (each in
-//! its own savepoint), commits, syncs where one of them asks for it, and only then replies. It must never
-//! reply before the commit, and never let one request's failure take another's work along.
+//! its own savepoint), commits, and only then replies. `fdatasync` is on a thread of its own, which replies to
+//! those that asked for it: nobody else waits for the disk. It must never reply before the commit, never to who
+//! asked for a sync before the sync, and never let one request's failure take another's work along.
 
 use std::fs::File;
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -50,9 +51,13 @@ impl Writer {
         let wal_path = file.with_file_name(format!("{}-wal", super::FILE_NAME));
         let wal = File::open(&wal_path).map_err(|error| StoreError::io("open", &wal_path, &error))?;
         let (messages, inbox) = channel();
+        let syncer =
+            Syncer::start(wal).map_err(|error| StoreError::io("start the syncer of", file, &error))?;
         let body = move || {
-            let mut state = Loop { connection, wal, unsynced_since: None };
+            let mut state = Loop { connection, syncer, unsynced_since: None };
             let result = state.run(&inbox);
+            // No reply may be owed any more when the lock is let go.
+            let result = result.and(state.syncer.finish());
             drop(state.connection);
             drop(file_lock);
             result
@@ -62,7 +67,8 @@ impl Writer {
         Ok(Self { messages, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Hands in a request; `reply` is called once, on the writer's thread, after the commit.
+    /// Hands in a request; `reply` is called once, after the commit (and the sync, where it is asked
+    /// for), on a thread that must not be held up.
     pub(super) fn send<T: Send + 'static>(
         &self,
         durability: Durability,
@@ -89,7 +95,7 @@ impl Writer {
 
 struct Loop {
     connection: Connection,
-    wal: File,
+    syncer: Syncer,
     unsynced_since: Option<Instant>,
 }
 
@@ -104,9 +110,9 @@ impl Loop {
             let mut batch = Vec::new();
             match first {
                 Ok(Message::Request(durability, work)) => batch.push((durability, work)),
-                Ok(Message::Close) | Err(RecvTimeoutError::Disconnected) => return self.sync(),
+                Ok(Message::Close) | Err(RecvTimeoutError::Disconnected) => return self.last_sync(),
                 Err(RecvTimeoutError::Timeout) => {
-                    self.sync_logged();
+                    self.sync_later();
                     continue;
                 }
             }
@@ -122,11 +128,11 @@ impl Loop {
             }
             self.execute(batch);
             if closing {
-                return self.sync();
+                return self.last_sync();
             }
             // A steady stream of requests must not put the sync off for ever.
             if self.until_sync() == Some(Duration::ZERO) {
-                self.sync_logged();
+                self.sync_later();
             }
         }
     }
@@ -138,38 +144,47 @@ impl Loop {
     }
 
     fn execute(&mut self, batch: Vec<(Durability, Work)>) {
-        let now = batch.iter().any(|(durability, _)| *durability == Durability::Now);
         let mut replies = Vec::with_capacity(batch.len());
-        let mut committed = self.transaction(batch, &mut replies);
+        let committed = self.transaction(batch, &mut replies);
         if committed.is_ok() {
             self.unsynced_since.get_or_insert_with(Instant::now);
-            if now {
-                committed = self.sync();
+        }
+        let mut now = Vec::new();
+        for (durability, reply) in replies {
+            match (durability, &committed) {
+                (Durability::Now, Ok(())) => now.push(reply),
+                (Durability::Now, Err(_)) | (Durability::Soon, _) => reply(committed.clone()),
             }
         }
-        for reply in replies {
-            reply(committed.clone());
+        if !now.is_empty() {
+            // All that was committed before goes to the disk with it.
+            self.unsynced_since = None;
+            self.syncer.ask(SyncAsk::Now(now));
         }
     }
 
     fn transaction(
         &self,
         batch: Vec<(Durability, Work)>,
-        replies: &mut Vec<Reply>,
+        replies: &mut Vec<(Durability, Reply)>,
     ) -> Result<(), StoreError> {
         let mut failed = self.statement("BEGIN IMMEDIATE").err();
-        for (_, work) in batch {
-            if failed.is_none() {
+        // A request that is alone is undone with its transaction.
+        let alone = batch.len() == 1;
+        for (durability, work) in batch {
+            if failed.is_none() && !alone {
                 failed = self.statement("SAVEPOINT request").err();
             }
             let (result, reply) = work(failed.clone().map_or(Ok(&self.connection), Err));
-            replies.push(reply);
+            replies.push((durability, reply));
             if failed.is_some() {
                 continue;
             }
             let ended = if self.connection.is_autocommit() {
                 // SQLite rolled the whole transaction back (no space, I/O error).
                 Err(result.err().unwrap_or(StoreError::Full))
+            } else if alone {
+                result
             } else if result.is_ok() {
                 self.statement("RELEASE request")
             } else {
@@ -193,17 +208,92 @@ impl Loop {
         Ok(())
     }
 
-    fn sync(&mut self) -> Result<(), StoreError> {
+    /// Has all commits so far synced, without waiting; but where the disk has not finished the sync before, this
+    /// waits for it, so that what a power loss takes stays bounded.
+    fn sync_later(&mut self) {
         if self.unsynced_since.take().is_some() {
-            let path = Path::new("the log of the store");
-            self.wal.sync_data().map_err(|error| StoreError::io("sync", path, &error))?;
+            self.syncer.wait_for_later();
+            let (done, under_way) = sync_channel(1);
+            self.syncer.under_way = Some(under_way);
+            self.syncer.ask(SyncAsk::Later(done));
         }
-        Ok(())
     }
 
-    fn sync_logged(&mut self) {
-        if let Err(error) = self.sync() {
-            tracing::error!(%error, "committed rows may not survive a power loss");
+    /// The same, and waits for it.
+    fn last_sync(&mut self) -> Result<(), StoreError> {
+        self.syncer.wait_for_later();
+        if self.unsynced_since.take().is_none() {
+            return Ok(());
         }
+        let (done, answer) = sync_channel(1);
+        self.syncer.ask(SyncAsk::Now(vec![Box::new(move |synced| {
+            let _ = done.send(synced);
+        })]));
+        answer.recv().unwrap_or(Err(StoreError::Closed))
+    }
+}
+
+/// What the syncer is to do.
+enum SyncAsk {
+    /// Sync, then reply. No more of them wait than requests may.
+    Now(Vec<Reply>),
+    /// Sync, then let the writer know.
+    Later(SyncSender<()>),
+}
+
+/// The thread that waits for the disk. A sync covers all that was committed before it was asked for.
+struct Syncer {
+    asks: Option<Sender<SyncAsk>>,
+    thread: Option<JoinHandle<()>>,
+    /// The last [`SyncAsk::Later`]: disconnected once it is done.
+    under_way: Option<Receiver<()>>,
+}
+
+impl Syncer {
+    fn start(wal: File) -> std::io::Result<Self> {
+        let (asks, inbox) = channel::<SyncAsk>();
+        let body = move || {
+            while let Ok(first) = inbox.recv() {
+                // One sync for all that wait.
+                let waiting: Vec<SyncAsk> = std::iter::once(first).chain(inbox.try_iter()).collect();
+                let path = Path::new("the log of the store");
+                let synced = wal.sync_data().map_err(|error| StoreError::io("sync", path, &error));
+                if let Err(error) = &synced {
+                    tracing::error!(%error, "committed rows may not survive a power loss");
+                }
+                for ask in waiting {
+                    match ask {
+                        SyncAsk::Now(replies) => replies.into_iter().for_each(|reply| reply(synced.clone())),
+                        SyncAsk::Later(done) => drop(done),
+                    }
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("hotcell-sync".to_owned()).spawn(body)?;
+        Ok(Self { asks: Some(asks), thread: Some(thread), under_way: None })
+    }
+
+    fn ask(&self, sync: SyncAsk) {
+        let refused = match &self.asks {
+            Some(asks) => asks.send(sync).err().map(|refused| refused.0),
+            None => Some(sync),
+        };
+        // The thread is gone, which it never is while there is a writer.
+        if let Some(SyncAsk::Now(replies)) = refused {
+            replies.into_iter().for_each(|reply| reply(Err(StoreError::Closed)));
+        }
+    }
+
+    fn wait_for_later(&mut self) {
+        if let Some(under_way) = self.under_way.take() {
+            // Nothing is ever sent: it ends with the sync.
+            let _ = under_way.recv();
+        }
+    }
+
+    /// Ends the thread after all that it was asked for.
+    fn finish(&mut self) -> Result<(), StoreError> {
+        self.asks = None;
+        self.thread.take().map_or(Ok(()), |thread| thread.join().map_err(|_| StoreError::Closed))
     }
 }

@@ -74,7 +74,7 @@ fn largest(a: Memory, b: Memory) -> Memory {
 }
 
 /// Waits until `count` jobs are in a state.
-fn wait_for(world: &World, state: &str, count: u64, patience: Duration) -> Result<()> {
+pub(crate) fn wait_for(world: &World, state: &str, count: u64, patience: Duration) -> Result<()> {
     let until = Instant::now() + patience;
     let mut client = Client::connect(&world.socket())?;
     while Instant::now() < until {

@@ -48,6 +48,7 @@ impl FromIterator<f64> for Samples {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Bar {
     RatioAtMost(f64),
+    RatioAtLeast(f64),
     ValueAtMost(f64),
     ValueAtLeast(f64),
 }
@@ -94,6 +95,7 @@ impl Row {
     pub(crate) fn pass(&self) -> Option<bool> {
         self.bar.map(|bar| match bar {
             Bar::RatioAtMost(most) => self.ratio().is_some_and(|ratio| ratio <= most),
+            Bar::RatioAtLeast(least) => self.ratio().is_some_and(|ratio| ratio >= least),
             Bar::ValueAtMost(most) => self.value <= most,
             Bar::ValueAtLeast(least) => self.value >= least,
         })
@@ -102,6 +104,7 @@ impl Row {
     fn bar_text(&self) -> Option<String> {
         self.bar.map(|bar| match bar {
             Bar::RatioAtMost(most) => format!("ratio ≤ {most}"),
+            Bar::RatioAtLeast(least) => format!("ratio ≥ {least}"),
             Bar::ValueAtMost(most) => format!("≤ {} {}", figure(most), self.unit),
             Bar::ValueAtLeast(least) => format!("≥ {} {}", figure(least), self.unit),
         })

@@ -2,17 +2,18 @@
 //! without hotcell, all in one run and in turn. Prints a table and writes `target/bench.json` and
 //! `target/bench.md`.
 //!
-//! Arguments: names of parts to run (`cold`, `events`, `streams`, `queue`; all where none is given), and
+//! Arguments: names of parts to run (`cold`, `events`, `streams`, `queue`, `gateway`; all where none is given), and
 //! `--strict`. Ends with 2 when a measurement broke, with 1 under `--strict` when a bar is missed, else with 0:
 //! a busy machine must not fail a build, and a missed bar is printed as FAIL.
 //!
-//! `BENCH_COLD_N`, `BENCH_EVENTS_N`, `BENCH_EVENTS`, `BENCH_STREAMS`, `BENCH_QUEUE` change how much is done.
+//! `BENCH_COLD_N`, `BENCH_EVENTS_N`, `BENCH_EVENTS`, `BENCH_STREAMS`, `BENCH_QUEUE` change how much is done; those of `gateway` are named there.
 
 // It says what it expects by panicking, like a test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod cold;
 mod events;
+mod gateway;
 mod http;
 mod load;
 mod report;
@@ -32,14 +33,18 @@ use report::Row;
 
 type Part = (&'static str, fn() -> Result<Vec<Row>>);
 
-const PARTS: [Part; 4] = [
+const PARTS: [Part; 5] = [
     ("cold", cold::measure),
     ("events", events::measure),
     ("streams", load::streams),
     ("queue", load::queue),
+    ("gateway", gateway::measure),
 ];
 
 fn main() -> ExitCode {
+    if gateway::run_if_told() {
+        return ExitCode::SUCCESS;
+    }
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let strict = arguments.iter().any(|a| a == "--strict");
     let wanted: Vec<&String> = arguments.iter().filter(|a| !a.starts_with("--")).collect();

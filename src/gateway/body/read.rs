@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use super::shape::{Media, Piece, ShapeBuilder};
+use super::tools::Tools;
 use super::{BodyError, Wanted};
 
 /// Fields that may stand in a request. The API's others store (`container`) or are not known.
@@ -38,18 +39,14 @@ const FIELDS: &[&str] = &[
 /// Fields that change the price, with the one value that does not. The CLI sends none of them.
 const PRICED: [(&str, &str); 3] =
     [("inference_geo", "global"), ("service_tier", "standard_only"), ("speed", "standard")];
-/// Tool types that the client runs; one without a type is such a tool too. (The search among tools runs at the
-/// provider, is free and reaches nothing.) All others need the policy's word.
-const CLIENT_TOOLS: &[&str] =
-    &["bash", "text_editor", "computer", "memory", "tool_search_tool_regex", "tool_search_tool_bm25"];
-/// Tools of MCP servers that the provider connects to; the policy is asked for the servers.
-const TOOLSET: &str = "mcp_toolset";
 /// Edits of the context that cost nothing. (A compaction is billed apart from the usage.)
 const CONTEXT_EDITS: &[&str] = &["clear_thinking_", "clear_tool_uses_"];
 /// How deep blocks may stand in blocks: the API has two levels, and each is read once more here.
 const DEPTH_MAX: u8 = 8;
 /// Most fields of one object.
 const FIELDS_MAX: usize = 64;
+/// Names of an object's fields that are kept without an allocation; blocks and tools have fewer.
+const NAMES_INLINE: usize = 8;
 /// Most things in one body that need the policy's word.
 const WANTED_MAX: usize = 256;
 
@@ -88,21 +85,34 @@ pub(super) struct Thinking<'a> {
 
 /// A string that borrows where it can.
 #[derive(Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+pub(super) struct Text<'a>(#[serde(borrow)] pub(super) Cow<'a, str>);
 
-/// The names of an object's fields so far.
-#[derive(Default)]
-struct Names<'a>(Vec<Cow<'a, str>>);
+/// The names of an object's fields so far; the first few without an allocation.
+pub(super) struct Names<'a> {
+    few: [Cow<'a, str>; NAMES_INLINE],
+    count: usize,
+    more: Vec<Cow<'a, str>>,
+}
+
+impl Default for Names<'_> {
+    fn default() -> Self {
+        Self { few: [const { Cow::Borrowed("") }; NAMES_INLINE], count: 0, more: Vec::new() }
+    }
+}
 
 impl<'a> Names<'a> {
-    fn add<E: Error>(&mut self, name: Cow<'a, str>) -> Result<(), E> {
-        if self.0.contains(&name) {
+    pub(super) fn add<E: Error>(&mut self, name: Cow<'a, str>) -> Result<(), E> {
+        if self.few.iter().take(self.count).chain(&self.more).any(|known| *known == name) {
             return Err(E::custom(format_args!("the field {:?} stands twice", shown(&name))));
         }
-        if self.0.len() >= FIELDS_MAX {
+        if self.count >= FIELDS_MAX {
             return Err(E::custom(format_args!("more than {FIELDS_MAX} fields in one object")));
         }
-        self.0.push(name);
+        match self.few.get_mut(self.count) {
+            Some(place) => *place = name,
+            None => self.more.push(name),
+        }
+        self.count += 1;
         Ok(())
     }
 }
@@ -112,7 +122,7 @@ fn shown(text: &str) -> String {
 }
 
 /// Parses a part of the body again, for its inside. Lines and columns are those of the part.
-fn inner<'de, T: Deserialize<'de>, E: Error>(raw: &'de RawValue) -> Result<T, E> {
+pub(super) fn inner<'de, T: Deserialize<'de>, E: Error>(raw: &'de RawValue) -> Result<T, E> {
     serde_json::from_str(raw.get()).map_err(E::custom)
 }
 
@@ -121,7 +131,7 @@ fn seeded<'de, S: DeserializeSeed<'de>, E: Error>(raw: &'de RawValue, seed: S) -
 }
 
 impl Top<'_> {
-    fn want(&mut self, wanted: Wanted) {
+    pub(super) fn want(&mut self, wanted: Wanted) {
         if self.wanted.len() < WANTED_MAX {
             self.wanted.push(wanted);
         } else {
@@ -176,10 +186,7 @@ impl<'de> Top<'de> {
             }
             "messages" => map.next_value_seed(Messages { top: self })?,
             "system" => map.next_value_seed(Parts { top: self, of: Of::System, depth: 0 })?,
-            "tools" => {
-                let raw: &RawValue = map.next_value()?;
-                self.tools(raw)?;
-            }
+            "tools" => map.next_value_seed(Tools { top: self })?,
             "mcp_servers" => {
                 let raw: &RawValue = map.next_value()?;
                 self.shape.setting(2, raw.get());
@@ -213,38 +220,6 @@ impl<'de> Top<'de> {
         }
         Ok(())
     }
-
-    fn tools<E: Error>(&mut self, raw: &'de RawValue) -> Result<(), E> {
-        let (mut deferred, mut typed) = (false, 0);
-        for tool in inner::<Option<Vec<Tool<'de>>>, E>(raw)?.into_iter().flatten() {
-            self.long_cache |= tool.cache_control.as_ref().is_some_and(CacheControl::is_long);
-            deferred |= tool.defer_loading.unwrap_or(false);
-            let Some(kind_raw) = tool.kind else { continue };
-            let Some(Text(kind)) = inner::<Option<Text<'de>>, E>(kind_raw)? else { continue };
-            typed += u64::from(kind != "custom");
-            match kind.as_ref() {
-                "custom" => {}
-                TOOLSET => self.toolsets = true,
-                kind if is_client_tool(kind) => {}
-                kind => {
-                    if kind.starts_with("web_search_") {
-                        self.web_searches.push(SearchTool { kind: kind_raw, max_uses: tool.max_uses });
-                    }
-                    self.want(Wanted::ServerTool(kind.to_owned()));
-                }
-            }
-        }
-        self.shape.tools(raw.get(), deferred, typed);
-        Ok(())
-    }
-}
-
-/// Whether a tool type is one of the client's, with or without the date of its version. A name that only begins like
-/// one, such as `bash_code_execution_20250825`, is another tool.
-fn is_client_tool(kind: &str) -> bool {
-    let dated = |date: &str| date.len() == 8 && date.bytes().all(|byte| byte.is_ascii_digit());
-    let name = kind.rsplit_once('_').filter(|(_, date)| dated(date)).map_or(kind, |(name, _)| name);
-    CLIENT_TOOLS.contains(&name)
 }
 
 #[derive(Deserialize)]
@@ -266,30 +241,14 @@ struct McpServer<'a> {
 }
 
 #[derive(Deserialize)]
-struct Tool<'a> {
-    #[serde(rename = "type", borrow)]
-    kind: Option<&'a RawValue>,
-    // A null must be seen, too: a second field must not come beside it.
-    #[serde(borrow, default, deserialize_with = "present")]
-    max_uses: Option<&'a RawValue>,
-    #[serde(borrow)]
-    cache_control: Option<CacheControl<'a>>,
-    defer_loading: Option<bool>,
-}
-
-fn present<'de, D: Deserializer<'de>>(from: D) -> Result<Option<&'de RawValue>, D::Error> {
-    <&RawValue>::deserialize(from).map(Some)
-}
-
-#[derive(Deserialize)]
-struct CacheControl<'a> {
+pub(super) struct CacheControl<'a> {
     #[serde(borrow)]
     ttl: Option<Cow<'a, str>>,
 }
 
 impl CacheControl<'_> {
     /// Longer than the default of five minutes, as far as we know.
-    fn is_long(&self) -> bool {
+    pub(super) fn is_long(&self) -> bool {
         self.ttl.as_deref().is_some_and(|ttl| ttl != "5m")
     }
 }
@@ -466,6 +425,8 @@ impl<'de> Visitor<'de> for Block<'_, 'de> {
             }
             match key.as_ref() {
                 "type" => kind = Some(inner::<Text<'de>, A::Error>(raw)?.0),
+                // Text needs no second look.
+                "content" | "source" if raw.get().starts_with('"') => {}
                 "content" => {
                     seeded(raw, Parts { top: &mut *self.top, of: Of::Block, depth: self.depth + 1 })?
                 }

@@ -3,11 +3,18 @@
 //!
 //! Why a chain is enough: the provider's tokens for a beginning of a conversation do not change by what follows
 //! it, so what a beginning was billed for bounds it in every later request, and a token is at least one byte, so
-//! bytes bound what is new. Hashes are keyed with numbers of this process that no cell knows.
+//! bytes bound what is new.
+//!
+//! Why a fast hash is enough: two beginnings with one hash would make a bound too low, no more. Its two keys are
+//! random and of this process, and no hash leaves it, so that a cell can neither compute nor compare any; by
+//! chance two of the 2^13 beginnings known and 2^9 asked for meet in one of 2^42 requests.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::hash::{BuildHasher, Hasher};
 use std::sync::LazyLock;
+
+use foldhash::SharedSeed;
+use foldhash::quality::{FoldHasher, SeedableRandomState};
 
 /// Tokens that the provider adds for tools and the like.
 const BASE_TOKENS: u64 = 1_024;
@@ -26,7 +33,17 @@ const DOCUMENT_TOKENS_MAX: u64 = 500_000;
 /// conversation to conversation.
 const SYSTEM_BYTES_MIN: u64 = 256;
 
-static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+/// Places of what the head holds besides the model; see [`ShapeBuilder::setting`].
+const HEAD_PLACES: usize = 8;
+
+static SHARED: LazyLock<SharedSeed> = LazyLock::new(|| SharedSeed::from_u64(random()));
+static KEYS: LazyLock<SeedableRandomState> =
+    LazyLock::new(|| SeedableRandomState::with_seed(random(), &SHARED));
+
+/// From the system; where that fails, from std, which has its own way to it.
+fn random() -> u64 {
+    getrandom::u64().unwrap_or_else(|_| std::hash::RandomState::new().hash_one(0))
+}
 
 /// Bounds that are known, by hash. Bounded itself: when full, the older half goes.
 #[derive(Debug)]
@@ -135,7 +152,7 @@ impl Default for ShapeBuilder {
     fn default() -> Self {
         Self {
             // Places for each thing that the head holds, whatever their order in the body.
-            head: vec![0; 8],
+            head: vec![0; HEAD_PLACES],
             head_tokens: 0,
             links: Vec::new(),
             chain: 0,
@@ -148,7 +165,7 @@ impl Default for ShapeBuilder {
 
 /// A piece of the input that is being read.
 pub(super) struct Piece {
-    hasher: <RandomState as BuildHasher>::Hasher,
+    hasher: FoldHasher<'static>,
     bytes: u64,
 }
 
@@ -160,7 +177,12 @@ impl Piece {
     pub(super) fn add(&mut self, text: &str) {
         self.hasher.write_usize(text.len());
         self.hasher.write(text.as_bytes());
-        self.bytes = self.bytes.saturating_add(text.len() as u64);
+        self.count(text.len());
+    }
+
+    /// Bytes that count and are the same in every piece of this kind.
+    pub(super) fn count(&mut self, bytes: usize) {
+        self.bytes = self.bytes.saturating_add(bytes as u64);
     }
 }
 
@@ -216,20 +238,24 @@ impl ShapeBuilder {
         }
     }
 
-    /// The tools, as they stand there. A tool whose definition is only loaded later is counted again: what loads
-    /// it is short. Of tools with a type of the provider's only the name stands there: it adds the definition.
-    pub(super) fn tools(&mut self, raw: &str, deferred: bool, typed: u64) {
-        self.setting(1, raw);
+    /// The tools. One whose definition is only loaded later is counted again, with all others: what loads it is
+    /// short. Of tools with a type of the provider's only the name stands there: it adds the definition.
+    pub(super) fn tools(&mut self, piece: Piece, deferred: bool, typed: u64) {
         self.head_tokens = self.head_tokens.saturating_add(typed.saturating_mul(TYPED_TOOL_TOKENS));
         if deferred {
-            self.loose = self.loose.saturating_add(raw.len() as u64);
+            self.loose = self.loose.saturating_add(piece.bytes);
         }
+        self.setting_piece(1, piece);
     }
 
     /// Another field that becomes input, or changes what is counted. `place` is its own.
     pub(super) fn setting(&mut self, place: usize, raw: &str) {
         let mut piece = Piece::new();
         piece.add(raw);
+        self.setting_piece(place, piece);
+    }
+
+    fn setting_piece(&mut self, place: usize, piece: Piece) {
         self.head_tokens = self.head_tokens.saturating_add(piece.bytes);
         if let Some(slot) = self.head.get_mut(place) {
             *slot = piece.hasher.finish();
@@ -242,7 +268,8 @@ impl ShapeBuilder {
         piece.add(thinking);
         self.head.push(piece.hasher.finish());
         let head = mix(&self.head);
-        let mut links = vec![Link { chain: head, tokens_max: self.head_tokens }];
+        let mut links = Vec::with_capacity(self.links.len() + 1);
+        links.push(Link { chain: head, tokens_max: self.head_tokens });
         links.extend(self.links.iter().map(|link| Link { chain: mix(&[head, link.chain]), ..*link }));
         Shape { links, opening: self.opening + 1, loose: self.loose }
     }

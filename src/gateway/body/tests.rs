@@ -167,6 +167,7 @@ fn fields_that_stand_twice_and_other_garbage_are_malformed() {
         r#"{"model":"a","thinking":{"type":"enabled","type":"disabled"}}"#,
         r#"{"model":"a","tools":[{"type":"custom","\u0074ype":"web_search_20250305"}]}"#,
         r#"{"model":"a","tools":[{"type":"web_search_20250305","max_uses":1,"max\u005fuses":9}]}"#,
+        r#"{"model":"a","tools":[{"name":"a","n\u0061me":"b"}]}"#,
         r#"{"model":"a","context_management":{"edits":[],"edits":[{"type":"compact_20260112"}]}}"#,
         r#"{"model":"a","context_management":{"edits":[{"type":"clear_thinking_1","type":"compact_1"}]}}"#,
         r#"{"model":"a","messages":[{"content":"a","content":[]}]}"#,
@@ -206,6 +207,33 @@ fn fields_that_stand_twice_and_other_garbage_are_malformed() {
 }
 
 /// Text of a block: letters, escapes and other scripts.
+#[test]
+fn a_conversation_is_known_again_only_with_the_same_tools() {
+    let body = |tools: &str| {
+        let body = format!(
+            r#"{{"model":"m","max_tokens":9,"messages":[{{"role":"user","content":"hi"}}],"tools":{tools}}}"#
+        );
+        read(&body).unwrap().shape
+    };
+    let (mut known, first) = (Known::new(10), r#"[{"name":"a","description":"b"},{"name":"c"}]"#);
+    let unknown = body(first).bound(&[&known]);
+    assert!(unknown.guessed >= first.len() as u64, "{unknown:?}");
+    body(first).learn(7, &mut known);
+    // Bytes between fields say nothing.
+    let spaced = body(r#"[ {"name":"a" ,"description":"b"},  {"name":"c"}]"#).bound(&[&known]);
+    assert_eq!((body(first).bound(&[&known]).guessed, spaced.guessed), (0, 0));
+    for other in [
+        r#"[{"name":"a"},{"description":"b","name":"c"}]"#,
+        r#"[{"name":"a","description":"b","name2":"c"}]"#,
+        r#"[{"name":"a","description":"c"},{"name":"c"}]"#,
+        r#"[{"name":"c"},{"name":"a","description":"b"}]"#,
+        "[]",
+        "null",
+    ] {
+        assert_ne!(body(other).bound(&[&known]).guessed, 0, "{other}");
+    }
+}
+
 fn text() -> impl Strategy<Value = String> {
     "([a-z ]{0,20}|\\\\n|\\\\u00e9|é|漢){0,30}"
 }
