@@ -205,7 +205,7 @@ fn lists(plan: &Plan, layer: &Layer, tool: &str) -> Result<String, Denial> {
 fn refused_by_job(plan: &Plan, call: Call<'_>) -> Option<Denial> {
     let pattern = plan.disallowed_tools.iter().find(|p| refuses(p, call))?;
     let rule = format!("job disallowed_tools {pattern}");
-    Some(Denial { reason: format!("the job refuses {} ({rule})", call.tool), rule })
+    Some(Denial { reason: format!("the job refuses {} (rule {rule})", call.tool), rule })
 }
 
 /// Whether an entry of `disallowed_tools` speaks of a call: a tool, or `Bash(…)` with a command's pattern. The CLI has

@@ -303,7 +303,7 @@ fn webfetch_reaches_the_hosts_of_egress_and_no_other() {
 #[test]
 fn after_a_restart_of_the_daemon_the_cell_still_trusts_its_way_out() {
     let internet = Internet::new();
-    let command = "curl -sSf https://inspected.example/first && \
+    let command = "curl -sSf https://inspected.example/first; \
         until curl -sSf https://inspected.example/go 2>/dev/null; do sleep 0.1; done; echo adopted";
     let mut world = internet.world(&one_command(command), RULES);
     let id = world.submit(&json!({ "prompt": "reach out", "policy": "reach" }));

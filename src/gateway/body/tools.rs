@@ -118,7 +118,11 @@ impl<'de> Visitor<'de> for Tool<'_, 'de> {
 
 impl<'de> Top<'de> {
     /// Takes a tool's type; true where it is one of the provider's.
-    fn tool<E: Error>(&mut self, kind_raw: &'de RawValue, max_uses: Option<&'de RawValue>) -> Result<bool, E> {
+    fn tool<E: Error>(
+        &mut self,
+        kind_raw: &'de RawValue,
+        max_uses: Option<&'de RawValue>,
+    ) -> Result<bool, E> {
         let Some(Text(kind)) = inner::<Option<Text<'de>>, E>(kind_raw)? else { return Ok(false) };
         match kind.as_ref() {
             "custom" => {}
