@@ -4,8 +4,10 @@
 //! # Words
 //! A **job** is one task for an agent, from submit to outcome. A **cell** is the container one job runs in,
 //! once. A **policy** is the ceiling of what a job may do and spend; the **plan** is a job's spec narrowed to
-//! it. The **gateway** is the only way out of a cell. The **ledger** holds reservations and charges. An
-//! **event** is a numbered fact about a job; the **journal** keeps them.
+//! it, in **layers** that must all allow a thing. The **gateway** is the only way out of a cell: the model's API on one
+//! socket, a proxy for the hosts that the policy names on another. The **ledger** holds reservations and charges under
+//! nested **budgets**. An **event** is a numbered fact about a job; the **journal** keeps them, and the **audit** is a
+//! reading of it.
 //!
 //! # Layers: dependencies point one way (`tests/tidy.rs` holds the table)
 //! ```text
@@ -19,14 +21,17 @@
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
 //!
 //! # The road of a job
-//! 1. [`api::submit`]: the peer's identity from the kernel; JSON → [`job::JobSpec`]; [`policy::narrow()`] →
-//!    [`policy::Plan`]; the workspace opened *as the peer*; the row `Queued`, on the disk before the id is told.
-//! 2. [`driver`] feeds [`scheduler::Scheduler`]: slots, priority, fairness between users.
-//! 3. [`cell::prepare`]: the cell's row first, then directory, staged mount, scratch file system, `ctl.sock`,
-//!    `api.sock`, container, start. [`job::state`] is the state machine; [`cell::record`] moves row and journal.
+//! 1. [`api::submit`]: the peer's identity from the kernel and what they may use ([`policy::access`]); JSON →
+//!    [`job::JobSpec`]; [`policy::narrow()`] → [`policy::Plan`]; the workspace opened *as the peer*; the row `Queued`, on the disk before the id is told.
+//! 2. [`driver`] feeds [`scheduler::Scheduler`]: slots, priority, fairness between users, limits of credentials; jobs
+//!    that wait for a moment are parked ([`cell::park`]).
+//! 3. [`cell::prepare`]: a runtime that was tried ([`cell::runtime`]), the cell's row first, then directory, staged mount, scratch file system, `ctl.sock`,
+//!    `api.sock`, `egress.sock`, container, start. [`job::state`] is the state machine; [`cell::record`] moves row and journal.
 //! 4. [`cell::live`]: bytes come over [`link`] (acknowledged only once journaled), lines go to [`session`],
-//!    which judges every tool call by [`policy::decide()`] and gives back what to send.
-//! 5. [`gateway`]: authorise → reserve → inject the credential → forward → meter → settle.
+//!    which judges every tool call by [`policy::judge`] and gives back what to send; what a call waits for (a path, a
+//!    hook) is found out beside it.
+//! 5. [`gateway`]: authorise → inspect → wait for a turn → bound → reserve → inject the credential → forward → meter →
+//!    settle; [`gateway::egress`]: decide → resolve and check → dial the checked address → count.
 //! 6. A stop is stored, then the lease is revoked, then the CLI is interrupted, terminated, killed.
 //! 7. `collect` in [`cell`]: container, mounts and directory proven gone, totals, `Done`.
 //! 8. After a crash [`scheduler::recover`] says what becomes of each row and each container.
@@ -36,6 +41,7 @@
 //!   [`policy::Permit`], which only the policy can build.
 //! - A tool call that nobody judged: the task is sent only after the gate stands, and silence denies.
 //! - A request that was not reserved before, or a charge that is forgotten.
+//! - An address dialled that was not checked, or a host that no rule names.
 //! - A path mounted by name: workspaces are staged from the descriptor that was checked.
 //! - A resource counted as free because it was asked to go.
 #![cfg(feature = "daemon")]

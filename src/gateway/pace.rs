@@ -1,6 +1,6 @@
 //! How fast one credential is used. A provider limits the credential, not the job: when it says so, everything
 //! that uses the credential waits together, then goes on with fewer requests at a time, and gets faster while it is
-//! served. [`Pace`] decides and is pure; [`Pacer`] waits. A turn must always be given back, whatever becomes of
+//! served. [`Pace`] decides and is pure; `Pacer` waits. A turn must always be given back, whatever becomes of
 //! its request, and the first to come is the first to go.
 
 use std::collections::BTreeSet;
