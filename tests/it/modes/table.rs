@@ -232,7 +232,7 @@ impl Came {
     fn word(&self) -> &'static str {
         match self {
             Self { ran: true, .. } => "runs",
-            _ if self.text.contains("(policy ") => "policy",
+            _ if self.text.contains("(policy ") || self.text.contains("(rule job ") => "policy",
             _ if self.text.contains("nobody can be asked") => "nobody",
             _ if asks(&self.text) => "asks",
             _ if self.text.contains("No such tool available") => "no tool",
