@@ -47,7 +47,8 @@ use writer::{Durability, Writer};
 pub const FILE_NAME: &str = "store.sqlite";
 /// Name of the lock file in the state directory; it holds the pid of the daemon.
 pub const LOCK_NAME: &str = "lock";
-/// Longest time from a commit to its `fdatasync`, in milliseconds, where the reply does not wait for it.
+/// Time from a commit to the start of its `fdatasync`, in milliseconds, where the reply does not wait for it; longer only
+/// while the sync before is still under way.
 pub const SYNC_DELAY_MS: u64 = 50;
 /// Requests that may wait for the writer; a caller above it waits to hand in its own.
 pub const QUEUE_MAX: usize = 1024;

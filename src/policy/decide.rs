@@ -61,19 +61,17 @@ pub struct Denial {
 /// # Errors
 /// [`Denial`] when no rule allows it; what no rule names is denied.
 pub fn decide(plan: &Plan, ask: Ask<'_>) -> Result<Permit, Denial> {
-    if let Ask::Egress(ask) = ask {
-        return egress::decide_egress(&plan.layers, &ask).map(|terms| terms.permit);
+    match ask {
+        Ask::Model { name } => each(plan, |layer| allow(layer, &layer.models_allow, "models.allow", name)),
+        Ask::Request { part } => each(plan, |layer| requests::decide(layer, part)),
+        Ask::Egress(ask) => egress::decide_egress(&plan.layers, &ask).map(|terms| terms.permit),
     }
-    let mut permit = Err(Denial { rule: "layers".into(), reason: "the job has no policy".into() });
-    for layer in &plan.layers {
-        permit = Ok(match ask {
-            Ask::Model { name } => allow(layer, &layer.models_allow, "models.allow", name)?,
-            Ask::Request { part } => requests::decide(layer, part)?,
-            // Answered above, for all layers at once.
-            Ask::Egress(_) => return permit,
-        });
-    }
-    permit
+}
+
+/// Every layer must allow it; the last one's permit stands for all.
+fn each(plan: &Plan, ask: impl Fn(&Layer) -> Result<Permit, Denial>) -> Result<Permit, Denial> {
+    let none = Err(Denial { rule: "layers".into(), reason: "the job has no policy".into() });
+    plan.layers.iter().try_fold(none, |_, layer| Ok(Ok(ask(layer)?)))?
 }
 
 /// For the other files of the policy: what they allow, they allow here.
