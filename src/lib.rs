@@ -49,6 +49,7 @@
 // facts
 pub mod agent;
 pub mod audit;
+pub mod change;
 pub mod clock;
 pub mod event;
 pub mod job;
@@ -61,8 +62,10 @@ pub mod session;
 // hands
 pub mod agent_bundle;
 pub mod cell_image;
+pub mod changes;
 pub mod engine;
 pub mod gateway;
+pub mod git;
 pub mod journal;
 pub mod link;
 pub mod metrics;

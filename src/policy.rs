@@ -7,6 +7,7 @@
 //! environment, and nothing answers "yes" but by building a [`Permit`], which only this module can.
 
 pub mod access;
+pub mod changes;
 pub mod decide;
 pub mod egress;
 pub mod file;

@@ -7,15 +7,17 @@ use std::path::{Path, PathBuf};
 
 /// Module → layer. A module of a layer may use modules of lower layers only.
 const LAYERS: [(&str, &[&str]); 5] = [
-    ("facts", &["agent", "audit", "clock", "event", "job", "money", "policy", "pricing"]),
+    ("facts", &["agent", "audit", "change", "clock", "event", "job", "money", "policy", "pricing"]),
     ("deciding", &["scheduler", "session"]),
     (
         "hands",
         &[
             "agent_bundle",
             "cell_image",
+            "changes",
             "engine",
             "gateway",
+            "git",
             "journal",
             "link",
             "metrics",
@@ -31,10 +33,12 @@ const LAYERS: [(&str, &[&str]); 5] = [
 ];
 
 /// What hands may use of each other: everything else goes through the layer above.
-const BETWEEN_HANDS: [(&str, &[&str]); 3] = [
+const BETWEEN_HANDS: [(&str, &[&str]); 5] = [
     ("agent_bundle", &["npm"]),
     ("cell_image", &["agent_bundle", "engine", "npm"]),
+    ("changes", &["git", "workspace"]),
     ("gateway", &["run_as", "store"]),
+    ("git", &["run_as", "workspace"]),
 ];
 
 /// Deciding may use facts; doing and faces may use what is below and their own layer.

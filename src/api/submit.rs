@@ -198,7 +198,7 @@ async fn open_workspace(
 ) -> Result<Option<WorkspaceRecord>, ApiError> {
     let need = match plan.workspace_mode {
         WorkspaceMode::Bind => Access::Write,
-        WorkspaceMode::ReadOnly => Access::Read,
+        WorkspaceMode::Copy | WorkspaceMode::ReadOnly => Access::Read,
         WorkspaceMode::None => return Ok(None),
     };
     let Some(workspace) = &spec.workspace else { return Ok(None) };

@@ -132,7 +132,7 @@ fn stage(
     make_dir(dir, 0o711)?;
     let (plan, uid) = (&accepted.plan, tenant.uid);
     let record = match (&accepted.workspace, plan.workspace_mode) {
-        (Some(record), WorkspaceMode::Bind | WorkspaceMode::ReadOnly) => record,
+        (Some(record), WorkspaceMode::Copy | WorkspaceMode::Bind | WorkspaceMode::ReadOnly) => record,
         (_, WorkspaceMode::None) | (None, _) => {
             let own = rustix::process::geteuid().as_raw();
             let (uid, gid) = if own == 0 { (uid, uid) } else { (own, rustix::process::getegid().as_raw()) };
@@ -149,7 +149,9 @@ fn stage(
     let mode = match (plan.workspace_mode, &plan.writable) {
         (WorkspaceMode::Bind, None) => Mode::Bind,
         (WorkspaceMode::Bind, Some(paths)) if !paths.is_empty() => Mode::Partly(paths),
-        (WorkspaceMode::Bind | WorkspaceMode::ReadOnly | WorkspaceMode::None, _) => Mode::ReadOnly,
+        (WorkspaceMode::Copy | WorkspaceMode::Bind | WorkspaceMode::ReadOnly | WorkspaceMode::None, _) => {
+            Mode::ReadOnly
+        }
     };
     let ids = CellIds {
         submitter: identity,

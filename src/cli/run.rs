@@ -284,7 +284,7 @@ fn detached(job: &JobView, json: bool, context: &mut Context) -> Result<ExitCode
 
 fn headline(job: &JobView, context: &Context) -> Text {
     let place = match &job.workspace {
-        Some(path) => format!("{path} ({})", word(job.workspace_mode)),
+        Some(path) => format!("{path} ({})", job.workspace_mode.as_str()),
         None => "no workspace".to_owned(),
     };
     let rest = format!("{} · {} · {} · {place}", job.policy, job.model, job.image);
@@ -292,14 +292,6 @@ fn headline(job: &JobView, context: &Context) -> Text {
         .add(Style::Bold, job.id.as_str())
         .add(Style::Dim, &format!("  {}", one_line(&rest, 300)))
         .end()
-}
-
-fn word(mode: crate::job::spec::WorkspaceMode) -> &'static str {
-    match mode {
-        crate::job::spec::WorkspaceMode::Bind => "bind",
-        crate::job::spec::WorkspaceMode::ReadOnly => "read-only",
-        crate::job::spec::WorkspaceMode::None => "none",
-    }
 }
 
 /// The spec as JSON: the file's keys with the flags put over them, checked as the daemon will check it.

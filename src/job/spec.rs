@@ -137,12 +137,27 @@ pub struct WorkspaceSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum WorkspaceMode {
+    /// A private copy, made when the job starts: the directory itself is never changed. What the agent did to the copy
+    /// is a change set, to be applied when somebody says so.
+    Copy,
     /// In place: what the agent writes is written to the directory itself, as the submitter.
     Bind,
     /// The agent can read it and write nothing.
     ReadOnly,
     /// An empty directory that is thrown away.
     None,
+}
+
+impl WorkspaceMode {
+    /// Its name in specs and policies.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::Bind => "bind",
+            Self::ReadOnly => "read-only",
+            Self::None => "none",
+        }
+    }
 }
 
 /// What isolates a cell.

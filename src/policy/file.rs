@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::changes::Changes;
 use super::egress::Egress;
 use super::output::Output;
 use super::requests::Requests;
@@ -98,6 +99,9 @@ pub struct Policy {
     /// What its requests for the model may hold.
     #[serde(default)]
     pub requests: Requests,
+    /// What is done with kinds of change that a person should see.
+    #[serde(default)]
+    pub changes: Changes,
     /// What comes out of it.
     #[serde(default)]
     pub output: Output,
@@ -207,6 +211,10 @@ pub struct Workspaces {
     /// they need its directory to be listed; a single file is written with the shell.
     #[serde(default)]
     pub writable: Option<Vec<std::path::PathBuf>>,
+    /// Names of files and directories that the cell never sees, in every mode: globs as in `.gitignore`, a name
+    /// without a slash at any depth.
+    #[serde(default)]
+    pub hide: Vec<String>,
 }
 
 /// Environment variables a job may set for its agent.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::changes::Changes;
 use super::egress::Egress;
 use super::file::{Policy, Unpriced};
 use super::matches;
@@ -110,6 +111,12 @@ pub struct Plan {
     pub unpriced: Option<Unpriced>,
     /// What of the workspace can be written in `bind`; all of it where absent.
     pub writable: Option<Vec<PathBuf>>,
+    /// Names of files and directories of the workspace that the cell never sees, as globs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hide: Vec<String>,
+    /// What is done with kinds of change.
+    #[serde(default)]
+    pub changes: Changes,
     /// What comes out of the job.
     pub output: Output,
     /// Let the repository's own settings load.
@@ -281,6 +288,8 @@ pub fn narrow(
         provider,
         unpriced: policy.models.unpriced,
         writable: policy.workspace.writable.clone(),
+        hide: policy.workspace.hide.clone(),
+        changes: policy.changes.clone(),
         output: policy.output.clone(),
         project_settings: policy.project_settings,
         hand_over_claude_md: policy.hand_over_claude_md,
@@ -312,19 +321,12 @@ fn workspace_mode(spec: &JobSpec, policy: &Policy) -> Result<WorkspaceMode, Narr
     let wanted = workspace.mode.or(first);
     match wanted {
         Some(mode) if policy.workspace.modes.contains(&mode) => Ok(mode),
-        Some(_) | None => {
-            let word = |m: WorkspaceMode| match m {
-                WorkspaceMode::Bind => "bind",
-                WorkspaceMode::ReadOnly => "read-only",
-                WorkspaceMode::None => "none",
-            };
-            Err(NarrowError {
-                key: "workspace.mode".into(),
-                asked: wanted.map_or("a directory", word).to_owned(),
-                policy: policy.name.clone(),
-                allowed: policy.workspace.modes.iter().map(|m| word(*m)).collect::<Vec<_>>().join(", "),
-            })
-        }
+        Some(_) | None => Err(NarrowError {
+            key: "workspace.mode".into(),
+            asked: wanted.map_or("a directory", WorkspaceMode::as_str).to_owned(),
+            policy: policy.name.clone(),
+            allowed: policy.workspace.modes.iter().map(|m| m.as_str()).collect::<Vec<_>>().join(", "),
+        }),
     }
 }
 

@@ -5,7 +5,6 @@ use super::{Paint, Style, Text, one_line, words};
 use crate::agent_bundle::{Bundle, Qualification, Version};
 use crate::api::wire::{Health, JobView};
 use crate::config::{PolicyOrigin, PolicySource};
-use crate::job::spec::WorkspaceMode;
 use crate::job::{Outcome, State};
 use crate::money::MicroUsd;
 
@@ -111,11 +110,7 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
     row("policy", &job.policy);
     row("model", &job.model);
     row("image", &job.image);
-    let mode = match job.workspace_mode {
-        WorkspaceMode::Bind => "bind",
-        WorkspaceMode::ReadOnly => "read-only",
-        WorkspaceMode::None => "none",
-    };
+    let mode = job.workspace_mode.as_str();
     row("workspace", &job.workspace.as_ref().map_or(mode.to_owned(), |path| format!("{path} ({mode})")));
     if !job.labels.is_empty() {
         let labels: Vec<String> = job.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();

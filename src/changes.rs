@@ -1,0 +1,9 @@
+//! Hand on change sets: the listing of a workspace before a job, what a job changed in it, and where that is kept
+//! until a person decides. It must never run a program on what an agent wrote, follow a link in it, or lose a change
+//! set once it is written.
+//!
+//! **Every function here blocks**: call it inside `spawn_blocking`.
+
+mod shelf;
+
+pub use shelf::{JobShelf, Shelf, ShelfError};

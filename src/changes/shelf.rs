@@ -1,0 +1,282 @@
+//! Where change sets lie: `<state>/changes/<job>/` with `base` (the listing of the workspace before the job),
+//! `changes.json` (the change set), and `blobs/` (contents by their hash). A file appears whole or not at all, and
+//! is on the disk before anybody is told of it. Must never be reachable for anybody but the daemon; contents can be
+//! read through a descriptor of their directory, whoever reads.
+
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use crate::change::{BlobId, ChangeSet};
+use crate::job::JobId;
+
+const BASE: &str = "base";
+const CHANGES: &str = "changes.json";
+const BLOBS: &str = "blobs";
+/// Longest stored change set, in bytes.
+const CHANGES_BYTES_MAX: u64 = 512 << 20;
+const COPY_BYTES: usize = 128 << 10;
+
+/// Why something is not kept or not found.
+#[derive(Debug, thiserror::Error)]
+pub enum ShelfError {
+    /// The file system said no.
+    #[error("cannot {doing} {path:?}: {source}")]
+    Io {
+        /// The step.
+        doing: &'static str,
+        /// What on.
+        path: PathBuf,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// What is stored does not parse: the disk lies, or another version wrote it.
+    #[error("{path:?} does not parse: {detail}")]
+    Corrupt {
+        /// Which file.
+        path: PathBuf,
+        /// The parser's words.
+        detail: String,
+    },
+}
+
+fn at<E: Into<io::Error>>(doing: &'static str, path: &Path) -> impl FnOnce(E) -> ShelfError {
+    let path = path.to_owned();
+    move |source| ShelfError::Io { doing, path, source: source.into() }
+}
+
+/// All change sets.
+#[derive(Debug, Clone)]
+pub struct Shelf {
+    dir: PathBuf,
+}
+
+/// What is kept of one job.
+#[derive(Debug, Clone)]
+pub struct JobShelf {
+    dir: PathBuf,
+}
+
+impl Shelf {
+    /// The change sets below `dir`, a directory of the daemon's own.
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// What is kept of `job`; nothing is made.
+    pub fn of(&self, job: &JobId) -> JobShelf {
+        JobShelf { dir: self.dir.join(job.as_str()) }
+    }
+}
+
+impl JobShelf {
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Makes the directories, where they are missing.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn create(&self) -> Result<(), ShelfError> {
+        // Contents are opened by threads with other rights than ours, through a descriptor of `blobs`; the way
+        // there by name is barred above it.
+        for (dir, mode) in [(self.dir.as_path(), 0o700), (&self.blobs(), 0o711)] {
+            DirBuilder::new().recursive(true).mode(mode).create(dir).map_err(at("make", dir))?;
+            std::fs::set_permissions(dir, Permissions::from_mode(mode)).map_err(at("restrict", dir))?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the listing of the workspace before the job, in its stored form.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn put_base(&self, listing: &[u8]) -> Result<(), ShelfError> {
+        self.put(BASE, listing)
+    }
+
+    /// The listing of the workspace before the job; none where none was kept.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn base(&self) -> Result<Option<Vec<u8>>, ShelfError> {
+        self.get(BASE)
+    }
+
+    /// Keeps the change set; its contents must be there. Gives the SHA-256 of its stored form, in hex.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn put_changes(&self, changes: &ChangeSet) -> Result<String, ShelfError> {
+        let json = serde_json::to_vec(changes);
+        let json = json.map_err(|e| at("write", &self.dir.join(CHANGES))(io::Error::other(e)))?;
+        // The names of contents must be on the disk before what names them.
+        sync_dir(&self.blobs())?;
+        self.put(CHANGES, &json)?;
+        Ok(hex(Sha256::digest(&json).into()))
+    }
+
+    /// The change set and the SHA-256 of its stored form, in hex; none where there is none.
+    ///
+    /// # Errors
+    /// [`ShelfError`].
+    pub fn changes(&self) -> Result<Option<(ChangeSet, String)>, ShelfError> {
+        let Some(json) = self.get(CHANGES)? else { return Ok(None) };
+        let parsed = serde_json::from_slice(&json);
+        let corrupt = |e: serde_json::Error| ShelfError::Corrupt {
+            path: self.dir.join(CHANGES),
+            detail: e.to_string(),
+        };
+        Ok(Some((parsed.map_err(corrupt)?, hex(Sha256::digest(&json).into()))))
+    }
+
+    /// Keeps what `content` gives, at most `bytes_max` of it: its name, its length, and its first bytes (as many as
+    /// `head_bytes_max`). None where it is longer; nothing is kept then. Not synced: [`JobShelf::put_changes`]
+    /// relies on `sync_all` of each, done here.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn put_blob(
+        &self,
+        content: &mut dyn Read,
+        bytes_max: u64,
+        head_bytes_max: usize,
+    ) -> Result<Option<(BlobId, u64, Vec<u8>)>, ShelfError> {
+        let dir = self.blobs();
+        let mut file = tempfile::Builder::new()
+            .prefix(".new-")
+            .permissions(Permissions::from_mode(0o644))
+            .tempfile_in(&dir)
+            .map_err(at("write in", &dir))?;
+        let (mut hash, mut bytes, mut head) = (Sha256::new(), 0u64, Vec::new());
+        let mut buffer = vec![0; COPY_BYTES];
+        loop {
+            let got = match content.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(got) => got,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(at("read a content for", &dir)(error)),
+            };
+            bytes += got as u64;
+            if bytes > bytes_max {
+                return Ok(None);
+            }
+            hash.update(&buffer[..got]);
+            head.extend_from_slice(&buffer[..got.min(head_bytes_max - head.len())]);
+            file.write_all(&buffer[..got]).map_err(at("write", file.path()))?;
+        }
+        let id = BlobId::of_digest(hash.finalize().into());
+        let path = dir.join(id.as_str());
+        file.as_file().sync_all().map_err(at("write", &path))?;
+        file.persist(&path).map_err(|e| at("write", &path)(e.error))?;
+        Ok(Some((id, bytes, head)))
+    }
+
+    /// A content, to be read.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn blob(&self, id: &BlobId) -> Result<File, ShelfError> {
+        let path = self.blobs().join(id.as_str());
+        File::open(&path).map_err(at("open", &path))
+    }
+
+    /// The directory of the contents: a thread with a user's rights opens them below it, by their names.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn blobs_dir(&self) -> Result<OwnedFd, ShelfError> {
+        let path = self.blobs();
+        File::open(&path).map(OwnedFd::from).map_err(at("open", &path))
+    }
+
+    /// Removes everything; fine where there is nothing.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn remove(&self) -> Result<(), ShelfError> {
+        match std::fs::remove_dir_all(&self.dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", &self.dir)(error)),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    fn blobs(&self) -> PathBuf {
+        self.dir.join(BLOBS)
+    }
+
+    fn put(&self, name: &str, bytes: &[u8]) -> Result<(), ShelfError> {
+        let path = self.dir.join(name);
+        let fresh = path.with_extension("new");
+        let mut options = OpenOptions::new();
+        let written = options.write(true).create(true).truncate(true).mode(0o600).open(&fresh);
+        let written = written.and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
+        written.and_then(|()| std::fs::rename(&fresh, &path)).map_err(at("write", &path))?;
+        sync_dir(&self.dir)
+    }
+
+    fn get(&self, name: &str) -> Result<Option<Vec<u8>>, ShelfError> {
+        let path = self.dir.join(name);
+        let mut bytes = Vec::new();
+        match File::open(&path).and_then(|file| file.take(CHANGES_BYTES_MAX).read_to_end(&mut bytes)) {
+            Ok(_) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(at("read", &path)(error)),
+        }
+    }
+}
+
+fn sync_dir(dir: &Path) -> Result<(), ShelfError> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(at("write", dir))
+}
+
+fn hex(digest: [u8; 32]) -> String {
+    BlobId::of_digest(digest).as_str().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::change::{Base, Ignored, VERSION};
+
+    fn shelf() -> (tempfile::TempDir, JobShelf) {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let shelf = Shelf::new(dir.path().join("changes")).of(&JobId::new(1, 1));
+        shelf.create().expect("made");
+        (dir, shelf)
+    }
+
+    #[test]
+    fn contents_are_named_by_their_hash_and_too_long_ones_are_not_kept() {
+        let (_dir, shelf) = shelf();
+        let (id, bytes, head) = shelf.put_blob(&mut &b"abc"[..], 3, 2).expect("kept").expect("short enough");
+        assert_eq!(id.as_str(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!((bytes, head.as_slice()), (3, &b"ab"[..]));
+        let mut text = String::new();
+        shelf.blob(&id).expect("there").read_to_string(&mut text).expect("read");
+        assert_eq!(text, "abc");
+        assert_eq!(shelf.put_blob(&mut &b"abcd"[..], 3, 2).expect("no fault"), None);
+        let left = std::fs::read_dir(shelf.dir().join("blobs")).expect("list").count();
+        assert_eq!(left, 1, "nothing half-made stays");
+    }
+
+    #[test]
+    fn a_change_set_comes_back_as_it_was() {
+        let (_dir, shelf) = shelf();
+        assert!(shelf.changes().expect("no fault").is_none() && shelf.base().expect("no fault").is_none());
+        let (base, ignored) = (Base::default(), Ignored::default());
+        let (entries, git_state, commits, notes) = (Vec::new(), Vec::new(), None, vec!["a".to_owned()]);
+        let set = ChangeSet { version: VERSION, base, entries, git_state, ignored, commits, notes };
+        let hash = shelf.put_changes(&set).expect("kept");
+        assert_eq!(shelf.changes().expect("no fault"), Some((set, hash)));
+        shelf.remove().expect("removed");
+        shelf.remove().expect("removed twice");
+        assert!(!shelf.dir().exists());
+    }
+}
