@@ -4,6 +4,7 @@
 
 pub mod access;
 pub mod audit;
+pub mod changes;
 pub mod cost;
 pub mod events;
 pub mod jobs;
@@ -97,6 +98,12 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/events", get(events::events))
         .route("/v1/jobs/{id}/audit", get(audit::job))
         .route("/v1/jobs/{id}/report", get(report::report))
+        .route("/v1/jobs/{id}/changes", get(changes::show))
+        .route("/v1/jobs/{id}/diff", get(changes::diff))
+        .route("/v1/jobs/{id}/export", get(changes::export))
+        .route("/v1/jobs/{id}/apply", post(changes::apply))
+        .route("/v1/jobs/{id}/checkout", post(changes::checkout))
+        .route("/v1/jobs/{id}/discard", post(changes::discard))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/audit", get(audit::daemon))
         .route("/v1/whoami", get(whoami::whoami))

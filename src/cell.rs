@@ -8,6 +8,7 @@
 //! Read in this order: [`prepare`], [`live`], `collect` below, [`park`] (instead of an end), [`record`] (journal
 //! and row together).
 
+pub mod changes;
 mod errands;
 mod lines;
 pub mod live;
@@ -81,6 +82,11 @@ impl Settings {
     /// Where the jobs' journals are.
     pub fn journal_dir(&self, job: &JobId) -> PathBuf {
         self.state_dir.join("jobs").join(job.as_str())
+    }
+
+    /// Where the jobs' change sets are.
+    pub fn changes_dir(&self) -> PathBuf {
+        self.state_dir.join("changes")
     }
 
     /// Where the scratch spaces of parked jobs are; on the file system of the cells' directories.
@@ -304,6 +310,7 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
     }
     // Before the cell's scratch space is gone.
     let report_bytes = report::collect(parts, record).await?;
+    let changed = changes::collect(parts, record).await?;
     destroy(parts, &record.job).await;
     park::forget_work(parts, &record.job).await;
     let left_open = parts.store.release_open(&record.job, clock::wall_ms()).await?;
@@ -311,7 +318,7 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
         parts.metrics.reaped(crate::metrics::Orphan::Reservation, left_open);
     }
     let mut totals = totals(parts, record, &ended).await?;
-    totals.report_bytes = report_bytes;
+    (totals.report_bytes, totals.changes) = (report_bytes, changed);
     let outcome = match record.state() {
         State::Collecting { stopped: Some(reason) } => Outcome::Stopped { reason: *reason },
         State::Collecting { stopped: None }
@@ -353,6 +360,8 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
         cpu_us: before.cpu_us + exit.cpu_us,
         runtime,
         report_bytes: None,
+        changes: None,
+        ran: record.ran().await?,
     })
 }
 

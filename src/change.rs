@@ -5,6 +5,7 @@
 //! A path or a link's target that is no UTF-8 stands in JSON as `{"hex": "…"}`, any other as a string.
 
 pub mod classify;
+pub mod decision;
 mod path;
 
 use std::fmt;
@@ -157,6 +158,27 @@ impl Flag {
         Self::Hidden,
         Self::CaseClash,
     ];
+
+    /// Its name in policies and JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Executable => "executable",
+            Self::SymlinkInside => "symlink-inside",
+            Self::SymlinkOutside => "symlink-outside",
+            Self::Submodule => "submodule",
+            Self::Ci => "ci",
+            Self::Git => "git",
+            Self::AgentSettings => "agent-settings",
+            Self::Editor => "editor",
+            Self::Shell => "shell",
+            Self::Package => "package",
+            Self::Special => "special",
+            Self::Secret => "secret",
+            Self::LargeBinary => "large-binary",
+            Self::Hidden => "hidden",
+            Self::CaseClash => "case-clash",
+        }
+    }
 }
 
 /// Whether an entry is applied.
@@ -275,6 +297,12 @@ pub struct Summary {
     pub commits: u64,
     /// SHA-256 of the change set's JSON, in hex.
     pub hash: String,
+    /// SHA-256 over the listing of the workspace as it was when the job began, in hex.
+    #[serde(default)]
+    pub base: String,
+    /// The commit that was checked out then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_commit: Option<String>,
 }
 
 impl ChangeSet {
@@ -291,6 +319,8 @@ impl ChangeSet {
             ignored: self.ignored.count,
             commits: self.commits.as_ref().map_or(0, |commits| commits.count),
             hash,
+            base: self.base.snapshot.clone(),
+            base_commit: self.base.commit.clone(),
         }
     }
 

@@ -3,12 +3,17 @@
 //! `policy` run in this process. A client holds nothing that a job needs: when it dies, the job goes on.
 
 mod agent;
+mod apply;
 mod args;
 mod audit;
 mod cancel;
+mod checkout;
 mod client;
 mod completions;
 mod cost;
+mod diff;
+mod discard;
+mod export;
 mod fail;
 mod follow;
 mod health;
@@ -58,6 +63,11 @@ enum Command {
     Logs(logs::LogsArgs),
     Audit(audit::AuditArgs),
     Report(report::ReportArgs),
+    Diff(diff::DiffArgs),
+    Apply(apply::ApplyArgs),
+    Checkout(checkout::CheckoutArgs),
+    Export(export::ExportArgs),
+    Discard(discard::DiscardArgs),
     Cancel(cancel::CancelArgs),
     Unpark(unpark::UnparkArgs),
     Rm(rm::RmArgs),
@@ -158,6 +168,11 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Logs(args) => wait(logs::logs(&args, context)),
         Command::Audit(args) => wait(audit::audit(&args, context)),
         Command::Report(args) => wait(report::report(&args, context)),
+        Command::Diff(args) => wait(diff::diff(&args, context)),
+        Command::Apply(args) => wait(apply::apply(&args, context)),
+        Command::Checkout(args) => wait(checkout::checkout(&args, context)),
+        Command::Export(args) => wait(export::export(&args, context)),
+        Command::Discard(args) => wait(discard::discard(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Unpark(args) => wait(unpark::unpark(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
@@ -183,6 +198,10 @@ impl Command {
             Self::Show(args) => args.json,
             Self::Logs(args) => args.json,
             Self::Audit(args) => args.json,
+            Self::Diff(args) => args.json,
+            Self::Apply(args) => args.json,
+            Self::Checkout(args) => args.json,
+            Self::Discard(args) => args.json,
             Self::Cancel(args) => args.json,
             Self::Unpark(args) => args.json,
             Self::Rm(args) => args.json,
@@ -193,9 +212,12 @@ impl Command {
             Self::Whoami(args) => args.json,
             Self::Health(args) => args.json,
             Self::Version(args) => args.json,
-            Self::Report(_) | Self::Serve(_) | Self::Model(_) | Self::Schema(_) | Self::Completions(_) => {
-                false
-            }
+            Self::Report(_)
+            | Self::Export(_)
+            | Self::Serve(_)
+            | Self::Model(_)
+            | Self::Schema(_)
+            | Self::Completions(_) => false,
         }
     }
 }

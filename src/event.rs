@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::change::Summary;
 use crate::job::spec::Runtime;
 use crate::job::{CellId, Outcome, Pause, State, StopReason};
 use crate::money::MicroUsd;
@@ -179,6 +180,12 @@ pub enum Body {
         /// Why it is none that the policy names before this one, in words.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         instead: Option<String>,
+        /// The image's digest, as the engine names it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        image: Option<String>,
+        /// The version of the agent's CLI.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        agent: Option<String>,
     },
     /// The cell's main process ended, as PID 1 reported it.
     Exit {
@@ -197,6 +204,12 @@ pub enum Body {
         reason: StopReason,
         /// The limit or the asker, in words.
         detail: String,
+    },
+    /// What the job changed in its workspace was written down.
+    Changes {
+        /// Its figures.
+        #[serde(flatten)]
+        summary: Summary,
     },
     /// Something a person should know (ids not mapped, an image picked, a cell lost and found).
     Note {
@@ -262,6 +275,61 @@ pub struct Totals {
     /// Length of the report that was kept, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report_bytes: Option<u64>,
+    /// What it changed in its workspace, where that was a copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changes: Option<Summary>,
+    /// What it ran on and how long each part took.
+    #[serde(default)]
+    pub ran: Ran,
+}
+
+/// What a job ran on, how long each part took, and what it reached: read from its journal when it ends.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(default)]
+pub struct Ran {
+    /// The image's digest, as the engine names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// The version of the agent's CLI.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent: Option<String>,
+    /// Milliseconds in each state, by its name: `queued`, `preparing`, `running`, `parked`, …
+    pub phases_ms: std::collections::BTreeMap<String, u64>,
+    /// Connections and requests to hosts beside the model, allowed and denied.
+    pub egress_allowed: u64,
+    /// See `egress_allowed`.
+    pub egress_denied: u64,
+    /// Bytes that left the cell for them.
+    pub egress_bytes_up: u64,
+    /// Bytes that came from them.
+    pub egress_bytes_down: u64,
+}
+
+impl Ran {
+    /// Takes one event of the journal; `last` is the state before it and since when.
+    pub fn take(&mut self, line: &Line<'_>, last: &mut Option<(String, u64)>) {
+        match line.kind {
+            "state" => {
+                if let Some((name, since_ms)) = last.take() {
+                    *self.phases_ms.entry(name).or_default() += line.at_ms.saturating_sub(since_ms);
+                }
+                *last = line.state.as_deref().map(|name| (name.to_owned(), line.at_ms));
+            }
+            "cell" => {
+                self.image = line.image.as_deref().map(str::to_owned);
+                self.agent = line.agent.as_deref().map(str::to_owned);
+            }
+            "egress" => {
+                match line.decision {
+                    Some(Decision::Deny) => self.egress_denied += 1,
+                    Some(Decision::Allow | Decision::Rewrite) | None => self.egress_allowed += 1,
+                }
+                self.egress_bytes_up = self.egress_bytes_up.saturating_add(line.bytes_up);
+                self.egress_bytes_down = self.egress_bytes_down.saturating_add(line.bytes_down);
+            }
+            _ => {}
+        }
+    }
 }
 
 /// One event as clients read it. Written only: [`Line`] reads back what the daemon needs, since serde cannot
@@ -284,6 +352,9 @@ pub struct Event {
 pub struct Line<'a> {
     /// Number within the job.
     pub seq: u64,
+    /// Wall clock, milliseconds since 1970.
+    #[serde(default)]
+    pub at_ms: u64,
     /// The event's type, as in [`Body`].
     #[serde(rename = "type")]
     pub kind: &'a str,
@@ -326,6 +397,21 @@ pub struct Line<'a> {
     /// The pause before it, for `attempt`.
     #[serde(default)]
     pub paused: Option<Pause>,
+    /// The state's name, for `state`.
+    #[serde(default)]
+    pub state: Option<std::borrow::Cow<'a, str>>,
+    /// The image, for `cell`.
+    #[serde(default)]
+    pub image: Option<std::borrow::Cow<'a, str>>,
+    /// The agent's version, for `cell`.
+    #[serde(default)]
+    pub agent: Option<std::borrow::Cow<'a, str>>,
+    /// Bytes that left, for `egress`.
+    #[serde(default)]
+    pub bytes_up: u64,
+    /// Bytes that came, for `egress`.
+    #[serde(default)]
+    pub bytes_down: u64,
 }
 
 impl Body {

@@ -8,11 +8,14 @@ use axum::extract::{ConnectInfo, Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
+use sha2::{Digest, Sha256};
+
 use super::peer::Peer;
 use super::submit::identity;
 use super::wire::{ErrorCode, JobList, JobView};
 use super::{Api, ApiError};
-use crate::cell::Accepted;
+use crate::cell::{Accepted, changes};
+use crate::change::BlobId;
 use crate::clock;
 use crate::driver::{StopError, UnparkError};
 use crate::event::Totals;
@@ -73,9 +76,16 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         cost_limit_usd: accepted.plan.limits.cost_micro_usd.as_usd(),
         cost_usd: totals.charged_micro_usd.as_usd(),
         report_bytes: totals.report_bytes,
+        prompt_sha256: sha256(spec.prompt.as_bytes()),
+        policy_sha256: sha256(&serde_json::to_vec(&accepted.plan).unwrap_or_default()),
+        from: spec.from,
         totals,
         result: job.result_text.clone(),
     })
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    BlobId::of_digest(Sha256::digest(bytes).into()).into()
 }
 
 fn title(prompt: &str) -> String {
@@ -253,6 +263,11 @@ pub async fn delete(
             );
         }
         Err(error) => return Err(error.into()),
+    }
+    let shelf = changes::shelf(&api.parts, &id);
+    let gone = tokio::task::spawn_blocking(move || shelf.remove()).await;
+    if let Ok(Err(error)) = gone {
+        tracing::warn!(job = %id, %error, "the change set of a deleted job is left; the sweeper goes on");
     }
     let dir = api.parts.settings.journal_dir(&id);
     match tokio::fs::remove_dir_all(&dir).await {

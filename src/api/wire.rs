@@ -31,7 +31,7 @@ pub struct JobView {
     pub image: String,
     /// The workspace on the host, where it has one.
     pub workspace: Option<String>,
-    /// `bind`, `read-only` or `none`.
+    /// `copy`, `bind`, `read-only` or `none`.
     pub workspace_mode: crate::job::spec::WorkspaceMode,
     /// The submitter's labels.
     pub labels: BTreeMap<String, String>,
@@ -67,6 +67,15 @@ pub struct JobView {
     /// Length of its report in bytes, where one was kept: `GET /v1/jobs/{id}/report` gives it.
     #[serde(default)]
     pub report_bytes: Option<u64>,
+    /// SHA-256 of its prompt, in hex.
+    #[serde(default)]
+    pub prompt_sha256: String,
+    /// SHA-256 of what it was allowed, as its policy and the submitter's own narrowing made it, in hex.
+    #[serde(default)]
+    pub policy_sha256: String,
+    /// The job whose changes it goes on with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
 }
 
 impl JobView {
@@ -213,6 +222,12 @@ pub enum ErrorCode {
     NotDone,
     /// The job is not parked. 409
     NotParked,
+    /// A change set cannot be applied: what it is against is not there any more. 409
+    Conflict,
+    /// Somebody else's job: they alone decide about it. 403
+    NotYours,
+    /// There is no space left where something is to be written. 507
+    DiskFull,
     /// Too many jobs are queued. 429
     QueueFull,
     /// The engine does not answer. 503
@@ -230,14 +245,15 @@ impl ErrorCode {
     pub fn status(self) -> u16 {
         match self {
             Self::InvalidSpec | Self::InvalidRequest | Self::UnknownPolicy | Self::Workspace => 400,
-            Self::AbovePolicy | Self::NotListed | Self::AboveAccess => 403,
+            Self::AbovePolicy | Self::NotListed | Self::AboveAccess | Self::NotYours => 403,
             Self::NotFound | Self::NoRoute => 404,
             Self::MethodNotAllowed => 405,
-            Self::IdempotencyConflict | Self::NotDone | Self::NotParked => 409,
+            Self::IdempotencyConflict | Self::NotDone | Self::NotParked | Self::Conflict => 409,
             Self::TooLarge => 413,
             Self::QueueFull => 429,
             Self::EngineUnavailable | Self::ImageUnavailable | Self::Draining => 503,
             Self::Internal => 500,
+            Self::DiskFull => 507,
         }
     }
 
@@ -257,11 +273,14 @@ impl ErrorCode {
             | Self::MethodNotAllowed
             | Self::IdempotencyConflict
             | Self::NotDone
-            | Self::NotParked => Blame::Job,
+            | Self::NotParked
+            | Self::Conflict
+            | Self::NotYours => Blame::Job,
             Self::QueueFull
             | Self::EngineUnavailable
             | Self::ImageUnavailable
             | Self::Draining
+            | Self::DiskFull
             | Self::Internal => Blame::Host,
         }
     }

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use super::{Accepted, Parts, park};
 use crate::agent::frames;
 use crate::clock;
-use crate::event::{Body, Decision, Line, Totals};
+use crate::event::{Body, Decision, Line, Ran, Totals};
 use crate::gateway::GatewayEvent;
 use crate::job::outcome::Failure;
 use crate::job::{Carry, CellId, FailReason, Identity, Input, JobId, JobSpec, Outcome, Pause, Phase, State};
@@ -332,6 +332,27 @@ impl Record {
         };
         self.push(&body)?;
         Ok(())
+    }
+
+    /// What the job ran on and how long each part took, from the journal; what a journal cut to its limit lost is
+    /// not in it.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub async fn ran(&self) -> Result<Ran, RecordError> {
+        let (mut ran, mut last) = (Ran::default(), None);
+        let mut reader = Reader::open(&self.dir, 1, None);
+        while let Some(chunk) = reader.next_chunk(REPLAY_CHUNK_BYTES).await? {
+            for line in chunk.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
+                let line: Line = serde_json::from_slice(line)
+                    .map_err(|e| RecordError::Corrupt { what: "journal", detail: e.to_string() })?;
+                ran.take(&line, &mut last);
+            }
+        }
+        if let Some((name, since_ms)) = last {
+            *ran.phases_ms.entry(name).or_default() += clock::wall_ms().saturating_sub(since_ms);
+        }
+        Ok(ran)
     }
 
     /// Rebuilds the conversation of the current attempt from the journal.

@@ -14,8 +14,10 @@ use serde::de::DeserializeOwned;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::fail::{ApiError, CliError};
+use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
 use crate::api::wire::{Health, JobList, JobView, WhoAmI};
+use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutRequest, ExportFormat, Form};
 use crate::job::JobId;
 
 /// How long connecting may take.
@@ -137,6 +139,57 @@ impl Client {
         let request = Request::get(format!("/v1/jobs/{id}/report"));
         let answer = self.send(request.body(Full::default())).await?;
         self.whole(answer).await
+    }
+
+    /// What a job changed.
+    pub(crate) async fn changes(&self, id: &JobId) -> Result<ChangesView, CliError> {
+        self.get(&format!("/v1/jobs/{id}/changes")).await
+    }
+
+    /// The same as text.
+    pub(crate) async fn diff(&self, id: &JobId, form: Form, only: &[String]) -> Result<Bytes, CliError> {
+        let mut path = format!("/v1/jobs/{id}/diff?form={}", form.as_str());
+        only.iter().for_each(|glob| path += &format!("&only={}", encode(glob)));
+        let request = Request::get(path);
+        let answer = self.send(request.body(Full::default())).await?;
+        self.whole(answer).await
+    }
+
+    /// The same for other tools.
+    pub(crate) async fn export(&self, id: &JobId, format: ExportFormat) -> Result<Bytes, CliError> {
+        let request = Request::get(format!("/v1/jobs/{id}/export?format={}", format.as_str()));
+        let answer = self.send(request.body(Full::default())).await?;
+        self.whole(answer).await
+    }
+
+    /// Applies what a job changed.
+    pub(crate) async fn apply(&self, id: &JobId, request: &ApplyRequest) -> Result<ApplyAnswer, CliError> {
+        self.post(&format!("/v1/jobs/{id}/apply"), request).await
+    }
+
+    /// Writes the workspace as the job left it.
+    pub(crate) async fn checkout(
+        &self,
+        id: &JobId,
+        request: &CheckoutRequest,
+    ) -> Result<ApplyAnswer, CliError> {
+        self.post(&format!("/v1/jobs/{id}/checkout"), request).await
+    }
+
+    /// Throws away what a job changed.
+    pub(crate) async fn discard(&self, id: &JobId) -> Result<JobView, CliError> {
+        let request = Request::post(format!("/v1/jobs/{id}/discard"));
+        self.read(request.body(Full::default())).await
+    }
+
+    async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl serde::Serialize,
+    ) -> Result<T, CliError> {
+        let body = serde_json::to_vec(body).map_err(|e| CliError::usage(e.to_string()))?;
+        let request = Request::post(path).header("content-type", "application/json");
+        self.read(request.body(Full::new(body.into()))).await
     }
 
     /// How the daemon is.

@@ -79,12 +79,13 @@ impl ExitCode {
             | ErrorCode::MethodNotAllowed
             | ErrorCode::IdempotencyConflict
             | ErrorCode::NotDone
-            | ErrorCode::NotParked => Self::Usage,
+            | ErrorCode::NotParked
+            | ErrorCode::NotYours => Self::Usage,
             ErrorCode::QueueFull
             | ErrorCode::EngineUnavailable
             | ErrorCode::ImageUnavailable
             | ErrorCode::Draining => Self::Unavailable,
-            ErrorCode::Internal => Self::Failed,
+            ErrorCode::Conflict | ErrorCode::DiskFull | ErrorCode::Internal => Self::Failed,
         }
     }
 

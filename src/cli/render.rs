@@ -4,6 +4,7 @@
 
 pub(crate) mod audit;
 pub(crate) mod cost;
+pub(crate) mod diff;
 pub(crate) mod escape;
 pub(crate) mod stream;
 pub(crate) mod tables;
@@ -41,6 +42,8 @@ pub(crate) enum Style {
     Good,
     Bad,
     Warn,
+    /// The head of a hunk.
+    Hunk,
 }
 
 /// Text that is safe to print.
@@ -64,6 +67,7 @@ impl Text {
             Style::Good => "32",
             Style::Bad => "31",
             Style::Warn => "33",
+            Style::Hunk => "36",
         };
         let painted = self.paint.color && !code.is_empty() && !text.is_empty();
         if painted {
@@ -87,6 +91,11 @@ impl Text {
             return self;
         }
         self.plain(text)
+    }
+
+    /// Adds what an agent said in our colour: made safe unless `--raw`.
+    pub(crate) fn add_agent(self, style: Style, text: &str) -> Self {
+        if self.paint.raw { self.agent(text) } else { self.add(style, text) }
     }
 
     /// Ends the line.

@@ -8,6 +8,8 @@ use bytes::Bytes;
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};
 
+mod ending;
+
 use super::client::Client;
 use super::fail::{CliError, ExitCode};
 use super::follow::{Ended, Follow, Interrupts, OnInterrupt, Show};
@@ -16,7 +18,9 @@ use super::render::{Style, Text, one_line};
 use super::{Connection, Context, args, wait};
 use crate::api::wire::JobView;
 use crate::job::spec::{JobSpec, NARROW_BYTES_MAX, PROMPT_BYTES_MAX, SPEC_BYTES_MAX, SpecError};
+use crate::job::Outcome;
 use crate::policy::Narrowing;
+use ending::Wish;
 
 /// Most attempts to submit when the connection breaks before the answer came.
 const SUBMIT_ATTEMPTS: u32 = 3;
@@ -47,6 +51,12 @@ pub(super) struct RunArgs {
     /// Start from a job spec in JSON; flags win over it; `-` reads it from standard input
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
+    /// When the job has succeeded, apply what it changed (all but what is flagged or refused)
+    #[arg(long, conflicts_with = "detach")]
+    apply: bool,
+    /// Go on with what this job of yours changed
+    #[arg(long, value_name = "JOB")]
+    from: Option<String>,
     /// Print the job's id and return at once
     #[arg(short, long)]
     detach: bool,
@@ -68,6 +78,8 @@ pub(super) struct RunArgs {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Mode {
+    /// A private copy: the directory itself stays as it is until you apply what was changed
+    Copy,
     /// In place: what the agent writes is written to the directory itself
     Bind,
     /// The agent can read it and write nothing
@@ -233,27 +245,25 @@ pub(super) async fn submit_and_follow(
             context.out.notice(&words)?;
             Ok(ExitCode::Cancelled)
         }
-        Ended::End => finish(follow, args.json, context).await,
+        Ended::End => finish(follow, args, context).await,
     }
 }
 
-/// The end: the job itself for programs, and the exit code.
-async fn finish(follow: Follow<'_>, json: bool, context: &mut Context) -> Result<ExitCode, CliError> {
-    if let Show::Readable(view) = &follow.show
-        && let Some(outcome) = view.outcome()
-    {
-        return Ok(ExitCode::of(outcome));
-    }
+/// The end: the job itself for programs, what it changed, and the exit code.
+async fn finish(follow: Follow<'_>, args: &RunArgs, context: &mut Context) -> Result<ExitCode, CliError> {
     let job = follow.client.job(&follow.job).await?;
-    if json {
+    if args.json {
         context.out.json(&json!({ "job": &job }))?;
     }
-    match job.outcome() {
-        Some(outcome) => Ok(ExitCode::of(outcome)),
-        None => Err(CliError::Protocol {
+    let Some(outcome) = job.outcome() else {
+        return Err(CliError::Protocol {
             what: format!("the job's events ended while it is {}", job.state.name()),
-        }),
-    }
+        });
+    };
+    context.out.end_status();
+    let wish = if args.apply && *outcome == Outcome::Succeeded { Wish::Apply } else { Wish::Ask };
+    ending::end(follow.client, &job, wish, args.json, context).await?;
+    Ok(ExitCode::of(outcome))
 }
 
 /// Submits, and again with the same key when the answer got lost.
@@ -311,6 +321,7 @@ fn job_spec(args: &RunArgs, context: &Context) -> Result<Bytes, CliError> {
         prompt => put(&mut spec, "prompt", prompt),
     }
     workspace(args, &mut spec)?;
+    put(&mut spec, "from", args.from.as_ref());
     put(&mut spec, "policy", args.policy.as_ref());
     if let Some(path) = &args.narrow {
         let text = read_text("the narrowing policy", path, NARROW_BYTES_MAX)?;

@@ -48,6 +48,9 @@ pub struct JobSpec {
     /// The directory it works on; none means an empty one that is thrown away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workspace: Option<WorkspaceSpec>,
+    /// A job of the submitter's own that is done: this one goes on with what that one changed, on the same workspace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
     /// The policy's name; the daemon's default where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
@@ -311,6 +314,7 @@ impl JobSpec {
             text(key, value.as_deref().unwrap_or(""), SYSTEM_PROMPT_BYTES_MAX)?;
         }
         for (key, value) in [
+            ("from", &self.from),
             ("policy", &self.policy),
             ("image", &self.image),
             ("agent", &self.agent),

@@ -139,6 +139,9 @@ impl StreamView {
             Body::Truncated { first, last } => {
                 self.remark(Style::Warn, &format!("… events {first} to {last} are gone: the journal's limit"))
             }
+            Body::Changes { summary } => {
+                self.remark(Style::Dim, &format!("· changes: {}", super::diff::summary(&summary)))
+            }
             Body::Summary { outcome, totals, result } => self.end(outcome, &totals, result),
             Body::Tool { decision: Decision::Rewrite, tool, rule, .. } => {
                 self.remark(Style::Dim, &format!("· {tool} runs with another input (rule {rule})"))
