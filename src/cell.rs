@@ -18,6 +18,7 @@ pub mod record;
 pub mod report;
 mod rooms;
 pub mod runtime;
+mod space;
 mod way_out;
 
 use std::path::PathBuf;
@@ -46,6 +47,7 @@ use crate::workspace::{self, WorkspaceRecord};
 use self::live::Live;
 use self::park::{Admission, Pauses, Seen};
 use self::record::{Feeds, Record, RecordError};
+pub use self::space::Space;
 
 /// Pause before an engine that is away is asked again.
 const ENGINE_PAUSE: Duration = Duration::from_secs(1);
@@ -118,6 +120,8 @@ pub struct Parts {
     pub bundles: Bundles,
     /// Who follows which job.
     pub feeds: Feeds,
+    /// What live cells take of the disk.
+    pub space: Arc<Space>,
     /// Runtimes that were tried.
     pub runtimes: runtime::Tried,
     /// Who may keep a queued job from starting; asked in this order.

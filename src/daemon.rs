@@ -280,6 +280,7 @@ async fn build(
         bundles,
         feeds,
         runtimes,
+        space: Arc::default(),
         admission,
         pauses,
     };

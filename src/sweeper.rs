@@ -107,7 +107,8 @@ pub async fn once(parts: &Arc<Parts>) -> Result<(), SweepError> {
     for left in report.left {
         tracing::warn!(path = %left.path.display(), why = left.why, "something is left in the directory of cells");
     }
-    kept(parts).await
+    kept(parts).await?;
+    changes(parts).await
 }
 
 /// What is kept of a job goes with it; here what a dead daemon did not come to.
@@ -123,6 +124,24 @@ async fn kept(parts: &Arc<Parts>) -> Result<(), SweepError> {
             Ok(Ok(())) => parts.metrics.reaped(Orphan::Directory, 1),
             Ok(Err(error)) => tracing::warn!(%job, %error, "kept work of a job that is over is left"),
             Err(error) => tracing::error!(%job, %error, "kept work of a job that is over is left"),
+        }
+    }
+    Ok(())
+}
+
+/// What a job changed goes with its row; here what a dead daemon did not come to.
+async fn changes(parts: &Arc<Parts>) -> Result<(), SweepError> {
+    let dir = parts.settings.changes_dir();
+    let listed = tokio::task::spawn_blocking(move || names::<JobId>(&dir, "")).await;
+    for job in listed.unwrap_or_else(|e| Err(std::io::Error::other(e)))? {
+        if parts.store.job(&job).await?.is_some() {
+            continue;
+        }
+        let shelf = cell::changes::shelf(parts, &job);
+        match tokio::task::spawn_blocking(move || shelf.remove()).await {
+            Ok(Ok(())) => parts.metrics.reaped(Orphan::Directory, 1),
+            Ok(Err(error)) => tracing::warn!(%job, %error, "the change set of a deleted job is left"),
+            Err(error) => tracing::error!(%job, %error, "the change set of a deleted job is left"),
         }
     }
     Ok(())

@@ -27,7 +27,7 @@ pub use follow::View;
 pub use idmap::{CELL_IDS, MapError};
 pub use peer::{WorkspaceRecord, open_as, read_text, reopen_as};
 pub use rules::Guard;
-pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage, remove_kept};
+pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage, host_free_bytes, remove_kept};
 pub use stage::{CellIds, Mode, Staged, StagedIds, stage, stage_program, unstage};
 pub use sweep::{Left, SweepReport, sweep};
 pub use take::{TakeError, Taken, take_file};

@@ -18,6 +18,8 @@ use super::lines::{LINE_BYTES_MAX, Lines};
 use super::park::{self, Seen};
 use super::prepare::Prepared;
 use super::record::{ExitFigures, Record, RecordError};
+use super::rooms::inodes_max;
+use super::space::{Bounds, Watch};
 use super::{Ended, Parts, StopWish, agent_exit, wait};
 use crate::agent::frames;
 use crate::clock;
@@ -90,9 +92,11 @@ pub struct Live<'a> {
     seen: Seen,
     /// What is left of the wall limit for this attempt, from `begun`.
     wall: Duration,
+    watch: Watch,
 }
 
 enum Next {
+    Full(String),
     Link(LinkEvent),
     Gateway(GatewayEvent),
     Found(Found),
@@ -111,6 +115,14 @@ impl<'a> Live<'a> {
     ) -> Self {
         let now = Instant::now();
         let wall = Duration::from_millis(record.wall_left_ms());
+        let cell_dir = parts.settings.cells_dir().join(prepared.cell.as_str());
+        let disk = record.accepted.plan.limits.disk_bytes;
+        let bounds = Bounds {
+            bytes_max: disk,
+            inodes_max: inodes_max(disk),
+            reserve_bytes: parts.settings.disk_reserve_bytes,
+        };
+        let watch = Watch::new(parts.space.clone(), record.job.clone(), cell_dir, bounds);
         let Prepared { session, link, lease, cell, container, pending, sent, booted, age, trouble } =
             prepared;
         Self {
@@ -139,6 +151,7 @@ impl<'a> Live<'a> {
             trouble,
             seen: Seen::default(),
             wall,
+            watch,
         }
     }
 
@@ -166,6 +179,7 @@ impl<'a> Live<'a> {
                 Ok(()) = self.stop.changed() => Next::Wish,
                 () = tokio::time::sleep_until(deadline) => Next::Timer,
                 exit = &mut ended, if container_gone.is_none() => Next::ContainerEnded(exit),
+                why = self.watch.next(), if self.failure.is_none() => Next::Full(why),
                 event = self.lease.next_event() => Next::Gateway(event),
                 found = self.errands.next() => Next::Found(found),
                 event = self.link.next() => Next::Link(event),
@@ -185,6 +199,7 @@ impl<'a> Live<'a> {
                     self.steps(steps).await?;
                 }
                 Next::Wish => self.on_wish().await?,
+                Next::Full(why) => self.disk_full(why),
                 Next::ContainerEnded(exit) => {
                     // Its last frames may still be on their way to us.
                     let exit = exit.map_err(|e| e.to_string());
@@ -262,6 +277,14 @@ impl<'a> Live<'a> {
         }
         let detail = format!("no output for {} s", limits.silence_ms / 1000);
         self.end(StopReason::Silent, detail).await
+    }
+
+    /// Nothing more can be written: what the agent still does would fail for a reason that it cannot see.
+    fn disk_full(&mut self, why: String) {
+        self.fail(Phase::Run, FailReason::DiskFull, why);
+        self.lease.revoke();
+        self.to_cell.kill();
+        self.ending = Ending::Killed { until: Instant::now() + KILL_GRACE };
     }
 
     async fn on_wish(&mut self) -> Result<(), RecordError> {

@@ -73,6 +73,11 @@ impl Who {
     }
 }
 
+/// How many files and directories a scratch space of `bytes` can hold.
+pub(super) fn inodes_max(bytes: u64) -> u64 {
+    bytes / (1024 * 1024) * INODES_PER_MIB
+}
+
 /// What the blocking part of the preparation gives back.
 pub(super) struct Made {
     pub(super) dirs: Dirs,
@@ -191,7 +196,7 @@ fn finish_directories(
     let StagedDir { path, read_only, parts, who, mut notes, claude_md } = staged;
     let plan = ScratchPlan {
         bytes_max: limits.disk_bytes,
-        inodes_max: limits.disk_bytes / (1024 * 1024) * INODES_PER_MIB,
+        inodes_max: inodes_max(limits.disk_bytes),
         host_reserve_bytes: settings.disk_reserve_bytes,
         template_dir: settings.state_dir.join("scratch-templates"),
     };

@@ -289,6 +289,12 @@ impl Scratch {
         })
     }
 
+    /// What it takes of the host's disk, in bytes; none where that is what [`Scratch::usage`] says.
+    pub fn taken_bytes(&self) -> Option<u64> {
+        let stat = rustix::fs::lstat(self.dir.join(IMAGE)).ok()?;
+        Some(stat.st_blocks as u64 * 512)
+    }
+
     /// Removes it with everything in it, and proves that mount and loop device are gone. Blocks.
     ///
     /// # Errors
@@ -359,9 +365,17 @@ fn check_plan(plan: &ScratchPlan) -> Result<(), ScratchError> {
     Err(ScratchError::Plan { bytes_max, inodes_max })
 }
 
-fn host_has_room(dir: &Path, plan: &ScratchPlan) -> Result<(), ScratchError> {
+/// What is free for the daemon on the disk of `dir`, in bytes.
+///
+/// # Errors
+/// [`ScratchError::Io`].
+pub fn host_free_bytes(dir: &Path) -> Result<u64, ScratchError> {
     let fs = rustix::fs::statvfs(dir).map_err(io_at("measure the disk of", dir))?;
-    let free_bytes = fs.f_bavail.saturating_mul(fs.f_frsize);
+    Ok(fs.f_bavail.saturating_mul(fs.f_frsize))
+}
+
+fn host_has_room(dir: &Path, plan: &ScratchPlan) -> Result<(), ScratchError> {
+    let free_bytes = host_free_bytes(dir)?;
     if free_bytes >= plan.host_reserve_bytes {
         return Ok(());
     }

@@ -23,6 +23,10 @@ impl Live<'_> {
         })?;
         self.record.commit()?;
         self.to_cell.bye();
+        if code != 0 && self.watch.is_full() {
+            let words = "the CLI failed while the job's disk space was used up".to_owned();
+            self.fail(Phase::Run, FailReason::DiskFull, words);
+        }
         Ok(agent_exit(code, report.oom_kills, self.tail()))
     }
 
