@@ -312,7 +312,10 @@ fn open_here(
 }
 
 /// Asks the kernel whether this thread's credentials may write `fd` (and enter it, for a directory).
-pub(super) fn may_write(fd: BorrowedFd<'_>, is_dir: bool) -> io::Result<()> {
+///
+/// # Errors
+/// The kernel's word.
+pub fn may_write(fd: BorrowedFd<'_>, is_dir: bool) -> io::Result<()> {
     access(fd, libc::R_OK | libc::W_OK | if is_dir { libc::X_OK } else { 0 })
 }
 
