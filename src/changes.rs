@@ -4,6 +4,7 @@
 //!
 //! **Every function here blocks**: call it inside `spawn_blocking`.
 
+pub mod apply;
 mod shelf;
 
 pub use shelf::{JobShelf, Shelf, ShelfError};

@@ -211,7 +211,7 @@ impl JobShelf {
         self.dir.join(BLOBS)
     }
 
-    fn put(&self, name: &str, bytes: &[u8]) -> Result<(), ShelfError> {
+    pub(super) fn put(&self, name: &str, bytes: &[u8]) -> Result<(), ShelfError> {
         let path = self.dir.join(name);
         let fresh = path.with_extension("new");
         let mut options = OpenOptions::new();
@@ -221,7 +221,7 @@ impl JobShelf {
         sync_dir(&self.dir)
     }
 
-    fn get(&self, name: &str) -> Result<Option<Vec<u8>>, ShelfError> {
+    pub(super) fn get(&self, name: &str) -> Result<Option<Vec<u8>>, ShelfError> {
         let path = self.dir.join(name);
         let mut bytes = Vec::new();
         match File::open(&path).and_then(|file| file.take(CHANGES_BYTES_MAX).read_to_end(&mut bytes)) {
