@@ -22,7 +22,7 @@ use super::mounts::{self, Unmounted};
 use super::{loopdev, remove};
 
 const IMAGE: &str = "scratch.img";
-const MOUNT_POINT: &str = "scratch";
+pub(super) const MOUNT_POINT: &str = "scratch";
 const BYTES_MIN: u64 = 16 << 20;
 const E2FS_TIME_MAX: Duration = Duration::from_secs(30);
 const E2FS_POLL: Duration = Duration::from_millis(1);
@@ -314,7 +314,7 @@ impl Scratch {
         Ok(())
     }
 
-    fn root(&self) -> PathBuf {
+    pub(super) fn root(&self) -> PathBuf {
         self.dir.join(MOUNT_POINT)
     }
 
