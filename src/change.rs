@@ -5,6 +5,7 @@
 //! A path or a link's target that is no UTF-8 stands in JSON as `{"hex": "…"}`, any other as a string.
 
 pub mod classify;
+pub mod hide;
 mod path;
 
 use std::fmt;
@@ -12,6 +13,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use hide::{HideError, HideRules};
 pub use path::{PathError, Raw, TreePath};
 
 /// Version of the JSON form.
