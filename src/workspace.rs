@@ -31,7 +31,7 @@ pub use copy::{Copied, CopyParts, Form, copy, form_here, lower_of, masked, parts
 pub use follow::View;
 pub use idmap::{CELL_IDS, MapError};
 pub use mask::{Covers, HIDDEN_MAX, Hidden, Mask, Replaced};
-pub use peer::{WorkspaceRecord, open_as, read_text, reopen_as};
+pub use peer::{WorkspaceRecord, as_submitter, open_as, read_text, reopen_as};
 pub use rules::Guard;
 pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage, remove_kept};
 pub use stage::{CellIds, Mode, Staged, StagedIds, stage, stage_program, unstage};
