@@ -18,6 +18,7 @@ pub mod report;
 mod rooms;
 pub mod runtime;
 mod way_out;
+mod work;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -6,7 +6,7 @@
 //! space's `copy/upper` and `copy/work` or, with every file copied, `copy/tree`; and `ws`, which the cell sees.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
@@ -103,7 +103,8 @@ fn layers_of(cell_dir: &Path, name: Option<&str>) -> PathBuf {
     cell_dir.join(name.map_or_else(|| LAYERS.to_owned(), |name| format!("{LAYERS}.{name}")))
 }
 
-/// A copy of the workspace that is staged at `lower`, for the cell in `cell_dir` with its scratch space. What an
+/// A copy of the workspace that is staged at `lower` (or, where nothing could be mounted, of the directory that was
+/// opened, `direct`), for the cell in `cell_dir` with its scratch space. What an
 /// earlier attempt wrote, and the scratch space still holds, is in it. Blocks: 1 ms with an overlay, else as long as
 /// copying takes.
 ///
@@ -114,7 +115,7 @@ pub fn copy(
     cell_dir: &Path,
     name: Option<&str>,
     scratch: &Scratch,
-    lower: &Path,
+    (lower, direct): (&Path, Option<BorrowedFd<'_>>),
     mask: &Mask,
     limits: &CopyLimits,
 ) -> Result<Copied, WorkspaceError> {
@@ -139,7 +140,13 @@ pub fn copy(
         (Form::Whole, why) => why.unwrap_or_default(),
     };
     let tree = dir.join("tree");
-    let done = whole::copy_tree(lower, &tree, mask, limits)?;
+    let staged = match direct {
+        Some(_) => None,
+        None => Some(overlay::open_dir(lower).map_err(io_at("open", lower))?),
+    };
+    let source = staged.as_ref().map(AsFd::as_fd).or(direct);
+    let source = source.ok_or_else(|| io_at("open", lower)(io::Error::from(io::ErrorKind::NotFound)))?;
+    let done = whole::copy_tree(source, lower, &tree, mask, limits)?;
     let mut notes = vec![why];
     notes.extend(done.notes());
     Ok(Copied { parts: CopyParts { form: Form::Whole, dir: tree.clone() }, path: tree, notes })

@@ -225,6 +225,8 @@ impl Scratch {
             return Ok(kept.is_file());
         }
         let held = |what| ScratchError::StillHeld { dir: dir.to_owned(), what };
+        // A copy of the workspace holds it.
+        mounts::unmount_overlays(dir).map_err(|_| held("copy of the workspace"))?;
         // Not dropped but written: somebody goes on with it.
         mounts::unmount(&root).map_err(|_| held("mount"))?;
         if !loopdev::detached_below(&image).map_err(io_at("look for loop devices of", &root))? {

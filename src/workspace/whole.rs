@@ -59,14 +59,14 @@ impl Done {
     }
 }
 
-/// Copies what is at `source` to `target`, which is made. Blocks.
+/// Copies the directory `from`, whose name for messages is `source`, to `target`, which is made. Blocks.
 pub(super) fn copy_tree(
+    from: BorrowedFd<'_>,
     source: &Path,
     target: &Path,
     mask: &Mask,
     limits: &CopyLimits,
 ) -> Result<Done, WorkspaceError> {
-    let from = overlay::open_dir(source).map_err(io_at("open", source))?;
     rustix::fs::mkdir(target, Mode::RWXU).map_err(io_at("make", target))?;
     let to = overlay::open_dir(target).map_err(io_at("open", target))?;
     let mut copy = Copy {
@@ -79,7 +79,7 @@ pub(super) fn copy_tree(
         done: Done::default(),
         path: Vec::new(),
     };
-    let copied = copy.directory(from.as_fd(), to.as_fd(), 0);
+    let copied = copy.directory(from, to.as_fd(), 0);
     copied.map_err(|stop| match stop {
         Stop::Limit(why) => WorkspaceError::Copy { path: source.to_owned(), why },
         Stop::Io(doing, error) => {
@@ -349,7 +349,8 @@ mod tests {
             replaced: vec![Replaced { path: path("src/a.rs"), content: b"masked".to_vec() }],
         };
         let to = dir.path().join("to");
-        copy_tree(&from, &to, &mask, &LIMITS).map(|_| ()).expect("copied");
+        let dir_fd = overlay::open_dir(&from).expect("open");
+        copy_tree(dir_fd.as_fd(), &from, &to, &mask, &LIMITS).map(|_| ()).expect("copied");
         let meta = |at: &Path, name: &str| std::fs::symlink_metadata(at.join(name)).expect("there");
         for name in ["src", "src/a.rs", "src/deep", "link", ""] {
             let (a, b) = (meta(&from, name), meta(&to, name));
@@ -371,7 +372,8 @@ mod tests {
             (1, CopyLimits { entries_max: 3, ..LIMITS }, "3 files"),
             (2, CopyLimits { time_max: Duration::ZERO, ..LIMITS }, "within 0 s"),
         ] {
-            let error = copy_tree(&from, &dir.path().join(n.to_string()), &mask, &limits);
+            let (to, fd) = (dir.path().join(n.to_string()), overlay::open_dir(&from).expect("open"));
+            let error = copy_tree(fd.as_fd(), &from, &to, &mask, &limits);
             let error = error.map(|_| ()).expect_err("a limit").to_string();
             assert!(error.contains(words), "{error}");
         }
