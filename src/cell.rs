@@ -20,6 +20,7 @@ mod rooms;
 pub mod runtime;
 mod space;
 mod way_out;
+mod work;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -6,6 +6,7 @@
 
 pub mod classify;
 pub mod decision;
+pub mod hide;
 mod path;
 
 use std::fmt;
@@ -13,6 +14,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use hide::{HideError, HideRules};
 pub use path::{PathError, Raw, TreePath};
 
 /// Version of the JSON form.

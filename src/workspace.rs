@@ -7,10 +7,13 @@
 //!
 //! **Every function here blocks** (system calls, at most seconds): call it inside `spawn_blocking`.
 
+mod copy;
 mod follow;
 mod idmap;
 mod loopdev;
+mod mask;
 mod mounts;
+mod overlay;
 mod peer;
 mod remove;
 mod rules;
@@ -18,19 +21,23 @@ mod scratch;
 mod stage;
 mod sweep;
 mod take;
+mod whole;
 mod writable;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub use copy::{Copied, CopyParts, Form, copy, form_here, lower_of, masked, parts_of, view_of};
 pub use follow::View;
 pub use idmap::{CELL_IDS, MapError};
+pub use mask::{Covers, HIDDEN_MAX, Hidden, Mask, Replaced};
 pub use peer::{WorkspaceRecord, as_submitter, may_write, open_as, read_text, reopen_as};
 pub use rules::Guard;
 pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage, host_free_bytes, remove_kept};
 pub use stage::{CellIds, Mode, Staged, StagedIds, stage, stage_program, unstage};
 pub use sweep::{Left, SweepReport, sweep};
 pub use take::{TakeError, Taken, take_file};
+pub use whole::CopyLimits;
 pub use writable::{PARTS_MAX, StagedPart};
 
 /// What the job will do with the workspace, so what the submitter must be allowed to do.
@@ -185,6 +192,17 @@ pub enum WorkspaceError {
         /// What is wrong with it, and what helps.
         why: &'static str,
     },
+    /// A copy that does not fit, or takes too long.
+    #[error("the workspace {path:?} {why}: exclude what is large, or use another mode")]
+    Copy {
+        /// What was to be copied.
+        path: PathBuf,
+        /// Which limit it met.
+        why: String,
+    },
+    /// The host makes no overlay.
+    #[error("parts of the workspace cannot be hidden in this mode here ({0}): use the copy mode")]
+    Overlay(String),
     /// Too many openings hang at the same time.
     #[error("{limit} workspaces are being opened already and do not answer: try again later")]
     TooManyOpening {

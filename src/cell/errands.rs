@@ -11,7 +11,7 @@ use crate::job::Identity;
 use crate::policy::judge::{HookAnswer, HookId, hook_answer};
 use crate::run_as::{self, Bounds};
 use crate::session::{Errand, Finding, What};
-use crate::workspace::{Scratch, View};
+use crate::workspace::{self, Form, Scratch, View};
 
 /// Most errands at a time; further ones wait.
 const AT_A_TIME_MAX: usize = 16;
@@ -115,7 +115,9 @@ fn view(place: &Place) -> View {
         rooms.push(("/tmp", scratch.tmp()));
         rooms.push((options::WORKSPACE, scratch.work()));
     }
-    let staged = place.dir.join("ws");
+    let staged = workspace::view_of(&place.dir, None);
+    let copied = workspace::parts_of(&place.dir, None).filter(|parts| parts.form == Form::Whole);
+    let staged = copied.map_or(staged, |parts| parts.dir);
     if staged.is_dir() {
         rooms.retain(|(at, _)| *at != options::WORKSPACE);
         rooms.push((options::WORKSPACE, staged));

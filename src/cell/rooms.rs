@@ -6,14 +6,13 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::prepare::{PrepareError, failed};
+use super::work::{self, Seen, Staged};
 use super::{Accepted, Settings};
 use crate::agent::options;
-use crate::job::spec::{Runtime, WorkspaceMode};
+use crate::job::spec::Runtime;
 use crate::job::{FailReason, Identity};
 use crate::policy::PlanLimits;
-use crate::workspace::{
-    self, CellIds, Guard, Mode, Scratch, ScratchError, ScratchPlan, StagedIds, StagedPart, WorkspaceError,
-};
+use crate::workspace::{self, Scratch, ScratchError, ScratchPlan, StagedPart};
 
 /// Files and directories that a scratch space can hold, per MiB of its size.
 const INODES_PER_MIB: u64 = 128;
@@ -31,8 +30,6 @@ const START_FILES: [&str; 11] = [
     ".gitconfig",
     ".config/git/config",
 ];
-/// Longest CLAUDE.md that is handed over, in bytes.
-const CLAUDE_MD_BYTES_MAX: u64 = 64 * 1024;
 
 /// Where the cell's parts lie on the host.
 pub(super) struct Dirs {
@@ -61,6 +58,7 @@ pub(super) struct Tenant {
 }
 
 /// Whom the cell runs as.
+#[derive(Debug, Clone)]
 pub(super) struct Who {
     pub(super) uid: u32,
     pub(super) gid: u32,
@@ -112,77 +110,10 @@ pub(super) fn make(
     dir: &Path,
     kept: Option<&Kept>,
 ) -> Result<Made, PrepareError> {
-    let staged = stage(settings, accepted, identity, tenant, dir)?;
-    finish_directories(settings, &accepted.plan.limits, tenant, dir, staged, kept)
-}
-
-/// The workspace, and whom the cell must run as for it.
-struct StagedDir {
-    path: Option<PathBuf>,
-    read_only: bool,
-    parts: Vec<StagedPart>,
-    who: Who,
-    notes: Vec<String>,
-    claude_md: Option<String>,
-}
-
-fn stage(
-    settings: &Settings,
-    accepted: &Accepted,
-    identity: &Identity,
-    tenant: &Tenant,
-    dir: &Path,
-) -> Result<StagedDir, PrepareError> {
     make_dir(&settings.cells_dir(), 0o711)?;
     make_dir(dir, 0o711)?;
-    let (plan, uid) = (&accepted.plan, tenant.uid);
-    let record = match (&accepted.workspace, plan.workspace_mode) {
-        (Some(record), WorkspaceMode::Copy | WorkspaceMode::Bind | WorkspaceMode::ReadOnly) => record,
-        (_, WorkspaceMode::None) | (None, _) => {
-            let own = rustix::process::geteuid().as_raw();
-            let (uid, gid) = if own == 0 { (uid, uid) } else { (own, rustix::process::getegid().as_raw()) };
-            let who = Who { uid, gid, groups: Vec::new() };
-            let (read_only, parts, notes) = (false, Vec::new(), Vec::new());
-            return Ok(StagedDir { path: None, read_only, parts, who, notes, claude_md: None });
-        }
-    };
-    let guard = Guard::for_user(&settings.state_dir, identity.uid);
-    let fd = workspace::reopen_as(identity, record, &guard).map_err(|e| workspace_failure(&e))?;
-    // Private ids of the submitter's groups follow the cell's own.
-    let count = identity.groups.len().min(40) as u32;
-    let groups: Vec<u32> = (1..=count).map(|n| uid.wrapping_add(n)).collect();
-    let mode = match (plan.workspace_mode, &plan.writable) {
-        (WorkspaceMode::Bind, None) => Mode::Bind,
-        (WorkspaceMode::Bind, Some(paths)) if !paths.is_empty() => Mode::Partly(paths),
-        (WorkspaceMode::Copy | WorkspaceMode::Bind | WorkspaceMode::ReadOnly | WorkspaceMode::None, _) => {
-            Mode::ReadOnly
-        }
-    };
-    let ids = CellIds {
-        submitter: identity,
-        cell_uid: uid,
-        cell_gid: uid,
-        cell_groups: &groups,
-        // gVisor cannot make files on an id-mapped mount; it can read there.
-        runtime_maps_ids: tenant.runtime == Runtime::Runc || mode == Mode::ReadOnly,
-    };
-    let staged =
-        workspace::stage(&fd, record, &ids, mode, &dir.join("ws")).map_err(|e| workspace_failure(&e))?;
-    let who = match staged.ids().clone() {
-        StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
-            Who { uid, gid, groups }
-        }
-    };
-    let notes = staged.note().map(str::to_owned).into_iter().collect();
-    let hand_over = plan.hand_over_claude_md && !plan.project_settings;
-    let claude_md = match hand_over {
-        true => workspace::read_text(identity, record, &fd, "CLAUDE.md", CLAUDE_MD_BYTES_MAX)
-            .map_err(|e| workspace_failure(&e))?,
-        false => None,
-    };
-    // Taken down by the sweep of the cell's directory, like everything else in it.
-    let (path, read_only) = (Some(staged.path().to_owned()), staged.wants_read_only());
-    Ok(StagedDir { path, read_only, parts: staged.parts().to_vec(), who, notes, claude_md })
+    let staged = work::stage(settings, accepted, identity, tenant, dir)?;
+    finish_directories(settings, &accepted.plan.limits, tenant, dir, staged, kept)
 }
 
 fn finish_directories(
@@ -190,10 +121,11 @@ fn finish_directories(
     limits: &PlanLimits,
     tenant: &Tenant,
     dir: &Path,
-    staged: StagedDir,
+    mut staged: Staged,
     kept: Option<&Kept>,
 ) -> Result<Made, PrepareError> {
-    let StagedDir { path, read_only, parts, who, mut notes, claude_md } = staged;
+    let who = staged.who.clone();
+    let (mut notes, claude_md) = (std::mem::take(&mut staged.notes), staged.claude_md.take());
     let plan = ScratchPlan {
         bytes_max: limits.disk_bytes,
         inodes_max: inodes_max(limits.disk_bytes),
@@ -216,10 +148,11 @@ fn finish_directories(
     make_dir(&etc, 0o711)?;
     write_users(&etc, &who)?;
     make_dir(&etc.join("claude-code"), 0o755)?;
-    // A job without a directory works in an empty one on its scratch space.
-    let workspace = path.unwrap_or_else(|| scratch.work());
+    let Seen { path: workspace, read_only: workspace_read_only, parts, notes: more } =
+        staged.finish(dir, &scratch, limits, plan.inodes_max)?;
+    notes.extend(more);
     let claude = readable_program(tenant, &who, dir)?;
-    let (home, tmp, workspace_read_only) = (scratch.home(), scratch.tmp(), read_only);
+    let (home, tmp) = (scratch.home(), scratch.tmp());
     let dirs = Dirs { run, etc, home, tmp, workspace, workspace_read_only, parts, claude };
     Ok(Made { dirs, who, notes, claude_md, resumed })
 }
@@ -311,14 +244,6 @@ fn make_dir(path: &Path, mode: u32) -> Result<(), PrepareError> {
     }
     // The umask may have taken bits away.
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(|e| io_failure(path, &e))
-}
-
-fn workspace_failure(error: &WorkspaceError) -> PrepareError {
-    let reason = match error {
-        WorkspaceError::Moved { .. } => FailReason::WorkspaceMoved,
-        _ => FailReason::WorkspaceSetup,
-    };
-    failed(reason, error)
 }
 
 fn scratch_failure(error: &ScratchError) -> PrepareError {

@@ -13,6 +13,7 @@ const BUSY_TRIES_MAX: u32 = 10;
 const BUSY_WAIT: Duration = Duration::from_millis(20);
 /// Mounts stacked on one path that are taken off before giving up.
 const STACKED_MAX: u32 = 16;
+const OVERLAY: &str = "overlay";
 
 /// One line of mountinfo, as far as we need it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,11 +40,29 @@ pub(super) fn all() -> io::Result<Vec<Mount>> {
     Ok(text.split(|b| *b == b'\n').filter_map(parse_line).collect())
 }
 
-/// Mounts at `dir` or below it, the deepest and latest first.
+/// Mounts at `dir` or below it, in the order in which they can be taken off.
 pub(super) fn at_or_below(dir: &Path) -> io::Result<Vec<Mount>> {
     let mut found: Vec<Mount> = all()?.into_iter().filter(|m| m.point.starts_with(dir)).collect();
-    found.sort_by_key(|m| std::cmp::Reverse((m.point.components().count(), m.id)));
+    in_order(&mut found);
     Ok(found)
+}
+
+/// Overlays with all that is mounted in them first, since they hold file systems that are mounted elsewhere; then the
+/// deepest and latest first.
+fn in_order(mounts: &mut [Mount]) {
+    let is_overlay = |m: &Mount| m.fs_type == OVERLAY;
+    let overlays: Vec<PathBuf> = mounts.iter().filter(|m| is_overlay(m)).map(|m| m.point.clone()).collect();
+    let holds = |m: &Mount| overlays.iter().any(|point| m.point.starts_with(point));
+    mounts.sort_by_key(|m| std::cmp::Reverse((holds(m), m.point.components().count(), m.id)));
+}
+
+/// Takes off the overlays that are mounted in `dir` itself: what they hold can be taken off then.
+pub(super) fn unmount_overlays(dir: &Path) -> io::Result<()> {
+    let own = |m: &Mount| m.fs_type == OVERLAY && m.point.parent() == Some(dir);
+    for mount in all()?.into_iter().filter(own) {
+        unmount(&mount.point)?;
+    }
+    Ok(())
 }
 
 fn parse_line(line: &[u8]) -> Option<Mount> {
@@ -115,6 +134,19 @@ mod tests {
         for junk in ["", "42", "x y z", "42 27 254:0 / /mnt rw"] {
             assert_eq!(parse_line(junk.as_bytes()), None, "{junk}");
         }
+    }
+
+    #[test]
+    fn what_holds_other_mounts_is_taken_off_before_them() {
+        let mount = |id, point: &str, fs_type: &str| Mount { id, point: point.into(), fs_type: fs_type.into() };
+        let mut mounts = [
+            mount(9, "/c/layers/lower", "ext4"),
+            mount(8, "/c/scratch", "ext4"),
+            mount(2, "/c/ws", "overlay"),
+            mount(1, "/c/ws/late", "tmpfs"),
+        ];
+        in_order(&mut mounts);
+        assert_eq!(mounts.map(|m| m.id), [1, 2, 9, 8]);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use super::mounts::{self, Unmounted};
 use super::{loopdev, remove};
 
 const IMAGE: &str = "scratch.img";
-const MOUNT_POINT: &str = "scratch";
+pub(super) const MOUNT_POINT: &str = "scratch";
 const BYTES_MIN: u64 = 16 << 20;
 const E2FS_TIME_MAX: Duration = Duration::from_secs(30);
 const E2FS_POLL: Duration = Duration::from_millis(1);
@@ -225,6 +225,8 @@ impl Scratch {
             return Ok(kept.is_file());
         }
         let held = |what| ScratchError::StillHeld { dir: dir.to_owned(), what };
+        // A copy of the workspace holds it.
+        mounts::unmount_overlays(dir).map_err(|_| held("copy of the workspace"))?;
         // Not dropped but written: somebody goes on with it.
         mounts::unmount(&root).map_err(|_| held("mount"))?;
         if !loopdev::detached_below(&image).map_err(io_at("look for loop devices of", &root))? {
@@ -320,7 +322,7 @@ impl Scratch {
         Ok(())
     }
 
-    fn root(&self) -> PathBuf {
+    pub(super) fn root(&self) -> PathBuf {
         self.dir.join(MOUNT_POINT)
     }
 

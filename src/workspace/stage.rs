@@ -351,7 +351,7 @@ fn mount_setattr(tree: BorrowedFd<'_>, attr: &libc::mount_attr) -> io::Result<()
 }
 
 /// Puts the detached tree onto the target, which is made where it is missing and must have nothing mounted on it.
-fn attach(tree: BorrowedFd<'_>, target: &Path, is_dir: bool) -> Result<(), WorkspaceError> {
+pub(super) fn attach(tree: BorrowedFd<'_>, target: &Path, is_dir: bool) -> Result<(), WorkspaceError> {
     let made = if is_dir {
         rustix::fs::mkdir(target, FileMode::RWXU)
     } else {

@@ -14,6 +14,7 @@ use hotcell::workspace::{
     WorkspaceRecord, open_as, reopen_as, stage, stage_program, sweep, unstage,
 };
 
+mod copy;
 mod writable;
 
 const USER: u32 = 4242;
