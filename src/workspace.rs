@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 
 pub use follow::View;
 pub use idmap::{CELL_IDS, MapError};
-pub use peer::{WorkspaceRecord, open_as, read_text, reopen_as};
+pub use peer::{WorkspaceRecord, as_submitter, open_as, read_text, reopen_as};
 pub use rules::Guard;
 pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage, remove_kept};
 pub use stage::{CellIds, Mode, Staged, StagedIds, stage, stage_program, unstage};

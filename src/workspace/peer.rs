@@ -147,36 +147,56 @@ pub(super) fn same_directory(dir: BorrowedFd<'_>, record: &WorkspaceRecord) -> R
     }
 }
 
-/// Runs `work` on a fresh thread with the file-system credentials of `identity`.
+/// Runs `work` on a fresh thread with the file-system credentials of `identity`, for `OPEN_TIME_MAX` at most.
 pub(super) fn as_peer<T: Send + 'static>(
     identity: &Identity,
     path: &Path,
     work: impl FnOnce() -> Result<T, WorkspaceError> + Send + 'static,
 ) -> Result<T, WorkspaceError> {
+    as_submitter(identity, path, OPEN_TIME_MAX, work)
+}
+
+/// Runs `work` on a fresh thread that has the file-system credentials of `identity` and nothing of the daemon's:
+/// the kernel itself decides what it may reach. `path` is for messages. Blocks, for `wait_max` at most: the
+/// thread goes on alone then, and what it holds (locks, descriptors) is free when it ends.
+///
+/// # Errors
+/// What `work` says; [`WorkspaceError::Unresponsive`], [`WorkspaceError::TooManyOpening`],
+/// [`WorkspaceError::CannotSwitch`], [`WorkspaceError::Io`] as the caller's error.
+pub fn as_submitter<T, E>(
+    identity: &Identity,
+    path: &Path,
+    wait_max: Duration,
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, E>
+where
+    T: Send + 'static,
+    E: From<WorkspaceError> + Send + 'static,
+{
     let place = Place::take()?;
     let (send, receive) = mpsc::sync_channel(1);
     let who = identity.clone();
     let at = path.to_owned();
     let body = move || {
         let _place = place;
-        let answer = become_peer(&who, &at).and_then(|()| work());
+        let answer = become_peer(&who, &at).map_err(E::from).and_then(|()| work());
         // The receiver is gone only when it gave up waiting.
         let _ = send.send(answer);
     };
     let thread = std::thread::Builder::new().name("hotcell-peer".to_owned()).spawn(body);
     let thread = thread.map_err(io_at("start a thread for", path))?;
-    match receive.recv_timeout(OPEN_TIME_MAX) {
+    match receive.recv_timeout(wait_max) {
         Ok(answer) => {
             let _ = thread.join();
             answer
         }
         // The thread hangs in the kernel and cannot be joined; PEER_THREADS_MAX bounds how many do.
-        Err(mpsc::RecvTimeoutError::Timeout) => Err(WorkspaceError::Unresponsive {
+        Err(mpsc::RecvTimeoutError::Timeout) => Err(E::from(WorkspaceError::Unresponsive {
             path: path.to_owned(),
-            waited_ms: OPEN_TIME_MAX.as_millis() as u64,
-        }),
+            waited_ms: u64::try_from(wait_max.as_millis()).unwrap_or(u64::MAX),
+        })),
         Err(mpsc::RecvTimeoutError::Disconnected) => {
-            Err(io_at("open", path)(io::Error::other("the thread that opens it ended early")))
+            Err(E::from(io_at("open", path)(io::Error::other("the thread that opens it ended early"))))
         }
     }
 }
