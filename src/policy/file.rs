@@ -351,6 +351,7 @@ impl Policy {
         self.requests.check()?;
         self.output.check()?;
         super::writable::check(self.workspace.writable.as_deref())?;
+        self.changes.check()?;
         Rule::check_all(&self.rules)?;
         self.limits.check().map_err(|(key, problem)| (key.into(), problem))
     }
