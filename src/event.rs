@@ -431,6 +431,7 @@ impl Body {
             | Self::Cell { .. }
             | Self::Exit { .. }
             | Self::Stop { .. }
+            | Self::Changes { .. }
             | Self::Note { .. }
             | Self::Truncated { .. }
             | Self::Summary { .. } => Origin::Daemon,

@@ -18,6 +18,7 @@ use super::submit::identity;
 use super::wire::{ErrorCode, JobView};
 use super::{Api, ApiError};
 use crate::cell::changes::{self, ChangesError};
+use crate::changes::apply::ApplyError;
 use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutRequest, ExportFormat, Form, Standing};
 use crate::change::{ChangeSet, Summary};
 use crate::store::Job;
@@ -32,7 +33,7 @@ const GLOB_BYTES_MAX: usize = 1024;
 pub struct ChangesView {
     /// The job.
     pub job: String,
-    /// Whether somebody has decided about it.
+    /// What was decided about it.
     pub standing: Standing,
     /// Its figures.
     pub summary: Summary,
@@ -55,7 +56,7 @@ pub async fn show(
     id: JobPath,
 ) -> Result<Json<ChangesView>, ApiError> {
     let job = api.own_job(&peer, path_text(&id)).await?;
-    let kept = changes::read(&api.parts, &job.row.id).await.map_err(|e| refusal(&job, e))?;
+    let kept = changes::read(&api.parts, &job).await.map_err(|e| refusal(&job, e))?;
     let summary = kept.set.summary(kept.hash);
     Ok(Json(ChangesView { job: job.row.id.to_string(), standing: kept.standing, summary, set: kept.set }))
 }
@@ -83,7 +84,7 @@ pub async fn diff(
         }
     }
     bounded(&only)?;
-    let text = changes::render(&api.parts, &job.row.id, form, only).await.map_err(|e| refusal(&job, e))?;
+    let text = changes::render(&api.parts, &job, form, only).await.map_err(|e| refusal(&job, e))?;
     Ok(bytes("text/plain; charset=utf-8", text))
 }
 
@@ -170,19 +171,33 @@ fn bytes(kind: &'static str, bytes: Vec<u8>) -> Response {
 
 /// The answer for what went wrong.
 fn refusal(job: &Job, error: ChangesError) -> ApiError {
+    use ApplyError as A;
+    use ChangesError as C;
     let id = &job.row.id;
     let (code, hint) = match &error {
-        ChangesError::NotDone => (ErrorCode::NotDone, format!("`hotcell logs -f {id}` waits for its end")),
-        ChangesError::None(_) => (ErrorCode::NotFound, format!("`hotcell show {id}` says how the job ended")),
-        ChangesError::Asked { .. } => (ErrorCode::InvalidRequest, "change the request".to_owned()),
-        ChangesError::Conflict { .. } => (
+        C::NotDone => (ErrorCode::NotDone, format!("`hotcell logs -f {id}` waits for its end")),
+        C::None(_) => (ErrorCode::NotFound, format!("`hotcell show {id}` says how the job ended")),
+        C::Discarded => (ErrorCode::NotFound, format!("`hotcell diff {id}` still shows it")),
+        C::Workspace(_) | C::Apply(A::Workspace(_) | A::TargetMoved { .. }) => {
+            (ErrorCode::Workspace, format!("`hotcell apply {id} --to DIR` names another directory"))
+        }
+        C::Apply(A::Conflicts(_)) => (
             ErrorCode::Conflict,
-            format!("`hotcell apply {id} --3way` merges; --only leaves files out; `hotcell checkout {id} DIR` writes elsewhere"),
+            format!("`hotcell checkout {id} DIR` writes the whole tree elsewhere, to be compared"),
         ),
-        ChangesError::Workspace(_) => (ErrorCode::Workspace, format!("`hotcell apply {id} --to DIR` names another one")),
-        ChangesError::DiskFull(_) => (ErrorCode::DiskFull, "free some space and try again; nothing was written".to_owned()),
-        ChangesError::Busy => (ErrorCode::Conflict, "wait for the other one".to_owned()),
-        ChangesError::Fault(_) => (ErrorCode::Internal, "the daemon's log says more".to_owned()),
+        C::Apply(A::Busy | A::Interrupted { .. }) => (ErrorCode::Conflict, "try again later".to_owned()),
+        C::Apply(A::Nothing { .. } | A::Glob(_)) => {
+            (ErrorCode::InvalidRequest, format!("`hotcell diff {id} --stat` shows what there is"))
+        }
+        C::Apply(A::DiskFull { .. }) => {
+            (ErrorCode::DiskFull, "free some space and try again; nothing was written".to_owned())
+        }
+        C::Apply(A::Io { .. }) => {
+            (ErrorCode::Workspace, "change the permissions, or leave the path out with --only".to_owned())
+        }
+        C::Corrupt(_) | C::Shelf(_) | C::Died(_) | C::Apply(A::Stuck { .. } | A::Shelf(_)) => {
+            (ErrorCode::Internal, "the daemon's log says more".to_owned())
+        }
     };
     ApiError::new(code, error).hint(hint)
 }

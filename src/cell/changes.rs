@@ -2,19 +2,21 @@
 //! and applied with the submitter's rights alone. It must never let a job be called done before its change set is on
 //! the disk or its loss is told, and never touch a person's files without being asked to.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::record::{Record, RecordError};
-use super::{Accepted, Parts};
-use crate::change::decision::{ApplyAnswer, ApplyRequest, ExportFormat, Form, Standing};
+use super::{Accepted, Parts, park};
+use crate::change::decision::{ApplyAnswer, ApplyRequest, BranchMade, ExportFormat, Form, LeftOut, Standing};
 use crate::change::{ChangeSet, Summary};
-use crate::changes::{self, JobShelf, Shelf, ShelfError};
-use crate::clock;
+use crate::changes::apply::{self, Apply, ApplyError, Applied, Wish};
+use crate::changes::{JobShelf, Shelf, ShelfError};
 use crate::event::Body;
+use crate::job::spec::WorkspaceMode;
 use crate::job::{Identity, JobId};
 use crate::store::Job;
-use crate::workspace::{self, Access, Guard, WorkspaceError, WorkspaceRecord};
+use crate::workspace::{self, Access, CopyParts, Guard, WorkspaceError, WorkspaceRecord};
 
 /// A change set as it is kept.
 #[derive(Debug, Clone)]
@@ -35,48 +37,133 @@ pub enum ChangesError {
     NotDone,
     /// There is no change set.
     #[error("there is no change set: {0}")]
-    None(String),
-    /// What was asked for makes no sense.
-    #[error("{key}: {problem}")]
-    Asked {
-        /// Which key of the request.
-        key: &'static str,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// Something is not what it was when the job began.
-    #[error("nothing was written: {count} of the paths {what}: {list}")]
-    Conflict {
-        /// How many.
-        count: usize,
-        /// What is in the way, in words.
-        what: String,
-        /// The first of them.
-        list: String,
-    },
+    None(&'static str),
+    /// It was thrown away.
+    #[error("the change set was discarded")]
+    Discarded,
+    /// The job's row does not parse.
+    #[error("the stored job does not parse: {0}")]
+    Corrupt(String),
     /// The directory cannot be used.
     #[error(transparent)]
     Workspace(#[from] WorkspaceError),
-    /// There is no space.
-    #[error("there is no space left: {0}")]
-    DiskFull(String),
-    /// Another request works on the same change set.
-    #[error("the change set is being applied already")]
-    Busy,
-    /// A fault of the host.
-    #[error("{0}")]
-    Fault(String),
-}
-
-impl From<ShelfError> for ChangesError {
-    fn from(error: ShelfError) -> Self {
-        Self::Fault(error.to_string())
-    }
+    /// It cannot be applied.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// What is kept cannot be read.
+    #[error(transparent)]
+    Shelf(#[from] ShelfError),
+    /// The work died.
+    #[error("the work on the change set ended early: {0}")]
+    Died(String),
 }
 
 /// Where what is kept of a job lies.
 pub fn shelf(parts: &Parts, job: &JobId) -> JobShelf {
     Shelf::new(parts.settings.changes_dir()).of(job)
+}
+
+/// The change set of a job that is done.
+///
+/// # Errors
+/// [`ChangesError`].
+pub async fn read(parts: &Parts, job: &Job) -> Result<Kept, ChangesError> {
+    let shelf = shelf(parts, &job.row.id);
+    let done = job.row.state.is_done();
+    let found = blocking(move || Ok((shelf.changes()?, apply::decision(&shelf)?))).await?;
+    let (Some((set, hash)), decision) = found else {
+        return Err(if done { ChangesError::None(why_none(&accepted(job)?)) } else { ChangesError::NotDone });
+    };
+    let standing = match (&decision.discarded, decision.applied.is_empty()) {
+        (Some(_), _) => Standing::Discarded,
+        (None, false) => Standing::Applied,
+        (None, true) => Standing::Open,
+    };
+    if done { Ok(Kept { set, hash, standing }) } else { Err(ChangesError::NotDone) }
+}
+
+fn why_none(accepted: &Accepted) -> &'static str {
+    match (accepted.plan.workspace_mode, &accepted.workspace) {
+        (WorkspaceMode::Copy, Some(_)) => "the job ended before it had a copy, or what it wrote could not be read",
+        (WorkspaceMode::Bind, Some(_)) => "the job worked on the directory itself",
+        (WorkspaceMode::ReadOnly, Some(_)) => "the job could not write to its workspace",
+        (WorkspaceMode::None, _) | (_, None) => "the job had no workspace",
+    }
+}
+
+fn accepted(job: &Job) -> Result<Accepted, ChangesError> {
+    serde_json::from_str(&job.plan_json).map_err(|e| ChangesError::Corrupt(e.to_string()))
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ChangesError> + Send + 'static,
+) -> Result<T, ChangesError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(ChangesError::Died(e.to_string())))
+}
+
+/// Applies it, as its submitter and to their files.
+///
+/// # Errors
+/// [`ChangesError`]; nothing was written then, as far as the error does not say otherwise.
+pub async fn apply(parts: &Parts, job: &Job, request: ApplyRequest) -> Result<ApplyAnswer, ChangesError> {
+    let kept = wanted(parts, job).await?;
+    let (shelf, accepted, identity) = (shelf(parts, &job.row.id), accepted(job)?, job.row.identity.clone());
+    let guard = Guard::for_user(&parts.settings.state_dir, identity.uid);
+    blocking(move || {
+        let ApplyRequest { to, only, include_flagged, three_way, check, branch: _ } = request;
+        let (target, path) = match (to, &accepted.workspace) {
+            (Some(to), _) => (workspace::open_as(&identity, &to, Access::Write, &guard)?.0, to),
+            (None, Some(record)) => {
+                let record = WorkspaceRecord { need: Access::Write, ..record.clone() };
+                (workspace::reopen_as(&identity, &record, &guard)?, record.path)
+            }
+            (None, None) => return Err(ChangesError::None("the job had no workspace")),
+        };
+        let wish = Wish { only, include_flagged, three_way, check };
+        let (shelf, changes) = (&shelf, &kept.set);
+        let request = Apply { shelf, changes, target, path: &path, identity: &identity, wish: &wish };
+        Ok(answer(apply::apply(&request)?, check))
+    })
+    .await
+}
+
+/// A change set that was not thrown away.
+async fn wanted(parts: &Parts, job: &Job) -> Result<Kept, ChangesError> {
+    let kept = read(parts, job).await?;
+    if kept.standing == Standing::Discarded { Err(ChangesError::Discarded) } else { Ok(kept) }
+}
+
+fn answer(applied: Applied, checked: bool) -> ApplyAnswer {
+    let Applied { applied, already, merged, left_out, kept_dirs, left_behind } = applied;
+    let left_out = left_out.into_iter().map(|left| LeftOut { path: left.path, why: left.why }).collect();
+    ApplyAnswer { checked, applied, already, merged, left_out, kept_dirs, left_behind, branch: None }
+}
+
+/// Notes that nobody wants it. What was stored goes with the job.
+///
+/// # Errors
+/// [`ChangesError`].
+pub async fn discard(parts: &Parts, job: &Job) -> Result<(), ChangesError> {
+    read(parts, job).await?;
+    let (shelf, uid) = (shelf(parts, &job.row.id), job.row.identity.uid);
+    blocking(move || Ok(apply::discard(&shelf, uid)?)).await
+}
+
+/// Puts right what a dead daemon left half applied. What cannot be put right now stays noted and is tried again when
+/// the daemon starts next.
+pub async fn recover(parts: &Parts, job: &JobId) {
+    let (shelf, state_dir, id) = (shelf(parts, job), parts.settings.state_dir.clone(), job.clone());
+    let put_right = blocking(move || {
+        let Some(pending) = apply::pending(&shelf)? else { return Ok(()) };
+        let guard = Guard::for_user(&state_dir, pending.identity.uid);
+        let (target, _) = workspace::open_as(&pending.identity, &pending.path, Access::Write, &guard)?;
+        let became = apply::recover(&shelf, &target)?;
+        tracing::warn!(job = %id, path = %pending.path.display(), ?became, "an interrupted application was put right");
+        Ok(())
+    });
+    if let Err(error) = put_right.await {
+        tracing::error!(%job, %error, "an interrupted application cannot be put right now");
+    }
 }
 
 /// Takes out what a job changed in its copy, whose cell has ended and is not destroyed yet: its figures, or none where

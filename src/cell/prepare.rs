@@ -103,7 +103,9 @@ pub async fn prepare(
     let names = Names::new(former.as_ref(), &record.job)?;
     parts.store.put_cell(names.row(record, Some(chosen.runtime))).await?;
     let (cell, runtime, instead) = (names.cell.clone(), chosen.runtime, chosen.instead.clone());
-    record.push(&Body::Cell { cell, runtime, instead })?;
+    let agent = found.claude.parent().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    let image = Some(found.id.clone());
+    record.push(&Body::Cell { cell, runtime, instead, image, agent })?;
     let tenant = Tenant { uid: names.uid, runtime, claude: found.claude.clone() };
     let (dirs, session, staged, resumed) = make_directories(parts, record, &names, tenant).await?;
     let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), staged.owner())

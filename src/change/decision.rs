@@ -8,24 +8,16 @@ use serde::{Deserialize, Serialize};
 use super::TreePath;
 
 /// Whether somebody has decided about a change set.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case", tag = "standing")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum Standing {
     /// Nobody has.
     #[default]
     Open,
-    /// It was applied, all that is applied or a part of it.
-    Applied {
-        /// Where: a directory, or a branch.
-        into: String,
-        /// When, in milliseconds since 1970.
-        at_ms: u64,
-    },
-    /// It was thrown away.
-    Discarded {
-        /// When, in milliseconds since 1970.
-        at_ms: u64,
-    },
+    /// It was applied, or a part of it.
+    Applied,
+    /// It is not wanted.
+    Discarded,
 }
 
 /// How a change set is shown.
@@ -130,10 +122,16 @@ pub struct ApplyAnswer {
     pub applied: Vec<TreePath>,
     /// What was there already.
     pub already: Vec<TreePath>,
+    /// Those of `applied` where the changes of both sides came together.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub merged: Vec<TreePath>,
     /// What was not.
     pub left_out: Vec<LeftOut>,
     /// Directories that stay because something is in them that the job never saw.
     pub kept_dirs: Vec<TreePath>,
+    /// A directory that could not be removed; nothing of it is needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_behind: Option<PathBuf>,
     /// The branch, where one was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub branch: Option<BranchMade>,

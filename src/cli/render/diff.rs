@@ -131,6 +131,10 @@ pub(crate) fn applied(paint: Paint, answer: &ApplyAnswer) -> Text {
         }
         text = more(text, answer.left_out.len());
     }
+    if !answer.merged.is_empty() {
+        let n = words::plural(answer.merged.len() as u64, "file");
+        text = text.plain(&format!("{n} merged with what was changed meanwhile")).end();
+    }
     for dir in answer.kept_dirs.iter().take(NAMED_MAX) {
         let words = format!("{} stays: there is something in it that the job never saw", shown(&dir.to_string()));
         text = text.add(Style::Dim, &words).end();
