@@ -30,7 +30,7 @@ pub use rules::Guard;
 pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage, remove_kept};
 pub use stage::{CellIds, Mode, Staged, StagedIds, stage, stage_program, unstage};
 pub use sweep::{Left, SweepReport, sweep};
-pub use take::{TakeError, Taken, take_file};
+pub use take::{TakeError, Taken, open_file, take_file};
 pub use writable::{PARTS_MAX, StagedPart};
 
 /// What the job will do with the workspace, so what the submitter must be allowed to do.
