@@ -5,6 +5,18 @@
 //! **Every function here blocks**: call it inside `spawn_blocking`.
 
 pub mod apply;
+pub mod branch;
+mod build;
+mod choose;
+pub mod commits;
+pub mod export;
+mod only;
+pub mod patch;
 mod shelf;
+mod sparse;
+#[cfg(test)]
+mod testing;
 
+pub use choose::Include;
+pub use only::{BadGlob, Only};
 pub use shelf::{JobShelf, Shelf, ShelfError};

@@ -36,7 +36,7 @@ pub use rules::Guard;
 pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage, host_free_bytes, remove_kept};
 pub use stage::{CellIds, Mode, Staged, StagedIds, stage, stage_program, unstage};
 pub use sweep::{Left, SweepReport, sweep};
-pub use take::{TakeError, Taken, take_file};
+pub use take::{TakeError, Taken, open_file, take_file};
 pub use whole::CopyLimits;
 pub use writable::{PARTS_MAX, StagedPart};
 

@@ -2,6 +2,7 @@
 //! lead anywhere else (no link is followed, no mount crossed), hold the reader up (a FIFO, a device), or be
 //! longer than was agreed.
 
+use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
@@ -39,6 +40,20 @@ pub enum TakeError {
 /// # Errors
 /// [`TakeError`].
 pub fn take_file(root: &Path, below: &Path, bytes_max: u64) -> Result<Taken, TakeError> {
+    let file = open_file(root, below)?;
+    let mut bytes = Vec::new();
+    let read = file.take(bytes_max.saturating_add(1)).read_to_end(&mut bytes);
+    read.map_err(|error| TakeError::Io(error.to_string()))?;
+    let cut = bytes.len() as u64 > bytes_max;
+    bytes.truncate(usize::try_from(bytes_max).unwrap_or(usize::MAX));
+    Ok(Taken { bytes, cut })
+}
+
+/// Opens `below` in `root` as [`take_file`] does, for what is too long to be held in memory. It may still grow.
+///
+/// # Errors
+/// [`TakeError`].
+pub fn open_file(root: &Path, below: &Path) -> Result<File, TakeError> {
     let io = |errno: Errno| TakeError::Io(std::io::Error::from(errno).to_string());
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, root, flags, Mode::empty()).map_err(|errno| match errno {
@@ -71,12 +86,7 @@ pub fn take_file(root: &Path, below: &Path, bytes_max: u64) -> Result<Taken, Tak
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&found));
     let read = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file = rustix::fs::openat(CWD, path, read, Mode::empty()).map_err(io)?;
-    let mut bytes = Vec::new();
-    let read = std::fs::File::from(file).take(bytes_max.saturating_add(1)).read_to_end(&mut bytes);
-    read.map_err(|error| TakeError::Io(error.to_string()))?;
-    let cut = bytes.len() as u64 > bytes_max;
-    bytes.truncate(usize::try_from(bytes_max).unwrap_or(usize::MAX));
-    Ok(Taken { bytes, cut })
+    Ok(File::from(file))
 }
 
 #[cfg(test)]
