@@ -75,6 +75,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         report_bytes: totals.report_bytes,
         totals,
         result: job.result_text.clone(),
+        warnings: Vec::new(),
     })
 }
 

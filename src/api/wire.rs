@@ -31,7 +31,7 @@ pub struct JobView {
     pub image: String,
     /// The workspace on the host, where it has one.
     pub workspace: Option<String>,
-    /// `bind`, `read-only` or `none`.
+    /// `copy`, `bind`, `read-only` or `none`.
     pub workspace_mode: crate::job::spec::WorkspaceMode,
     /// The submitter's labels.
     pub labels: BTreeMap<String, String>,
@@ -67,6 +67,9 @@ pub struct JobView {
     /// Length of its report in bytes, where one was kept: `GET /v1/jobs/{id}/report` gives it.
     #[serde(default)]
     pub report_bytes: Option<u64>,
+    /// In the answer to a submit only: what its submitter should know, such as files that look like secrets.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 impl JobView {
