@@ -35,6 +35,7 @@ use crate::engine::{ContainerId, Engine, EngineError, Exit, container_name};
 use crate::event::{Body, Totals};
 use crate::gateway::{Egress, Gateway};
 use crate::job::outcome::Failure;
+use crate::job::spec::WorkspaceMode;
 use crate::job::{CellId, FailReason, Input, JobId, Outcome, ParkReason, Phase, State, StopReason};
 use crate::journal;
 use crate::metrics::Metrics;
@@ -145,9 +146,26 @@ pub struct Accepted {
     pub plan: Plan,
     /// The directory it works on, as it was at submit.
     pub workspace: Option<WorkspaceRecord>,
+    /// Further directories that its cell sees.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<OtherWorkspace>,
     /// The submitter's own budget per day, in micro-USD, where their access entries give one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_day_micro_usd: Option<MicroUsd>,
+}
+
+/// A further directory of a job, as it was at submit.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OtherWorkspace {
+    /// What it is called.
+    pub name: String,
+    /// How it is mounted: read-only, or as a copy that is thrown away.
+    pub mode: WorkspaceMode,
+    /// Where the cell sees it.
+    pub at: String,
+    /// What was opened.
+    pub record: WorkspaceRecord,
 }
 
 /// A wish to stop, with words for the journal.
@@ -318,6 +336,7 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
     let changed = changes::collect(parts, record).await?;
     destroy(parts, &record.job).await;
     park::forget_work(parts, &record.job).await;
+    quarantine(parts, record).await?;
     let left_open = parts.store.release_open(&record.job, clock::wall_ms()).await?;
     if left_open > 0 {
         parts.metrics.reaped(crate::metrics::Orphan::Reservation, left_open);
@@ -339,6 +358,19 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
     let answer = answer.map(|text| record.accepted.plan.output.bounded_result(text));
     parts.metrics.phase(Phase::Collect, begun.elapsed().as_secs_f64());
     record.done(parts, outcome, totals, answer).await
+}
+
+/// What the agent left in a workspace that it worked on in place, and would be obeyed on the host, is set aside.
+async fn quarantine(parts: &Arc<Parts>, record: &mut Record) -> Result<(), RecordError> {
+    let (settings, accepted) = (parts.settings.clone(), record.accepted.clone());
+    let (identity, job) = (record.identity.clone(), record.job.clone());
+    let looking =
+        tokio::task::spawn_blocking(move || work::set_aside(&settings, &accepted, &identity, &job)).await;
+    let said = looking.unwrap_or_else(|error| vec![format!("the workspace was not looked through: {error}")]);
+    for text in said {
+        record.push(&Body::Note { text })?;
+    }
+    Ok(())
 }
 
 async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<Totals, RecordError> {

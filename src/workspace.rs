@@ -10,18 +10,22 @@
 mod copy;
 mod follow;
 mod idmap;
+mod look;
 mod loopdev;
 mod mask;
 mod mounts;
 mod overlay;
 mod peer;
+mod protect;
 mod remove;
 mod rules;
 mod scratch;
+mod secrets;
 mod stage;
 mod sweep;
 mod take;
 mod whole;
+mod worktree;
 mod writable;
 
 use std::io;
@@ -31,13 +35,17 @@ pub use copy::{Copied, CopyParts, Form, copy, form_here, lower_of, masked, parts
 pub use follow::View;
 pub use idmap::{CELL_IDS, MapError};
 pub use mask::{Covers, HIDDEN_MAX, Hidden, Mask, Replaced};
-pub use peer::{WorkspaceRecord, as_submitter, may_write, open_as, read_text, reopen_as};
+pub use look::{Found, Kind, LookLimits, Looked, look};
+pub use peer::{WorkspaceRecord, as_submitter, may_write, open_as, read_text, read_texts, reopen_as};
+pub use protect::{GUARDS_MAX, Guarded, Protection, guard_of, set_aside};
 pub use rules::Guard;
 pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage, host_free_bytes, remove_kept};
-pub use stage::{CellIds, Mode, Staged, StagedIds, stage, stage_program, unstage};
+pub use secrets::warnings as secret_warnings;
+pub use stage::{CellIds, Mode, Staged, StagedIds, stage, stage_guarded, stage_program, unstage};
 pub use sweep::{Left, SweepReport, sweep};
 pub use take::{TakeError, Taken, open_file, take_file};
 pub use whole::CopyLimits;
+pub use worktree::{Worktree, worktree};
 pub use writable::{PARTS_MAX, StagedPart};
 
 /// What the job will do with the workspace, so what the submitter must be allowed to do.
@@ -191,6 +199,36 @@ pub enum WorkspaceError {
         path: PathBuf,
         /// What is wrong with it, and what helps.
         why: &'static str,
+    },
+    /// Too much of it is hidden or protected path by path.
+    #[error("{count} paths of the workspace {path:?} would have to be {what} one by one, at most {max} can be: {hint}")]
+    TooMany {
+        /// The workspace.
+        path: PathBuf,
+        /// How many.
+        count: usize,
+        /// `hidden` or `protected`.
+        what: &'static str,
+        /// How many there may be.
+        max: usize,
+        /// What may help.
+        hint: &'static str,
+    },
+    /// It is too large to be looked through.
+    #[error("the workspace {path:?} cannot be looked through for what is to be hidden ({limit}): use a directory below")]
+    TooLarge {
+        /// The workspace.
+        path: PathBuf,
+        /// The limit that was met.
+        limit: String,
+    },
+    /// One of several workspaces of a cell has other ids than the first one.
+    #[error("the workspace {path:?} cannot be shown beside the first one: {why}")]
+    Beside {
+        /// The workspace.
+        path: PathBuf,
+        /// Why.
+        why: String,
     },
     /// A copy that does not fit, or takes too long.
     #[error("the workspace {path:?} {why}: exclude what is large, or use another mode")]

@@ -51,9 +51,9 @@ fn removed_tools(plan: &Plan) -> Vec<&'static str> {
     REMOVED_TOOLS.into_iter().filter(|tool| !stays(tool)).collect()
 }
 
-/// Where below HOME the CLI keeps the record of a conversation in [`WORKSPACE`].
-pub fn session_file(session_id: &str) -> PathBuf {
-    let project = WORKSPACE.replace(['/', '.'], "-");
+/// Where below HOME the CLI keeps the record of a conversation in the directory `workspace` of its cell.
+pub fn session_file(session_id: &str, workspace: &str) -> PathBuf {
+    let project = workspace.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
     PathBuf::from(format!(".claude/projects/{project}/{session_id}.jsonl"))
 }
 

@@ -81,6 +81,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         from: spec.from,
         totals,
         result: job.result_text.clone(),
+        warnings: Vec::new(),
     })
 }
 

@@ -1,7 +1,9 @@
 //! `POST /v1/jobs`: raw JSON → spec → plan → workspace opened as the peer → row. What is refused leaves
 //! nothing behind; what is accepted is on the disk before its id is told.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::{ConnectInfo, State};
@@ -14,7 +16,8 @@ use super::peer::Peer;
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
 use crate::agent_bundle::{PINNED_VERSION, Version};
-use crate::cell::Accepted;
+use crate::cell::{Accepted, OtherWorkspace};
+use crate::change::hide::HideRules;
 use crate::clock;
 use crate::event::Body;
 use crate::gateway::GatewayError;
@@ -25,10 +28,12 @@ use crate::money::MicroUsd;
 use crate::policy::{Grant, Narrowing, Plan, narrow};
 use crate::scheduler::Ticket;
 use crate::store::{Batch, NewJob, StoreError, Submitted};
-use crate::workspace::{self, Access, Guard, WorkspaceRecord};
+use crate::workspace::{self, Access, Guard, LookLimits, WorkspaceError, WorkspaceRecord};
 
 /// Longest idempotency key, in bytes.
 const KEY_BYTES_MAX: usize = 255;
+/// How far a workspace is looked at for what looks like a secret.
+const SECRETS_LOOK: LookLimits = LookLimits { entries_max: 50_000, time_max: Duration::from_millis(250) };
 
 /// Submits a job.
 pub async fn submit(
@@ -77,9 +82,9 @@ pub async fn submit(
             .hint("start it (`make engine`) and submit again"));
     }
     room(&api).await?;
-    let record = open_workspace(&api, &identity, &spec, &plan).await?;
-    let accepted = Accepted { plan, workspace: record, user_day_micro_usd: granted.day_usd };
-    let (id, fresh) = store(&api, &identity, &spec, &accepted, &body, idem).await?;
+    let Opened { workspace, others, warnings } = open_workspaces(&api, &identity, &spec, &plan).await?;
+    let accepted = Accepted { plan, workspace, others, user_day_micro_usd: granted.day_usd };
+    let (id, fresh) = store(&api, &identity, &spec, &accepted, (&body, &warnings), idem).await?;
     let job = api
         .parts
         .store
@@ -95,7 +100,9 @@ pub async fn submit(
         api.driver.submitted(id, ticket).await;
     }
     let status = if fresh { StatusCode::CREATED } else { StatusCode::OK };
-    Ok((status, axum::Json(view(&api, &job).await?)).into_response())
+    let mut view = view(&api, &job).await?;
+    view.warnings = warnings;
+    Ok((status, axum::Json(view)).into_response())
 }
 
 /// Who asks.
@@ -190,26 +197,57 @@ async fn room(api: &Api) -> Result<(), ApiError> {
     Err(ApiError::new(ErrorCode::QueueFull, words).hint("submit again later, with the same Idempotency-Key"))
 }
 
-async fn open_workspace(
+/// The workspaces of a job, as they are now.
+#[derive(Default)]
+struct Opened {
+    workspace: Option<WorkspaceRecord>,
+    others: Vec<OtherWorkspace>,
+    /// What its submitter should know.
+    warnings: Vec<String>,
+}
+
+async fn open_workspaces(
     api: &Api,
     identity: &Identity,
     spec: &JobSpec,
     plan: &Plan,
-) -> Result<Option<WorkspaceRecord>, ApiError> {
+) -> Result<Opened, ApiError> {
     let need = match plan.workspace_mode {
         WorkspaceMode::Bind => Access::Write,
         WorkspaceMode::Copy | WorkspaceMode::ReadOnly => Access::Read,
-        WorkspaceMode::None => return Ok(None),
+        WorkspaceMode::None => return Ok(Opened::default()),
     };
-    let Some(workspace) = &spec.workspace else { return Ok(None) };
-    let (identity, path) = (identity.clone(), workspace.path.clone());
+    let Some(workspace) = spec.workspace.clone() else { return Ok(Opened::default()) };
+    let (identity, hide) = (identity.clone(), plan.hide.clone());
     let state_dir = api.parts.settings.state_dir.clone();
     let opened = tokio::task::spawn_blocking(move || {
         let guard = Guard::for_user(&state_dir, identity.uid);
-        workspace::open_as(&identity, &path, need, &guard).map(|(_, record)| record)
+        let at = |key: String| {
+            move |e: WorkspaceError| ApiError::new(ErrorCode::Workspace, format!("{key}: {e}"))
+        };
+        let (dir, record) = workspace::open_as(&identity, &workspace.path, need, &guard)
+            .map_err(at("workspace.path".to_owned()))?;
+        let warnings = secrets(&identity, &workspace.path, dir, &hide);
+        let mut others = Vec::new();
+        for (index, other) in workspace.others.into_iter().enumerate() {
+            let opened = workspace::open_as(&identity, &other.path, Access::Read, &guard);
+            let (_, record) = opened.map_err(at(format!("workspace.others[{index}].path")))?;
+            let at = other.seen_at();
+            others.push(OtherWorkspace { name: other.name, mode: other.mode.as_mode(), at, record });
+        }
+        Ok(Opened { workspace: Some(record), others, warnings })
     });
-    let opened = opened.await.map_err(|e| ApiError::new(ErrorCode::Internal, e))?;
-    opened.map(Some).map_err(|e| ApiError::new(ErrorCode::Workspace, format!("workspace.path: {e}")))
+    opened.await.map_err(|e| ApiError::new(ErrorCode::Internal, e))?
+}
+
+/// What looks like a secret and is not hidden. A quick look: its limits, and whatever goes wrong, end it silently.
+fn secrets(identity: &Identity, path: &std::path::Path, dir: OwnedFd, hide: &[String]) -> Vec<String> {
+    let Ok(rules) = HideRules::new(hide) else { return Vec::new() };
+    // Installed packages have keys for tests, and thousands of files.
+    let enter = |path: &crate::change::TreePath| !matches!(path.name(), b".git" | b"node_modules" | b"target");
+    let look = move || Ok::<_, WorkspaceError>(workspace::look(dir.as_fd(), &SECRETS_LOOK, &enter));
+    let looked = workspace::as_submitter(identity, path, Duration::from_secs(2), look);
+    looked.map(|looked| workspace::secret_warnings(&looked, &rules)).unwrap_or_default()
 }
 
 async fn store(
@@ -217,7 +255,7 @@ async fn store(
     identity: &Identity,
     spec: &JobSpec,
     accepted: &Accepted,
-    body: &[u8],
+    (body, warnings): (&[u8], &[String]),
     idem: Option<(String, [u8; 32])>,
 ) -> Result<(JobId, bool), ApiError> {
     let internal = |e: &dyn std::fmt::Display| ApiError::new(ErrorCode::Internal, e);
@@ -241,7 +279,7 @@ async fn store(
     // The journal's first event is written when somebody opens the record, here or after a crash.
     match api.parts.store.submit(job).await {
         Ok(Submitted::New(id)) => {
-            begin_journal(api, &id)?;
+            begin_journal(api, &id, warnings)?;
             Ok((id, true))
         }
         Ok(Submitted::Existing(id)) => Ok((id, false)),
@@ -269,10 +307,13 @@ fn batch(spec: &JobSpec) -> Option<Batch> {
     Some(Batch { name: batch.name.clone(), limit })
 }
 
-fn begin_journal(api: &Api, id: &JobId) -> Result<(), ApiError> {
+fn begin_journal(api: &Api, id: &JobId, warnings: &[String]) -> Result<(), ApiError> {
     let begun = Journal::create(api.parts.settings.journal_dir(id), api.parts.settings.journal).and_then(
         |mut journal| {
             journal.push(&Body::State { state: JobState::Queued }, clock::wall_ms())?;
+            for text in warnings {
+                journal.push(&Body::Note { text: text.clone() }, clock::wall_ms())?;
+            }
             journal.commit()
         },
     );

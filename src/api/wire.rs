@@ -76,6 +76,9 @@ pub struct JobView {
     /// The job whose changes it goes on with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<String>,
+    /// In the answer to a submit only: what its submitter should know, such as files that look like secrets.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 impl JobView {

@@ -11,7 +11,7 @@ use crate::job::Identity;
 use crate::policy::judge::{HookAnswer, HookId, hook_answer};
 use crate::run_as::{self, Bounds};
 use crate::session::{Errand, Finding, What};
-use crate::workspace::{self, Form, Scratch, View};
+use crate::workspace::{Scratch, View};
 
 /// Most errands at a time; further ones wait.
 const AT_A_TIME_MAX: usize = 16;
@@ -37,6 +37,8 @@ pub(super) struct Place {
     pub(super) who: Identity,
     /// The cell's directory on the host.
     pub(super) dir: PathBuf,
+    /// Where the host has the cell's workspaces, the primary one first.
+    pub(super) workspaces: Vec<(String, PathBuf)>,
     /// The host's process id of its PID 1, where the engine says it.
     pub(super) pid: Option<u32>,
 }
@@ -96,11 +98,21 @@ async fn follow(paths: Vec<String>, place: Place) -> Vec<(String, Option<String>
     let asked = paths.clone();
     let looking = tokio::task::spawn_blocking(move || {
         let view = view(&place);
-        paths.into_iter().map(|path| (path.clone(), view.follow(&path))).collect::<Vec<_>>()
+        let at = place.workspaces.first().map(|(at, _)| at.as_str());
+        let leads = |path: &str| view.follow(path).map(|to| as_in_rules(to, at));
+        paths.into_iter().map(|path| (path.clone(), leads(&path))).collect::<Vec<_>>()
     });
     match tokio::time::timeout(PATHS_WAIT, looking).await {
         Ok(Ok(found)) => found,
         Ok(Err(_)) | Err(_) => asked.into_iter().map(|path| (path, None)).collect(),
+    }
+}
+
+/// Rules know the workspace as `/workspace`, wherever the cell sees it.
+fn as_in_rules(path: String, at: Option<&str>) -> String {
+    match at.and_then(|at| path.strip_prefix(at)) {
+        Some(rest) if rest.is_empty() || rest.starts_with('/') => format!("{}{rest}", options::WORKSPACE),
+        _ => path,
     }
 }
 
@@ -115,12 +127,9 @@ fn view(place: &Place) -> View {
         rooms.push(("/tmp", scratch.tmp()));
         rooms.push((options::WORKSPACE, scratch.work()));
     }
-    let staged = workspace::view_of(&place.dir, None);
-    let copied = workspace::parts_of(&place.dir, None).filter(|parts| parts.form == Form::Whole);
-    let staged = copied.map_or(staged, |parts| parts.dir);
-    if staged.is_dir() {
-        rooms.retain(|(at, _)| *at != options::WORKSPACE);
-        rooms.push((options::WORKSPACE, staged));
+    for (at, dir) in &place.workspaces {
+        rooms.retain(|(taken, _)| taken != at);
+        rooms.push((at, dir.clone()));
     }
     View::new(&rooms)
 }

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::errands::{Errands, Found, Place};
+use super::work;
 use super::lines::{LINE_BYTES_MAX, Lines};
 use super::park::{self, Seen};
 use super::prepare::Prepared;
@@ -425,7 +426,8 @@ impl<'a> Live<'a> {
                         What::Hook { .. } => None,
                     };
                     let who = self.record.identity.clone();
-                    self.errands.add(errand, Place { who, dir: self.dir.clone(), pid });
+                    let workspaces = work::rooms(&self.record.accepted, &self.dir);
+                    self.errands.add(errand, Place { who, dir: self.dir.clone(), workspaces, pid });
                 }
                 Step::Booted => {
                     if self.booted.is_none() {

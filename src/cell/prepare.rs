@@ -356,7 +356,7 @@ async fn make_directories(
     let was_parked = record.carry.parked_ms;
     let kept = was_parked.map(|_| Kept {
         image: parts.settings.kept(&record.job),
-        session: options::session_file(&names.session_id),
+        session: options::session_file(&names.session_id, &record.accepted.plan.workspace_at),
     });
     let mut made = make_rooms(parts, record, names, tenant, record.accepted.clone(), kept).await?;
     let paused = was_parked.filter(|_| made.resumed);
@@ -384,8 +384,8 @@ pub(super) async fn make_rooms(
     kept: Option<Kept>,
 ) -> Result<Made, PrepareError> {
     let (settings, identity) = (parts.settings.clone(), record.identity.clone());
-    let dir = settings.cells_dir().join(names.cell.as_str());
-    let make = move || rooms::make(&settings, &accepted, &identity, &tenant, &dir, kept.as_ref());
+    let (dir, job) = (settings.cells_dir().join(names.cell.as_str()), record.job.clone());
+    let make = move || rooms::make(&settings, &accepted, &identity, &tenant, (&dir, &job), kept.as_ref());
     tokio::task::spawn_blocking(make).await.map_err(|e| failed(FailReason::Internal, e))?
 }
 
@@ -466,7 +466,7 @@ pub(super) fn cell_spec(
     dirs: &Dirs,
     who: &Who,
 ) -> CellSpec {
-    let limits = &record.accepted.plan.limits;
+    let (limits, workspace) = (&record.accepted.plan.limits, record.accepted.plan.workspace_at.as_str());
     let bind = |source: &Path, target: &str, read_only: bool| BindMount {
         source: source.to_owned(),
         target: target.to_owned(),
@@ -483,10 +483,15 @@ pub(super) fn cell_spec(
         bind(&dirs.home, options::HOME, false),
         bind(&dirs.tmp, "/tmp", false),
         // A read-only one is staged so; asked to do it, the engine would drop nosuid and nodev on the way.
-        bind(&dirs.workspace, options::WORKSPACE, dirs.workspace_read_only),
+        bind(&dirs.workspace, workspace, dirs.workspace_read_only),
     ];
     for part in &dirs.parts {
-        mounts.push(bind(&part.path, &format!("{}/{}", options::WORKSPACE, part.below.display()), false));
+        mounts.push(bind(&part.path, &format!("{workspace}/{}", part.below.display()), false));
+    }
+    for over in &dirs.over {
+        // The later one of two on one path hides more.
+        mounts.retain(|mount| mount.target != over.target);
+        mounts.push(bind(&over.source, &over.target, over.read_only));
     }
     // A volume that the image declares would be writable and without a limit: the scratch space covers it.
     for volume in &image.volumes {
@@ -509,7 +514,7 @@ pub(super) fn cell_spec(
         },
         mounts,
         runtime: None,
-        working_dir: options::WORKSPACE.to_owned(),
+        working_dir: workspace.to_owned(),
         argv: vec!["/.hotcell-init".to_owned()],
         env: Vec::new(),
     }
@@ -556,7 +561,7 @@ pub(super) fn boot_with(
     env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
     let mut boot = Boot::new(names.cell.clone(), names.key.clone(), argv);
     boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
-    boot.cwd = PathBuf::from(options::WORKSPACE);
+    boot.cwd = PathBuf::from(&plan.workspace_at);
     boot.ctl_socket = PathBuf::from("/.hotcell/ctl.sock");
     boot.wall_limit_ms = wall_limit_ms;
     boot.dead_man_ms = DEAD_MAN_MS;

@@ -6,11 +6,11 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::prepare::{PrepareError, failed};
-use super::work::{self, Seen, Staged};
+use super::work::{self, Over, Seen, Staged};
 use super::{Accepted, Settings};
 use crate::agent::options;
 use crate::job::spec::Runtime;
-use crate::job::{FailReason, Identity};
+use crate::job::{FailReason, Identity, JobId};
 use crate::policy::PlanLimits;
 use crate::workspace::{self, Scratch, ScratchError, ScratchPlan, StagedPart};
 
@@ -42,6 +42,8 @@ pub(super) struct Dirs {
     pub(super) workspace_read_only: bool,
     /// What is bound over the workspace, to be written.
     pub(super) parts: Vec<StagedPart>,
+    /// What else is bound, over the workspace or beside it.
+    pub(super) over: Vec<Over>,
     /// The CLI's program.
     pub(super) claude: PathBuf,
 }
@@ -101,18 +103,18 @@ pub(super) fn owner_of(dir: &Path) -> Option<(u32, u32)> {
     std::fs::symlink_metadata(home).ok().map(|meta| (meta.uid(), meta.gid()))
 }
 
-/// Makes all rooms of one cell in `dir`. Blocks.
+/// Makes all rooms of one cell of `job` in `dir`. Blocks.
 pub(super) fn make(
     settings: &Settings,
     accepted: &Accepted,
     identity: &Identity,
     tenant: &Tenant,
-    dir: &Path,
+    (dir, job): (&Path, &JobId),
     kept: Option<&Kept>,
 ) -> Result<Made, PrepareError> {
     make_dir(&settings.cells_dir(), 0o711)?;
     make_dir(dir, 0o711)?;
-    let staged = work::stage(settings, accepted, identity, tenant, dir)?;
+    let staged = work::stage(settings, accepted, identity, tenant, dir, job)?;
     finish_directories(settings, &accepted.plan.limits, tenant, dir, staged, kept)
 }
 
@@ -148,12 +150,12 @@ fn finish_directories(
     make_dir(&etc, 0o711)?;
     write_users(&etc, &who)?;
     make_dir(&etc.join("claude-code"), 0o755)?;
-    let Seen { path: workspace, read_only: workspace_read_only, parts, notes: more } =
+    let Seen { path: workspace, read_only: workspace_read_only, parts, over, notes: more } =
         staged.finish(dir, &scratch, limits, plan.inodes_max)?;
     notes.extend(more);
     let claude = readable_program(tenant, &who, dir)?;
     let (home, tmp) = (scratch.home(), scratch.tmp());
-    let dirs = Dirs { run, etc, home, tmp, workspace, workspace_read_only, parts, claude };
+    let dirs = Dirs { run, etc, home, tmp, workspace, workspace_read_only, parts, over, claude };
     Ok(Made { dirs, who, notes, claude_md, resumed })
 }
 

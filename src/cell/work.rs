@@ -1,33 +1,59 @@
-//! The workspace of one cell: staged as the policy's mode says, with what the cell must not see left out, and put
-//! together with the cell's scratch space. All of it blocks. It must never show a cell what the policy hides, and
-//! what is made here is taken down by the sweep of the cell's directory.
+//! The workspaces of one cell: opened as the submitter, staged as the policy's modes say, with what the cell must not
+//! see left out and what it must not change protected, and put together with the cell's scratch space. All of it
+//! blocks. It must never show a cell what the policy hides; what is made here is taken down by the sweep of the cell's
+//! directory.
+
+mod aside;
+mod see;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use see::Sight;
+
 use super::prepare::{PrepareError, failed};
 use super::rooms::{Tenant, Who};
 use super::{Accepted, Settings};
+use crate::agent::options;
 use crate::job::spec::{Runtime, WorkspaceMode};
-use crate::job::{FailReason, Identity};
+use crate::job::{FailReason, Identity, JobId};
 use crate::policy::PlanLimits;
 use crate::workspace::{
-    self, CellIds, CopyLimits, Guard, Mask, Mode, Scratch, StagedIds, StagedPart, WorkspaceError, WorkspaceRecord,
+    self, CellIds, CopyLimits, Covers, Form, Guard, Mask, Mode, Replaced, Scratch, StagedIds, StagedPart,
+    WorkspaceError, WorkspaceRecord,
 };
+
+pub(super) use aside::set_aside;
 
 /// Longest CLAUDE.md that is handed over, in bytes.
 const CLAUDE_MD_BYTES_MAX: u64 = 64 * 1024;
 /// How long copying a workspace file by file may take.
 const COPY_TIME_MAX: Duration = Duration::from_secs(600);
+/// Most paths that are covered one by one, where no layer can hide them: each is a mount in the cell.
+const COVERS_MAX: usize = 256;
+/// What the repository of a worktree is called among a cell's workspaces.
+const REPOSITORY: &str = "repository";
+/// Where the cell sees it.
+const REPOSITORY_AT: &str = "/workspace.git";
 
-/// A workspace that is staged but not yet what the cell sees.
+/// Workspaces that are staged but not yet what the cell sees.
 pub(super) struct Staged {
-    view: View,
-    parts: Vec<StagedPart>,
+    places: Vec<Placed>,
     pub(super) who: Who,
     pub(super) notes: Vec<String>,
     pub(super) claude_md: Option<String>,
+}
+
+/// One of them.
+struct Placed {
+    /// None: the primary one.
+    name: Option<String>,
+    /// Where the cell sees it.
+    at: String,
+    view: View,
+    parts: Vec<StagedPart>,
+    over: Vec<Over>,
 }
 
 /// How the cell comes to see it.
@@ -46,73 +72,231 @@ enum View {
     Copy { lower: PathBuf, direct: Option<OwnedFd>, mask: Mask },
 }
 
+/// Something that is bound over a workspace.
+#[derive(Debug, Clone)]
+pub(super) struct Over {
+    pub(super) source: PathBuf,
+    /// Where, in the cell.
+    pub(super) target: String,
+    /// The engine has to make it read-only.
+    pub(super) read_only: bool,
+}
+
 /// What the cell sees.
 pub(super) struct Seen {
     pub(super) path: PathBuf,
     pub(super) read_only: bool,
     pub(super) parts: Vec<StagedPart>,
+    /// In the order in which they are bound.
+    pub(super) over: Vec<Over>,
     pub(super) notes: Vec<String>,
 }
 
-/// Opens the workspace as its submitter, as it was at submit, and stages it for the cell in `dir`.
+/// Whose cell it is and where it lies.
+struct Site<'a> {
+    settings: &'a Settings,
+    accepted: &'a Accepted,
+    identity: &'a Identity,
+    tenant: &'a Tenant,
+    dir: &'a Path,
+    job: &'a JobId,
+    guard: Guard,
+    groups: Vec<u32>,
+}
+
+/// One workspace to be staged.
+struct Wanted<'a> {
+    name: Option<String>,
+    at: String,
+    mode: WorkspaceMode,
+    record: &'a WorkspaceRecord,
+    /// Files that are to be seen with another content, beside those of the mask.
+    replaced: Vec<Replaced>,
+    /// Whether ids are mapped for the cell's other workspaces; unknown for the first one.
+    private: Option<bool>,
+}
+
+/// Opens the workspaces as their submitter, as they were at submit, and stages them for the cell in `dir`.
 pub(super) fn stage(
     settings: &Settings,
     accepted: &Accepted,
     identity: &Identity,
     tenant: &Tenant,
     dir: &Path,
+    job: &JobId,
 ) -> Result<Staged, PrepareError> {
-    let plan = &accepted.plan;
-    let record = match (&accepted.workspace, plan.workspace_mode) {
+    let record = match (&accepted.workspace, accepted.plan.workspace_mode) {
         (Some(record), WorkspaceMode::Copy | WorkspaceMode::Bind | WorkspaceMode::ReadOnly) => record,
         (_, WorkspaceMode::None) | (None, _) => return Ok(empty(tenant)),
     };
     let guard = Guard::for_user(&settings.state_dir, identity.uid);
-    let fd = workspace::reopen_as(identity, record, &guard).map_err(|e| failure(&e))?;
     // Private ids of the submitter's groups follow the cell's own.
     let count = identity.groups.len().min(40) as u32;
     let groups: Vec<u32> = (1..=count).map(|n| tenant.uid.wrapping_add(n)).collect();
-    let mode = match (plan.workspace_mode, &plan.writable) {
-        (WorkspaceMode::Bind, None) => Mode::Bind,
-        (WorkspaceMode::Bind, Some(paths)) if !paths.is_empty() => Mode::Partly(paths),
-        (WorkspaceMode::Copy | WorkspaceMode::Bind | WorkspaceMode::ReadOnly | WorkspaceMode::None, _) => {
-            Mode::ReadOnly
+    let site = Site { settings, accepted, identity, tenant, dir, job, guard, groups };
+    site.stage_all(record).map_err(|e| failure(&e))
+}
+
+impl Site<'_> {
+    fn stage_all(&self, record: &WorkspaceRecord) -> Result<Staged, WorkspaceError> {
+        let plan = &self.accepted.plan;
+        let fd = workspace::reopen_as(self.identity, record, &self.guard)?;
+        let mut notes = Vec::new();
+        let linked = match workspace::worktree(self.identity, record, &fd, &self.guard)? {
+            Some(Ok(linked)) => Some(linked),
+            Some(Err(why)) => {
+                notes.push(why);
+                None
+            }
+            None => None,
+        };
+        let replaced = linked.iter().filter_map(|l| see::link_to(REPOSITORY_AT, &l.name)).collect();
+        let (mode, at) = (plan.workspace_mode, plan.workspace_at.clone());
+        let primary = Wanted { name: None, at: at.clone(), mode, record, replaced, private: None };
+        let claude_md = self.claude_md(record, &fd)?;
+        let (first, ids) = self.place(primary, fd, &mut notes)?;
+        let mut places = vec![first];
+        let private = Some(matches!(ids, StagedIds::Private { .. }));
+        if let Some(linked) = linked {
+            let mode = if mode == WorkspaceMode::Copy { mode } else { WorkspaceMode::ReadOnly };
+            let replaced = see::link_back(&linked.name, &at).into_iter().collect();
+            let name = Some(REPOSITORY.to_owned());
+            let at = REPOSITORY_AT.to_owned();
+            let wanted = Wanted { name, at, mode, record: &linked.record, replaced, private };
+            places.push(self.place(wanted, linked.dir, &mut notes)?.0);
         }
-    };
-    let ids = CellIds {
-        submitter: identity,
-        cell_uid: tenant.uid,
-        cell_gid: tenant.uid,
-        cell_groups: &groups,
-        // gVisor cannot make files on an id-mapped mount; it can read there, and write to an overlay over it.
-        runtime_maps_ids: tenant.runtime == Runtime::Runc || mode == Mode::ReadOnly,
-    };
-    let mask = Mask::default();
-    let over = plan.workspace_mode == WorkspaceMode::Copy || (mode == Mode::ReadOnly && !mask.is_empty());
-    let target = match over {
-        true => workspace::lower_of(dir, None).map_err(|e| failure(&e))?,
-        false => workspace::view_of(dir, None),
-    };
-    let staged = workspace::stage(&fd, record, &ids, mode, &target).map_err(|e| failure(&e))?;
-    let who = match staged.ids().clone() {
-        StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
-            Who { uid, gid, groups }
+        for other in &self.accepted.others {
+            let fd = workspace::reopen_as(self.identity, &other.record, &self.guard)?;
+            let (name, at) = (Some(other_name(&other.name)), other.at.clone());
+            let (mode, record) = (other.mode, &other.record);
+            let wanted = Wanted { name, at, mode, record, replaced: Vec::new(), private };
+            places.push(self.place(wanted, fd, &mut notes)?.0);
         }
-    };
-    let notes = staged.note().map(str::to_owned).into_iter().collect();
-    let claude_md = claude_md(accepted, identity, record, &fd)?;
-    // Taken down by the sweep of the cell's directory, like everything else in it.
-    let (path, parts) = (staged.path().to_owned(), staged.parts().to_vec());
-    let view = match (plan.workspace_mode, over) {
-        (WorkspaceMode::Copy, _) => {
+        let who = match ids {
+            StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
+                Who { uid, gid, groups }
+            }
+        };
+        Ok(Staged { places, who, notes, claude_md })
+    }
+
+    fn place(
+        &self,
+        wanted: Wanted<'_>,
+        fd: OwnedFd,
+        notes: &mut Vec<String>,
+    ) -> Result<(Placed, StagedIds), WorkspaceError> {
+        let Wanted { name, at, mode: asked, record, replaced, private } = wanted;
+        let writable = self.accepted.plan.writable.as_deref().filter(|_| name.is_none());
+        let mode = match (asked, writable) {
+            (WorkspaceMode::Bind, None) => Mode::Bind,
+            (WorkspaceMode::Bind, Some(paths)) if !paths.is_empty() => Mode::Partly(paths),
+            (WorkspaceMode::Copy | WorkspaceMode::Bind | WorkspaceMode::ReadOnly | WorkspaceMode::None, _) => {
+                Mode::ReadOnly
+            }
+        };
+        let sight = Sight { hide: &self.accepted.plan.hide, mode, replaced };
+        let see::Looked { mask, guards, guarded, notes: told } = sight.look(self.identity, record, &fd)?;
+        notes.extend(told.into_iter().map(|note| match &name {
+            Some(name) => format!("{name}: {note}"),
+            None => note,
+        }));
+        if mode != Mode::ReadOnly && name.is_none() {
+            aside::remember(self.settings, self.job, &guarded)?;
+        }
+        // Where a layer can hide something, nothing is covered.
+        let layered = mode == Mode::ReadOnly && workspace::form_here().0 == Form::Overlay;
+        let is_copy = asked == WorkspaceMode::Copy;
+        let below = is_copy || (layered && !mask.is_empty());
+        let target = match below {
+            true => workspace::lower_of(self.dir, name.as_deref())?,
+            false => workspace::view_of(self.dir, name.as_deref()),
+        };
+        let ids = CellIds {
+            submitter: self.identity,
+            cell_uid: self.tenant.uid,
+            cell_gid: self.tenant.uid,
+            cell_groups: &self.groups,
+            // gVisor cannot make files on an id-mapped mount; it can read there, and write to an overlay over it.
+            runtime_maps_ids: (self.tenant.runtime == Runtime::Runc || mode == Mode::ReadOnly)
+                && private != Some(false),
+        };
+        let staged = workspace::stage_guarded(&fd, record, &ids, mode, &guards, &target)?;
+        let ids = staged.ids().clone();
+        if private == Some(true) && !matches!(ids, StagedIds::Private { .. }) {
+            let why = "its file system cannot map ids and that of the first one can".to_owned();
+            return Err(WorkspaceError::Beside { path: record.path.clone(), why });
+        }
+        if name.is_none() {
+            notes.extend(staged.note().map(str::to_owned));
+        }
+        let (path, parts) = (staged.path().to_owned(), staged.parts().to_vec());
+        let mut over: Vec<Over> = staged.guards().iter().map(|guard| over_of(&at, guard)).collect();
+        let view = if is_copy {
             View::Copy { lower: path, direct: staged.is_direct().then_some(fd), mask }
-        }
-        (WorkspaceMode::ReadOnly | WorkspaceMode::Bind, true) => View::Masked { lower: path, mask },
-        (WorkspaceMode::ReadOnly | WorkspaceMode::Bind | WorkspaceMode::None, _) => {
+        } else if below {
+            View::Masked { lower: path, mask }
+        } else {
+            over.extend(self.covers(name.as_deref(), &at, record, &mask)?);
             View::Staged { path, wants_read_only: staged.wants_read_only() }
+        };
+        Ok((Placed { name, at, view, parts, over }, ids))
+    }
+
+    /// What covers the hidden paths of a workspace that the cell sees as it is.
+    fn covers(
+        &self,
+        name: Option<&str>,
+        at: &str,
+        record: &WorkspaceRecord,
+        mask: &Mask,
+    ) -> Result<Vec<Over>, WorkspaceError> {
+        if mask.is_empty() {
+            return Ok(Vec::new());
         }
-    };
-    Ok(Staged { view, parts, who, notes, claude_md })
+        let count = mask.hidden.len() + mask.replaced.len();
+        if count > COVERS_MAX {
+            let (path, what, max) = (record.path.clone(), "hidden", COVERS_MAX);
+            let hint = "use the copy mode, or hide whole directories";
+            return Err(WorkspaceError::TooMany { path, count, what, max, hint });
+        }
+        let layers = workspace::lower_of(self.dir, name)?;
+        let layers = layers.parent().unwrap_or(&layers);
+        let covers = Covers::make(layers)?;
+        let target = |path: &crate::change::TreePath| format!("{at}/{}", path.as_path().display());
+        let hidden = mask.hidden.iter().map(|hidden| Over {
+            source: covers.of(hidden.is_dir).to_owned(),
+            target: target(&hidden.path),
+            read_only: true,
+        });
+        let mut over: Vec<Over> = hidden.collect();
+        for (number, replaced) in mask.replaced.iter().enumerate() {
+            let source = Covers::file(layers, number, &replaced.content)?;
+            over.push(Over { source, target: target(&replaced.path), read_only: true });
+        }
+        Ok(over)
+    }
+
+    fn claude_md(&self, record: &WorkspaceRecord, fd: &OwnedFd) -> Result<Option<String>, WorkspaceError> {
+        let plan = &self.accepted.plan;
+        if !plan.hand_over_claude_md || plan.project_settings {
+            return Ok(None);
+        }
+        workspace::read_text(self.identity, record, fd, "CLAUDE.md", CLAUDE_MD_BYTES_MAX)
+    }
+}
+
+fn over_of(at: &str, guard: &StagedPart) -> Over {
+    Over {
+        source: guard.path.clone(),
+        target: format!("{at}/{}", guard.below.display()),
+        read_only: guard.wants_read_only,
+    }
+}
+
+/// A name that no other part of the cell's directory has.
+fn other_name(name: &str) -> String {
+    format!("other-{name}")
 }
 
 fn empty(tenant: &Tenant) -> Staged {
@@ -120,24 +304,13 @@ fn empty(tenant: &Tenant) -> Staged {
     let (uid, gid) =
         if own == 0 { (tenant.uid, tenant.uid) } else { (own, rustix::process::getegid().as_raw()) };
     let who = Who { uid, gid, groups: Vec::new() };
-    Staged { view: View::Empty, parts: Vec::new(), who, notes: Vec::new(), claude_md: None }
-}
-
-fn claude_md(
-    accepted: &Accepted,
-    identity: &Identity,
-    record: &WorkspaceRecord,
-    fd: &OwnedFd,
-) -> Result<Option<String>, PrepareError> {
-    let plan = &accepted.plan;
-    if !plan.hand_over_claude_md || plan.project_settings {
-        return Ok(None);
-    }
-    workspace::read_text(identity, record, fd, "CLAUDE.md", CLAUDE_MD_BYTES_MAX).map_err(|e| failure(&e))
+    let at = options::WORKSPACE.to_owned();
+    let place = Placed { name: None, at, view: View::Empty, parts: Vec::new(), over: Vec::new() };
+    Staged { places: vec![place], who, notes: Vec::new(), claude_md: None }
 }
 
 impl Staged {
-    /// Puts it together with the cell's scratch space.
+    /// Puts them together with the cell's scratch space.
     pub(super) fn finish(
         self,
         dir: &Path,
@@ -145,29 +318,54 @@ impl Staged {
         limits: &PlanLimits,
         inodes_max: u64,
     ) -> Result<Seen, PrepareError> {
-        let Self { view, parts, notes, .. } = self;
-        let (path, read_only, more) = match view {
+        let limits =
+            CopyLimits { bytes_max: limits.disk_bytes, entries_max: inodes_max, time_max: COPY_TIME_MAX };
+        let mut places = self.places.into_iter();
+        let mut seen = match places.next() {
+            Some(first) => first.finish(dir, scratch, &limits).map_err(|e| failure(&e))?,
+            None => return Err(failed(FailReason::Internal, "a cell without a workspace")),
+        };
+        for place in places {
+            let (name, target) = (place.name.clone(), place.at.clone());
+            let other = place.finish(dir, scratch, &limits).map_err(|e| failure(&e))?;
+            seen.over.push(Over { source: other.path, target, read_only: other.read_only });
+            seen.over.extend(other.over);
+            let named = |note: String| name.as_ref().map_or(note.clone(), |name| format!("{name}: {note}"));
+            seen.notes.extend(other.notes.into_iter().map(named));
+        }
+        Ok(seen)
+    }
+}
+
+impl Placed {
+    fn finish(self, dir: &Path, scratch: &Scratch, limits: &CopyLimits) -> Result<Seen, WorkspaceError> {
+        let Self { name, view, parts, over, .. } = self;
+        let (path, read_only, notes) = match view {
             View::Empty => (scratch.work(), false, Vec::new()),
             View::Staged { path, wants_read_only } => (path, wants_read_only, Vec::new()),
             View::Masked { lower, mask } => {
-                let path = workspace::masked(dir, None, &lower, &mask).map_err(|e| failure(&e))?;
-                (path, false, Vec::new())
+                (workspace::masked(dir, name.as_deref(), &lower, &mask)?, false, Vec::new())
             }
             View::Copy { lower, direct, mask } => {
-                let limits = CopyLimits {
-                    bytes_max: limits.disk_bytes,
-                    entries_max: inodes_max,
-                    time_max: COPY_TIME_MAX,
-                };
                 let direct = direct.as_ref().map(AsFd::as_fd);
-                let copied = workspace::copy(dir, None, scratch, (&lower, direct), &mask, &limits);
-                let copied = copied.map_err(|e| failure(&e))?;
+                let copied =
+                    workspace::copy(dir, name.as_deref(), scratch, (&lower, direct), &mask, limits)?;
                 (copied.path, false, copied.notes)
             }
         };
-        let notes = notes.into_iter().chain(more).collect();
-        Ok(Seen { path, read_only, parts, notes })
+        Ok(Seen { path, read_only, parts, over, notes })
     }
+}
+
+/// Where the host has what a cell of this job sees at these paths, for whoever follows links in it.
+pub(super) fn rooms(accepted: &Accepted, dir: &Path) -> Vec<(String, PathBuf)> {
+    let at = |name: Option<&str>| {
+        let whole = workspace::parts_of(dir, name).filter(|parts| parts.form == Form::Whole);
+        whole.map_or_else(|| workspace::view_of(dir, name), |parts| parts.dir)
+    };
+    let others = accepted.others.iter().map(|other| (other.at.clone(), at(Some(&other_name(&other.name)))));
+    let all = [(accepted.plan.workspace_at.clone(), at(None)), (REPOSITORY_AT.to_owned(), at(Some(REPOSITORY)))];
+    all.into_iter().chain(others).filter(|(_, dir)| dir.is_dir()).collect()
 }
 
 fn failure(error: &WorkspaceError) -> PrepareError {

@@ -10,6 +10,7 @@ use super::egress::Egress;
 use super::output::Output;
 use super::requests::Requests;
 use super::rule::Rule;
+use crate::change::hide::{HideError, HideRules};
 use crate::job::spec::{PermissionMode, Runtime, WorkspaceMode};
 use crate::money::MicroUsd;
 
@@ -269,6 +270,19 @@ pub(super) fn check_patterns(lists: &[(&str, Option<&Vec<String>>)]) -> Result<(
     Ok(())
 }
 
+/// Rules of `[workspace] hide` that can be meant.
+pub(super) fn check_hide(rules: &[String]) -> Result<(), (String, String)> {
+    match HideRules::new(rules) {
+        Ok(_) => Ok(()),
+        Err(HideError::Bad { index, rule, problem }) => {
+            Err((format!("workspace.hide[{index}]"), format!("{rule:?} {problem}")))
+        }
+        Err(error @ (HideError::TooMany { .. } | HideError::TooLarge(_))) => {
+            Err(("workspace.hide".to_owned(), error.to_string()))
+        }
+    }
+}
+
 fn yes() -> bool {
     true
 }
@@ -352,6 +366,7 @@ impl Policy {
         self.output.check()?;
         super::writable::check(self.workspace.writable.as_deref())?;
         self.changes.check()?;
+        check_hide(&self.workspace.hide)?;
         Rule::check_all(&self.rules)?;
         self.limits.check().map_err(|(key, problem)| (key.into(), problem))
     }

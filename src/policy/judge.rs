@@ -43,6 +43,9 @@ pub struct Findings {
     pub paths: BTreeMap<String, Option<String>>,
     /// What hooks said.
     pub hooks: BTreeMap<HookId, HookAnswer>,
+    /// Where the cell sees its workspace, where that is not `/workspace`: paths that are not absolute begin there. In
+    /// rules, and in what is found out about paths, it is `/workspace` all the same.
+    pub workspace: Option<String>,
 }
 
 /// What a hook said.
@@ -311,7 +314,7 @@ fn paths_of(
     if !rule.wants_paths(tool) {
         return Ok(Vec::new());
     }
-    let named = named_paths(tool, input);
+    let named = named_paths(tool, input, found.workspace.as_deref().unwrap_or(WORKSPACE));
     let unknown: Vec<String> = named.iter().filter(|p| !found.paths.contains_key(*p)).cloned().collect();
     if !unknown.is_empty() {
         return Err(End::Need(Need::Paths(unknown)));
@@ -330,12 +333,13 @@ fn paths_of(
 }
 
 /// The paths that a call names, absolute, otherwise as they stand.
-fn named_paths(tool: &str, input: &Value) -> Vec<String> {
+fn named_paths(tool: &str, input: &Value, at: &str) -> Vec<String> {
+    let absolute = |path: &str| absolute(path, at);
     let mut paths: Vec<String> =
         PATH_FIELDS.iter().filter_map(|field| input.get(field)?.as_str()).map(absolute).collect();
     if SEARCH_TOOLS.contains(&tool) {
         if paths.is_empty() {
-            paths.push(WORKSPACE.to_owned());
+            paths.push(at.to_owned());
         }
         // A pattern may lead elsewhere by itself.
         let pattern = input.get("pattern").and_then(Value::as_str).unwrap_or_default();
@@ -348,11 +352,11 @@ fn named_paths(tool: &str, input: &Value) -> Vec<String> {
     paths
 }
 
-fn absolute(path: &str) -> String {
+fn absolute(path: &str, at: &str) -> String {
     match path.strip_prefix("~") {
         Some(rest) if rest.is_empty() || rest.starts_with('/') => format!("/home/agent{rest}"),
         _ if path.starts_with('/') => path.to_owned(),
-        _ => format!("{WORKSPACE}/{path}"),
+        _ => format!("{at}/{path}"),
     }
 }
 
@@ -361,11 +365,11 @@ pub fn hook_input(
     event: &str,
     call: Call<'_>,
     tool_use_id: &str,
-    mode: &str,
+    (mode, cwd): (&str, &str),
     response: Option<&Value>,
 ) -> Value {
     let mut value = json!({
-        "session_id": "", "transcript_path": "", "cwd": WORKSPACE, "permission_mode": mode,
+        "session_id": "", "transcript_path": "", "cwd": cwd, "permission_mode": mode,
         "hook_event_name": event, "tool_name": call.tool, "tool_input": call.input, "tool_use_id": tool_use_id,
     });
     if let Some(response) = response {
@@ -438,7 +442,7 @@ mod tests {
 
     fn paths(list: &[(&str, Option<&str>)]) -> Findings {
         let paths = list.iter().map(|(raw, to)| ((*raw).to_owned(), to.map(str::to_owned))).collect();
-        Findings { paths, hooks: BTreeMap::new() }
+        Findings { paths, ..Findings::default() }
     }
 
     #[test]
@@ -465,13 +469,15 @@ mod tests {
 
     #[test]
     fn a_pattern_that_leads_elsewhere_is_a_path_too() {
-        assert_eq!(named_paths("Glob", &json!({ "pattern": "/etc/*.conf" })), ["/workspace", "/etc/"]);
+        assert_eq!(named_paths("Glob", &json!({ "pattern": "/etc/*.conf" }), WORKSPACE), ["/workspace", "/etc/"]);
         assert_eq!(
-            named_paths("Glob", &json!({ "pattern": "../../x*" })),
+            named_paths("Glob", &json!({ "pattern": "../../x*" }), WORKSPACE),
             ["/workspace", "/workspace/../../x"]
         );
-        assert_eq!(named_paths("Grep", &json!({ "pattern": "/etc" })), ["/workspace"]);
-        assert_eq!(named_paths("Read", &json!({ "file_path": "~/x" })), ["/home/agent/x"]);
+        assert_eq!(named_paths("Grep", &json!({ "pattern": "/etc" }), WORKSPACE), ["/workspace"]);
+        assert_eq!(named_paths("Read", &json!({ "file_path": "~/x" }), WORKSPACE), ["/home/agent/x"]);
+        assert_eq!(named_paths("Read", &json!({ "file_path": "../x" }), "/home/ann/app"), ["/home/ann/app/../x"]);
+        assert_eq!(named_paths("Grep", &json!({ "pattern": "x" }), "/home/ann/app"), ["/home/ann/app"]);
     }
 
     #[test]
@@ -515,7 +521,7 @@ mod tests {
         let input = json!({ "command": "ls" });
         let with = |answer: Option<HookAnswer>| {
             let hooks = answer.map(|a| ((0, 0), a)).into_iter().collect();
-            judge(&plan, call("Bash", &input), &Findings { paths: BTreeMap::new(), hooks })
+            judge(&plan, call("Bash", &input), &Findings { hooks, ..Findings::default() })
         };
         assert!(matches!(with(None), Judgement::Need(Need::Hook(_))));
         assert!(matches!(with(Some(HookAnswer::Pass(None))), Judgement::Allow { input: None, .. }));
@@ -560,7 +566,7 @@ mod tests {
         let mut hooked = plan(deny);
         hooked.layers.extend(plan("[[rule]]\ntool = 'Bash'\naction = 'hook'\nrun = ['/bin/x']").layers);
         let said = HookAnswer::Pass(Some(json!({ "command": "curl evil" })));
-        let found = Findings { paths: BTreeMap::new(), hooks: BTreeMap::from([((1, 0), said)]) };
+        let found = Findings { hooks: BTreeMap::from([((1, 0), said)]), ..Findings::default() };
         assert!(matches!(judge(&hooked, call("Bash", &input), &found), Judgement::Deny(_)));
         // The policy's own rewriting is the last, and nothing takes it off again.
         let mut wrapped =

@@ -15,7 +15,7 @@ use super::narrowing::Narrowing;
 use super::output::Output;
 use super::requests::Requests;
 use super::rule::Rule;
-use crate::job::spec::{Effort, JobSpec, PermissionMode, Runtime, WorkspaceMode};
+use crate::job::spec::{Effort, JobSpec, PermissionMode, Runtime, WORKSPACE, WorkspaceMode, WorkspaceSpec};
 use crate::money::MicroUsd;
 
 /// Variables that steer the CLI, the loader or the way out: no job may set them, whatever its policy says.
@@ -125,6 +125,9 @@ pub struct Plan {
     pub hand_over_claude_md: bool,
     /// How the workspace is mounted.
     pub workspace_mode: WorkspaceMode,
+    /// Where the cell sees it.
+    #[serde(default = "usual_place")]
+    pub workspace_at: String,
     /// Environment variables of the agent.
     pub env: BTreeMap<String, String>,
     /// What it may use up.
@@ -288,12 +291,13 @@ pub fn narrow(
         provider,
         unpriced: policy.models.unpriced,
         writable: policy.workspace.writable.clone(),
-        hide: policy.workspace.hide.clone(),
+        hide: hidden(spec, policy),
         changes: policy.changes.clone(),
         output: policy.output.clone(),
         project_settings: policy.project_settings,
         hand_over_claude_md: policy.hand_over_claude_md,
         workspace_mode: workspace_mode(spec, policy)?,
+        workspace_at: spec.workspace.as_ref().map_or_else(usual_place, WorkspaceSpec::seen_at),
         env: spec.env.clone(),
         limits: limits(spec, policy)?,
     })
@@ -314,11 +318,36 @@ fn runtimes(spec: &JobSpec, policy: &Policy) -> Result<Vec<Runtime>, NarrowError
     }
 }
 
+fn usual_place() -> String {
+    WORKSPACE.to_owned()
+}
+
+/// What is hidden: what the policy hides, and what its submitter hides besides.
+fn hidden(spec: &JobSpec, policy: &Policy) -> Vec<String> {
+    let mut hide = policy.workspace.hide.clone();
+    for rule in spec.workspace.iter().flat_map(|workspace| &workspace.hide) {
+        if !hide.contains(rule) {
+            hide.push(rule.clone());
+        }
+    }
+    hide
+}
+
 fn workspace_mode(spec: &JobSpec, policy: &Policy) -> Result<WorkspaceMode, NarrowError> {
     let Some(workspace) = &spec.workspace else { return Ok(WorkspaceMode::None) };
     // "none" as a policy's first mode is no default for a job that names a directory.
     let first = policy.workspace.modes.iter().copied().find(|m| *m != WorkspaceMode::None);
     let wanted = workspace.mode.or(first);
+    for (index, other) in workspace.others.iter().enumerate() {
+        if !policy.workspace.modes.contains(&other.mode.as_mode()) {
+            return Err(NarrowError {
+                key: format!("workspace.others[{index}].mode"),
+                asked: other.mode.as_mode().as_str().to_owned(),
+                policy: policy.name.clone(),
+                allowed: policy.workspace.modes.iter().map(|m| m.as_str()).collect::<Vec<_>>().join(", "),
+            });
+        }
+    }
     match wanted {
         Some(mode) if policy.workspace.modes.contains(&mode) => Ok(mode),
         Some(_) | None => Err(NarrowError {

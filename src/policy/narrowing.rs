@@ -83,6 +83,9 @@ pub struct NarrowWorkspaces {
     /// What can be written with `bind`, as paths relative to the workspace.
     #[serde(default)]
     pub writable: Option<Vec<PathBuf>>,
+    /// More that the cell never sees, beside what the policy hides.
+    #[serde(default)]
+    pub hide: Vec<String>,
 }
 
 impl Narrowing {
@@ -114,6 +117,7 @@ impl Narrowing {
             return wrong("models.unpriced", "only the policy itself can name a price");
         }
         super::writable::check(self.workspace.writable.as_deref())?;
+        super::file::check_hide(&self.workspace.hide)?;
         let empty = "is empty: no job could run";
         if self.permission_modes.as_ref().is_some_and(Vec::is_empty) {
             return wrong("permission_modes", empty);
@@ -174,6 +178,11 @@ impl Narrowing {
                 None => true,
             };
             own.workspace.writable = Some(paths.iter().filter(|path| within(path)).cloned().collect());
+        }
+        for rule in &self.workspace.hide {
+            if !own.workspace.hide.contains(rule) {
+                own.workspace.hide.push(rule.clone());
+            }
         }
         if let Some(runtime) = self.runtime {
             let all: Vec<Runtime> =

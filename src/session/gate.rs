@@ -117,7 +117,7 @@ impl Session {
     pub(super) fn on_tool(&mut self, ask: ToolAsk) -> Vec<Step> {
         let ToolAsk { request_id, tool_name, tool_use_id, input } = ask;
         let mode = self.plan.permission_mode;
-        let found = Findings::default();
+        let found = self.nothing_found();
         let pending = Pending {
             question: Question::Ask,
             tool: tool_name,
@@ -149,7 +149,7 @@ impl Session {
     pub(super) fn on_hook(&mut self, call: HookCall) -> Vec<Step> {
         let HookCall { request_id, callback_id, tool_name, tool_use_id, input, response } = call;
         let question = if callback_id == options::AFTER_CALLBACK { Question::After } else { Question::Gate };
-        let found = Findings::default();
+        let found = self.nothing_found();
         let pending = Pending { question, tool: tool_name, tool_use_id, input, response, found, errand: 0 };
         if let Some(steps) = self.twice(&request_id, &pending) {
             return steps;
@@ -245,6 +245,10 @@ impl Session {
         self.conclude(&request_id, &pending, verdict)
     }
 
+    fn nothing_found(&self) -> Findings {
+        Findings { workspace: Some(self.plan.workspace_at.clone()), ..Findings::default() }
+    }
+
     fn errand(&self, pending: &Pending, need: Need) -> What {
         match need {
             Need::Paths(paths) => What::Paths(paths),
@@ -254,8 +258,8 @@ impl Session {
                     Question::After => "PostToolUse",
                 };
                 let call = Call { tool: &pending.tool, input: &input };
-                let mode = self.plan.permission_mode.as_str();
-                let text = hook_input(event, call, &pending.tool_use_id, mode, pending.response.as_ref());
+                let seen = (self.plan.permission_mode.as_str(), self.plan.workspace_at.as_str());
+                let text = hook_input(event, call, &pending.tool_use_id, seen, pending.response.as_ref());
                 What::Hook { id, run, timeout_s, stdin: text.to_string().into_bytes() }
             }
         }

@@ -3,11 +3,11 @@
 //! protection than the workspace itself (owners and modes of what lies above are the same), and never follow a link.
 
 use std::collections::HashSet;
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use super::{WorkspaceError, io_at, overlay};
@@ -224,11 +224,22 @@ impl Covers {
             Err(errno) => return Err(io_at("make", &dir)(errno)),
         }
         let flags = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let made: io::Result<OwnedFd> = Ok(rustix::fs::openat(CWD, &file, flags, Mode::empty())
-            .map_err(io_at("make", &file))?);
-        made.map_err(io_at("make", &file))?;
-        let _ = rustix::fs::chmodat(CWD, &file, Mode::empty(), AtFlags::empty());
+        rustix::fs::openat(CWD, &file, flags, Mode::empty()).map_err(io_at("make", &file))?;
         Ok(Self { dir, file })
+    }
+
+    /// A file with `content`, number `number`, that everybody can read, in the same directory.
+    ///
+    /// # Errors
+    /// [`WorkspaceError::Io`].
+    pub fn file(at: &Path, number: usize, content: &[u8]) -> Result<PathBuf, WorkspaceError> {
+        let path = at.join(format!("instead-{number}"));
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(CWD, &path, flags, Mode::RUSR).map_err(io_at("make", &path))?;
+        // Whatever the umask is.
+        rustix::fs::fchmod(&file, Mode::RUSR | Mode::RGRP | Mode::ROTH).map_err(io_at("make", &path))?;
+        std::fs::File::from(file).write_all(content).map_err(io_at("write", &path))?;
+        Ok(path)
     }
 
     /// Which of them covers a path.

@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{Access, Guard, WorkspaceError, io_at, rules};
+use crate::change::TreePath;
 use crate::job::Identity;
 
 /// How long a file system may take to answer before the job is refused.
@@ -111,7 +112,32 @@ pub fn read_text(
     as_peer(identity, &record.path, move || Ok(text_of(&dir, name, bytes_max)))
 }
 
-fn text_of(dir: &OwnedFd, name: &str, bytes_max: u64) -> Option<String> {
+/// The same of several files below `dir`, by paths.
+///
+/// # Errors
+/// As [`read_text`].
+pub fn read_texts(
+    identity: &Identity,
+    record: &WorkspaceRecord,
+    dir: &OwnedFd,
+    paths: Vec<TreePath>,
+    bytes_max: u64,
+) -> Result<Vec<(TreePath, Option<String>)>, WorkspaceError> {
+    if paths.is_empty() {
+        return Ok(Vec::new());
+    }
+    let dir = dir.try_clone().map_err(io_at("open", &record.path))?;
+    as_peer(identity, &record.path, move || {
+        let read = |path: TreePath| {
+            let text = text_of(&dir, path.as_path(), bytes_max);
+            (path, text)
+        };
+        Ok(paths.into_iter().map(read).collect())
+    })
+}
+
+/// Runs with the rights of whoever calls it.
+pub(super) fn text_of<P: rustix::path::Arg>(dir: &OwnedFd, name: P, bytes_max: u64) -> Option<String> {
     use std::io::Read;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     // NONBLOCK: a FIFO of that name must not hold the thread.

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
 use super::mounts::{self, Unmounted};
+use super::protect::GUARDS_MAX;
 use super::writable::{self, PARTS_MAX, Part, StagedPart};
 use super::{WorkspaceError, WorkspaceRecord, idmap, io_at, peer};
 use crate::job::Identity;
@@ -79,6 +80,7 @@ pub struct Staged {
     mounted: bool,
     read_only: bool,
     parts: Vec<StagedPart>,
+    guards: Vec<StagedPart>,
 }
 
 const GROUPS_MAX: usize = 40;
@@ -97,14 +99,31 @@ pub fn stage(
     mode: Mode<'_>,
     target_dir: &Path,
 ) -> Result<Staged, WorkspaceError> {
+    stage_guarded(dir, record, ids, mode, &[], target_dir)
+}
+
+/// The same with `guards`: paths below the workspace that are to be mounts of their own, each read-only or not. They
+/// are in [`Staged::guards`], to be bound over the workspace.
+///
+/// # Errors
+/// As [`stage`].
+pub fn stage_guarded(
+    dir: &OwnedFd,
+    record: &WorkspaceRecord,
+    ids: &CellIds<'_>,
+    mode: Mode<'_>,
+    guards: &[(PathBuf, bool)],
+    target_dir: &Path,
+) -> Result<Staged, WorkspaceError> {
     peer::same_directory(dir.as_fd(), record)?;
+    let guards = writable::open_guards(ids.submitter, record, dir, guards)?;
     let parts = match mode {
         Mode::Partly(paths) => writable::open_all(ids.submitter, record, dir, paths)?,
         Mode::Bind | Mode::ReadOnly => Vec::new(),
     };
     let read_only = mode != Mode::Bind;
     if !rustix::process::geteuid().is_root() {
-        return direct(record, ids.submitter, read_only, parts);
+        return direct(record, ids.submitter, read_only, parts, guards);
     }
     let (uid_map, gid_map, groups) = maps(ids)?;
     let tree = clone_of(dir.as_fd(), &record.path, read_only)?;
@@ -127,9 +146,11 @@ pub fn stage(
     };
     attach(tree.as_fd(), target_dir, true)?;
     let path = target_dir.to_owned();
-    let mut staged = Staged { path, ids, note, mounted: true, read_only, parts: Vec::new() };
+    let (parts_open, guards_open) = (parts, guards);
+    let (parts, guards) = (Vec::new(), Vec::new());
+    let mut staged = Staged { path, ids, note, mounted: true, read_only, parts, guards };
     let rest = proven((record.dev, record.ino), &record.path, target_dir, true)
-        .and_then(|()| staged.attach_parts(parts, namespace.as_ref()));
+        .and_then(|()| staged.attach_parts(parts_open, guards_open, namespace.as_ref()));
     match rest {
         Ok(()) => Ok(staged),
         Err(error) => {
@@ -179,7 +200,7 @@ pub fn unstage(target_dir: &Path) -> Result<(), WorkspaceError> {
         Ok(()) | Err(Errno::NOENT) => {}
         Err(errno) => return Err(io_at("remove", target_dir)(errno)),
     }
-    for number in 0..PARTS_MAX {
+    for number in 0..PARTS_MAX + GUARDS_MAX {
         let target = part_target(target_dir, number);
         let Ok(meta) = std::fs::symlink_metadata(&target) else { return Ok(()) };
         mounts::unmount(&target).map_err(|_| WorkspaceError::StillMounted { path: target.clone() })?;
@@ -218,6 +239,11 @@ impl Staged {
         &self.parts
     }
 
+    /// What is protected of a workspace that can be written otherwise: to be bound over it.
+    pub fn guards(&self) -> &[StagedPart] {
+        &self.guards
+    }
+
     /// Whether the engine has to make it read-only: it is to be, and there is no mount of ours that is.
     pub fn wants_read_only(&self) -> bool {
         self.read_only && !self.mounted
@@ -236,19 +262,33 @@ impl Staged {
         if self.mounted { unstage(&self.path) } else { Ok(()) }
     }
 
-    fn attach_parts(&mut self, parts: Vec<Part>, map: Option<&OwnedFd>) -> Result<(), WorkspaceError> {
-        for (number, part) in parts.into_iter().enumerate() {
-            let tree = clone_of(part.fd.as_fd(), &part.below, false)?;
-            if let Some(map) = map {
-                map_ids(tree.as_fd(), map).map_err(io_at("map the ids of", &part.below))?;
-            }
-            let (_, dev, ino) = mount_of(part.fd.as_fd(), &part.below)?;
-            let path = part_target(&self.path, number);
-            attach(tree.as_fd(), &path, part.is_dir)?;
-            proven((dev, ino), &part.below, &path, part.is_dir)?;
-            self.parts.push(StagedPart { path, below: part.below, is_dir: part.is_dir });
+    fn attach_parts(
+        &mut self,
+        parts: Vec<Part>,
+        guards: Vec<Part>,
+        map: Option<&OwnedFd>,
+    ) -> Result<(), WorkspaceError> {
+        for part in parts {
+            let staged = self.attach_part(part, map)?;
+            self.parts.push(staged);
+        }
+        for guard in guards {
+            let staged = self.attach_part(guard, map)?;
+            self.guards.push(staged);
         }
         Ok(())
+    }
+
+    fn attach_part(&self, part: Part, map: Option<&OwnedFd>) -> Result<StagedPart, WorkspaceError> {
+        let tree = clone_of(part.fd.as_fd(), &part.below, part.read_only)?;
+        if let Some(map) = map {
+            map_ids(tree.as_fd(), map).map_err(io_at("map the ids of", &part.below))?;
+        }
+        let (_, dev, ino) = mount_of(part.fd.as_fd(), &part.below)?;
+        let path = part_target(&self.path, self.parts.len() + self.guards.len());
+        attach(tree.as_fd(), &path, part.is_dir)?;
+        proven((dev, ino), &part.below, &path, part.is_dir)?;
+        Ok(StagedPart { path, below: part.below, is_dir: part.is_dir, wants_read_only: false })
     }
 }
 
@@ -257,6 +297,7 @@ fn direct(
     submitter: &Identity,
     read_only: bool,
     parts: Vec<Part>,
+    guards: Vec<Part>,
 ) -> Result<Staged, WorkspaceError> {
     let own_uid = rustix::process::geteuid().as_raw();
     if submitter.uid != own_uid {
@@ -264,13 +305,15 @@ fn direct(
     }
     let why = "the daemon is not root".to_owned();
     let (ids, note) = unmapped_ids(record, submitter, why)?;
-    let parts = parts.into_iter().map(|part| StagedPart {
+    let staged = |part: Part| StagedPart {
         path: record.path.join(&part.below),
         below: part.below,
         is_dir: part.is_dir,
-    });
-    let (path, parts) = (record.path.clone(), parts.collect());
-    Ok(Staged { path, ids, note, mounted: false, read_only, parts })
+        wants_read_only: part.read_only,
+    };
+    let parts = parts.into_iter().map(staged).collect();
+    let guards = guards.into_iter().map(staged).collect();
+    Ok(Staged { path: record.path.clone(), ids, note, mounted: false, read_only, parts, guards })
 }
 
 fn unmapped_ids(

@@ -23,6 +23,8 @@ pub(super) struct Part {
     pub(super) fd: OwnedFd,
     /// Whether it is a directory.
     pub(super) is_dir: bool,
+    /// Whether its mount is to be read-only.
+    pub(super) read_only: bool,
 }
 
 /// A part that is mounted.
@@ -34,6 +36,8 @@ pub struct StagedPart {
     pub below: PathBuf,
     /// Whether it is a directory.
     pub is_dir: bool,
+    /// The engine has to make it read-only: it is to be, and there is no mount of ours that is.
+    pub wants_read_only: bool,
 }
 
 /// Opens all of `paths` below `dir`, as the submitter. Blocks.
@@ -94,5 +98,30 @@ fn open_one(dir: &OwnedFd, workspace: &Path, below: PathBuf) -> Result<Part, Wor
     }
     peer::may_write(fd.as_fd(), is_dir)
         .map_err(|_| bad("cannot be written by you: change its permissions"))?;
-    Ok(Part { below, fd, is_dir })
+    Ok(Part { below, fd, is_dir, read_only: false })
+}
+
+/// Opens what is to be protected below `dir`, as the submitter: paths, and whether each is to be read-only. What is
+/// gone or became a link meanwhile is left out. Blocks.
+pub(super) fn open_guards(
+    identity: &Identity,
+    record: &WorkspaceRecord,
+    dir: &OwnedFd,
+    guards: &[(PathBuf, bool)],
+) -> Result<Vec<Part>, WorkspaceError> {
+    if guards.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (dir, guards) = (dir.try_clone().map_err(io_at("open", &record.path))?, guards.to_vec());
+    peer::as_peer(identity, &record.path, move || {
+        let open = |(below, read_only): (PathBuf, bool)| {
+            let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+            let fd = rustix::fs::openat2(&dir, &below, flags, Mode::empty(), resolve).ok()?;
+            let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd).ok()?.st_mode);
+            let is_dir = kind == FileType::Directory;
+            (is_dir || kind == FileType::RegularFile).then_some(Part { below, fd, is_dir, read_only })
+        };
+        Ok(guards.into_iter().filter_map(open).collect())
+    })
 }

@@ -1,0 +1,206 @@
+//! What of one workspace a cell is to see, and what of it is protected: found by looking through it once, as its
+//! submitter. It decides nothing: the policy's `hide`, git's own masks and the rules of protection do.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::change::TreePath;
+use crate::change::hide::HideRules;
+use crate::git::config::{self, CONFIG_BYTES_MAX};
+use crate::job::Identity;
+use crate::workspace::{
+    self, GUARDS_MAX, Guarded, HIDDEN_MAX, Hidden, Kind, LookLimits, Mask, Mode, Protection, Replaced,
+    WorkspaceError, WorkspaceRecord, guard_of,
+};
+
+/// Most paths of a workspace, and the longest look at them.
+const LOOK: LookLimits = LookLimits { entries_max: 5_000_000, time_max: Duration::from_secs(120) };
+/// Most configurations of repositories in one workspace.
+const CONFIGS_MAX: usize = 1000;
+/// Most of them that are named in a note.
+const NAMED_MAX: usize = 10;
+
+/// What to look for.
+pub(super) struct Sight<'a> {
+    pub(super) hide: &'a [String],
+    pub(super) mode: Mode<'a>,
+    /// Files that are replaced whatever is found.
+    pub(super) replaced: Vec<Replaced>,
+}
+
+/// What was found.
+pub(super) struct Looked {
+    pub(super) mask: Mask,
+    /// Paths to be mounts of their own, and whether each is read-only.
+    pub(super) guards: Vec<(PathBuf, bool)>,
+    /// What of that kind was there at all.
+    pub(super) guarded: Guarded,
+    pub(super) notes: Vec<String>,
+}
+
+impl Sight<'_> {
+    /// Looks through the workspace of `record`, opened as `fd`.
+    pub(super) fn look(
+        self,
+        identity: &Identity,
+        record: &WorkspaceRecord,
+        fd: &OwnedFd,
+    ) -> Result<Looked, WorkspaceError> {
+        let path = || record.path.clone();
+        let too_large = |limit: String| WorkspaceError::TooLarge { path: path(), limit };
+        let rules = HideRules::new(self.hide).map_err(|e| too_large(format!("`hide`: {e}")))?;
+        let looked = everything(identity, record, fd)?;
+        if !looked.complete {
+            let words = format!("more than {} paths, or {} s", LOOK.entries_max, LOOK.time_max.as_secs());
+            return Err(too_large(words));
+        }
+        let hidden = Mask::hidden_of(looked.entries(), &rules);
+        let mut hidden = hidden.map_err(|count| {
+            let hint = "hide whole directories instead";
+            WorkspaceError::TooMany { path: path(), count, what: "hidden", max: HIDDEN_MAX, hint }
+        })?;
+        let is_hidden = |path: &TreePath| hidden.iter().any(|h| path.is_at_or_below(&h.path));
+        let mut replaced = self.replaced;
+        let mut notes = Vec::new();
+        let configs: Vec<TreePath> = configs(&looked).filter(|path| !is_hidden(path)).collect();
+        if configs.len() > CONFIGS_MAX {
+            return Err(too_large(format!("more than {CONFIGS_MAX} git configurations")));
+        }
+        let texts = workspace::read_texts(identity, record, fd, configs, CONFIG_BYTES_MAX)?;
+        notes.extend(mask_configs(texts, &mut replaced));
+        let in_place = self.mode != Mode::ReadOnly;
+        let guarded = Guarded::of(&looked);
+        let guarded = match (guarded, in_place) {
+            (Ok(guarded), _) => guarded,
+            (Err(_), false) => Guarded::default(),
+            (Err(count), true) => {
+                let hint = "use the copy mode";
+                return Err(WorkspaceError::TooMany { path: path(), count, what: "protected", max: GUARDS_MAX, hint });
+            }
+        };
+        let guards = if in_place { guards(&looked, self.mode, &hidden, &replaced) } else { Vec::new() };
+        if in_place {
+            notes.extend(without_links(&looked, &mut hidden));
+        }
+        if !hidden.is_empty() {
+            notes.push(format!("{} paths of the workspace are hidden from the agent: {}", hidden.len(), names(&hidden)));
+        }
+        Ok(Looked { mask: Mask { hidden, replaced }, guards, guarded, notes })
+    }
+}
+
+/// Everything in the workspace, by names.
+pub(super) fn everything(
+    identity: &Identity,
+    record: &WorkspaceRecord,
+    fd: &OwnedFd,
+) -> Result<workspace::Looked, WorkspaceError> {
+    let dir = fd.try_clone().map_err(|source| WorkspaceError::Io {
+        doing: "open",
+        path: record.path.clone(),
+        source,
+    })?;
+    workspace::as_submitter(identity, &record.path, LOOK.time_max + Duration::from_secs(10), move || {
+        // Objects have no names that mean anything.
+        let enter = |path: &TreePath| {
+            let in_git = path.parts().any(|part| part == b".git");
+            !(path.name() == b"objects" && in_git)
+        };
+        Ok(workspace::look(dir.as_fd(), &LOOK, &enter))
+    })
+}
+
+/// Configurations of repositories: in `.git` directories, and of the workspace itself where it is a repository.
+fn configs(looked: &workspace::Looked) -> impl Iterator<Item = TreePath> + '_ {
+    let has = |name: &[u8], kind| looked.found.iter().any(|f| f.path.as_bytes() == name && f.kind == kind);
+    let bare = has(b"HEAD", Kind::File) && has(b"objects", Kind::Dir) && has(b"refs", Kind::Dir);
+    let wanted = move |found: &&workspace::Found| {
+        let named = matches!(found.path.name(), b"config" | b"config.worktree") && found.kind == Kind::File;
+        let parts = found.path.parts().count();
+        let own = bare && (parts == 1 || found.path.as_bytes().starts_with(b"worktrees/") && parts == 3);
+        named && (own || guard_of(&found.path, found.kind) == Some(Protection::ReadOnly))
+    };
+    looked.found.iter().filter(wanted).map(|found| found.path.clone())
+}
+
+/// What is to be seen instead of configurations with credentials; the words about it.
+fn mask_configs(texts: Vec<(TreePath, Option<String>)>, replaced: &mut Vec<Replaced>) -> Option<String> {
+    let mut said = Vec::new();
+    for (path, text) in texts {
+        let shown = path.as_path().display().to_string();
+        let content = match text {
+            Some(text) => {
+                let masked = config::masked(&text);
+                if masked.what.is_empty() {
+                    continue;
+                }
+                said.push(format!("{shown} ({})", masked.what.join(", ")));
+                masked.text.into_bytes()
+            }
+            // Not to be read by its own submitter, too long, or no text: nothing of it is shown.
+            None => Vec::new(),
+        };
+        replaced.push(Replaced { path, content });
+    }
+    let more = said.len().saturating_sub(NAMED_MAX);
+    said.truncate(NAMED_MAX);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    (!said.is_empty()).then(|| format!("credentials are left out of {}{more}", said.join(", ")))
+}
+
+/// What is protected by a mount of its own: nothing that is covered anyway, and nothing that cannot be written anyway.
+fn guards(
+    looked: &workspace::Looked,
+    mode: Mode<'_>,
+    hidden: &[Hidden],
+    replaced: &[Replaced],
+) -> Vec<(PathBuf, bool)> {
+    let writable = |path: &TreePath| match mode {
+        Mode::Bind => true,
+        Mode::Partly(parts) => parts.iter().any(|part| path.as_path().starts_with(part) && path.as_path() != part),
+        Mode::ReadOnly => false,
+    };
+    let covered = |path: &TreePath| {
+        hidden.iter().any(|h| path.is_at_or_below(&h.path)) || replaced.iter().any(|r| r.path == *path)
+    };
+    let guard = |found: &workspace::Found| {
+        let guard = guard_of(&found.path, found.kind)?;
+        (writable(&found.path) && !covered(&found.path))
+            .then(|| (found.path.as_path().to_owned(), guard == Protection::ReadOnly))
+    };
+    looked.found.iter().filter_map(guard).collect()
+}
+
+/// A mount on a link would cover what it leads to, wherever that is: links stay to be seen in place.
+fn without_links(looked: &workspace::Looked, hidden: &mut Vec<Hidden>) -> Option<String> {
+    if hidden.is_empty() {
+        return None;
+    }
+    let plain = |kind: Kind| matches!(kind, Kind::Dir | Kind::File);
+    let others = looked.found.iter().filter(|f| !plain(f.kind)).map(|f| f.path.as_bytes());
+    let others: std::collections::HashSet<&[u8]> = others.collect();
+    let links: Vec<Hidden> = hidden.extract_if(.., |h| others.contains(h.path.as_bytes())).collect();
+    (!links.is_empty())
+        .then(|| format!("links cannot be hidden in place, and neither can what they lead to: {}", names(&links)))
+}
+
+fn names(hidden: &[Hidden]) -> String {
+    let named = hidden.iter().take(NAMED_MAX).map(|h| h.path.as_path().display().to_string());
+    let more = if hidden.len() > NAMED_MAX { ", …" } else { "" };
+    format!("{}{more}", named.collect::<Vec<_>>().join(", "))
+}
+
+/// The `.git` file of a worktree, as the cell has to see it.
+pub(super) fn link_to(repository: &str, name: &str) -> Option<Replaced> {
+    replaced(".git", format!("gitdir: {repository}/worktrees/{name}\n"))
+}
+
+/// What its repository says of the worktree, as the cell has to see it.
+pub(super) fn link_back(name: &str, at: &str) -> Option<Replaced> {
+    replaced(&format!("worktrees/{name}/gitdir"), format!("{at}/.git\n"))
+}
+
+fn replaced(path: &str, content: String) -> Option<Replaced> {
+    Some(Replaced { path: TreePath::new(path).ok()?, content: content.into_bytes() })
+}
