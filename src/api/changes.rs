@@ -19,6 +19,8 @@ use super::wire::{ErrorCode, JobView};
 use super::{Api, ApiError};
 use crate::cell::changes::{self, ChangesError};
 use crate::changes::apply::ApplyError;
+use crate::changes::export::ExportError;
+use crate::changes::patch::RenderError;
 use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutRequest, ExportFormat, Form, Standing};
 use crate::change::{ChangeSet, Summary};
 use crate::store::Job;
@@ -195,7 +197,17 @@ fn refusal(job: &Job, error: ChangesError) -> ApiError {
         C::Apply(A::Io { .. }) => {
             (ErrorCode::Workspace, "change the permissions, or leave the path out with --only".to_owned())
         }
-        C::Corrupt(_) | C::Shelf(_) | C::Died(_) | C::Apply(A::Stuck { .. } | A::Shelf(_)) => {
+        C::Render(RenderError::Pattern(_)) | C::Export(ExportError::Pattern(_)) => {
+            (ErrorCode::InvalidRequest, "change the pattern".to_owned())
+        }
+        C::Render(RenderError::TooLong { .. }) => (ErrorCode::TooLarge, format!("`hotcell export {id} --format tar`")),
+        C::Branch(_) | C::Export(ExportError::Commits(_)) => {
+            (ErrorCode::Conflict, format!("`hotcell apply {id}` applies it to the files instead"))
+        }
+        C::Render(RenderError::Git(_) | RenderError::Shelf(_))
+        | C::Export(ExportError::Shelf(_) | ExportError::Write(_))
+        | C::Corrupt(_)
+        | C::Shelf(_) | C::Died(_) | C::Apply(A::Stuck { .. } | A::Shelf(_)) => {
             (ErrorCode::Internal, "the daemon's log says more".to_owned())
         }
     };

@@ -2,21 +2,29 @@
 //! and applied with the submitter's rights alone. It must never let a job be called done before its change set is on
 //! the disk or its loss is told, and never touch a person's files without being asked to.
 
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::record::{Record, RecordError};
-use super::{Accepted, Parts, park};
+use super::{Accepted, Parts};
 use crate::change::decision::{ApplyAnswer, ApplyRequest, BranchMade, ExportFormat, Form, LeftOut, Standing};
 use crate::change::{ChangeSet, Summary};
 use crate::changes::apply::{self, Apply, ApplyError, Applied, Wish};
-use crate::changes::{JobShelf, Shelf, ShelfError};
+use crate::changes::branch::{self, BranchError, Build};
+use crate::changes::export::{self, ExportError};
+use crate::changes::patch::{self, Render, RenderError};
+use crate::changes::{Include, JobShelf, Shelf, ShelfError};
+use crate::clock;
 use crate::event::Body;
+use crate::git::identity::{GitIdentity, submitter_identity};
 use crate::job::spec::WorkspaceMode;
 use crate::job::{Identity, JobId};
 use crate::store::Job;
 use crate::workspace::{self, Access, CopyParts, Guard, WorkspaceError, WorkspaceRecord};
+
+/// Columns of the figures per file.
+const STAT_COLUMNS: u16 = 100;
+/// Longest change set as text, in bytes.
+const TEXT_BYTES_MAX: u64 = 256 << 20;
 
 /// A change set as it is kept.
 #[derive(Debug, Clone)]
@@ -50,6 +58,15 @@ pub enum ChangesError {
     /// It cannot be applied.
     #[error(transparent)]
     Apply(#[from] ApplyError),
+    /// It cannot be shown.
+    #[error(transparent)]
+    Render(#[from] RenderError),
+    /// It cannot be made into a branch.
+    #[error(transparent)]
+    Branch(#[from] BranchError),
+    /// It cannot be exported.
+    #[error(transparent)]
+    Export(#[from] ExportError),
     /// What is kept cannot be read.
     #[error(transparent)]
     Shelf(#[from] ShelfError),
@@ -101,11 +118,137 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(ChangesError::Died(e.to_string())))
 }
 
+/// The change set as text.
+///
+/// # Errors
+/// [`ChangesError`].
+pub async fn render(
+    parts: &Parts,
+    job: &Job,
+    form: Form,
+    only: Vec<String>,
+) -> Result<Vec<u8>, ChangesError> {
+    let kept = read(parts, job).await?;
+    let shelf = shelf(parts, &job.row.id);
+    let form = match form {
+        Form::Patch => patch::Form::Patch,
+        Form::Stat => patch::Form::Stat,
+        Form::NameOnly => patch::Form::NameOnly,
+    };
+    blocking(move || {
+        let render = Render {
+            form,
+            only: &only,
+            include: Include::All,
+            colour: false,
+            width: STAT_COLUMNS,
+            bytes_max: TEXT_BYTES_MAX,
+            temporary: export::temporary(),
+        };
+        Ok(patch::render(&shelf, &kept.set, &render)?.bytes)
+    })
+    .await
+}
+
+/// The change set for other tools. What is refused is not in it, but for a patch, which is read before it is applied.
+///
+/// # Errors
+/// [`ChangesError`].
+pub async fn export(parts: &Parts, job: &Job, format: ExportFormat) -> Result<Vec<u8>, ChangesError> {
+    if format == ExportFormat::Patch {
+        return render(parts, job, Form::Patch, Vec::new()).await;
+    }
+    let kept = read(parts, job).await?;
+    let work = Commit::of(parts, job, &kept, Vec::new(), Include::Flagged).await?;
+    blocking(move || {
+        let mut out = Vec::new();
+        let now_s = clock::wall_ms() / 1000;
+        match format {
+            ExportFormat::Tar => {
+                export::tar(&work.shelf, &kept.set, Include::Flagged, &[], now_s, &mut out)?;
+            }
+            ExportFormat::Bundle | ExportFormat::Patch => {
+                export::bundle(&work.build(&kept.set)?, &mut out)?;
+            }
+        }
+        Ok(out)
+    })
+    .await
+}
+
+/// What commits are made of, owned.
+struct Commit {
+    shelf: JobShelf,
+    job: JobId,
+    path: Option<std::path::PathBuf>,
+    identity: Identity,
+    author: GitIdentity,
+    include: Include,
+    only: Vec<String>,
+}
+
+impl Commit {
+    async fn of(
+        parts: &Parts,
+        job: &Job,
+        kept: &Kept,
+        only: Vec<String>,
+        include: Include,
+    ) -> Result<Self, ChangesError> {
+        let identity = job.row.identity.clone();
+        let path = accepted(job)?.workspace.map(|record| record.path);
+        // Asked for only where there can be commits: it runs git as the submitter.
+        let author = match kept.set.base.commit {
+            Some(_) => submitter_identity(&identity).await,
+            None => GitIdentity::new("", "", "hotcell", "localhost"),
+        };
+        let (shelf, job) = (shelf(parts, &job.row.id), job.row.id.clone());
+        Ok(Self { shelf, job, path, identity, author, include, only })
+    }
+
+    fn build<'a>(&'a self, changes: &'a ChangeSet) -> Result<Build<'a>, ChangesError> {
+        Ok(Build {
+            shelf: &self.shelf,
+            changes,
+            job: &self.job,
+            path: self.path.as_deref().ok_or(ChangesError::None("the job had no workspace"))?,
+            identity: &self.identity,
+            author: &self.author,
+            message: None,
+            include: self.include,
+            only: &self.only,
+            now_s: i64::try_from(clock::wall_ms() / 1000).unwrap_or(0),
+            temporary: export::temporary(),
+        })
+    }
+}
+
+/// Makes a branch of it in the submitter's repository; their files stay as they are.
+async fn make_branch(
+    parts: &Parts,
+    job: &Job,
+    request: ApplyRequest,
+    name: String,
+) -> Result<ApplyAnswer, ChangesError> {
+    let kept = wanted(parts, job).await?;
+    let include = if request.include_flagged { Include::Flagged } else { Include::Plain };
+    let work = Commit::of(parts, job, &kept, request.only, include).await?;
+    blocking(move || {
+        let made = branch::create(&name, &work.build(&kept.set)?)?;
+        let branch = Some(BranchMade { name: made.branch, commit: made.commit, notes: made.notes });
+        Ok(ApplyAnswer { branch, ..ApplyAnswer::default() })
+    })
+    .await
+}
+
 /// Applies it, as its submitter and to their files.
 ///
 /// # Errors
 /// [`ChangesError`]; nothing was written then, as far as the error does not say otherwise.
-pub async fn apply(parts: &Parts, job: &Job, request: ApplyRequest) -> Result<ApplyAnswer, ChangesError> {
+pub async fn apply(parts: &Parts, job: &Job, mut request: ApplyRequest) -> Result<ApplyAnswer, ChangesError> {
+    if let Some(name) = request.branch.take() {
+        return make_branch(parts, job, request, name).await;
+    }
     let kept = wanted(parts, job).await?;
     let (shelf, accepted, identity) = (shelf(parts, &job.row.id), accepted(job)?, job.row.identity.clone());
     let guard = Guard::for_user(&parts.settings.state_dir, identity.uid);

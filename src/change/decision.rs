@@ -111,6 +111,9 @@ pub struct BranchMade {
     pub name: String,
     /// The commit it is at.
     pub commit: String,
+    /// What is not in it, in sentences.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// What was applied.

@@ -10,7 +10,7 @@ mod judge;
 mod look;
 mod merge;
 mod moves;
-mod only;
+
 mod plan;
 mod run;
 mod select;
@@ -34,7 +34,7 @@ use crate::workspace::WorkspaceError;
 
 pub use accept::{Accepted, Decision, Discarded, decision, discard};
 pub use journal::Pending;
-pub use only::{BadGlob, Only};
+pub use crate::changes::{BadGlob, Only};
 pub use run::{Recovered, apply, give_up, pending, recover};
 
 /// Longest application; its thread goes on alone then.

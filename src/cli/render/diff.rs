@@ -131,6 +131,9 @@ pub(crate) fn applied(paint: Paint, answer: &ApplyAnswer) -> Text {
         }
         text = more(text, answer.left_out.len());
     }
+    for note in answer.branch.iter().flat_map(|branch| &branch.notes) {
+        text = text.add(Style::Dim, &format!("note: {note}")).end();
+    }
     if !answer.merged.is_empty() {
         let n = words::plural(answer.merged.len() as u64, "file");
         text = text.plain(&format!("{n} merged with what was changed meanwhile")).end();
