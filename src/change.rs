@@ -108,17 +108,19 @@ pub enum Special {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Flag {
-    /// A file became executable, or an executable one is new or has another content.
+    /// A file became executable, or a new one is.
     Executable,
     /// A new or changed symbolic link whose target lies in the workspace.
     SymlinkInside,
     /// A new or changed symbolic link whose target is absolute or leads out of the workspace.
     SymlinkOutside,
-    /// A submodule, or what names its source: `.gitmodules`, a nested repository's directory.
+    /// A submodule, or what tells git where contents come from and what filters them: a nested repository's
+    /// directory, `.gitmodules`, `.gitattributes`, `.lfsconfig`.
     Submodule,
     /// Definitions of continuous integration.
     Ci,
-    /// Hooks, configuration or attributes inside a `.git` directory, or a `.git` that was not there.
+    /// Hooks, configuration or attributes inside a `.git` directory, a `.git` that was not there or became another
+    /// kind, and names that other systems take for `.git`. Never applied, whatever a policy says.
     Git,
     /// What coding agents obey: `.claude/`, `.mcp.json`, CLAUDE.md and their like.
     AgentSettings,

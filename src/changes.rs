@@ -4,6 +4,8 @@
 //!
 //! **Every function here blocks**: call it inside `spawn_blocking`.
 
+pub mod listing;
 mod shelf;
 
+pub use listing::{ListError, ListLimits, Listing, Seen, list};
 pub use shelf::{JobShelf, Shelf, ShelfError};

@@ -366,6 +366,7 @@ impl Policy {
         self.output.check()?;
         super::writable::check(self.workspace.writable.as_deref())?;
         check_hide(&self.workspace.hide)?;
+        self.changes.check()?;
         Rule::check_all(&self.rules)?;
         self.limits.check().map_err(|(key, problem)| (key.into(), problem))
     }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::changes::Changes;
 use super::egress::Egress;
 use super::file::{Agents, Env, Images, Models, Policy, PolicyError, Providers, Tools};
 use super::narrow::{Layer, NarrowError};
@@ -64,6 +65,9 @@ pub struct Narrowing {
     /// What its requests for the model may hold.
     #[serde(default)]
     pub requests: Option<Requests>,
+    /// What is done with kinds of change; the stricter word holds.
+    #[serde(default)]
+    pub changes: Option<Changes>,
     /// Rules on tool calls. An `allow` here ends the reading of this file only.
     #[serde(default, rename = "rule")]
     pub rules: Vec<Rule>,
@@ -137,6 +141,9 @@ impl Narrowing {
         if let Some(requests) = &self.requests {
             requests.check()?;
         }
+        if let Some(changes) = &self.changes {
+            changes.check()?;
+        }
         Rule::check_all(&self.rules)
     }
 
@@ -186,6 +193,9 @@ impl Narrowing {
             }
             (own.runtime, own.runtime_fallback) = (runtime, Vec::new());
         }
+        if let Some(changes) = &self.changes {
+            own.changes = policy.changes.stricter(changes);
+        }
         let (limits, asked) = (&mut own.limits, &self.limits);
         limits.cost_usd = asked.cost_usd.map_or(limits.cost_usd, |x| x.min(limits.cost_usd));
         limits.cpus = asked.cpus.map_or(limits.cpus, |x| x.min(limits.cpus));
@@ -226,6 +236,7 @@ fn common<T: Copy + PartialEq>(first: &[T], second: &[T]) -> Vec<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::change::{Flag, Verdict};
     use proptest::prelude::*;
 
     #[test]
@@ -235,6 +246,19 @@ mod tests {
             let error = Narrowing::parse("narrow", &text).expect_err(path).to_string();
             assert!(error.contains("workspace.writable"), "{error}");
         }
+    }
+
+    #[test]
+    fn changes_only_become_stricter_and_a_mistake_is_named() {
+        let policy = include_str!("../../policies/default.toml");
+        let policy = Policy::parse("p", policy).expect("policy");
+        let own = Narrowing::parse("narrow", "[changes]\nplain = ['hidden']\nrefused = ['ci']").expect("own");
+        let own = own.narrowed(&policy).expect("narrowed").changes;
+        let of = |flag| (own.of(flag), policy.changes.of(flag));
+        assert_eq!(of(Flag::Ci).0, Verdict::Refused);
+        assert_eq!(of(Flag::Hidden).0, of(Flag::Hidden).1);
+        let error = Narrowing::parse("narrow", "[changes]\nplain = ['special']").expect_err("special").to_string();
+        assert!(error.contains("changes.plain[0]"), "{error}");
     }
 
     #[test]
