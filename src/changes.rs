@@ -10,6 +10,7 @@ mod build;
 mod choose;
 pub mod commits;
 pub mod export;
+pub mod listing;
 mod only;
 pub mod patch;
 mod shelf;
@@ -18,5 +19,6 @@ mod sparse;
 mod testing;
 
 pub use choose::Include;
+pub use listing::{ListError, ListLimits, Listing, Seen, list};
 pub use only::{BadGlob, Only};
 pub use shelf::{JobShelf, Shelf, ShelfError};

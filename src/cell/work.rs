@@ -16,6 +16,7 @@ use super::prepare::{PrepareError, failed};
 use super::rooms::{Tenant, Who};
 use super::{Accepted, Settings};
 use crate::agent::options;
+use crate::changes::Shelf;
 use crate::job::spec::{Runtime, WorkspaceMode};
 use crate::job::{FailReason, Identity, JobId};
 use crate::policy::PlanLimits;
@@ -195,7 +196,10 @@ impl Site<'_> {
                 Mode::ReadOnly
             }
         };
-        let sight = Sight { hide: &self.accepted.plan.hide, mode, replaced };
+        let is_copy = asked == WorkspaceMode::Copy;
+        let shelf = (is_copy && name.is_none())
+            .then(|| Shelf::new(self.settings.state_dir.join("changes")).of(self.job));
+        let sight = Sight { hide: &self.accepted.plan.hide, mode, shelf, replaced };
         let see::Looked { mask, guards, guarded, notes: told } = sight.look(self.identity, record, &fd)?;
         notes.extend(told.into_iter().map(|note| match &name {
             Some(name) => format!("{name}: {note}"),
@@ -206,7 +210,6 @@ impl Site<'_> {
         }
         // Where a layer can hide something, nothing is covered.
         let layered = mode == Mode::ReadOnly && workspace::form_here().0 == Form::Overlay;
-        let is_copy = asked == WorkspaceMode::Copy;
         let below = is_copy || (layered && !mask.is_empty());
         let target = match below {
             true => workspace::lower_of(self.dir, name.as_deref())?,

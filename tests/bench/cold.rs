@@ -141,7 +141,8 @@ impl Bench {
         let workspace = world.workspace("repo", 0);
         std::fs::write(workspace.join("greeting.txt"), "hello\n")?;
         let spec = json!({
-            "prompt": PROMPT, "policy": "trusted", "model": MODEL, "workspace": { "path": workspace },
+            "prompt": PROMPT, "policy": "trusted", "model": MODEL,
+            "workspace": { "path": workspace, "mode": "bind" },
             "limits": { "memory_mib": MEMORY_MIB, "cpus": CPUS, "pids": PIDS, "disk_mib": 4096 },
         });
         let model = start_model(script, &dir)?;

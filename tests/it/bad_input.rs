@@ -182,7 +182,7 @@ fn a_workspace_that_cannot_be_used_names_its_path() {
     let case = |path: &Path, words: &[&str]| {
         let mut words = says(words);
         words.push(path.display().to_string());
-        (json!({ "prompt": "x", "policy": "trusted", "workspace": { "path": path } }), words, "workspace")
+        (json!({ "prompt": "x", "policy": "trusted", "workspace": { "path": path, "mode": "bind" } }), words, "workspace")
     };
     let mut cases = vec![
         case(&base.join("missing"), &["does not exist"]),
@@ -460,14 +460,14 @@ fn a_cli_that_misbehaves_is_told_from_one_that_fails() {
 }
 
 /// A unix socket in front of the engine's that can be cut and mended.
-struct Cable {
-    path: PathBuf,
+pub(crate) struct Cable {
+    pub(crate) path: PathBuf,
     cut: Arc<AtomicBool>,
     lines: Arc<Mutex<Vec<UnixStream>>>,
 }
 
 impl Cable {
-    fn lay(path: PathBuf) -> Self {
+    pub(crate) fn lay(path: PathBuf) -> Self {
         let address = hotcell::engine::find_address(None).expect("an engine: run `make engine`");
         let engine = address.strip_prefix("unix://").unwrap().to_owned();
         let listener = UnixListener::bind(&path).unwrap();

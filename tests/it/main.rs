@@ -10,6 +10,7 @@ mod api;
 mod audit;
 mod bad_input;
 mod command;
+mod copies;
 mod crash;
 mod egress;
 mod engine;

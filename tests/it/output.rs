@@ -46,7 +46,7 @@ fn only_the_listed_paths_can_be_written_and_the_host_sees_it() {
     for name in ["src", "docs", ".git", "REPORT.md", "docs/text"] {
         std::os::unix::fs::chown(workspace.join(name), Some(UID), Some(UID)).unwrap();
     }
-    let spec = json!({ "prompt": "x", "policy": "zoo", "workspace": { "path": workspace } });
+    let spec = json!({ "prompt": "x", "policy": "zoo", "workspace": { "path": workspace, "mode": "bind" } });
     let (events, job) = run_as_user(&world, &spec);
     assert_eq!(job["outcome"], "succeeded", "{job:#}\n{}", world.log());
     let text = tool_results(&events);

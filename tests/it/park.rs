@@ -332,13 +332,13 @@ usage = { input = 10, output = 20 }
 [[reply]]
 when = { last = "The job was paused", tools = true }
 times = 1
-blocks = [{ tool = "Bash", input = { command = "cat ~/note", description = "read" } }]
+blocks = [{ tool = "Bash", input = { command = "cat ~/note /workspace/kept; ls /workspace", description = "read" } }]
 
 [[reply]]
 when = { prompt = "remember", turn = 0, tools = true }
 blocks = [
     { text = "I write it down." },
-    { tool = "Bash", input = { command = "echo of the first cell > ~/note; echo written", description = "write" } },
+    { tool = "Bash", input = { command = "echo of the first cell > ~/note; echo in the copy > /workspace/kept; rm /workspace/gone; echo written", description = "write" } },
 ]
 
 [[reply]]
@@ -352,13 +352,22 @@ text = "done"
     let mut world = World::without_daemon(script, "");
     world.set_agents(&[crate::provider::IMPATIENT]);
     world.start();
-    let (code, out, err) = world.run(&["run", "--agent", crate::provider::IMPATIENT.0, "remember this"]);
+    // Works on a copy, which is kept with the conversation.
+    let repo = world.workspace("repo", 0);
+    for name in ["gone", "stays"] {
+        std::fs::write(repo.join(name), "original").unwrap();
+    }
+    let at = repo.to_str().unwrap();
+    let (code, out, err) = world.run(&["run", "--agent", crate::provider::IMPATIENT.0, "-w", at, "remember this"]);
     let job = world.sql("SELECT id FROM jobs");
     let (events, view) = done(&mut world, &job);
     assert_eq!(code, 0, "{out}{err}\n{view}");
     assert!(out.contains("parked until 20"), "{out}");
     assert_eq!(states(&events), ONCE, "{view}");
-    assert!(tool_results(&events).contains("of the first cell"), "{}", tool_results(&events));
+    let seen = tool_results(&events);
+    assert!(seen.contains("of the first cell") && seen.contains("in the copy"), "{seen}");
+    assert!(seen.contains("stays") && !seen.contains("gone"), "{seen}");
+    assert!(repo.join("gone").exists() && !repo.join("kept").exists(), "the original is as it was");
     // The model is asked with all that was said before, and then with the word that the pause is over.
     let asked = world.recorder.requests();
     let again =

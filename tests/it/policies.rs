@@ -69,7 +69,11 @@ fn each_shipped_policy_keeps_its_promise_and_explains_it() {
             std::fs::write(dir.join(file), text).unwrap();
             std::os::unix::fs::chown(dir.join(file), Some(UID), Some(UID)).unwrap();
         }
-        let spec = json!({ "prompt": "x", "policy": name, "workspace": { "path": dir } });
+        let mut spec = json!({ "prompt": "x", "policy": name, "workspace": { "path": dir } });
+        if !promise.left.is_empty() {
+            // In place: what the policy lets happen can be seen.
+            spec["workspace"]["mode"] = "bind".into();
+        }
         let answer = world.curl("POST", "/v1/jobs", &spec.to_string(), &[], Some(UID)).unwrap();
         assert_eq!(answer.status, 201, "{name}: {}", answer.body);
         let id = answer.json()["id"].as_str().unwrap().to_owned();
@@ -125,7 +129,7 @@ fn a_narrowing_of_the_users_own_holds_in_the_cell_and_cannot_widen() {
     let dir = world.workspace("repo", UID);
     std::fs::write(dir.join("notes.txt"), "the notes").unwrap();
     let narrow = "[tools]\ndeny = ['Bash']\n[[rule]]\ntool = 'Write'\npath = '/workspace/**'\naction = 'deny'\nreason = 'not here'\n";
-    let spec = json!({ "prompt": "x", "policy": "trusted", "narrow": narrow, "workspace": { "path": dir } });
+    let spec = json!({ "prompt": "x", "policy": "trusted", "narrow": narrow, "workspace": { "path": dir, "mode": "bind" } });
     let (events, job) = world.job(&spec);
     assert_eq!(job["outcome"], "succeeded", "{job}");
     assert_eq!(left(&dir), Vec::<String>::new());

@@ -45,7 +45,7 @@ fn the_real_cli_works_in_place_under_gvisor_as_its_submitter() {
     let workspace = world.workspace("repo", uid);
     std::fs::write(workspace.join("greeting.txt"), "hello\n").unwrap();
     std::os::unix::fs::chown(workspace.join("greeting.txt"), Some(uid), Some(uid)).unwrap();
-    let spec = json!({ "prompt": "greeting", "policy": "gvisor", "workspace": { "path": workspace } });
+    let spec = json!({ "prompt": "greeting", "policy": "gvisor", "workspace": { "path": workspace, "mode": "bind" } });
     let submitted = world.curl("POST", "/v1/jobs", &spec.to_string(), &[], Some(uid)).unwrap();
     assert_eq!(submitted.status, 201, "{}", submitted.body);
     let id = submitted.json()["id"].as_str().unwrap().to_owned();
@@ -94,6 +94,12 @@ fn under_gvisor_the_kernel_is_another_one_and_a_read_only_workspace_stays_so() {
     assert!(text.contains("4.4.0") && text.contains("readable text"), "{text}");
     assert!(text.contains("Read-only file system") && text.contains("code 1"), "{text}");
     assert!(text.contains("mem 1"), "the CLI's memory could be opened: {text}");
+    assert!(!workspace.join("written").exists());
+    // A copy is the cell's own to write, whoever submitted it.
+    let (events, job) = world.job(&spec("copy"));
+    assert_eq!(job["outcome"], "succeeded", "{job:#}\n{}", world.log());
+    let text = tool_results(&events);
+    assert!(text.contains("readable text") && text.contains("code 0"), "{text}");
     assert!(!workspace.join("written").exists());
     // In place it would have to be root's own files as root: refused, not loosened.
     let (_, job) = world.job(&spec("bind"));

@@ -75,7 +75,7 @@ fn world() -> World {
 
 /// The job that runs one command in a copy of the zoo, under the strict policy unless `more` says otherwise.
 pub(crate) fn spec(world: &World, command: &str, more: &Value) -> Value {
-    let mut spec = json!({ "prompt": command, "workspace": { "path": agents(world) } });
+    let mut spec = json!({ "prompt": command, "workspace": { "path": agents(world), "mode": "read-only" } });
     for (key, value) in more.as_object().expect("an object") {
         spec[key] = value.clone();
     }

@@ -32,6 +32,8 @@ pub(crate) struct World {
     engine: Option<String>,
     /// More variables of the daemon's environment, from its next start on.
     pub(crate) daemon_env: Vec<(String, String)>,
+    /// Whom the daemon runs as, from its next start on, where that is not root.
+    pub(crate) daemon_uid: Option<u32>,
 }
 
 /// One answer of the daemon.
@@ -84,6 +86,7 @@ impl World {
             more: more.to_owned(),
             engine: None,
             daemon_env: Vec::new(),
+            daemon_uid: None,
         };
         world.write_config();
         share(&world.state_dir());
@@ -128,6 +131,10 @@ impl World {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
+        if let Some(uid) = self.daemon_uid {
+            std::os::unix::process::CommandExt::uid(&mut command, uid);
+            std::os::unix::process::CommandExt::gid(&mut command, uid);
+        }
         let child = command.spawn().expect("hotcell serve");
         self.daemon = Some(child);
         self.wait_for("the daemon answers", |world| {

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use crate::change::TreePath;
 use crate::change::hide::HideRules;
+use crate::changes::listing::What;
+use crate::changes::{self, JobShelf, ListLimits};
 use crate::git::config::{self, CONFIG_BYTES_MAX};
 use crate::job::Identity;
 use crate::workspace::{
@@ -25,6 +27,8 @@ const NAMED_MAX: usize = 10;
 pub(super) struct Sight<'a> {
     pub(super) hide: &'a [String],
     pub(super) mode: Mode<'a>,
+    /// Where the listing of the workspace is kept, where changes to it will be wanted.
+    pub(super) shelf: Option<JobShelf>,
     /// Files that are replaced whatever is found.
     pub(super) replaced: Vec<Replaced>,
 }
@@ -50,7 +54,10 @@ impl Sight<'_> {
         let path = || record.path.clone();
         let too_large = |limit: String| WorkspaceError::TooLarge { path: path(), limit };
         let rules = HideRules::new(self.hide).map_err(|e| too_large(format!("`hide`: {e}")))?;
-        let looked = everything(identity, record, fd)?;
+        let looked = match &self.shelf {
+            Some(shelf) => listed(identity, record, fd, shelf)?,
+            None => everything(identity, record, fd)?,
+        };
         if !looked.complete {
             let words = format!("more than {} paths, or {} s", LOOK.entries_max, LOOK.time_max.as_secs());
             return Err(too_large(words));
@@ -90,17 +97,51 @@ impl Sight<'_> {
     }
 }
 
+/// The same from a whole listing, which is kept as what the job's changes are against. That of an earlier attempt
+/// stays: what it changed is in the copy.
+fn listed(
+    identity: &Identity,
+    record: &WorkspaceRecord,
+    fd: &OwnedFd,
+    shelf: &JobShelf,
+) -> Result<workspace::Looked, WorkspaceError> {
+    let too_large = |error: &dyn std::fmt::Display| WorkspaceError::TooLarge {
+        path: record.path.clone(),
+        limit: error.to_string(),
+    };
+    let limits = ListLimits::default();
+    let dir = fd.try_clone().map_err(|source| io(record, source))?;
+    let wait_max = limits.time_max + Duration::from_secs(10);
+    let listing = workspace::as_submitter(identity, &record.path, wait_max, move || {
+        Ok::<_, WorkspaceError>(changes::list(dir.as_fd(), &limits))
+    })?;
+    let listing = listing.map_err(|error| too_large(&error))?;
+    let kept = shelf.base().and_then(|base| match base {
+        Some(_) => Ok(()),
+        None => shelf.create().and_then(|()| shelf.put_base(&listing.encode())),
+    });
+    kept.map_err(|error| io(record, std::io::Error::other(error)))?;
+    let kind = |what: &What| match what {
+        What::Dir => Kind::Dir,
+        What::File => Kind::File,
+        What::Symlink { .. } => Kind::Link,
+        What::Special { .. } => Kind::Special,
+    };
+    let found = listing.iter().map(|(path, seen)| workspace::Found { path: path.clone(), kind: kind(&seen.what) });
+    Ok(workspace::Looked { found: found.collect(), complete: true })
+}
+
+fn io(record: &WorkspaceRecord, source: std::io::Error) -> WorkspaceError {
+    WorkspaceError::Io { doing: "list", path: record.path.clone(), source }
+}
+
 /// Everything in the workspace, by names.
 pub(super) fn everything(
     identity: &Identity,
     record: &WorkspaceRecord,
     fd: &OwnedFd,
 ) -> Result<workspace::Looked, WorkspaceError> {
-    let dir = fd.try_clone().map_err(|source| WorkspaceError::Io {
-        doing: "open",
-        path: record.path.clone(),
-        source,
-    })?;
+    let dir = fd.try_clone().map_err(|source| io(record, source))?;
     workspace::as_submitter(identity, &record.path, LOOK.time_max + Duration::from_secs(10), move || {
         // Objects have no names that mean anything.
         let enter = |path: &TreePath| {

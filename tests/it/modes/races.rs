@@ -105,7 +105,7 @@ fn a_call_that_waits_for_a_hook_runs_in_no_mode_before_the_hook_has_said_yes() {
         let dir = world.path(mode);
         copy_tree(&zoo("repos/hostile"), &dir);
         let spec = json!({ "prompt": "race", "policy": "ruled", "permission_mode": mode,
-            "allowed_tools": ["Bash", "Skill"], "workspace": { "path": dir } });
+            "allowed_tools": ["Bash", "Skill"], "workspace": { "path": dir, "mode": "bind" } });
         (mode, world.submit(&spec), dir)
     });
     let undecided = |fate: &str| {

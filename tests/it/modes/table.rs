@@ -321,7 +321,7 @@ fn submit(world: &World, group: &Group, mode: &str) -> (String, PathBuf) {
     let workspace = world.workspace(mode, 0);
     prepare(&workspace, group.project.as_ref());
     let spec = json!({ "prompt": PROMPT, "policy": group.policy, "permission_mode": mode, "tools": group.tools(),
-        "allowed_tools": group.allowed, "disallowed_tools": group.disallowed, "workspace": { "path": workspace } });
+        "allowed_tools": group.allowed, "disallowed_tools": group.disallowed, "workspace": { "path": workspace, "mode": "bind" } });
     (world.submit(&spec), workspace)
 }
 

@@ -44,7 +44,7 @@ text = "done"
 /// The strict policy, but that the workspace is in place: what ran in it can be seen.
 fn strict() -> String {
     let text = include_str!("../../../policies/default.toml");
-    text.replace("modes = [\"read-only\", \"none\"]", "modes = [\"bind\"]")
+    text.replace("modes = [\"copy\", \"read-only\", \"none\"]", "modes = [\"bind\"]")
 }
 
 /// A world, and where its policies are. The directory must outlive the daemon.
@@ -58,7 +58,7 @@ fn world() -> (World, tempfile::TempDir) {
 fn visit(world: &World, repo: &str, more: &Value) -> (Seen, PathBuf) {
     let copy = (0..).map(|n| world.path(&format!("{repo}-{n}"))).find(|p| !p.exists()).unwrap();
     copy_tree(&zoo("repos").join(repo), &copy);
-    let mut spec = json!({ "workspace": { "path": copy } });
+    let mut spec = json!({ "workspace": { "path": copy, "mode": "bind" } });
     spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     let (events, job) = world.job(&spec);
     (Seen::new(events, job), copy)
