@@ -4,8 +4,11 @@
 //!
 //! **Every function here blocks**: call it inside `spawn_blocking`.
 
+pub mod extract;
+mod ignore;
 pub mod listing;
 mod shelf;
 
+pub use extract::{ExtractError, ExtractLimits, Extraction, Tree, extract};
 pub use listing::{ListError, ListLimits, Listing, Seen, list};
 pub use shelf::{JobShelf, Shelf, ShelfError};
