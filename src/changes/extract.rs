@@ -98,7 +98,9 @@ pub struct Extraction<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum ExtractError {
     /// More changed paths than agreed.
-    #[error("more than {limit} paths changed: nothing was taken; raise the limit, or export the job's directory")]
+    #[error(
+        "more than {limit} paths changed: nothing was taken; raise the limit, or export the job's directory"
+    )]
     TooMany {
         /// The limit.
         limit: usize,
@@ -153,7 +155,8 @@ pub fn extract(from: &Extraction<'_>) -> Result<ChangeSet, ExtractError> {
     };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, path, flags, Mode::empty()).map_err(|e| io("open")(e.into()))?;
-    let paths_max = if overlay { from.limits.entries_max } else { from.limits.entries_max + from.listing.len() };
+    let paths_max =
+        if overlay { from.limits.entries_max } else { from.limits.entries_max + from.listing.len() };
     let walked = walk::walk(&root, overlay, paths_max, until)?;
     let mut notes = Vec::new();
     if walked.too_long > 0 {
@@ -163,7 +166,8 @@ pub fn extract(from: &Extraction<'_>) -> Result<ChangeSet, ExtractError> {
     if candidates.len() > from.limits.entries_max {
         return Err(ExtractError::TooMany { limit: from.limits.entries_max });
     }
-    let original = original::Original::start(from.original, from.identity, until).map_err(io("read the original of"))?;
+    let original =
+        original::Original::start(from.original, from.identity, until).map_err(io("read the original of"))?;
     let mut contents = contents::Contents::new(from, &root, overlay, original, until);
     let sorted = sorting::sort(from, candidates, &walked, &mut contents)?;
     let mut entries = contents.entries(&sorted.entries)?;
