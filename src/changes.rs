@@ -8,6 +8,7 @@ pub mod extract;
 mod ignore;
 pub mod listing;
 mod shelf;
+mod tracked;
 
 pub use extract::{ExtractError, ExtractLimits, Extraction, Tree, extract};
 pub use listing::{ListError, ListLimits, Listing, Seen, list};

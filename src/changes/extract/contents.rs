@@ -13,6 +13,7 @@ use super::walk::{open_file, still};
 use super::{Candidate, ExtractError, Extraction, STAT_BATCH, some_of};
 use crate::change::classify::{Facts, GitPlace, HEAD_BYTES_MAX, flags, git_place};
 use crate::change::{BlobId, Entry, TreePath, Verdict};
+use crate::git::config;
 
 const COMPARE_BYTES: usize = 128 << 10;
 
@@ -78,6 +79,9 @@ impl<'a> Contents<'a> {
         let files = |seen: Option<&'_ Seen>| seen.is_some_and(|seen| seen.what == What::File);
         let both = before.filter(|_| files(before)).zip(after.filter(|_| files(after)));
         let same = match both {
+            Some((was, is)) if !base_changed && self.is_only_masked(&candidate.path, was, is)? => {
+                return Ok(None);
+            }
             // The agent touched it at most: what it would have to be compared with is gone.
             Some((was, is)) if base_changed => same_times(was, is),
             Some((was, is)) => was.bytes == is.bytes && self.same_content(&candidate.path, was, is)?,
@@ -130,6 +134,20 @@ impl<'a> Contents<'a> {
                 return Ok(old.proves(was));
             }
         }
+    }
+
+    /// Whether it is a repository's configuration as the cell was shown it, without its credentials.
+    fn is_only_masked(&mut self, path: &TreePath, was: &Seen, is: &Seen) -> Result<bool, ExtractError> {
+        let shown = path.name() == b"config" && git_place(path) == GitPlace::Runs;
+        if !shown || was.bytes.max(is.bytes) > config::CONFIG_BYTES_MAX {
+            return Ok(false);
+        }
+        let Some(old) = self.original.read_now(path, config::CONFIG_BYTES_MAX) else { return Ok(false) };
+        let Ok(old) = String::from_utf8(old) else { return Ok(false) };
+        let mut new = Vec::new();
+        let read = self.open(path, is)?.take(config::CONFIG_BYTES_MAX).read_to_end(&mut new);
+        read.map_err(|source| read_error(path, source))?;
+        Ok(config::masked(&old).text.as_bytes() == new)
     }
 
     /// The new content; a file that is too long, or one too many, is refused.

@@ -6,6 +6,7 @@ use std::io::Read;
 
 use super::super::ignore::{FILE_BYTES_MAX, Rules};
 use super::super::listing::{Listing, Seen, What};
+use super::super::tracked::INDEX_BYTES_MAX;
 use super::contents::Contents;
 use super::walk::Walked;
 use super::{Candidate, ExtractError, Extraction, Tree, some_of};
@@ -107,6 +108,7 @@ pub(super) fn sort(
     let exclude = exclude.and_then(|path| contents.original.read_now(&path, FILE_BYTES_MAX));
     let (mut base, mut result) = (Rules::new(exclude.as_deref()), Rules::new(exclude.as_deref()));
     let mut tops: BTreeSet<TreePath> = BTreeSet::new();
+    let mut index: Option<HashSet<Vec<u8>>> = None;
     for candidate in candidates {
         match git_place(&candidate.path) {
             GitPlace::Top => {
@@ -139,6 +141,11 @@ pub(super) fn sort(
             let mut load = |path: &TreePath| load_result(from.listing, walked, contents, path);
             result.ignored(&candidate.path, is_dir(&candidate.after), &mut load)
         };
+        // What git tracks it does not ignore, whatever the rules say.
+        let top = top.filter(|_| {
+            let index = index.get_or_insert_with(|| tracked(from.listing, contents));
+            candidate.before.is_none() || !index.contains(candidate.path.as_bytes())
+        });
         let Some(top) = top else {
             sorted.entries.push(candidate);
             continue;
@@ -165,6 +172,13 @@ pub(super) fn sort(
     }
     sorted.ignored.paths = tops.into_iter().collect();
     Ok(sorted)
+}
+
+/// What the repository at the top tracks; nothing where that is not known.
+fn tracked(listing: &Listing, contents: &mut Contents<'_>) -> HashSet<Vec<u8>> {
+    let path = TreePath::new(".git/index").ok().filter(|path| listing.get(path).is_some());
+    let index = path.and_then(|path| contents.original.read_now(&path, INDEX_BYTES_MAX));
+    index.and_then(|index| super::super::tracked::paths(&index)).unwrap_or_default()
 }
 
 /// Same length, mode and time of the last write.

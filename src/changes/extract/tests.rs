@@ -332,6 +332,31 @@ fn git_state_goes_apart_and_what_runs_there_is_refused() {
 }
 
 #[test]
+fn a_configuration_without_its_credentials_is_no_change() {
+    let w = World::new();
+    let text = "[remote \"origin\"]\n\turl = https://me:word@example.com/x.git\n";
+    w.write("base/.git/config", text);
+    let listing = w.listing();
+    let masked = crate::git::config::masked(text).text;
+    assert!(!masked.contains("word"));
+    w.write("upper/.git/config", &masked);
+    w.write("whole/.git/config", &masked);
+    let (upper, whole) = (w.upper(&listing), w.whole(&listing));
+    assert!(upper.entries.is_empty() && upper.git_state.is_empty(), "{upper:#?}");
+    assert_eq!(upper, whole);
+    w.write("upper/.git/config", format!("{masked}[core]\n\tfsmonitor = x\n"));
+    let set = w.upper(&listing);
+    assert_eq!(
+        (names(&set.entries), names(&set.git_state)),
+        (vec![".git/config".to_owned()], vec![".git/config".to_owned()])
+    );
+    assert!(
+        std::fs::read_dir(w.shelf.dir().join("blobs")).expect("list").count() == 1,
+        "the base's own is not kept"
+    );
+}
+
+#[test]
 fn ignored_paths_are_listed_and_kept_on_request() {
     let mut w = World::new();
     w.write("base/.gitignore", "target/\n*.log\n");
@@ -354,6 +379,25 @@ fn ignored_paths_are_listed_and_kept_on_request() {
     let set = w.upper(&listing);
     assert_eq!((set.entries.len(), set.ignored.kept), (3 + 8, true));
     assert!(w.text(find(&set.entries, "target/a/b").after.as_ref()).is_some());
+}
+
+#[test]
+fn what_git_tracks_is_not_ignored() {
+    let w = World::new();
+    w.write("base/.gitignore", "dist/\n");
+    for name in ["dist/forced", "dist/loose"] {
+        w.write(&format!("base/{name}"), "x");
+    }
+    // An index of one entry.
+    let name = b"dist/forced";
+    let index = [&b"DIRC\0\0\0\x02\0\0\0\x01"[..], &[0; 60], &[0, 11], name, &[0; 7]].concat();
+    w.write("base/.git/index", index);
+    let listing = w.listing();
+    for name in ["dist/forced", "dist/loose", "dist/new"] {
+        w.write(&format!("upper/{name}"), "changed");
+    }
+    let set = w.upper(&listing);
+    assert_eq!((names(&set.entries), set.ignored.count), (vec!["dist/forced".to_owned()], 2));
 }
 
 #[test]
