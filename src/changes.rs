@@ -10,6 +10,8 @@ mod build;
 mod choose;
 pub mod commits;
 pub mod export;
+pub mod extract;
+mod ignore;
 pub mod listing;
 mod only;
 pub mod patch;
@@ -17,8 +19,10 @@ mod shelf;
 mod sparse;
 #[cfg(test)]
 mod testing;
+mod tracked;
 
 pub use choose::Include;
+pub use extract::{ExtractError, ExtractLimits, Extraction, Tree, extract};
 pub use listing::{ListError, ListLimits, Listing, Seen, list};
 pub use only::{BadGlob, Only};
 pub use shelf::{JobShelf, Shelf, ShelfError};
