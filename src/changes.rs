@@ -6,5 +6,7 @@
 
 pub mod apply;
 mod shelf;
+#[cfg(test)]
+pub(crate) mod trees;
 
 pub use shelf::{JobShelf, Shelf, ShelfError};

@@ -84,6 +84,12 @@ impl Journal {
         Ok(journal)
     }
 
+    /// Makes sure that there is none.
+    pub(super) fn none(shelf: &JobShelf) -> Result<(), ApplyError> {
+        let path = shelf.dir().join(NAME);
+        if path.exists() { Err(taken(shelf, &path)) } else { Ok(()) }
+    }
+
     /// Opens the one that is there, alone.
     pub(super) fn reopen(shelf: &JobShelf) -> Result<Option<Self>, ApplyError> {
         let path = shelf.dir().join(NAME);

@@ -56,9 +56,10 @@ pub(super) struct Judge<'a> {
 }
 
 impl Judge<'_> {
-    /// What has to be done for `entry`; in words, why nothing can be.
-    pub(super) fn act(&self, entry: &Entry) -> Result<Act, String> {
-        let now = self.root.look(&entry.path).map_err(unreachable)?;
+    /// What has to be done for `entry`; in words, why nothing can be. `nothing`: nothing can be there, since what is
+    /// above it is no directory.
+    pub(super) fn act(&self, entry: &Entry, nothing: bool) -> Result<Act, String> {
+        let now = if nothing { None } else { self.root.look(&entry.path).map_err(unreachable)? };
         let seen = Seen { judge: self, path: &entry.path, now: now.as_ref(), content: OnceCell::new() };
         match (&entry.after, &now) {
             (None, None) => Ok(Act::Keep),

@@ -12,7 +12,7 @@ use super::look::{Now, Root, What};
 use super::moves::Op;
 use super::select::Selection;
 use super::{Applied, Conflict, LeftOut};
-use crate::change::TreePath;
+use crate::change::{Node, TreePath};
 use crate::workspace;
 
 const OWNER_WRITES: u32 = 0o300;
@@ -74,12 +74,26 @@ enum No {
 impl<'a> Planner<'a> {
     fn look(&mut self) {
         for (path, entry) in &self.selection.chosen {
-            match self.judge.act(entry) {
+            match self.judge.act(entry, self.nothing_at(path)) {
                 Ok(act) => {
                     self.acts.insert(path, act);
                 }
                 Err(why) => self.close(path, No::Conflict(why)),
             }
+        }
+    }
+
+    /// What is above `path` is no directory, and the change set knows it.
+    fn nothing_at(&self, path: &TreePath) -> bool {
+        let Some(above) = path.parent() else { return false };
+        let dir_after = || {
+            let entry = self.selection.chosen.get(&above);
+            matches!(entry.and_then(|entry| entry.after.as_ref()), Some(Node::Dir { .. }))
+        };
+        match self.acts.get(&above) {
+            Some(Act::Put { new: New::Dir { .. }, .. }) => true,
+            Some(Act::Keep) => !dir_after(),
+            Some(Act::Stay | Act::Closed | Act::Gone(_) | Act::Put { .. } | Act::Mode { .. }) | None => false,
         }
     }
 

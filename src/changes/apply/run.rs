@@ -46,6 +46,8 @@ pub fn apply(apply: &Apply<'_>) -> Result<Applied, ApplyError> {
 }
 
 pub(super) fn stepwise(apply: &Apply<'_>, step: Step) -> Result<Applied, ApplyError> {
+    // What a dead process left half done must not be looked at as if somebody had wanted it.
+    Journal::none(apply.shelf)?;
     let selection = select(apply.changes, apply.wish)?;
     let (dev, ino) = identity_of(&apply.target, apply.path)?;
     let plan = looked(apply, selection)?;
