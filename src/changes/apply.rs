@@ -5,6 +5,8 @@
 //! process began, [`recover`] takes back or finishes.
 
 mod accept;
+mod carry;
+mod checkout;
 mod journal;
 mod judge;
 mod look;
@@ -33,6 +35,8 @@ use crate::job::Identity;
 use crate::workspace::WorkspaceError;
 
 pub use accept::{Accepted, Decision, Discarded, decision, discard};
+pub use carry::{materialise, materialise_plain};
+pub use checkout::{CheckedOut, Checkout, checkout};
 pub use journal::Pending;
 pub use only::{BadGlob, Only};
 pub use run::{Recovered, apply, give_up, pending, recover};
@@ -140,6 +144,12 @@ pub enum ApplyError {
     #[error("{path:?} is not the directory that the change set was being applied to: bring that one back")]
     TargetMoved {
         /// Which.
+        path: PathBuf,
+    },
+    /// Something is where a checkout should be made.
+    #[error("{path:?} is there and is not an empty directory: name one that is not there")]
+    Occupied {
+        /// Where.
         path: PathBuf,
     },
     /// The disk is full; nothing was changed.
