@@ -138,11 +138,13 @@ pub(crate) fn somebody() -> Identity {
     }
 }
 
-/// A directory for a test; in memory where there is one: nothing is flushed to a disk.
+/// A directory for a test, that everybody may enter; in memory where there is one: nothing is flushed to a disk.
 pub(crate) fn scratch() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
     let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
-    dir.expect("a directory")
+    let dir = dir.expect("a directory");
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("open for all");
+    dir
 }
 
 /// A place for a change set.

@@ -1,17 +1,20 @@
 //! Properties of applying: the tree that the agent left, or the tree that was there, whatever happens.
 
+mod carried;
+mod hostile;
+
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use super::run::stepwise;
 use super::*;
-use crate::change::{Entry, Flag, Node, Verdict};
+
 use crate::changes::trees::{Thing, Tree, difference, edited, edits, read, scratch, shelf_in, somebody, write};
 
 const CASES: u32 = 1000;
