@@ -135,7 +135,9 @@ pub enum ApplyError {
     #[error("this change set is being applied just now: wait until that is done")]
     Busy,
     /// An earlier application was interrupted and is not put right yet.
-    #[error("an earlier application to {path:?} was interrupted: it is put right when the daemon starts and {path:?} can be opened")]
+    #[error(
+        "an earlier application to {path:?} was interrupted: it is put right when the daemon starts and {path:?} can be opened"
+    )]
     Interrupted {
         /// What it was applied to.
         path: PathBuf,
@@ -200,7 +202,8 @@ fn listed(conflicts: &[Conflict]) -> String {
 }
 
 fn lines(all: &[String]) -> String {
-    let mut text: String = all.iter().take(NAMED_MAX).map(|one| format!("\n  {}", one.escape_debug())).collect();
+    let mut text: String =
+        all.iter().take(NAMED_MAX).map(|one| format!("\n  {}", one.escape_debug())).collect();
     if let Some(more) = all.len().checked_sub(NAMED_MAX).filter(|more| *more > 0) {
         text.push_str(&format!("\n  and {more} more"));
     }

@@ -24,7 +24,18 @@ pub(crate) enum Thing {
 pub(crate) type Tree = BTreeMap<TreePath, Thing>;
 
 const NAMES: [&[u8]; 12] = [
-    b"a", b"b", b"A", b"dir", "\u{fc}n\u{ef}".as_bytes(), b"line\nfeed", b"\xff\xfe", b"-rf", b" sp", b".hidden", b"a-b", b"a.rs",
+    b"a",
+    b"b",
+    b"A",
+    b"dir",
+    "\u{fc}n\u{ef}".as_bytes(),
+    b"line\nfeed",
+    b"\xff\xfe",
+    b"-rf",
+    b" sp",
+    b".hidden",
+    b"a-b",
+    b"a.rs",
 ];
 const FILE_MODES: [u32; 6] = [0o644, 0o755, 0o600, 0o664, 0o444, 0o500];
 const DIR_MODES: [u32; 4] = [0o755, 0o700, 0o775, 0o555];
@@ -95,11 +106,13 @@ fn one(tree: &mut Tree, edit: Edit) {
                 }
             }
         }
-        6 => match pick(|thing| !matches!(thing, Thing::Link(_)), tree).and_then(|path| tree.get_mut(&path)) {
-            Some(Thing::File { mode, .. }) => *mode = FILE_MODES[usize::from(edit.value) % 6],
-            Some(Thing::Dir { mode }) => *mode = DIR_MODES[usize::from(edit.value) % 4],
-            Some(Thing::Link(_)) | None => {}
-        },
+        6 => {
+            match pick(|thing| !matches!(thing, Thing::Link(_)), tree).and_then(|path| tree.get_mut(&path)) {
+                Some(Thing::File { mode, .. }) => *mode = FILE_MODES[usize::from(edit.value) % 6],
+                Some(Thing::Dir { mode }) => *mode = DIR_MODES[usize::from(edit.value) % 4],
+                Some(Thing::Link(_)) | None => {}
+            }
+        }
         7 => {
             let found = pick(|thing| matches!(thing, Thing::File { .. }), tree);
             if let Some(Thing::File { content: text, .. }) = found.and_then(|path| tree.get_mut(&path)) {

@@ -126,7 +126,9 @@ impl<'a> Carrier<'a> {
             };
             match done {
                 // Something that the job did not know is in the way.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR | libc::EXDEV)) => {
+                Err(error)
+                    if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR | libc::EXDEV)) =>
+                {
                     self.leave(path, "what is above it is no directory, or on another mount");
                 }
                 done => done.map_err(|error| (self.root.path.join(path.as_path()), error))?,
@@ -196,7 +198,11 @@ impl<'a> Carrier<'a> {
                 if !stays {
                     rustix::fs::mkdirat(&dir, &name, Mode::RWXU)?;
                 }
-                let made = openat2(&dir, Path::new(OsStr::from_bytes(name.to_bytes())), OFlags::RDONLY | OFlags::DIRECTORY)?;
+                let made = openat2(
+                    &dir,
+                    Path::new(OsStr::from_bytes(name.to_bytes())),
+                    OFlags::RDONLY | OFlags::DIRECTORY,
+                )?;
                 if matches!(self.kind, Kind::Layer(_)) && !was_dir {
                     rustix::fs::fsetxattr(&made, OPAQUE, b"y", XattrFlags::empty())?;
                 }
@@ -204,7 +210,8 @@ impl<'a> Carrier<'a> {
             }
             Node::Symlink { target } => rustix::fs::symlinkat(target.as_path(), &dir, &name)?,
             Node::File { mode, blob: Some(id), .. } => {
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let flags =
+                    OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let fd = rustix::fs::openat(&dir, &name, flags, Mode::RUSR | Mode::WUSR)?;
                 let mut file = std::fs::File::from(fd);
                 io::copy(&mut open_blob(self.blobs, id)?, &mut file)?;
@@ -256,7 +263,8 @@ impl<'a> Carrier<'a> {
     /// The directory as the layer below has it.
     fn lower(&self, path: &TreePath) -> Option<Now> {
         let Kind::Layer(Some(lower)) = self.kind else { return None };
-        let fd = openat2(&lower.try_clone_to_owned().ok()?, path.as_path(), OFlags::PATH | OFlags::DIRECTORY).ok()?;
+        let fd = openat2(&lower.try_clone_to_owned().ok()?, path.as_path(), OFlags::PATH | OFlags::DIRECTORY)
+            .ok()?;
         now(&fd).ok()
     }
 

@@ -68,7 +68,12 @@ pub fn checkout(checkout: &Checkout<'_>) -> Result<CheckedOut, ApplyError> {
     let original = original.map(|fd| Root { fd, path: checkout.original_path.to_owned() });
     let dir = checkout.dir.to_owned();
     as_submitter(checkout.identity, checkout.dir, APPLY_TIME_MAX, move || {
-        let work = Work { blobs, original, entries: selection.chosen, closed: selection.closed.into_keys().collect() };
+        let work = Work {
+            blobs,
+            original,
+            entries: selection.chosen,
+            closed: selection.closed.into_keys().collect(),
+        };
         let mut done = work.into_place(&dir)?;
         done.left_out.extend(selection.left_out);
         done.left_out.sort_by(|a, b| a.path.cmp(&b.path));
@@ -114,7 +119,9 @@ impl Work {
                 }
             };
             placed.map_err(|errno| match errno {
-                Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR => ApplyError::Occupied { path: dir.to_owned() },
+                Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR => {
+                    ApplyError::Occupied { path: dir.to_owned() }
+                }
                 errno => at("make", dir)(errno),
             })?;
             Ok(done)
@@ -181,7 +188,9 @@ fn copy_tree(from: &Root, to: &Root, not: u64, carrier: &mut Carrier<'_>) -> Res
             Ok(names) => names,
             Err(error) => match &below {
                 Some(path) if error.raw_os_error() == Some(libc::EACCES) => {
-                    carrier.left_out.push(LeftOut { path: path.clone(), why: "you may not list it".to_owned() });
+                    carrier
+                        .left_out
+                        .push(LeftOut { path: path.clone(), why: "you may not list it".to_owned() });
                     continue;
                 }
                 _ => return Err(at("list", &from.path.join(dir))(error)),
@@ -220,7 +229,13 @@ fn copy_tree(from: &Root, to: &Root, not: u64, carrier: &mut Carrier<'_>) -> Res
 }
 
 /// Whether it was copied, and is a directory to go into.
-fn copy_one(from: &Root, to: &Root, path: &TreePath, not: u64, carrier: &mut Carrier<'_>) -> io::Result<Option<bool>> {
+fn copy_one(
+    from: &Root,
+    to: &Root,
+    path: &TreePath,
+    not: u64,
+    carrier: &mut Carrier<'_>,
+) -> io::Result<Option<bool>> {
     let found = from.open(path.as_path(), OFlags::PATH)?;
     let there = now(&found)?;
     let (dir, name): (OwnedFd, CString) = to.parent(path)?;
@@ -235,7 +250,8 @@ fn copy_one(from: &Root, to: &Root, path: &TreePath, not: u64, carrier: &mut Car
         What::File => {
             let mut source = from.read(path, &there.print)?;
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let mut file = std::fs::File::from(rustix::fs::openat(&dir, &name, flags, Mode::RUSR | Mode::WUSR)?);
+            let mut file =
+                std::fs::File::from(rustix::fs::openat(&dir, &name, flags, Mode::RUSR | Mode::WUSR)?);
             if rustix::fs::ioctl_ficlone(&file, &source).is_err() {
                 io::copy(&mut source, &mut file)?;
             }

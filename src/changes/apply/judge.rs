@@ -179,7 +179,8 @@ impl Judge<'_> {
         let blob = |id: &BlobId| open_blob(self.blobs, id).map_err(std::io::Error::from).and_then(all);
         let texts = blob(before).and_then(|before| blob(after).map(|after| (before, after)));
         let (before, after) = texts.map_err(|error| format!("a kept content cannot be read: {error}"))?;
-        let text = merge(&before, &ours, &after).map_err(|error| format!("{why}, and cannot be merged: {error}"))?;
+        let text =
+            merge(&before, &ours, &after).map_err(|error| format!("{why}, and cannot be merged: {error}"))?;
         Ok((text != ours).then_some(text))
     }
 }

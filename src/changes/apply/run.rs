@@ -64,13 +64,14 @@ pub(super) fn stepwise(apply: &Apply<'_>, step: Step) -> Result<Applied, ApplyEr
         path: apply.path.to_owned(),
         result: plan.outline.clone(),
     };
-    let (root, blobs) = match root(&apply.target, apply.path).and_then(|root| Ok((root, apply.shelf.blobs_dir()?))) {
-        Ok(both) => both,
-        Err(error) => {
-            journal.end(apply.shelf)?;
-            return Err(error);
-        }
-    };
+    let (root, blobs) =
+        match root(&apply.target, apply.path).and_then(|root| Ok((root, apply.shelf.blobs_dir()?))) {
+            Ok(both) => both,
+            Err(error) => {
+                journal.end(apply.shelf)?;
+                return Err(error);
+            }
+        };
     let told = accepted.clone();
     let work = move || {
         let done = carry_out(&root, &blobs, plan, &mut journal, (&pending.staging, told), &step);
@@ -225,7 +226,8 @@ fn back(root: &Root, staging: Staging, ops: &[Op], staged_until_ns: i128) -> Res
     match staging.remove(root, Some(staged_until_ns)) {
         Ok(spared) if spared.is_empty() => Ok(()),
         Ok(spared) => {
-            let kept = |path: &std::path::PathBuf| format!("{}: written by somebody else meanwhile", path.display());
+            let kept =
+                |path: &std::path::PathBuf| format!("{}: written by somebody else meanwhile", path.display());
             Err(spared.iter().map(kept).collect())
         }
         Err(error) => Err(vec![format!("it cannot be removed: {error}")]),
@@ -288,9 +290,7 @@ fn put_right(root: &Root, name: &str, steps: Option<Steps>, done: bool) -> Resul
             back(root, staging, &steps.ops, steps.staged_until_ns)
                 .map_err(|what| stuck_after(root, name, &cause, what))
         }
-        Some(_) | None => {
-            staging.remove(root, None).map(|_| ()).map_err(at("remove", &root.path.join(name)))
-        }
+        Some(_) | None => staging.remove(root, None).map(|_| ()).map_err(at("remove", &root.path.join(name))),
     }
 }
 

@@ -15,7 +15,9 @@ use proptest::test_runner::{Config, TestRunner};
 use super::run::stepwise;
 use super::*;
 
-use crate::changes::trees::{Thing, Tree, difference, edited, edits, read, scratch, shelf_in, somebody, write};
+use crate::changes::trees::{
+    Thing, Tree, difference, edited, edits, read, scratch, shelf_in, somebody, write,
+};
 
 const CASES: u32 = 1000;
 
@@ -192,7 +194,8 @@ fn a_failure_at_any_step_leaves_the_tree_as_it_was() {
     assert!(all > 20, "{all} steps");
     // The last one is after the end: only the clean-up is left to fail.
     for fail_at in 0..all - 1 {
-        let (shelf, target) = (shelf_in(&dir.path().join(fail_at.to_string())), dir.path().join(format!("t{fail_at}")));
+        let (shelf, target) =
+            (shelf_in(&dir.path().join(fail_at.to_string())), dir.path().join(format!("t{fail_at}")));
         let changes = difference(&before, &after, &shelf);
         write(&before, &target, &somebody());
         let count = AtomicU32::new(0);
@@ -201,7 +204,8 @@ fn a_failure_at_any_step_leaves_the_tree_as_it_was() {
             if full { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
         });
         let (identity, wish) = (&somebody(), &Wish::default());
-        let apply = Apply { shelf: &shelf, changes: &changes, target: open(&target), path: &target, identity, wish };
+        let apply =
+            Apply { shelf: &shelf, changes: &changes, target: open(&target), path: &target, identity, wish };
         let error = stepwise(&apply, step).expect_err("it fails");
         assert!(matches!(error, ApplyError::DiskFull { .. }), "{error}");
         assert_eq!(read(&target, &somebody()), before, "step {fail_at}");
@@ -228,7 +232,8 @@ fn child_that_dies_while_it_applies() {
         Ok(())
     });
     let (identity, wish) = (&somebody(), &Wish::default());
-    let apply = Apply { shelf: &shelf, changes: &changes, target: open(&target), path: &target, identity, wish };
+    let apply =
+        Apply { shelf: &shelf, changes: &changes, target: open(&target), path: &target, identity, wish };
     stepwise(&apply, step).expect("dies before");
 }
 
@@ -249,7 +254,11 @@ fn a_process_killed_at_any_step_leaves_all_or_nothing() {
             .env(DIE, format!("{}:{die_at}", here.display()))
             .output()
             .expect("ran");
-        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.status), Some(libc::SIGKILL), "{child:?}");
+        assert_eq!(
+            std::os::unix::process::ExitStatusExt::signal(&child.status),
+            Some(libc::SIGKILL),
+            "{child:?}"
+        );
         let (changes, _) = shelf.changes().expect("read").expect("there");
         let waits = try_apply(&shelf, &changes, &target, &Wish::default());
         assert!(matches!(waits, Err(ApplyError::Interrupted { .. })), "{waits:?}");

@@ -8,7 +8,12 @@ fn owner() -> (u32, u32) {
     (somebody().uid, somebody().gid)
 }
 
-fn check_out(shelf: &JobShelf, changes: &ChangeSet, original: &Path, dir: &Path) -> Result<CheckedOut, ApplyError> {
+fn check_out(
+    shelf: &JobShelf,
+    changes: &ChangeSet,
+    original: &Path,
+    dir: &Path,
+) -> Result<CheckedOut, ApplyError> {
     let (fd, who) = (open(original), somebody());
     let what = Checkout { shelf, changes, original: Some(fd), original_path: original, dir, identity: &who };
     checkout(&what)
@@ -67,7 +72,8 @@ fn a_layer_over_the_original_is_what_the_agent_left() {
         );
         let options = std::ffi::CString::new(options).expect("text");
         let flags = rustix::mount::MountFlags::empty();
-        rustix::mount::mount("overlay", &merged, "overlay", flags, Some(options.as_c_str())).expect("mounted");
+        rustix::mount::mount("overlay", &merged, "overlay", flags, Some(options.as_c_str()))
+            .expect("mounted");
         let seen = read(&merged, &who);
         rustix::mount::unmount(&merged, rustix::mount::UnmountFlags::DETACH).expect("unmounted");
         prop_assert_eq!(seen, after);
@@ -84,7 +90,11 @@ fn a_checkout_needs_an_empty_place_and_a_failed_one_leaves_none() {
     let (shelf, target, home) = (shelf_in(dir.path()), dir.path().join("t"), dir.path().join("home"));
     let mut changes = difference(&before, &after, &shelf);
     write(&before, &target, &who);
-    let place = tree(&[("full", Thing::Dir { mode: 0o755 }), ("full/x", file("x")), ("empty", Thing::Dir { mode: 0o700 })]);
+    let place = tree(&[
+        ("full", Thing::Dir { mode: 0o755 }),
+        ("full/x", file("x")),
+        ("empty", Thing::Dir { mode: 0o700 }),
+    ]);
     write(&place, &home, &who);
     for taken in ["full", "full/x"] {
         let error = check_out(&shelf, &changes, &target, &home.join(taken)).expect_err("taken");

@@ -8,7 +8,9 @@ use crate::change::{Entry, Flag, Node, Verdict};
 
 fn conflicts(result: Result<Applied, ApplyError>) -> Vec<(String, String)> {
     match result {
-        Err(ApplyError::Conflicts(all)) => all.into_iter().map(|one| (one.path.to_string(), one.why)).collect(),
+        Err(ApplyError::Conflicts(all)) => {
+            all.into_iter().map(|one| (one.path.to_string(), one.why)).collect()
+        }
         other => panic!("no conflict: {other:?}"),
     }
 }
@@ -68,7 +70,13 @@ fn what_is_left_out_takes_along_what_depends_on_it() {
     let applied = try_apply(&shelf, &changes, &target, &Wish::default()).expect("applied");
     let left: Vec<String> = applied.left_out.iter().map(|one| one.path.to_string()).collect();
     let all = [
-        "dir-to-file", "dir-to-file/in", "dir/below", "file-to-dir", "file-to-dir/in", "new", "new/deep",
+        "dir-to-file",
+        "dir-to-file/in",
+        "dir/below",
+        "file-to-dir",
+        "file-to-dir/in",
+        "new",
+        "new/deep",
         "new/deep/file",
     ];
     assert_eq!(left, all);
@@ -90,7 +98,8 @@ fn what_is_left_out_takes_along_what_depends_on_it() {
 
 #[test]
 fn directories_that_hold_other_things_stay() {
-    let base = tree(&[("d", Thing::Dir { mode: 0o755 }), ("d/e", Thing::Dir { mode: 0o755 }), ("d/e/f", file("x"))]);
+    let base =
+        tree(&[("d", Thing::Dir { mode: 0o755 }), ("d/e", Thing::Dir { mode: 0o755 }), ("d/e/f", file("x"))]);
     let (_dir, shelf, changes, target) = set_up(&base, &Tree::new());
     std::fs::write(target.join("d/e/.env"), "SECRET=1").expect("written");
     let applied = try_apply(&shelf, &changes, &target, &Wish::default()).expect("applied");
@@ -148,7 +157,12 @@ fn what_belongs_to_others_is_named() {
     assert!(target.join("dir/below").exists() && target.join("gone").exists());
     // A directory that the submitter cannot write in at all.
     chown(&target, Some(0), Some(0)).expect("given away");
-    let named = conflicts(try_apply(&shelf, &changes, &target, &Wish { only: vec!["gone".into()], ..Wish::default() }));
+    let named = conflicts(try_apply(
+        &shelf,
+        &changes,
+        &target,
+        &Wish { only: vec!["gone".into()], ..Wish::default() },
+    ));
     assert!(named[0].1.contains("may not write"), "{named:?}");
     drop(dir);
 }
@@ -217,6 +231,7 @@ fn what_a_user_writes_between_two_steps_is_never_lost() {
     for at in 0..all {
         for victim in ["edit", "gone", "new", "dir/mine"] {
             let here = dir.path().join(format!("{at}-{}", victim.replace('/', "-")));
+            std::fs::create_dir(&here).expect("made");
             let (shelf, target) = (shelf_in(&here), here.join("t"));
             let changes = difference(&before, &after, &shelf);
             write(&before, &target, &somebody());
@@ -231,13 +246,21 @@ fn what_a_user_writes_between_two_steps_is_never_lost() {
                 Ok(())
             });
             let (identity, wish) = (&somebody(), &Wish::default());
-            let apply =
-                Apply { shelf: &shelf, changes: &changes, target: open(&target), path: &target, identity, wish };
+            let apply = Apply {
+                shelf: &shelf,
+                changes: &changes,
+                target: open(&target),
+                path: &target,
+                identity,
+                wish,
+            };
             let result = stepwise(&apply, step);
             let mine = b"written by the user meanwhile".to_vec();
             let now = read(&target, &somebody());
             if wrote.load(Ordering::Relaxed) {
-                let found = now.values().any(|thing| matches!(thing, Thing::File { content, .. } if *content == mine));
+                let found = now
+                    .values()
+                    .any(|thing| matches!(thing, Thing::File { content, .. } if *content == mine));
                 assert!(found, "{victim} at step {at}: {result:?}");
                 kept += 1;
             }
@@ -246,7 +269,11 @@ fn what_a_user_writes_between_two_steps_is_never_lost() {
                 Err(ApplyError::Conflicts(_)) => {
                     let same = |at: &TreePath| *at != path(victim);
                     let others: Tree = now.into_iter().filter(|(at, _)| same(at)).collect();
-                    assert_eq!(others, before.clone().into_iter().filter(|(at, _)| same(at)).collect(), "{victim} {at}");
+                    assert_eq!(
+                        others,
+                        before.clone().into_iter().filter(|(at, _)| same(at)).collect(),
+                        "{victim} {at}"
+                    );
                 }
                 Err(ApplyError::Stuck { .. }) => {}
                 Err(error) => panic!("{error}"),
