@@ -81,7 +81,7 @@ fn one(tree: &mut Tree, edit: Edit) {
     let is_dir = |thing: &Thing| matches!(thing, Thing::Dir { .. });
     let name = NAMES[usize::from(edit.name)];
     // Somewhere for something new: the top, or a directory.
-    let holder = if edit.at % 3 == 0 { None } else { pick(is_dir, tree) };
+    let holder = if edit.at.is_multiple_of(3) { None } else { pick(is_dir, tree) };
     let new = holder.map_or_else(|| TreePath::new(name).ok(), |dir| dir.join(name).ok());
     let new = new.filter(|path| path.parts().count() <= DEPTH_MAX);
     let file = || Thing::File { mode: FILE_MODES[usize::from(edit.value) % 6], content: content(edit.value) };
@@ -91,7 +91,8 @@ fn one(tree: &mut Tree, edit: Edit) {
         0 | 1 => drop(free(tree).map(|path| tree.insert(path, file()))),
         2 => drop(free(tree).map(|path| tree.insert(path, dir()))),
         3 => {
-            let target = if edit.value % 2 == 0 { b"a/../b\xff".to_vec() } else { b"/etc/shadow".to_vec() };
+            let target =
+                if edit.value.is_multiple_of(2) { b"a/../b\xff".to_vec() } else { b"/etc/shadow".to_vec() };
             drop(free(tree).map(|path| tree.insert(path, Thing::Link(target))));
         }
         4 => drop(pick(|_| true, tree).map(|path| cut(tree, &path))),
@@ -123,7 +124,10 @@ fn one(tree: &mut Tree, edit: Edit) {
         8 => {
             if let Some(path) = pick(is_dir, tree) {
                 cut(tree, &path);
-                tree.insert(path, if edit.value % 2 == 0 { file() } else { Thing::Link(b"x".to_vec()) });
+                tree.insert(
+                    path,
+                    if edit.value.is_multiple_of(2) { file() } else { Thing::Link(b"x".to_vec()) },
+                );
             }
         }
         _ => {

@@ -150,6 +150,7 @@ impl<'a> Carrier<'a> {
         Ok(())
     }
 
+    /// Leaves `path` out, and what lies below it.
     fn leave(&mut self, path: &TreePath, why: &str) {
         self.closed.insert(path.clone());
         self.left_out.push(LeftOut { path: path.clone(), why: why.to_owned() });
@@ -182,13 +183,17 @@ impl<'a> Carrier<'a> {
     }
 
     fn put(&mut self, path: &TreePath, after: &Node, was_dir: bool) -> io::Result<()> {
-        match after {
-            Node::Special { .. } => return Ok(self.leave(path, "a device, FIFO or socket is not carried on")),
-            Node::File { blob: None, .. } => return Ok(self.leave(path, "its content was not kept")),
-            Node::File { .. } | Node::Symlink { .. } | Node::Dir { .. } => {}
-        }
-        if self.closed.iter().any(|closed| path.is_at_or_below(closed)) {
-            return Ok(self.leave(path, "what it lies in is left out"));
+        let below_closed = self.closed.iter().any(|closed| path.is_at_or_below(closed));
+        let why = match after {
+            Node::Special { .. } => Some("a device, FIFO or socket is not carried on"),
+            Node::File { blob: None, .. } => Some("its content was not kept"),
+            Node::File { .. } | Node::Symlink { .. } | Node::Dir { .. } => {
+                below_closed.then_some("what it lies in is left out")
+            }
+        };
+        if let Some(why) = why {
+            self.leave(path, why);
+            return Ok(());
         }
         self.parents(path)?;
         let stays = self.clear_for(path, after)?;

@@ -150,7 +150,7 @@ impl Judge<'_> {
         }
         match after {
             // Its other names, perhaps outside, keep what they have.
-            Node::File { bytes, blob: Some(id), .. } if now.names > 1 => {
+            Node::File { bytes, blob: Some(id), .. } if now.shared => {
                 let content = Content::Blob { id: id.clone(), bytes: *bytes };
                 Ok(Act::Put { new: New::File { content, mode: to }, now: Some(now.clone()), merged: false })
             }

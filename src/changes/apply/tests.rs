@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-use super::run::stepwise;
+use super::run::{recover_stepwise, stepwise};
 use super::*;
 
 use crate::changes::trees::{
@@ -220,8 +220,9 @@ const DIE: &str = "HOTCELL_TEST_APPLY_DIES";
 #[test]
 fn child_that_dies_while_it_applies() {
     let Ok(order) = std::env::var(DIE) else { return };
-    let (dir, die_at) = order.rsplit_once(':').expect("dir:step");
-    let die_at: u32 = die_at.parse().expect("a number");
+    let mut order = order.splitn(3, ':');
+    let mut next = || order.next().expect("what:step:dir");
+    let (what, die_at, dir) = (next(), next().parse::<u32>().expect("a number"), next());
     let (dir, count) = (Path::new(dir), AtomicU32::new(0));
     let (shelf, target) = (shelf_in(dir), dir.join("t"));
     let (changes, _) = shelf.changes().expect("read").expect("there");
@@ -231,10 +232,53 @@ fn child_that_dies_while_it_applies() {
         }
         Ok(())
     });
+    if what == "recover" {
+        recover_stepwise(&shelf, &open(&target), step).expect("dies before");
+        return;
+    }
     let (identity, wish) = (&somebody(), &Wish::default());
     let apply =
         Apply { shelf: &shelf, changes: &changes, target: open(&target), path: &target, identity, wish };
     stepwise(&apply, step).expect("dies before");
+}
+
+/// Whether a process that applies, or recovers, in `dir` is killed at that step.
+fn dies(what: &str, die_at: u32, dir: &Path) -> bool {
+    let child = std::process::Command::new(std::env::current_exe().expect("this program"))
+        .args(["--exact", "changes::apply::tests::child_that_dies_while_it_applies"])
+        .env(DIE, format!("{what}:{die_at}:{}", dir.display()))
+        .output()
+        .expect("ran");
+    let signal = std::os::unix::process::ExitStatusExt::signal(&child.status);
+    assert!(child.status.success() || signal == Some(libc::SIGKILL), "{child:?}");
+    signal.is_some()
+}
+
+#[test]
+fn a_process_killed_while_it_takes_back_leaves_that_to_the_next() {
+    let dir = scratch();
+    let (before, after) = before_and_after();
+    let all = steps(dir.path());
+    let mut killed = 0;
+    for die_at in 0.. {
+        let here = dir.path().join(die_at.to_string());
+        std::fs::create_dir(&here).expect("made");
+        let (shelf, target) = (shelf_in(&here), here.join("t"));
+        shelf.put_changes(&difference(&before, &after, &shelf)).expect("kept");
+        write(&before, &target, &somebody());
+        // All moved, and not yet done.
+        assert!(dies("apply", all - 2, &here));
+        let died = dies("recover", die_at, &here);
+        let word = recover(&shelf, &open(&target)).expect("put right");
+        assert_eq!(word, if died { Recovered::RolledBack } else { Recovered::Nothing });
+        assert_eq!(read(&target, &somebody()), before, "step {die_at}");
+        nothing_left(&target, &shelf);
+        killed += u32::from(died);
+        if !died {
+            break;
+        }
+    }
+    assert!(killed > 10, "{killed}");
 }
 
 #[test]
@@ -249,16 +293,7 @@ fn a_process_killed_at_any_step_leaves_all_or_nothing() {
         let (shelf, target) = (shelf_in(&here), here.join("t"));
         shelf.put_changes(&difference(&before, &after, &shelf)).expect("kept");
         write(&before, &target, &somebody());
-        let child = std::process::Command::new(std::env::current_exe().expect("this program"))
-            .args(["--exact", "changes::apply::tests::child_that_dies_while_it_applies"])
-            .env(DIE, format!("{}:{die_at}", here.display()))
-            .output()
-            .expect("ran");
-        assert_eq!(
-            std::os::unix::process::ExitStatusExt::signal(&child.status),
-            Some(libc::SIGKILL),
-            "{child:?}"
-        );
+        assert!(dies("apply", die_at, &here));
         let (changes, _) = shelf.changes().expect("read").expect("there");
         let waits = try_apply(&shelf, &changes, &target, &Wish::default());
         assert!(matches!(waits, Err(ApplyError::Interrupted { .. })), "{waits:?}");
