@@ -20,6 +20,8 @@ mod sparse;
 #[cfg(test)]
 mod testing;
 mod tracked;
+#[cfg(test)]
+pub(crate) mod trees;
 
 pub use choose::Include;
 pub use extract::{ExtractError, ExtractLimits, Extraction, Tree, extract};

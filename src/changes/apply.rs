@@ -5,6 +5,8 @@
 //! process began, [`recover`] takes back or finishes.
 
 mod accept;
+mod carry;
+mod checkout;
 mod journal;
 mod judge;
 mod look;
@@ -33,6 +35,8 @@ use crate::job::Identity;
 use crate::workspace::WorkspaceError;
 
 pub use accept::{Accepted, Decision, Discarded, decision, discard};
+pub use carry::{materialise, materialise_plain};
+pub use checkout::{CheckedOut, Checkout, checkout};
 pub use journal::Pending;
 pub use crate::changes::{BadGlob, Only};
 pub use run::{Recovered, apply, give_up, pending, recover};
@@ -131,7 +135,9 @@ pub enum ApplyError {
     #[error("this change set is being applied just now: wait until that is done")]
     Busy,
     /// An earlier application was interrupted and is not put right yet.
-    #[error("an earlier application to {path:?} was interrupted: it is put right when the daemon starts and {path:?} can be opened")]
+    #[error(
+        "an earlier application to {path:?} was interrupted: it is put right when the daemon starts and {path:?} can be opened"
+    )]
     Interrupted {
         /// What it was applied to.
         path: PathBuf,
@@ -140,6 +146,12 @@ pub enum ApplyError {
     #[error("{path:?} is not the directory that the change set was being applied to: bring that one back")]
     TargetMoved {
         /// Which.
+        path: PathBuf,
+    },
+    /// Something is where a checkout should be made.
+    #[error("{path:?} is there and is not an empty directory: name one that is not there")]
+    Occupied {
+        /// Where.
         path: PathBuf,
     },
     /// The disk is full; nothing was changed.
@@ -190,7 +202,8 @@ fn listed(conflicts: &[Conflict]) -> String {
 }
 
 fn lines(all: &[String]) -> String {
-    let mut text: String = all.iter().take(NAMED_MAX).map(|one| format!("\n  {}", one.escape_debug())).collect();
+    let mut text: String =
+        all.iter().take(NAMED_MAX).map(|one| format!("\n  {}", one.escape_debug())).collect();
     if let Some(more) = all.len().checked_sub(NAMED_MAX).filter(|more| *more > 0) {
         text.push_str(&format!("\n  and {more} more"));
     }

@@ -84,7 +84,10 @@ fn read<T: serde::de::DeserializeOwned>(shelf: &JobShelf, name: &str) -> Result<
 }
 
 fn write<T: Serialize + ?Sized>(shelf: &JobShelf, name: &str, value: &T) -> Result<(), ShelfError> {
-    let failed =
-        |error| ShelfError::Io { doing: "write", path: shelf.dir().join(name), source: std::io::Error::other(error) };
+    let failed = |error| ShelfError::Io {
+        doing: "write",
+        path: shelf.dir().join(name),
+        source: std::io::Error::other(error),
+    };
     shelf.put(name, &serde_json::to_vec(value).map_err(failed)?)
 }

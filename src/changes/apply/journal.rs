@@ -84,6 +84,12 @@ impl Journal {
         Ok(journal)
     }
 
+    /// Makes sure that there is none.
+    pub(super) fn none(shelf: &JobShelf) -> Result<(), ApplyError> {
+        let path = shelf.dir().join(NAME);
+        if path.exists() { Err(taken(shelf, &path)) } else { Ok(()) }
+    }
+
     /// Opens the one that is there, alone.
     pub(super) fn reopen(shelf: &JobShelf) -> Result<Option<Self>, ApplyError> {
         let path = shelf.dir().join(NAME);
@@ -123,7 +129,9 @@ impl Journal {
 
     /// Removes it: nothing of it is pending any more.
     pub(super) fn end(self, shelf: &JobShelf) -> Result<(), ApplyError> {
-        std::fs::remove_file(&self.path).and_then(|()| sync_dir(shelf.dir())).map_err(at("remove", &self.path))
+        std::fs::remove_file(&self.path)
+            .and_then(|()| sync_dir(shelf.dir()))
+            .map_err(at("remove", &self.path))
     }
 }
 
@@ -146,7 +154,9 @@ pub(super) fn read(shelf: &JobShelf) -> Result<Option<Told>, ApplyError> {
             (Ok(Line::Begin(pending)), None) => told = Some(Told { pending, steps: None, done: false }),
             (Ok(Line::Steps(steps)), Some(told)) => told.steps = Some(*steps),
             (Ok(Line::Done), Some(told)) => told.done = true,
-            (Ok(Line::Begin(_) | Line::Steps(_) | Line::Done), _) => return Err(corrupt(&path, "its lines are mixed up")),
+            (Ok(Line::Begin(_) | Line::Steps(_) | Line::Done), _) => {
+                return Err(corrupt(&path, "its lines are mixed up"));
+            }
             (Err(error), _) => return Err(corrupt(&path, &error.to_string())),
         }
     }

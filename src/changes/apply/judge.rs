@@ -56,9 +56,10 @@ pub(super) struct Judge<'a> {
 }
 
 impl Judge<'_> {
-    /// What has to be done for `entry`; in words, why nothing can be.
-    pub(super) fn act(&self, entry: &Entry) -> Result<Act, String> {
-        let now = self.root.look(&entry.path).map_err(unreachable)?;
+    /// What has to be done for `entry`; in words, why nothing can be. `nothing`: nothing can be there, since what is
+    /// above it is no directory.
+    pub(super) fn act(&self, entry: &Entry, nothing: bool) -> Result<Act, String> {
+        let now = if nothing { None } else { self.root.look(&entry.path).map_err(unreachable)? };
         let seen = Seen { judge: self, path: &entry.path, now: now.as_ref(), content: OnceCell::new() };
         match (&entry.after, &now) {
             (None, None) => Ok(Act::Keep),
@@ -149,7 +150,7 @@ impl Judge<'_> {
         }
         match after {
             // Its other names, perhaps outside, keep what they have.
-            Node::File { bytes, blob: Some(id), .. } if now.names > 1 => {
+            Node::File { bytes, blob: Some(id), .. } if now.shared => {
                 let content = Content::Blob { id: id.clone(), bytes: *bytes };
                 Ok(Act::Put { new: New::File { content, mode: to }, now: Some(now.clone()), merged: false })
             }
@@ -178,7 +179,8 @@ impl Judge<'_> {
         let blob = |id: &BlobId| open_blob(self.blobs, id).map_err(std::io::Error::from).and_then(all);
         let texts = blob(before).and_then(|before| blob(after).map(|after| (before, after)));
         let (before, after) = texts.map_err(|error| format!("a kept content cannot be read: {error}"))?;
-        let text = merge(&before, &ours, &after).map_err(|error| format!("{why}, and cannot be merged: {error}"))?;
+        let text =
+            merge(&before, &ours, &after).map_err(|error| format!("{why}, and cannot be merged: {error}"))?;
         Ok((text != ours).then_some(text))
     }
 }

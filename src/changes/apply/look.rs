@@ -52,7 +52,8 @@ pub(super) struct Now {
     pub(super) mode: u32,
     pub(super) uid: u32,
     pub(super) gid: u32,
-    pub(super) names: u64,
+    /// It has other names (hard links).
+    pub(super) shared: bool,
     pub(super) print: Print,
 }
 
@@ -163,7 +164,7 @@ pub(super) fn now(fd: &OwnedFd) -> rustix::io::Result<Now> {
         }
     };
     let (mode, print) = (stat.st_mode & 0o7777, Print::of(&stat));
-    Ok(Now { what, mode, uid: stat.st_uid, gid: stat.st_gid, names: u64::from(stat.st_nlink), print })
+    Ok(Now { what, mode, uid: stat.st_uid, gid: stat.st_gid, shared: stat.st_nlink > 1, print })
 }
 
 /// Changes the mode of the node that `fd` names, whatever its path is now.

@@ -54,7 +54,10 @@ fn old_name(slot: u32) -> String {
 impl Op {
     pub(super) fn path(&self) -> &TreePath {
         match self {
-            Self::Chmod { path, .. } | Self::Out { path, .. } | Self::In { path, .. } | Self::Swap { path, .. } => path,
+            Self::Chmod { path, .. }
+            | Self::Out { path, .. }
+            | Self::In { path, .. }
+            | Self::Swap { path, .. } => path,
         }
     }
 
@@ -81,8 +84,13 @@ impl Op {
             Self::Chmod { path, from, to, ino } => {
                 // What is not there any more has no mode to be put right.
                 let Ok(fd) = root.open(path.as_path(), OFlags::PATH) else { return Ok(()) };
-                let same = now(&fd).is_ok_and(|now| now.mode == *to && ino.is_none_or(|ino| ino == now.print.ino));
-                if same { chmod(&fd, *from).map_err(|error| format!("its mode was {from:o}: {error}")) } else { Ok(()) }
+                let same =
+                    now(&fd).is_ok_and(|now| now.mode == *to && ino.is_none_or(|ino| ino == now.print.ino));
+                if same {
+                    chmod(&fd, *from).map_err(|error| format!("its mode was {from:o}: {error}"))
+                } else {
+                    Ok(())
+                }
             }
             Self::Out { path, slot, old, mode } => {
                 let name = old_name(*slot);
@@ -99,7 +107,9 @@ impl Op {
                 }
                 Ok(())
             }
-            Self::Swap { path, slot, old, mode, new_ino } => undo_swap(root, staging, (path, *slot), (old, *mode), *new_ino),
+            Self::Swap { path, slot, old, mode, new_ino } => {
+                undo_swap(root, staging, (path, *slot), (old, *mode), *new_ino)
+            }
         }
     }
 }
@@ -167,7 +177,8 @@ fn undo_swap(
         return match there(root, path) {
             Some(ino) if ino == new_ino => {
                 let (dir, name) = root.parent(path).map_err(|e| e.to_string())?;
-                rustix::fs::renameat_with(staging, &new, &dir, &name, RenameFlags::EXCHANGE).map_err(|e| e.to_string())
+                rustix::fs::renameat_with(staging, &new, &dir, &name, RenameFlags::EXCHANGE)
+                    .map_err(|e| e.to_string())
             }
             _ => back(root, staging, &new, path),
         };
@@ -222,12 +233,7 @@ fn there(root: &Root, path: &TreePath) -> Option<u64> {
 }
 
 /// Renames to where nothing is.
-fn rename_new(
-    from: &OwnedFd,
-    name: &str,
-    dir: &OwnedFd,
-    to: &std::ffi::CStr,
-) -> rustix::io::Result<()> {
+fn rename_new(from: &OwnedFd, name: &str, dir: &OwnedFd, to: &std::ffi::CStr) -> rustix::io::Result<()> {
     match rustix::fs::renameat_with(from, name, dir, to, RenameFlags::NOREPLACE) {
         // A file system that does not know it.
         Err(Errno::INVAL | Errno::NOSYS) => match rustix::fs::statat(dir, to, AtFlags::SYMLINK_NOFOLLOW) {

@@ -12,7 +12,7 @@ use super::look::{Now, Root, What};
 use super::moves::Op;
 use super::select::Selection;
 use super::{Applied, Conflict, LeftOut};
-use crate::change::TreePath;
+use crate::change::{Node, TreePath};
 use crate::workspace;
 
 const OWNER_WRITES: u32 = 0o300;
@@ -38,12 +38,9 @@ pub(super) struct Plan {
 }
 
 /// Looks at everything. Conflicts, all of them, or the plan.
-pub(super) fn plan(
-    judge: &Judge<'_>,
-    uid: u32,
-    selection: &Selection,
-) -> Result<Plan, Vec<Conflict>> {
-    let mut planner = Planner { judge, uid, selection, acts: BTreeMap::new(), left_out: Vec::new(), conflicts: Vec::new() };
+pub(super) fn plan(judge: &Judge<'_>, uid: u32, selection: &Selection) -> Result<Plan, Vec<Conflict>> {
+    let mut planner =
+        Planner { judge, uid, selection, acts: BTreeMap::new(), left_out: Vec::new(), conflicts: Vec::new() };
     planner.look();
     planner.parents();
     planner.directories();
@@ -74,12 +71,26 @@ enum No {
 impl<'a> Planner<'a> {
     fn look(&mut self) {
         for (path, entry) in &self.selection.chosen {
-            match self.judge.act(entry) {
+            match self.judge.act(entry, self.nothing_at(path)) {
                 Ok(act) => {
                     self.acts.insert(path, act);
                 }
                 Err(why) => self.close(path, No::Conflict(why)),
             }
+        }
+    }
+
+    /// What is above `path` is no directory, and the change set knows it.
+    fn nothing_at(&self, path: &TreePath) -> bool {
+        let Some(above) = path.parent() else { return false };
+        let dir_after = || {
+            let entry = self.selection.chosen.get(&above);
+            matches!(entry.and_then(|entry| entry.after.as_ref()), Some(Node::Dir { .. }))
+        };
+        match self.acts.get(&above) {
+            Some(Act::Put { new: New::Dir { .. }, .. }) => true,
+            Some(Act::Keep) => !dir_after(),
+            Some(Act::Stay | Act::Closed | Act::Gone(_) | Act::Put { .. } | Act::Mode { .. }) | None => false,
         }
     }
 
@@ -114,7 +125,9 @@ impl<'a> Planner<'a> {
             Some(Act::Put { new: New::Dir { .. }, .. }) => return None,
             Some(Act::Closed) if self.is_conflict(&above) => return Some(No::Silent),
             Some(Act::Gone(_) | Act::Put { .. }) => {
-                return Some(No::Conflict(format!("the change set makes {above} something else than a directory")));
+                return Some(No::Conflict(format!(
+                    "the change set makes {above} something else than a directory"
+                )));
             }
             Some(Act::Keep | Act::Stay | Act::Closed | Act::Mode { .. }) | None => {}
         }
@@ -171,7 +184,8 @@ impl<'a> Planner<'a> {
                     self.leave_below(path);
                 }
                 Ok(Some(other)) => {
-                    let why = format!("it still holds {other}, which the change set does not know: move that away");
+                    let why =
+                        format!("it still holds {other}, which the change set does not know: move that away");
                     self.close(path, No::Conflict(why));
                 }
                 Err(error) => self.close(path, No::Conflict(format!("it cannot be listed: {error}"))),
@@ -216,11 +230,14 @@ impl<'a> Planner<'a> {
                 }
                 Act::Gone(_) | Act::Put { .. } => {
                     let holder = path.parent();
-                    if let Some(Act::Put { new: New::Dir { .. }, .. }) = holder.as_ref().and_then(|h| self.acts.get(h)) {
+                    if let Some(Act::Put { new: New::Dir { .. }, .. }) =
+                        holder.as_ref().and_then(|h| self.acts.get(h))
+                    {
                         continue;
                     }
                     let uid = self.uid;
-                    let word = holders.entry(holder).or_insert_with_key(|dir| barred(root, uid, dir.as_ref()));
+                    let word =
+                        holders.entry(holder).or_insert_with_key(|dir| barred(root, uid, dir.as_ref()));
                     if let Some(why) = word {
                         denied.push((*path, why.clone()));
                     }

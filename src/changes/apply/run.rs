@@ -46,6 +46,8 @@ pub fn apply(apply: &Apply<'_>) -> Result<Applied, ApplyError> {
 }
 
 pub(super) fn stepwise(apply: &Apply<'_>, step: Step) -> Result<Applied, ApplyError> {
+    // What a dead process left half done must not be looked at as if somebody had wanted it.
+    Journal::none(apply.shelf)?;
     let selection = select(apply.changes, apply.wish)?;
     let (dev, ino) = identity_of(&apply.target, apply.path)?;
     let plan = looked(apply, selection)?;
@@ -62,13 +64,14 @@ pub(super) fn stepwise(apply: &Apply<'_>, step: Step) -> Result<Applied, ApplyEr
         path: apply.path.to_owned(),
         result: plan.outline.clone(),
     };
-    let (root, blobs) = match root(&apply.target, apply.path).and_then(|root| Ok((root, apply.shelf.blobs_dir()?))) {
-        Ok(both) => both,
-        Err(error) => {
-            journal.end(apply.shelf)?;
-            return Err(error);
-        }
-    };
+    let (root, blobs) =
+        match root(&apply.target, apply.path).and_then(|root| Ok((root, apply.shelf.blobs_dir()?))) {
+            Ok(both) => both,
+            Err(error) => {
+                journal.end(apply.shelf)?;
+                return Err(error);
+            }
+        };
     let told = accepted.clone();
     let work = move || {
         let done = carry_out(&root, &blobs, plan, &mut journal, (&pending.staging, told), &step);
@@ -148,7 +151,7 @@ fn carry_out(
         journal.done().map_err(at("write the journal of", &root.path))
     });
     if let Err(error) = moved {
-        return Err(match back(root, staging, &plan.ops, staged_until_ns) {
+        return Err(match back(root, staging, &plan.ops, staged_until_ns, step) {
             Ok(()) => error,
             Err(what) => stuck_after(root, name, &error, what),
         });
@@ -207,9 +210,17 @@ fn flush(root: &Root, staging: &OwnedFd, ops: &[Op]) -> rustix::io::Result<()> {
 }
 
 /// Takes back all steps that were taken, and removes what was staged. In words, what could not be.
-fn back(root: &Root, staging: Staging, ops: &[Op], staged_until_ns: i128) -> Result<(), Vec<String>> {
+fn back(
+    root: &Root,
+    staging: Staging,
+    ops: &[Op],
+    staged_until_ns: i128,
+    step: &Step,
+) -> Result<(), Vec<String>> {
     let mut stuck = Vec::new();
     for op in ops.iter().rev() {
+        // The way back does not stop for it.
+        let _ = step();
         if let Err(why) = op.undo(root, &staging.fd) {
             stuck.push(format!("{}: {why}", op.path()));
         }
@@ -223,7 +234,8 @@ fn back(root: &Root, staging: Staging, ops: &[Op], staged_until_ns: i128) -> Res
     match staging.remove(root, Some(staged_until_ns)) {
         Ok(spared) if spared.is_empty() => Ok(()),
         Ok(spared) => {
-            let kept = |path: &std::path::PathBuf| format!("{}: written by somebody else meanwhile", path.display());
+            let kept =
+                |path: &std::path::PathBuf| format!("{}: written by somebody else meanwhile", path.display());
             Err(spared.iter().map(kept).collect())
         }
         Err(error) => Err(vec![format!("it cannot be removed: {error}")]),
@@ -246,6 +258,14 @@ pub fn pending(shelf: &JobShelf) -> Result<Option<Pending>, ApplyError> {
 /// [`ApplyError::TargetMoved`]: another directory is there; [`ApplyError::Stuck`]: done as far as it can be, and not
 /// pending any more; others: it can be tried again.
 pub fn recover(shelf: &JobShelf, target: &OwnedFd) -> Result<Recovered, ApplyError> {
+    recover_stepwise(shelf, target, Arc::new(|| Ok(())))
+}
+
+pub(super) fn recover_stepwise(
+    shelf: &JobShelf,
+    target: &OwnedFd,
+    step: Step,
+) -> Result<Recovered, ApplyError> {
     let Some(journal) = Journal::reopen(shelf)? else { return Ok(Recovered::Nothing) };
     let Some(Told { pending, steps, done }) = read(shelf)? else {
         journal.end(shelf)?;
@@ -256,7 +276,7 @@ pub fn recover(shelf: &JobShelf, target: &OwnedFd) -> Result<Recovered, ApplyErr
     }
     let root = root(target, &pending.path)?;
     let (name, accepted) = (pending.staging, steps.as_ref().map(|steps| steps.accepted.clone()));
-    let work = move || put_right(&root, &name, steps, done);
+    let work = move || put_right(&root, &name, steps, done, &step);
     let right = as_submitter::<(), ApplyError>(&pending.identity, &pending.path, APPLY_TIME_MAX, work);
     match (right, accepted.filter(|_| done)) {
         (Ok(()), Some(accepted)) => {
@@ -274,7 +294,13 @@ pub fn recover(shelf: &JobShelf, target: &OwnedFd) -> Result<Recovered, ApplyErr
 }
 
 /// Runs as the submitter.
-fn put_right(root: &Root, name: &str, steps: Option<Steps>, done: bool) -> Result<(), ApplyError> {
+fn put_right(
+    root: &Root,
+    name: &str,
+    steps: Option<Steps>,
+    done: bool,
+    step: &Step,
+) -> Result<(), ApplyError> {
     let staging = match Staging::open(root, name) {
         Ok(staging) => staging,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -283,12 +309,10 @@ fn put_right(root: &Root, name: &str, steps: Option<Steps>, done: bool) -> Resul
     match steps {
         Some(steps) if !done => {
             let cause = ApplyError::Interrupted { path: root.path.clone() };
-            back(root, staging, &steps.ops, steps.staged_until_ns)
+            back(root, staging, &steps.ops, steps.staged_until_ns, step)
                 .map_err(|what| stuck_after(root, name, &cause, what))
         }
-        Some(_) | None => {
-            staging.remove(root, None).map(|_| ()).map_err(at("remove", &root.path.join(name)))
-        }
+        Some(_) | None => staging.remove(root, None).map(|_| ()).map_err(at("remove", &root.path.join(name))),
     }
 }
 

@@ -46,7 +46,11 @@ pub(super) fn select(changes: &ChangeSet, wish: &Wish) -> Result<Selection, Appl
         }
     }
     if meant == 0 {
-        let why = if changes.entries.is_empty() { "the change set is empty" } else { "--only matches no path of it" };
+        let why = if changes.entries.is_empty() {
+            "the change set is empty"
+        } else {
+            "--only matches no path of it"
+        };
         return Err(ApplyError::Nothing { why });
     }
     for entry in changes.git_state.iter().filter(|entry| !selection.chosen.contains_key(&entry.path)) {
@@ -122,7 +126,15 @@ mod tests {
 
     fn set(entries: Vec<Entry>) -> ChangeSet {
         let (base, ignored) = (Base::default(), Ignored::default());
-        ChangeSet { version: VERSION, base, entries, git_state: Vec::new(), ignored, commits: None, notes: Vec::new() }
+        ChangeSet {
+            version: VERSION,
+            base,
+            entries,
+            git_state: Vec::new(),
+            ignored,
+            commits: None,
+            notes: Vec::new(),
+        }
     }
 
     fn chosen(changes: &ChangeSet, wish: &Wish) -> Vec<String> {
@@ -133,7 +145,8 @@ mod tests {
     #[test]
     fn what_is_flagged_needs_a_word_and_what_is_refused_has_none() {
         let link = || Node::Symlink { target: crate::change::Raw(b"x".to_vec()) };
-        let suid = Node::File { mode: 0o4755, bytes: 0, blob: Some(crate::change::BlobId::of_digest([0; 32])) };
+        let suid =
+            Node::File { mode: 0o4755, bytes: 0, blob: Some(crate::change::BlobId::of_digest([0; 32])) };
         let changes = set(vec![
             entry("a", link(), &[], Verdict::Plain),
             entry("b", link(), &[Flag::AgentSettings], Verdict::Flagged),
@@ -146,7 +159,10 @@ mod tests {
         assert_eq!(chosen(&changes, &wish), ["a", "b"]);
         let left = select(&changes, &Wish::default()).expect("some").left_out;
         assert_eq!(left.len(), 4);
-        assert!(left[0].why.contains("agent-settings") && left[1].why.contains("symlink-outside"), "{left:?}");
+        assert!(
+            left[0].why.contains("agent-settings") && left[1].why.contains("symlink-outside"),
+            "{left:?}"
+        );
         let wish = Wish { only: vec!["nothing".to_owned()], ..Wish::default() };
         assert!(matches!(select(&changes, &wish), Err(ApplyError::Nothing { .. })));
     }

@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::Step;
 use super::judge::{Content, New, open_blob};
 use super::look::{Print, Root, chmod, names, openat2};
 use super::moves::{Op, slot_name};
 use super::plan::Fresh;
-use super::Step;
 use crate::change::TreePath;
 
 /// How its name begins.
@@ -101,8 +101,10 @@ impl Staging {
             }
         }
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let mark = rustix::fs::openat(&self.fd, MARK, flags, Mode::RUSR).map_err(at("write", Path::new("")))?;
-        let flushed = if files > FLUSHES_MAX { rustix::fs::syncfs(&mark) } else { rustix::fs::fsync(&self.fd) };
+        let mark =
+            rustix::fs::openat(&self.fd, MARK, flags, Mode::RUSR).map_err(at("write", Path::new("")))?;
+        let flushed =
+            if files > FLUSHES_MAX { rustix::fs::syncfs(&mark) } else { rustix::fs::fsync(&self.fd) };
         flushed.map_err(at("flush", Path::new("")))?;
         let stat = rustix::fs::fstat(&mark).map_err(at("look at", Path::new("")))?;
         Ok(Print::of(&stat).mtime_ns)
@@ -124,7 +126,8 @@ impl Staging {
                 Ok(())
             }
             New::File { content, mode } => {
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let flags =
+                    OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let fd = rustix::fs::openat(&dir, name, flags, Mode::RUSR | Mode::WUSR);
                 let mut file = std::fs::File::from(fd.map_err(at("write", &path))?);
                 copy(content, blobs, &mut file).map_err(at("write", &path))?;
@@ -206,4 +209,3 @@ pub(super) fn empty(dir: &OwnedFd, spare_after_ns: Option<i128>) -> io::Result<V
     }
     Ok(spared)
 }
-

@@ -1,0 +1,274 @@
+//! The workspace as a job left it, in a new directory of the submitter's: a copy of the original as it is now, and over
+//! it what the job changed. Made with the submitter's rights, beside its place, and put there whole; nothing is left
+//! where that fails. It must never write into a directory that holds something.
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, OsStr};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, Timespec, Timestamps};
+use rustix::io::Errno;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::carry::{Carrier, Kind};
+use super::look::{Now, Root, What, now};
+use super::select::select;
+use super::stage::{empty, fresh_name};
+use super::{APPLY_TIME_MAX, ApplyError, LeftOut, Wish, at};
+use crate::change::{ChangeSet, Entry, TreePath};
+use crate::changes::JobShelf;
+use crate::job::Identity;
+use crate::workspace::as_submitter;
+
+/// What is checked out whereto.
+#[derive(Debug)]
+pub struct Checkout<'a> {
+    /// Where the contents are.
+    pub shelf: &'a JobShelf,
+    /// What the job changed.
+    pub changes: &'a ChangeSet,
+    /// The original, opened by the submitter; none where the job began with nothing.
+    pub original: Option<OwnedFd>,
+    /// Its path, for messages.
+    pub original_path: &'a Path,
+    /// Whereto: absolute; must not be there, or be an empty directory.
+    pub dir: &'a Path,
+    /// The submitter.
+    pub identity: &'a Identity,
+}
+
+/// What was checked out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct CheckedOut {
+    /// Paths that were copied.
+    pub copied: u64,
+    /// Paths that the job changed.
+    pub changed: u64,
+    /// Paths that are not as the job left them, and why.
+    pub left_out: Vec<LeftOut>,
+}
+
+/// Makes the directory. What the policy flags is in it, what it refuses is not. Blocks, for half an hour at most.
+///
+/// # Errors
+/// [`ApplyError::Occupied`]; [`ApplyError`]: nothing is there then that was not there before.
+pub fn checkout(checkout: &Checkout<'_>) -> Result<CheckedOut, ApplyError> {
+    let wish = Wish { include_flagged: true, ..Wish::default() };
+    let selection = match select(checkout.changes, &wish) {
+        Ok(selection) => selection,
+        Err(ApplyError::Nothing { .. }) => super::select::Selection::default(),
+        Err(error) => return Err(error),
+    };
+    let blobs = checkout.shelf.blobs_dir()?;
+    let original = checkout.original.as_ref().map(OwnedFd::try_clone).transpose();
+    let original = original.map_err(at("open", checkout.original_path))?;
+    let original = original.map(|fd| Root { fd, path: checkout.original_path.to_owned() });
+    let dir = checkout.dir.to_owned();
+    as_submitter(checkout.identity, checkout.dir, APPLY_TIME_MAX, move || {
+        let work = Work {
+            blobs,
+            original,
+            entries: selection.chosen,
+            closed: selection.closed.into_keys().collect(),
+        };
+        let mut done = work.into_place(&dir)?;
+        done.left_out.extend(selection.left_out);
+        done.left_out.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(done)
+    })
+}
+
+struct Work {
+    blobs: OwnedFd,
+    original: Option<Root>,
+    entries: BTreeMap<TreePath, Entry>,
+    closed: Vec<TreePath>,
+}
+
+impl Work {
+    fn into_place(self, dir: &Path) -> Result<CheckedOut, ApplyError> {
+        let (Some(above), Some(name)) = (dir.parent(), dir.file_name()) else {
+            return Err(ApplyError::Occupied { path: dir.to_owned() });
+        };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let above_fd = rustix::fs::openat(CWD, above, flags, Mode::empty()).map_err(at("open", above))?;
+        let holder = Root { fd: above_fd, path: above.to_owned() };
+        let there = existing(&holder, name, dir)?;
+        let beside = fresh_name().map_err(at("name a directory beside", dir))?;
+        match rustix::fs::mkdirat(&holder.fd, &beside, Mode::RWXU) {
+            Ok(()) => {}
+            // An empty directory of the submitter's in one where nothing can be made: it is filled where it is.
+            Err(Errno::ACCESS | Errno::PERM) if there.is_some() => {
+                let name = name.to_owned();
+                return self.filled(&holder, Path::new(&name), dir).map(|(done, _)| done);
+            }
+            Err(errno) => return Err(at("make a directory beside", dir)(errno)),
+        }
+        let filled = self.filled(&holder, Path::new(&beside), dir).and_then(|(done, mode)| {
+            let mode = there.as_ref().map_or(mode, |there| there.mode);
+            let made = holder.open(Path::new(&beside), OFlags::PATH).map_err(at("open", dir))?;
+            super::look::chmod(&made, mode).map_err(at("set the mode of", dir))?;
+            let placed = match there {
+                Some(_) => rustix::fs::renameat(&holder.fd, &beside, &holder.fd, name),
+                None => {
+                    let flags = RenameFlags::NOREPLACE;
+                    rustix::fs::renameat_with(&holder.fd, &beside, &holder.fd, name, flags)
+                }
+            };
+            placed.map_err(|errno| match errno {
+                Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR => {
+                    ApplyError::Occupied { path: dir.to_owned() }
+                }
+                errno => at("make", dir)(errno),
+            })?;
+            Ok(done)
+        });
+        if filled.is_err() {
+            let _ = rustix::fs::unlinkat(&holder.fd, &beside, AtFlags::REMOVEDIR);
+        }
+        filled
+    }
+
+    /// Fills the directory `name`, or leaves it empty. Gives the mode that the original has.
+    fn filled(&self, holder: &Root, name: &Path, dir: &Path) -> Result<(CheckedOut, u32), ApplyError> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let fd = holder.open(name, flags).map_err(at("open", dir))?;
+        let root = Root { fd, path: dir.to_owned() };
+        let done = self.fill(&root);
+        if done.is_err()
+            && let Err(error) = empty(&root.fd, None)
+        {
+            tracing::warn!(dir = %holder.path.join(name).display(), %error, "a failed checkout is left");
+        }
+        done
+    }
+
+    fn fill(&self, root: &Root) -> Result<(CheckedOut, u32), ApplyError> {
+        let mut carrier = Carrier::new(root, &self.blobs, Kind::Tree);
+        carrier.closed.extend(self.closed.iter().cloned());
+        let mut done = CheckedOut { changed: self.entries.len() as u64, ..CheckedOut::default() };
+        let mut mode = 0o755;
+        if let Some(original) = &self.original {
+            let own = now(&root.fd).map_err(at("look at", &root.path))?.print.ino;
+            mode = now(&original.fd).map_err(at("look at", &original.path))?.mode;
+            done.copied = copy_tree(original, root, own, &mut carrier)?;
+        }
+        let carried = carrier.carry(&self.entries).and_then(|()| carrier.finish());
+        carried.map_err(|(path, error)| at("write", &path)(error))?;
+        done.left_out = carrier.left_out;
+        Ok((done, mode))
+    }
+}
+
+/// The directory that is there; it must be empty.
+fn existing(holder: &Root, name: &OsStr, dir: &Path) -> Result<Option<Now>, ApplyError> {
+    let occupied = || ApplyError::Occupied { path: dir.to_owned() };
+    let fd = match holder.open(Path::new(name), OFlags::PATH) {
+        Ok(fd) => fd,
+        Err(Errno::NOENT) => return Ok(None),
+        Err(errno) => return Err(at("look at", dir)(errno)),
+    };
+    let there = now(&fd).map_err(at("look at", dir))?;
+    if there.what != What::Dir {
+        return Err(occupied());
+    }
+    let names = holder.list(Path::new(name)).map_err(at("list", dir))?;
+    if names.is_empty() { Ok(Some(there)) } else { Err(occupied()) }
+}
+
+/// Copies everything in `from` but `not` (an inode: the copy itself). Gives how many paths.
+fn copy_tree(from: &Root, to: &Root, not: u64, carrier: &mut Carrier<'_>) -> Result<u64, ApplyError> {
+    let (mut todo, mut copied) = (vec![None::<TreePath>], 0);
+    while let Some(below) = todo.pop() {
+        let dir = below.as_ref().map_or(Path::new("."), TreePath::as_path);
+        let names = match from.list(dir) {
+            Ok(names) => names,
+            Err(error) => match &below {
+                Some(path) if error.raw_os_error() == Some(libc::EACCES) => {
+                    carrier
+                        .left_out
+                        .push(LeftOut { path: path.clone(), why: "you may not list it".to_owned() });
+                    continue;
+                }
+                _ => return Err(at("list", &from.path.join(dir))(error)),
+            },
+        };
+        for name in names {
+            let path = match &below {
+                Some(dir) => dir.join(name.to_bytes()),
+                None => TreePath::new(name.to_bytes()),
+            };
+            let long = |error| at("copy", &from.path.join(dir))(io::Error::other(error));
+            let path = path.map_err(long)?;
+            match copy_one(from, to, &path, not, carrier) {
+                Ok(None) => {}
+                Ok(Some(is_dir)) => {
+                    copied += 1;
+                    if is_dir {
+                        todo.push(Some(path));
+                    }
+                }
+                Err(error) => match error.raw_os_error() {
+                    // Gone meanwhile, or not the submitter's to read.
+                    Some(libc::ENOENT) => {}
+                    Some(libc::EACCES | libc::EPERM) => {
+                        carrier.left_out.push(LeftOut { path, why: "you may not read it".to_owned() });
+                    }
+                    Some(libc::EXDEV) => {
+                        carrier.left_out.push(LeftOut { path, why: "another mount is there".to_owned() });
+                    }
+                    _ => return Err(at("copy", &from.path.join(path.as_path()))(error)),
+                },
+            }
+        }
+    }
+    Ok(copied)
+}
+
+/// Whether it was copied, and is a directory to go into.
+fn copy_one(
+    from: &Root,
+    to: &Root,
+    path: &TreePath,
+    not: u64,
+    carrier: &mut Carrier<'_>,
+) -> io::Result<Option<bool>> {
+    let found = from.open(path.as_path(), OFlags::PATH)?;
+    let there = now(&found)?;
+    let (dir, name): (OwnedFd, CString) = to.parent(path)?;
+    match &there.what {
+        What::Dir if there.print.ino == not => return Ok(None),
+        What::Dir => {
+            rustix::fs::mkdirat(&dir, &name, Mode::RWXU)?;
+            carrier.modes.insert(path.clone(), there.mode);
+            return Ok(Some(true));
+        }
+        What::Link(target) => rustix::fs::symlinkat(target.as_path(), &dir, &name)?,
+        What::File => {
+            let mut source = from.read(path, &there.print)?;
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let mut file =
+                std::fs::File::from(rustix::fs::openat(&dir, &name, flags, Mode::RUSR | Mode::WUSR)?);
+            if rustix::fs::ioctl_ficlone(&file, &source).is_err() {
+                io::copy(&mut source, &mut file)?;
+            }
+            rustix::fs::fchmod(&file, Mode::from_raw_mode(there.mode & 0o777))?;
+            let time = |ns: i128| Timespec {
+                tv_sec: ns.div_euclid(1_000_000_000) as i64,
+                tv_nsec: ns.rem_euclid(1_000_000_000) as i64,
+            };
+            let last_modification = time(there.print.mtime_ns);
+            let times = Timestamps { last_access: last_modification, last_modification };
+            rustix::fs::futimens(&file, &times)?;
+        }
+        What::Special(_) => {
+            let why = "a device, FIFO or socket is not copied".to_owned();
+            carrier.left_out.push(LeftOut { path: path.clone(), why });
+            return Ok(None);
+        }
+    }
+    Ok(Some(false))
+}
