@@ -15,6 +15,8 @@ mod shelf;
 mod sparse;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use choose::Include;
 pub use only::{BadGlob, Only};
