@@ -22,6 +22,8 @@ mod testing;
 mod tracked;
 #[cfg(test)]
 pub(crate) mod trees;
+#[cfg(test)]
+mod tests;
 
 pub use choose::Include;
 pub use extract::{ExtractError, ExtractLimits, Extraction, Tree, extract};

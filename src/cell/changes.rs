@@ -2,19 +2,24 @@
 //! and applied with the submitter's rights alone. It must never let a job be called done before its change set is on
 //! the disk or its loss is told, and never touch a person's files without being asked to.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::record::{Record, RecordError};
-use super::{Accepted, Parts};
+use super::{Accepted, Parts, park};
 use crate::change::decision::{ApplyAnswer, ApplyRequest, BranchMade, ExportFormat, Form, LeftOut, Standing};
-use crate::change::{ChangeSet, Summary};
+use crate::change::{ChangeSet, HideRules, Summary};
 use crate::changes::apply::{self, Apply, ApplyError, Applied, Wish};
 use crate::changes::branch::{self, BranchError, Build};
 use crate::changes::export::{self, ExportError};
 use crate::changes::patch::{self, Render, RenderError};
-use crate::changes::{Include, JobShelf, Shelf, ShelfError};
+use crate::changes::{
+    self, ExtractError, ExtractLimits, Extraction, Include, JobShelf, Listing, Shelf, ShelfError, Tree,
+};
 use crate::clock;
 use crate::event::Body;
+use crate::git::head::{Head, head_of};
 use crate::git::identity::{GitIdentity, submitter_identity};
 use crate::job::spec::WorkspaceMode;
 use crate::job::{Identity, JobId};
@@ -25,6 +30,11 @@ use crate::workspace::{self, Access, CopyParts, Guard, WorkspaceError, Workspace
 const STAT_COLUMNS: u16 = 100;
 /// Longest change set as text, in bytes.
 const TEXT_BYTES_MAX: u64 = 256 << 20;
+
+/// Files above so many bytes that are no text are told apart.
+const LARGE_BYTES: u64 = 1 << 20;
+/// Longest look at what is checked out.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(20);
 
 /// A change set as it is kept.
 #[derive(Debug, Clone)]
@@ -67,6 +77,9 @@ pub enum ChangesError {
     /// It cannot be exported.
     #[error(transparent)]
     Export(#[from] ExportError),
+    /// It cannot be taken out of the copy.
+    #[error(transparent)]
+    Extract(#[from] ExtractError),
     /// What is kept cannot be read.
     #[error(transparent)]
     Shelf(#[from] ShelfError),
@@ -314,25 +327,26 @@ pub async fn recover(parts: &Parts, job: &JobId) {
 ///
 /// # Errors
 /// [`RecordError`] where the event about it cannot be journaled.
-pub(super) async fn collect(parts: &Arc<Parts>, record: &mut Record) -> Result<Option<Summary>, RecordError> {
-    let Some(workspace) = copied(record) else { return Ok(None) };
+pub(super) async fn collect(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+) -> Result<Option<Summary>, RecordError> {
+    if record.accepted.plan.workspace_mode != WorkspaceMode::Copy || record.accepted.workspace.is_none() {
+        return Ok(None);
+    }
     let shelf = shelf(parts, &record.job);
     let cells = parts.store.live_cells().await?;
     let cell = cells.into_iter().find(|row| row.job == record.job && row.runtime.is_some());
-    let found = match cell {
-        Some(row) => {
-            let dir = parts.settings.cells_dir().join(row.cell.as_str());
-            workspace::parts_of(&dir, None)
-        }
-        None => None,
-    };
-    let taken = match found {
+    let dir = cell.map(|row| parts.settings.cells_dir().join(row.cell.as_str()));
+    let copy = dir.and_then(|dir| workspace::parts_of(&dir, None));
+    let taken = match copy {
         Some(copy) => {
-            let job = take(record, copy, workspace, shelf.clone());
-            tokio::task::spawn_blocking(job).await.map_err(|e| e.to_string()).and_then(|taken| taken)
+            let (accepted, identity) = (record.accepted.clone(), record.identity.clone());
+            let state_dir = parts.settings.state_dir.clone();
+            blocking(move || take(&accepted, &identity, &copy, &shelf, &state_dir)).await.map(Some)
         }
         // An earlier daemon has taken it, or no cell ever had one.
-        None => stored(&shelf).map(|kept| kept.map(|(set, hash)| set.summary(hash))),
+        None => blocking(move || Ok(shelf.changes()?.map(|(set, hash)| set.summary(hash)))).await,
     };
     match taken {
         Ok(Some(summary)) => {
@@ -341,16 +355,63 @@ pub(super) async fn collect(parts: &Arc<Parts>, record: &mut Record) -> Result<O
         }
         Ok(None) => Ok(None),
         Err(why) => {
-            tracing::error!(job = %record.job, why, "what a job changed cannot be taken out of its copy");
-            let kept = super::park::keep_work(parts, record).await;
-            let where_is_it = match kept {
-                Ok(true) => format!("its copy is kept as {}", parts.settings.kept(&record.job).display()),
+            tracing::error!(job = %record.job, %why, "what a job changed cannot be taken out of its copy");
+            let kept = match park::keep_work(parts, record).await {
+                Ok(true) => format!("its copy is kept in {}", parts.settings.kept(&record.job).display()),
                 Ok(false) => "its copy is lost with its cell".to_owned(),
                 Err(error) => format!("its copy cannot be kept either: {error}"),
             };
-            let text = format!("what the job changed cannot be taken out of its copy: {why}; {where_is_it}");
+            let text = format!("what the job changed cannot be taken out of its copy: {why}; {kept}");
             record.push(&Body::Note { text })?;
             Ok(None)
         }
     }
+}
+
+/// Takes it. Blocks.
+fn take(
+    accepted: &Accepted,
+    identity: &Identity,
+    copy: &CopyParts,
+    shelf: &JobShelf,
+    state_dir: &std::path::Path,
+) -> Result<Summary, ChangesError> {
+    let record = accepted.workspace.as_ref().ok_or(ChangesError::None("the job had no workspace"))?;
+    let listing = shelf.base()?.ok_or(ChangesError::None("there is no listing of the workspace before the job"))?;
+    let listing = Listing::decode(&listing).map_err(|e| ChangesError::Corrupt(e.to_string()))?;
+    let guard = Guard::for_user(state_dir, identity.uid);
+    // Moved or gone meanwhile: what it was is not known any more, what the job made of it is.
+    let original = workspace::reopen_as(identity, record, &guard).ok();
+    let hide = HideRules::new(&accepted.plan.hide).map_err(|e| ChangesError::Corrupt(e.to_string()))?;
+    let head = original.as_ref().and_then(|dir| head_as(identity, &record.path, dir));
+    let limits = ExtractLimits { large_bytes: LARGE_BYTES, ..ExtractLimits::default() };
+    let tree = match copy.form {
+        workspace::Form::Overlay => Tree::Upper { upper: &copy.dir },
+        workspace::Form::Whole => Tree::Whole { tree: &copy.dir },
+    };
+    let mut set = changes::extract(&Extraction {
+        tree,
+        original: original.as_ref().map(AsFd::as_fd),
+        listing: &listing,
+        shelf,
+        hide: &hide,
+        changes: &accepted.plan.changes,
+        keep_ignored: accepted.keep_ignored,
+        identity,
+        limits: &limits,
+    })?;
+    if let Some(head) = head {
+        (set.base.commit, set.base.branch) = (head.commit, head.branch);
+    }
+    let hash = shelf.put_changes(&set)?;
+    Ok(set.summary(hash))
+}
+
+/// What is checked out in the original, looked at with the submitter's rights.
+fn head_as(identity: &Identity, path: &std::path::Path, dir: &OwnedFd) -> Option<Head> {
+    let dir = dir.try_clone().ok()?;
+    workspace::as_submitter::<_, WorkspaceError>(identity, path, HEAD_TIME_MAX, move || {
+        Ok(head_of(dir.as_fd()))
+    })
+    .ok()?
 }

@@ -295,7 +295,7 @@ pub(super) async fn shelve(
 }
 
 /// Puts the scratch space of the attempt's cell away, after its container is gone.
-async fn keep_work(parts: &Arc<Parts>, record: &Record) -> Result<bool, ScratchError> {
+pub(super) async fn keep_work(parts: &Arc<Parts>, record: &Record) -> Result<bool, ScratchError> {
     let kept_dir = parts.settings.kept_dir();
     let made = tokio::fs::DirBuilder::new().recursive(true).mode(0o700).create(&kept_dir).await;
     made.map_err(|source| ScratchError::Io { doing: "make", path: kept_dir, source })?;

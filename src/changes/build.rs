@@ -124,7 +124,8 @@ pub(super) fn build(git: &Git, lender: &Lender, wanted: &Build<'_>) -> Result<Bu
             .any(|module| full.strip_prefix(&module[..]).is_some_and(|rest| rest.first() == Some(&b'/')))
             || modules.contains(&full)
     };
-    let (left, changes): (Vec<&Change<'_>>, Vec<&Change<'_>>) = sorted.changes.iter().partition(|change| inside(change.path));
+    let (left, changes): (Vec<&Change<'_>>, Vec<&Change<'_>>) =
+        sorted.changes.iter().partition(|change| inside(change.path));
     if !left.is_empty() {
         notes.push(note("changes inside of submodules", left.iter().map(|change| change.path)));
     }

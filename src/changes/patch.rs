@@ -151,30 +151,17 @@ fn compare(
     let mut feed = |to: &mut dyn Write| sparse::write(to, shelf, &commits);
     import(git, &mut feed, &bounds).map_err(RenderError::Git)?;
     let width = format!("--stat={}", wanted.width.clamp(20, 1000));
-    let form = match wanted.form {
-        Form::Stat => width.as_str(),
-        Form::NumStat => "--numstat",
-        Form::Patch | Form::NameOnly | Form::NameStatus => "-p",
+    let form: &[&str] = match wanted.form {
+        Form::Stat => &[&width],
+        Form::NumStat => &["--numstat"],
+        // `--binary` alone would bring the patch along with the figures.
+        Form::Patch | Form::NameOnly | Form::NameStatus => &["-p", "--binary"],
     };
     let colour = if wanted.colour { "--color=always" } else { "--no-color" };
     let diff = |before: &str, after: &str, into: &mut Vec<u8>| {
-        let args = [
-            "diff-tree",
-            "-r",
-            form,
-            "--binary",
-            "--full-index",
-            "-M",
-            "--no-ext-diff",
-            "--no-textconv",
-            "--ignore-submodules=all",
-            "--src-prefix=a/",
-            "--dst-prefix=b/",
-            colour,
-            before,
-            after,
-            "--",
-        ];
+        let common = ["--full-index", "-M", "--no-ext-diff", "--no-textconv", "--ignore-submodules=all"];
+        let rest = ["--src-prefix=a/", "--dst-prefix=b/", colour, before, after, "--"];
+        let args = [&["diff-tree", "-r"][..], form, &common, &rest].concat();
         git.run(&args, None, into, &bounds).map_err(|error| match error {
             GitError::TooMuch { bytes_max, .. } => RenderError::TooLong { bytes_max },
             error => RenderError::Git(error),

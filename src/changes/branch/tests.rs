@@ -1,1 +1,168 @@
+use super::*;
+use crate::change::{ChangeSet, Verdict};
+use crate::changes::choose::Include;
+use crate::changes::commits::{BundleLimits, import_bundle};
+use crate::changes::shelf::JobShelf;
+use crate::changes::testing::{between, entry, file, set, shelf, tree};
+use crate::git::identity::GitIdentity;
+use crate::git::testing::Place;
+use crate::job::JobId;
 
+fn author() -> GitIdentity {
+    GitIdentity::new("Ann Lee", "ann@example.com", "ann", "box")
+}
+
+fn branch(
+    place: &Place,
+    path: &Path,
+    shelf: &JobShelf,
+    changes: &ChangeSet,
+    include: Include,
+) -> Result<Created, BranchError> {
+    let (job, author) = (JobId::new(1, 1), author());
+    let temporary = crate::git::temporary();
+    let wanted = Build {
+        shelf,
+        changes,
+        job: &job,
+        path,
+        identity: &place.who,
+        author: &author,
+        message: None,
+        include,
+        only: &[],
+        now_s: 1_700_000_000,
+        temporary: &temporary,
+    };
+    create("work/of-agent", &wanted)
+}
+
+/// What can be different in a repository.
+fn state(place: &Place, path: &Path) -> String {
+    place.sh(path, "find . -type f -not -path './.git/objects/*' -not -path './.git/refs/heads/work/*' | sort | xargs -d '\\n' sha256sum; git status --porcelain")
+}
+
+#[test]
+fn a_branch_holds_what_the_agent_left_and_nothing_else_is_touched() {
+    let place = Place::new();
+    for (name, init) in [("r", &[][..]), ("long", &["--object-format=sha256"])] {
+        let (path, commit) = place.repository_with(name, init);
+        place.sh(&path, "echo untracked > mine; rm -rf ../after; cp -a . ../after; rm -r ../after/.git");
+        place.sh(&place.path("after"), "printf 'one\\n2\\n' > a.txt; rm -r dir; mkdir dir2; echo x > \"dir2/o d\nd\"; ln -s a.txt l; chmod +x mine");
+        let (_dir, shelf) = shelf();
+        let changes = set(between(&shelf, &path, &place.path("after")), Some(&commit));
+        let before = state(&place, &path);
+        let made = branch(&place, &path, &shelf, &changes, Include::Plain).expect("made");
+        assert_eq!(state(&place, &path), before, "work tree, index, HEAD, configuration");
+        assert_eq!(place.git(&path, &["rev-parse", "work/of-agent"]), made.commit);
+        assert_eq!(place.git(&path, &["rev-parse", "work/of-agent^"]), commit);
+        let log = place.git(&path, &["log", "-1", "--format=%an %ae %ct %B", "work/of-agent"]);
+        assert!(log.starts_with("Ann Lee ann@example.com 1700000000 "), "{log}");
+        assert!(log.contains(&format!("Hotcell-Job: {}", JobId::new(1, 1))), "{log}");
+        place.git(&path, &["fsck", "--strict"]);
+        place.sh(&path, "test -z \"$(find .git/objects .git/refs -not -user $(id -u))\"; test -z \"$(find .git -name 'tmp_*')\"");
+        place.git(&path, &["clone", "-q", "-b", "work/of-agent", ".", &format!("../out-{name}")]);
+        assert_eq!(tree(&shelf, &place.path(&format!("out-{name}"))), tree(&shelf, &place.path("after")));
+        let again = branch(&place, &path, &shelf, &changes, Include::Plain);
+        assert!(matches!(again, Err(BranchError::Ref(RefError::Exists { .. }))), "{again:?}");
+    }
+}
+
+#[test]
+fn work_trees_and_directories_below_the_top_work() {
+    let place = Place::new();
+    let (path, commit) = place.repository("r");
+    place.git(&path, &["worktree", "add", "-q", "--detach", "../tree"]);
+    let (_dir, shelf) = shelf();
+    let new = |content: &[u8]| Some(file(&shelf, content, 0o644));
+    let changes =
+        set(vec![entry("b.txt", new(b"b\n"), new(b"B\n")), entry("new/c", None, new(b"c"))], Some(&commit));
+    branch(&place, &place.path("tree/dir"), &shelf, &changes, Include::Plain).expect("made");
+    let names = place.git(&path, &["diff", "--name-status", "main", "work/of-agent"]);
+    assert_eq!(names, "M\tdir/b.txt\nA\tdir/new/c");
+}
+
+#[test]
+fn without_a_commit_to_build_on_it_says_so() {
+    let place = Place::new();
+    let (path, commit) = place.repository("r");
+    let (_dir, shelf) = shelf();
+    let entries = || vec![entry("x", None, Some(file(&shelf, b"x", 0o644)))];
+    let made = branch(&place, &path, &shelf, &set(entries(), None), Include::Plain);
+    assert!(matches!(made, Err(BranchError::Build(BuildError::NoBase { .. }))), "{made:?}");
+    let made = branch(&place, &path, &shelf, &set(entries(), Some(&"0".repeat(40))), Include::Plain);
+    assert!(matches!(made, Err(BranchError::Build(BuildError::BaseGone { .. }))), "{made:?}");
+    let made = branch(&place, &path, &shelf, &set(Vec::new(), Some(&commit)), Include::Plain);
+    assert!(matches!(made, Err(BranchError::Build(BuildError::Nothing))), "{made:?}");
+    place.sh(&place.path(""), "mkdir plain");
+    let made = branch(&place, &place.path("plain"), &shelf, &set(entries(), Some(&commit)), Include::Plain);
+    assert!(matches!(made, Err(BranchError::Build(BuildError::Source(_)))), "{made:?}");
+    let evil = set(
+        vec![entry(
+            ".gitmodules",
+            None,
+            Some(file(&shelf, b"[submodule \"a\"]\n\tpath = -x\n\turl = -x\n", 0o644)),
+        )],
+        Some(&commit),
+    );
+    let made = branch(&place, &path, &shelf, &evil, Include::Plain);
+    assert!(matches!(made, Err(BranchError::Build(BuildError::Check(_)))), "{made:?}");
+    assert_eq!(place.git(&path, &["branch", "--format=%(refname:short)"]), "main", "nothing was made");
+}
+
+#[test]
+fn submodules_stay_what_they_are() {
+    let place = Place::new();
+    let (inner, _) = place.repository("inner");
+    let (path, _) = place.repository("r");
+    place.git(&path, &["submodule", "--quiet", "add", inner.to_str().expect("text"), "sub"]);
+    place.git(&path, &["commit", "-q", "-m", "with a submodule"]);
+    let commit = place.git(&path, &["rev-parse", "HEAD"]);
+    let (_dir, shelf) = shelf();
+    let new = |content: &[u8]| Some(file(&shelf, content, 0o644));
+    let changes =
+        set(vec![entry("sub/a.txt", new(b"1"), new(b"2")), entry("x", None, new(b"x"))], Some(&commit));
+    let made = branch(&place, &path, &shelf, &changes, Include::Plain).expect("made");
+    assert!(made.notes.iter().any(|note| note.contains("submodules")), "{made:?}");
+    assert_eq!(place.git(&path, &["diff", "--name-only", "main", "work/of-agent"]), "x");
+}
+
+#[test]
+fn the_agents_own_commits_come_along_unless_they_touch_what_is_kept_out() {
+    let place = Place::new();
+    let (path, commit) = place.repository("r");
+    place.sh(&path, "cp -a . ../cell; cd ../cell; echo 2 >> a.txt; git commit -qam two; echo x > ci.yml; git add .; git commit -qm three; echo 4 >> a.txt");
+    let cell = place.path("cell");
+    let into = place.path("bundle");
+    let argv = super::super::commits::bundle_command(
+        cell.to_str().expect("text"),
+        Some(&commit),
+        into.to_str().expect("text"),
+        1 << 20,
+    );
+    let output = place.command(&argv[0], &path).args(&argv[1..]).output().expect("ran");
+    assert!(output.status.success(), "{output:?}");
+    let (_dir, shelf) = shelf();
+    let mut changes = set(between(&shelf, &path, &cell), Some(&commit));
+    let mut bundle = std::fs::File::open(&into).expect("made");
+    let (temporary, limits) = (crate::git::temporary(), BundleLimits::default());
+    let commits = import_bundle(&mut bundle, &shelf, &path, &place.who, Some(&commit), &temporary, &limits);
+    let commits = commits.expect("taken in").expect("new ones");
+    assert_eq!((commits.tip.as_str(), commits.count), (place.git(&cell, &["rev-parse", "HEAD"]).as_str(), 2));
+    changes.commits = Some(commits.clone());
+    let made = branch(&place, &path, &shelf, &changes, Include::Plain).expect("made");
+    assert!(made.notes.is_empty(), "{made:?}");
+    let log = place.git(&path, &["log", "--format=%s", "main..work/of-agent"]);
+    assert_eq!(log, "What the agent left without a commit\nthree\ntwo");
+    assert_eq!(place.git(&path, &["rev-parse", "work/of-agent~1"]), commits.tip);
+    place.git(&path, &["branch", "-D", "-q", "work/of-agent"]);
+    changes
+        .entries
+        .iter_mut()
+        .filter(|e| e.path.as_bytes() == b"ci.yml")
+        .for_each(|e| e.verdict = Verdict::Flagged);
+    let made = branch(&place, &path, &shelf, &changes, Include::Plain).expect("made");
+    assert!(made.notes.iter().any(|note| note.contains("ci.yml")), "{made:?}");
+    assert_eq!(place.git(&path, &["log", "--format=%s", "main..work/of-agent"]), "Work of an agent");
+    assert_eq!(place.git(&path, &["diff", "--name-only", "main", "work/of-agent"]), "a.txt");
+}

@@ -1,0 +1,3 @@
+//! What lies across several parts of this hand.
+
+mod poison;
