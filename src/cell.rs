@@ -146,6 +146,12 @@ pub struct Accepted {
     pub plan: Plan,
     /// The directory it works on, as it was at submit.
     pub workspace: Option<WorkspaceRecord>,
+    /// Contents of what git ignores are kept in its change set too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_ignored: bool,
+    /// The job whose changes it goes on with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<JobId>,
     /// Further directories that its cell sees.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub others: Vec<OtherWorkspace>,

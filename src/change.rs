@@ -93,6 +93,13 @@ pub enum Node {
     },
 }
 
+impl Node {
+    /// A file whose content was not kept.
+    pub fn is_lost(&self) -> bool {
+        matches!(self, Self::File { blob: None, .. })
+    }
+}
+
 /// What is neither file nor directory nor link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]

@@ -21,7 +21,7 @@ use crate::cell::changes::{self, ChangesError};
 use crate::changes::apply::ApplyError;
 use crate::changes::export::ExportError;
 use crate::changes::patch::RenderError;
-use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutRequest, ExportFormat, Form, Standing};
+use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest, ExportFormat, Form, Standing};
 use crate::change::{ChangeSet, Summary};
 use crate::store::Job;
 
@@ -129,7 +129,7 @@ pub async fn checkout(
     ConnectInfo(peer): ConnectInfo<Peer>,
     id: JobPath,
     request: Result<Json<CheckoutRequest>, JsonRejection>,
-) -> Result<Json<ApplyAnswer>, ApiError> {
+) -> Result<Json<CheckoutAnswer>, ApiError> {
     let job = api.submitters_job(&peer, path_text(&id)).await?;
     let Json(request) = request.map_err(|e| ApiError::new(ErrorCode::InvalidRequest, e.body_text()))?;
     let answer = changes::checkout(&api.parts, &job, request.dir).await.map_err(|e| refusal(&job, e))?;
@@ -188,7 +188,7 @@ fn refusal(job: &Job, error: ChangesError) -> ApiError {
             format!("`hotcell checkout {id} DIR` writes the whole tree elsewhere, to be compared"),
         ),
         C::Apply(A::Busy | A::Interrupted { .. }) => (ErrorCode::Conflict, "try again later".to_owned()),
-        C::Apply(A::Nothing { .. } | A::Glob(_)) => {
+        C::Apply(A::Nothing { .. } | A::Glob(_) | A::Occupied { .. }) => {
             (ErrorCode::InvalidRequest, format!("`hotcell diff {id} --stat` shows what there is"))
         }
         C::Apply(A::DiskFull { .. }) => {

@@ -16,7 +16,7 @@ use super::peer::Peer;
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
 use crate::agent_bundle::{PINNED_VERSION, Version};
-use crate::cell::{Accepted, OtherWorkspace};
+use crate::cell::{Accepted, OtherWorkspace, changes};
 use crate::change::hide::HideRules;
 use crate::clock;
 use crate::event::Body;
@@ -67,13 +67,14 @@ pub async fn submit(
     {
         return Ok((StatusCode::OK, axum::Json(view(&api, &job).await?)).into_response());
     }
-    let spec = JobSpec::parse(&body).map_err(|error| {
+    let mut spec = JobSpec::parse(&body).map_err(|error| {
         let code = match &error {
             SpecError::Field { key, .. } if key == "(whole spec)" => ErrorCode::TooLarge,
             SpecError::Field { .. } | SpecError::Syntax(_) => ErrorCode::InvalidSpec,
         };
         ApiError::new(code, error).hint("`hotcell schema` prints the JSON Schema of a job spec")
     })?;
+    let from = from_job(&api, &peer, &mut spec).await?;
     let granted = api.granted(&identity)?;
     let plan = plan(&api, &spec, &granted, &identity)?;
     if api.parts.metrics.engine_up.get() == 0 {
@@ -83,7 +84,10 @@ pub async fn submit(
     }
     room(&api).await?;
     let Opened { workspace, others, warnings } = open_workspaces(&api, &identity, &spec, &plan).await?;
-    let accepted = Accepted { plan, workspace, others, user_day_micro_usd: granted.day_usd };
+    let keep_ignored = spec.workspace.as_ref().is_some_and(|workspace| workspace.keep_ignored);
+    let user_day_micro_usd = granted.day_usd;
+    let accepted = Accepted { plan, workspace, keep_ignored, from, others, user_day_micro_usd };
+    same_workspace(&api, &accepted).await?;
     let (id, fresh) = store(&api, &identity, &spec, &accepted, (&body, &warnings), idem).await?;
     let job = api
         .parts
@@ -248,6 +252,46 @@ fn secrets(identity: &Identity, path: &std::path::Path, dir: OwnedFd, hide: &[St
     let look = move || Ok::<_, WorkspaceError>(workspace::look(dir.as_fd(), &SECRETS_LOOK, &enter));
     let looked = workspace::as_submitter(identity, path, Duration::from_secs(2), look);
     looked.map(|looked| workspace::secret_warnings(&looked, &rules)).unwrap_or_default()
+}
+
+/// The job whose changes this one goes on with; its workspace is this one's too where none is named.
+async fn from_job(api: &Api, peer: &Peer, spec: &mut JobSpec) -> Result<Option<JobId>, ApiError> {
+    let Some(from) = &spec.from else { return Ok(None) };
+    let bad = |e: &dyn std::fmt::Display| ApiError::new(ErrorCode::InvalidSpec, format!("from: {e}"));
+    let job = api.own_job(peer, from).await?;
+    if job.row.identity.uid != identity(peer)?.uid {
+        return Err(bad(&"it is not a job of yours"));
+    }
+    let kept = changes::read(&api.parts, &job).await.map_err(|e| bad(&e))?;
+    if kept.set.entries.iter().any(|entry| entry.after.as_ref().is_some_and(|node| node.is_lost())) {
+        return Err(bad(&"not all of what it changed was kept"));
+    }
+    if spec.workspace.is_none() {
+        let former: JobSpec =
+            serde_json::from_str(&job.spec_json).map_err(|e| ApiError::new(ErrorCode::Internal, e))?;
+        spec.workspace = former.workspace;
+    }
+    if let Some(workspace) = &mut spec.workspace {
+        workspace.mode.get_or_insert(WorkspaceMode::Copy);
+    }
+    Ok(Some(job.row.id))
+}
+
+/// Changes go on where they were made.
+async fn same_workspace(api: &Api, accepted: &Accepted) -> Result<(), ApiError> {
+    let Some(from) = &accepted.from else { return Ok(()) };
+    let bad = |words: &str| Err(ApiError::new(ErrorCode::InvalidSpec, format!("from: {words}")));
+    if accepted.plan.workspace_mode != WorkspaceMode::Copy {
+        return bad("only a copy can go on with a job's changes (workspace.mode = \"copy\")");
+    }
+    let job = api.parts.store.job(from).await?;
+    let former: Option<Accepted> = job.and_then(|job| serde_json::from_str(&job.plan_json).ok());
+    let place = |record: &WorkspaceRecord| (record.dev, record.ino);
+    let there = former.and_then(|former| former.workspace).as_ref().map(place);
+    if there.is_some() && there == accepted.workspace.as_ref().map(place) {
+        return Ok(());
+    }
+    bad("it worked on another directory")
 }
 
 async fn store(

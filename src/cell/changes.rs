@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use super::record::{Record, RecordError};
 use super::{Accepted, Parts, park};
-use crate::change::decision::{ApplyAnswer, ApplyRequest, BranchMade, ExportFormat, Form, LeftOut, Standing};
+use crate::change::decision::{
+    ApplyAnswer, ApplyRequest, BranchMade, CheckoutAnswer, ExportFormat, Form, LeftOut, Standing,
+};
 use crate::change::{ChangeSet, HideRules, Summary};
-use crate::changes::apply::{self, Apply, ApplyError, Applied, Wish};
+use crate::changes::apply::{self, Applied, Apply, ApplyError, Checkout, Wish};
 use crate::changes::branch::{self, BranchError, Build};
 use crate::changes::export::{self, ExportError};
 use crate::changes::patch::{self, Render, RenderError};
@@ -293,6 +295,30 @@ fn answer(applied: Applied, checked: bool) -> ApplyAnswer {
     let Applied { applied, already, merged, left_out, kept_dirs, left_behind } = applied;
     let left_out = left_out.into_iter().map(|left| LeftOut { path: left.path, why: left.why }).collect();
     ApplyAnswer { checked, applied, already, merged, left_out, kept_dirs, left_behind, branch: None }
+}
+
+/// Writes the workspace as the job left it to a new directory, as its submitter.
+///
+/// # Errors
+/// [`ChangesError`]; nothing is there then that was not there before.
+pub async fn checkout(
+    parts: &Parts,
+    job: &Job,
+    dir: std::path::PathBuf,
+) -> Result<CheckoutAnswer, ChangesError> {
+    let kept = read(parts, job).await?;
+    let (shelf, accepted, identity) = (shelf(parts, &job.row.id), accepted(job)?, job.row.identity.clone());
+    let guard = Guard::for_user(&parts.settings.state_dir, identity.uid);
+    blocking(move || {
+        let record = accepted.workspace.as_ref().ok_or(ChangesError::None("the job had no workspace"))?;
+        let original = Some(workspace::reopen_as(&identity, record, &guard)?);
+        let (shelf, changes, original_path) = (&shelf, &kept.set, record.path.as_path());
+        let (dir, identity) = (dir.as_path(), &identity);
+        let made = apply::checkout(&Checkout { shelf, changes, original, original_path, dir, identity })?;
+        let left_out = made.left_out.into_iter().map(|left| LeftOut { path: left.path, why: left.why });
+        Ok(CheckoutAnswer { copied: made.copied, changed: made.changed, left_out: left_out.collect() })
+    })
+    .await
 }
 
 /// Notes that nobody wants it. What was stored goes with the job.

@@ -37,13 +37,13 @@ impl Space {
 
 /// What a cell's disk may take.
 #[derive(Debug, Clone)]
-pub struct Bounds {
+pub(super) struct Bounds {
     /// The job's limit, in bytes.
-    pub bytes_max: u64,
+    pub(super) bytes_max: u64,
     /// The job's limit of files and directories.
-    pub inodes_max: u64,
+    pub(super) inodes_max: u64,
     /// Free space that the host keeps, in bytes.
-    pub reserve_bytes: u64,
+    pub(super) reserve_bytes: u64,
 }
 
 /// One measurement.
@@ -61,7 +61,7 @@ struct Measured {
 
 /// The watch over one cell.
 #[derive(Debug)]
-pub struct Watch {
+pub(super) struct Watch {
     space: Arc<Space>,
     job: JobId,
     cell_dir: PathBuf,
@@ -72,12 +72,12 @@ pub struct Watch {
 
 impl Watch {
     /// Over the cell in `cell_dir`.
-    pub fn new(space: Arc<Space>, job: JobId, cell_dir: PathBuf, bounds: Bounds) -> Self {
+    pub(super) fn new(space: Arc<Space>, job: JobId, cell_dir: PathBuf, bounds: Bounds) -> Self {
         Self { space, job, cell_dir, bounds, due: Instant::now() + PERIOD, measuring: None }
     }
 
     /// Returns when the job has to give way: why, in words. Cancel-safe.
-    pub async fn next(&mut self) -> String {
+    pub(super) async fn next(&mut self) -> String {
         loop {
             if self.measuring.is_none() {
                 tokio::time::sleep_until(self.due).await;
@@ -98,7 +98,7 @@ impl Watch {
     }
 
     /// Whether the job's space is used up now. Blocks for microseconds where a file system holds the limit.
-    pub fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         measure(&self.cell_dir).is_some_and(|measured| is_full(&measured, &self.bounds))
     }
 }

@@ -139,3 +139,14 @@ pub struct ApplyAnswer {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub branch: Option<BranchMade>,
 }
+
+/// What was written by a checkout.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct CheckoutAnswer {
+    /// Paths that were copied from the original.
+    pub copied: u64,
+    /// Paths that the job changed.
+    pub changed: u64,
+    /// What is not as the job left it.
+    pub left_out: Vec<LeftOut>,
+}

@@ -41,7 +41,7 @@ pub(super) async fn checkout(args: &CheckoutArgs, context: &mut Context) -> Resu
     if args.json {
         context.out.json(&answer)?;
     } else {
-        context.out.print(&diff::applied(context.out.paint, &answer))?;
+        context.out.print(&diff::checked_out(context.out.paint, &answer))?;
     }
     Ok(ExitCode::Succeeded)
 }

@@ -17,7 +17,7 @@ use super::fail::{ApiError, CliError};
 use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
 use crate::api::wire::{Health, JobList, JobView, WhoAmI};
-use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutRequest, ExportFormat, Form};
+use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest, ExportFormat, Form};
 use crate::job::JobId;
 
 /// How long connecting may take.
@@ -172,7 +172,7 @@ impl Client {
         &self,
         id: &JobId,
         request: &CheckoutRequest,
-    ) -> Result<ApplyAnswer, CliError> {
+    ) -> Result<CheckoutAnswer, CliError> {
         self.post(&format!("/v1/jobs/{id}/checkout"), request).await
     }
 

@@ -153,6 +153,9 @@ pub struct WorkspaceSpec {
     /// More that the cell never sees, beside what the policy hides: globs as in `.gitignore`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hide: Vec<String>,
+    /// Keep the contents of what git ignores too, in the change set of a copy.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_ignored: bool,
     /// Further directories, at most 8, that the cell sees beside it. Their changes are thrown away.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub others: Vec<OtherSpec>,

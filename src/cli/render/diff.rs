@@ -2,7 +2,7 @@
 //! Pure. Every line is the agent's or made of the agent's names: all of it is made safe.
 
 use super::{Paint, Style, Text, words};
-use crate::change::decision::{ApplyAnswer, LeftOut};
+use crate::change::decision::{ApplyAnswer, CheckoutAnswer, LeftOut};
 use crate::change::{ChangeSet, Entry, Summary, Verdict};
 
 /// Most entries that are named one by one.
@@ -123,14 +123,7 @@ pub(crate) fn applied(paint: Paint, answer: &ApplyAnswer) -> Text {
         (None, 0) => text.add(Style::Warn, "nothing to apply").end(),
         (None, n) => text.add(Style::Good, &format!("{} {verb}", words::plural(n, "change"))).end(),
     };
-    if !answer.left_out.is_empty() {
-        text = text.add(Style::Warn, "left out:").end();
-        for LeftOut { path, why } in answer.left_out.iter().take(NAMED_MAX) {
-            text = text.plain(&format!("  {}", shown(&path.to_string())));
-            text = text.add(Style::Dim, &format!("  {why}")).end();
-        }
-        text = more(text, answer.left_out.len());
-    }
+    text = left_out(text, &answer.left_out);
     for note in answer.branch.iter().flat_map(|branch| &branch.notes) {
         text = text.add(Style::Dim, &format!("note: {note}")).end();
     }
@@ -143,6 +136,26 @@ pub(crate) fn applied(paint: Paint, answer: &ApplyAnswer) -> Text {
         text = text.add(Style::Dim, &words).end();
     }
     more(text, answer.kept_dirs.len())
+}
+
+/// What a checkout wrote.
+pub(crate) fn checked_out(paint: Paint, answer: &CheckoutAnswer) -> Text {
+    let (copied, changed) =
+        (words::plural(answer.copied, "path"), words::plural(answer.changed, "change"));
+    let text = Text::new(paint).add(Style::Good, &format!("{copied} copied, {changed} of the job's written"));
+    left_out(text.end(), &answer.left_out)
+}
+
+fn left_out(mut text: Text, left: &[LeftOut]) -> Text {
+    if left.is_empty() {
+        return text;
+    }
+    text = text.add(Style::Warn, "left out:").end();
+    for LeftOut { path, why } in left.iter().take(NAMED_MAX) {
+        text = text.plain(&format!("  {}", shown(&path.to_string())));
+        text = text.add(Style::Dim, &format!("  {why}")).end();
+    }
+    more(text, left.len())
 }
 
 fn more(text: Text, all: usize) -> Text {
