@@ -3,7 +3,7 @@
 //! before what it tells is done.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +15,8 @@ use crate::changes::{JobShelf, ShelfError};
 use crate::job::Identity;
 
 const NAME: &str = "apply";
+/// Longest journal that is read, in bytes.
+const JOURNAL_BYTES_MAX: u64 = 1 << 30;
 
 /// Who applies into what.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,7 +146,7 @@ pub(super) fn read(shelf: &JobShelf) -> Result<Option<Told>, ApplyError> {
         Err(error) => return Err(at("read", &path)(error)),
     };
     let mut told = None::<Told>;
-    let mut lines = BufReader::new(file);
+    let mut lines = BufReader::new(file.take(JOURNAL_BYTES_MAX));
     loop {
         let mut line = Vec::new();
         lines.read_until(b'\n', &mut line).map_err(at("read", &path))?;

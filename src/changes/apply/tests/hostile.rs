@@ -295,3 +295,38 @@ fn setuid_files_and_specials_are_never_made() {
     assert_eq!((applied.applied, applied.left_out.len()), (vec![path("t")], 1));
     assert!(!target.join("s").exists());
 }
+
+#[test]
+fn a_change_set_is_applied_by_one_at_a_time() {
+    let (before, after) = before_and_after();
+    let (_dir, shelf, changes, target) = set_up(&before, &after);
+    let (started, wait) = std::sync::mpsc::sync_channel::<()>(0);
+    let (go_on, released) = std::sync::mpsc::sync_channel::<()>(0);
+    let (released, count) = (std::sync::Mutex::new(released), AtomicU32::new(0));
+    let step: Step = Arc::new(move || {
+        // In the middle of the moves.
+        if count.fetch_add(1, Ordering::Relaxed) == 15 {
+            started.send(()).expect("heard");
+            released.lock().expect("whole").recv().expect("told");
+        }
+        Ok(())
+    });
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| {
+            let (identity, wish) = (&somebody(), &Wish::default());
+            let target_fd = open(&target);
+            let what =
+                Apply { shelf: &shelf, changes: &changes, target: target_fd, path: &target, identity, wish };
+            stepwise(&what, step)
+        });
+        wait.recv().expect("begun");
+        let second = try_apply(&shelf, &changes, &target, &Wish::default());
+        assert!(matches!(second, Err(ApplyError::Busy)), "{second:?}");
+        assert!(matches!(recover(&shelf, &open(&target)), Err(ApplyError::Busy)));
+        assert!(matches!(give_up(&shelf), Err(ApplyError::Busy)));
+        go_on.send(()).expect("heard");
+        first.join().expect("joined").expect("applied");
+    });
+    assert_eq!(read(&target, &somebody()), after);
+    nothing_left(&target, &shelf);
+}
