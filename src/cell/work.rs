@@ -4,12 +4,14 @@
 //! directory.
 
 mod aside;
+mod former;
 mod see;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use former::Former;
 use see::Sight;
 
 use super::prepare::{PrepareError, failed};
@@ -21,7 +23,7 @@ use crate::job::spec::{Runtime, WorkspaceMode};
 use crate::job::{FailReason, Identity, JobId};
 use crate::policy::PlanLimits;
 use crate::workspace::{
-    self, CellIds, CopyLimits, Covers, Form, Guard, Mask, Mode, Replaced, Scratch, StagedIds, StagedPart,
+    self, CellIds, CopyLimits, CopyParts, Covers, Form, Guard, Mask, Mode, Replaced, Scratch, StagedIds, StagedPart,
     WorkspaceError, WorkspaceRecord,
 };
 
@@ -44,6 +46,7 @@ pub(super) struct Staged {
     pub(super) who: Who,
     pub(super) notes: Vec<String>,
     pub(super) claude_md: Option<String>,
+    from: Option<Former>,
 }
 
 /// One of them.
@@ -178,7 +181,8 @@ impl Site<'_> {
                 Who { uid, gid, groups }
             }
         };
-        Ok(Staged { places, who, notes, claude_md })
+        let from = self.accepted.from.clone().map(|job| Former::new(self.settings, job));
+        Ok(Staged { places, who, notes, claude_md, from })
     }
 
     fn place(
@@ -309,7 +313,7 @@ fn empty(tenant: &Tenant) -> Staged {
     let who = Who { uid, gid, groups: Vec::new() };
     let at = options::WORKSPACE.to_owned();
     let place = Placed { name: None, at, view: View::Empty, parts: Vec::new(), over: Vec::new() };
-    Staged { places: vec![place], who, notes: Vec::new(), claude_md: None }
+    Staged { places: vec![place], who, notes: Vec::new(), claude_md: None, from: None }
 }
 
 impl Staged {
@@ -323,14 +327,17 @@ impl Staged {
     ) -> Result<Seen, PrepareError> {
         let limits =
             CopyLimits { bytes_max: limits.disk_bytes, entries_max: inodes_max, time_max: COPY_TIME_MAX };
+        let (from, owner) = (self.from, self.who.owner());
         let mut places = self.places.into_iter();
         let mut seen = match places.next() {
-            Some(first) => first.finish(dir, scratch, &limits).map_err(|e| failure(&e))?,
+            Some(first) => {
+                first.finish(dir, scratch, &limits, from.as_ref(), owner).map_err(|e| failure(&e))?
+            }
             None => return Err(failed(FailReason::Internal, "a cell without a workspace")),
         };
         for place in places {
             let (name, target) = (place.name.clone(), place.at.clone());
-            let other = place.finish(dir, scratch, &limits).map_err(|e| failure(&e))?;
+            let other = place.finish(dir, scratch, &limits, None, owner).map_err(|e| failure(&e))?;
             seen.over.push(Over { source: other.path, target, read_only: other.read_only });
             seen.over.extend(other.over);
             let named = |note: String| name.as_ref().map_or(note.clone(), |name| format!("{name}: {note}"));
@@ -341,7 +348,14 @@ impl Staged {
 }
 
 impl Placed {
-    fn finish(self, dir: &Path, scratch: &Scratch, limits: &CopyLimits) -> Result<Seen, WorkspaceError> {
+    fn finish(
+        self,
+        dir: &Path,
+        scratch: &Scratch,
+        limits: &CopyLimits,
+        from: Option<&Former>,
+        owner: (u32, u32),
+    ) -> Result<Seen, WorkspaceError> {
         let Self { name, view, parts, over, .. } = self;
         let (path, read_only, notes) = match view {
             View::Empty => (scratch.work(), false, Vec::new()),
@@ -351,8 +365,18 @@ impl Placed {
             }
             View::Copy { lower, direct, mask } => {
                 let direct = direct.as_ref().map(AsFd::as_fd);
-                let copied =
-                    workspace::copy(dir, name.as_deref(), scratch, (&lower, direct), &mask, limits)?;
+                // Only the primary workspace goes on with what an earlier job changed.
+                let from = from.filter(|_| name.is_none());
+                let fill = |copy: &CopyParts| from.map_or(Ok(()), |from| from.fill(copy, &lower, owner));
+                let copied = workspace::copy_filled(
+                    dir,
+                    name.as_deref(),
+                    scratch,
+                    (&lower, direct),
+                    &mask,
+                    limits,
+                    &fill,
+                )?;
                 (copied.path, false, copied.notes)
             }
         };
