@@ -10,6 +10,7 @@ use crate::change::hide::HideRules;
 use crate::changes::listing::What;
 use crate::changes::{self, JobShelf, ListLimits};
 use crate::git::config::{self, CONFIG_BYTES_MAX};
+use crate::git::head::head_of;
 use crate::job::Identity;
 use crate::workspace::{
     self, GUARDS_MAX, Guarded, HIDDEN_MAX, Hidden, Kind, LookLimits, Mask, Mode, Protection, Replaced,
@@ -112,13 +113,16 @@ fn listed(
     let limits = ListLimits::default();
     let dir = fd.try_clone().map_err(|source| io(record, source))?;
     let wait_max = limits.time_max + Duration::from_secs(10);
-    let listing = workspace::as_submitter(identity, &record.path, wait_max, move || {
-        Ok::<_, WorkspaceError>(changes::list(dir.as_fd(), &limits))
+    let (listing, head) = workspace::as_submitter(identity, &record.path, wait_max, move || {
+        Ok::<_, WorkspaceError>((changes::list(dir.as_fd(), &limits), head_of(dir.as_fd())))
     })?;
     let listing = listing.map_err(|error| too_large(&error))?;
     let kept = shelf.base().and_then(|base| match base {
         Some(_) => Ok(()),
-        None => shelf.create().and_then(|()| shelf.put_base(&listing.encode())),
+        None => shelf
+            .create()
+            .and_then(|()| shelf.put_origin(&head.unwrap_or_default()))
+            .and_then(|()| shelf.put_base(&listing.encode())),
     });
     kept.map_err(|error| io(record, std::io::Error::other(error)))?;
     let kind = |what: &What| match what {
