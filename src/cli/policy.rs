@@ -1,6 +1,7 @@
 //! `hotcell policy`: the policies that a daemon with this configuration has. Reads files only; a job's own
 //! copy of its policy is in its row.
 
+mod check;
 mod explain;
 
 use clap::{Args, Subcommand};
@@ -41,7 +42,7 @@ enum PolicyCommand {
         config: ConfigFlags,
     },
     /// Check a policy file: errors name file, line and key
-    Check(explain::CheckArgs),
+    Check(check::CheckArgs),
     /// Say which rule decides a question, and why; exit code 0 for yes, 1 for no
     Explain(explain::ExplainArgs),
 }
@@ -58,7 +59,7 @@ impl PolicyArgs {
 
 pub(super) fn policy(args: &PolicyArgs, context: &mut Context) -> Result<ExitCode, CliError> {
     let (json, config) = match &args.command {
-        PolicyCommand::Check(args) => return explain::check(args, context),
+        PolicyCommand::Check(args) => return check::check(args, context),
         PolicyCommand::Explain(args) => return explain::explain(args, context),
         PolicyCommand::Ls { json, config } | PolicyCommand::Show { json, config, .. } => (*json, config),
     };

@@ -41,13 +41,8 @@ pub enum PolicyFileError {
         source: std::io::Error,
     },
     /// The text is no policy.
-    #[error("{}: {source}", path.display())]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Line and key.
-        source: PolicyError,
-    },
+    #[error("{0}")]
+    Parse(PolicyError),
     /// There are more than any daemon needs.
     #[error("{}: more than {POLICIES_MAX} policy files; remove some", path.display())]
     TooMany {
@@ -73,8 +68,7 @@ const BUILT_IN: [(&str, &str); 5] = [
 pub fn policy_sources(dirs: &[PathBuf]) -> Result<BTreeMap<String, PolicySource>, PolicyFileError> {
     let mut all = BTreeMap::new();
     for (name, text) in BUILT_IN {
-        let path = PathBuf::from("(built-in)");
-        let policy = Policy::parse(name, text).map_err(|source| PolicyFileError::Parse { path, source })?;
+        let policy = Policy::parse(name, text).map_err(PolicyFileError::Parse)?;
         let source = PolicySource { policy, text: text.to_owned(), origin: PolicyOrigin::BuiltIn };
         all.insert(name.to_owned(), source);
     }
@@ -83,7 +77,7 @@ pub fn policy_sources(dirs: &[PathBuf]) -> Result<BTreeMap<String, PolicySource>
             let Some(name) = path.file_stem().and_then(|s| s.to_str()).map(str::to_owned) else { continue };
             let text = super::raw::read_bounded(&path).map_err(|e| read_error(&path, e))?;
             let policy = Policy::parse(&name, &text)
-                .map_err(|source| PolicyFileError::Parse { path: path.clone(), source })?;
+                .map_err(|error| PolicyFileError::Parse(error.in_file(path.display())))?;
             all.insert(name, PolicySource { policy, text, origin: PolicyOrigin::File(path) });
         }
         if all.len() > POLICIES_MAX {

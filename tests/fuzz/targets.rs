@@ -76,7 +76,7 @@ pub(crate) fn policy_file(data: &[u8]) {
         }
     };
     for key in ["rule[0].path[1]", "egress.host[3].name", "limits.cpus", "models.allow[0]", "description"] {
-        assert!(Policy::line_of(&policy_text, key).is_none_or(|line| line <= lines(&policy_text)));
+        assert!(Policy::place_of(&policy_text, key).is_none_or(|(line, _)| line <= lines(&policy_text)));
     }
     let narrowing = match Narrowing::parse("narrow.toml", &narrow_text) {
         Ok(narrowing) => {
@@ -106,8 +106,8 @@ fn lines(text: &str) -> usize {
 
 fn line_is_there(error: &PolicyError, text: &str) {
     assert!(!error.to_string().is_empty());
-    if let PolicyError::Value { line: Some(line), .. } = error {
-        assert!(*line >= 1 && *line <= lines(text), "{error}");
+    if let Some(line) = error.line {
+        assert!(line >= 1 && line <= lines(text), "{error}");
     }
 }
 

@@ -143,8 +143,8 @@ fn a_narrowing_of_the_users_own_holds_in_the_cell_and_cannot_widen() {
     );
     for (text, words) in [
         ("[limits]\ncost = 1", "unknown field"),
-        ("[[rule]]\naction = 'deny'", "narrow, line 1: rule[0].reason"),
-        ("[models]\nallow = ['x']\nunpriced = { input = 1.0, output = 1.0 }", "line 3: models.unpriced"),
+        ("[[rule]]\naction = 'deny'", "narrow:1: rule[0].reason"),
+        ("[models]\nallow = ['x']\nunpriced = { input = 1.0, output = 1.0 }", "narrow:3: models.unpriced"),
     ] {
         let answer = world.call("POST", "/v1/jobs", &json!({ "prompt": "x", "narrow": text }).to_string());
         assert_eq!(answer.status, 400, "{}", answer.body);

@@ -406,7 +406,7 @@ fn blocks(content: &Value) -> &[Value] {
 fn telling_argument(tool: &str, input: &Value) -> String {
     let key = match tool {
         "Bash" | "PowerShell" => "command",
-        "Read" | "Write" | "Edit" | "MultiEdit" => "file_path",
+        "Read" | "Write" | "Edit" => "file_path",
         "NotebookEdit" | "NotebookRead" => "notebook_path",
         "Glob" | "Grep" => "pattern",
         "WebFetch" => "url",
