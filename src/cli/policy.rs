@@ -10,7 +10,7 @@ use serde_json::json;
 use super::Context;
 use super::fail::{CliError, ExitCode};
 use super::render::{Text, tables};
-use super::serve::ConfigFlags;
+use super::serve::{Concerns, ConfigFlags};
 use crate::config::{Config, PolicyOrigin, PolicySource, policy_sources};
 
 /// Show, check and explain policies
@@ -28,7 +28,7 @@ enum PolicyCommand {
         #[arg(long)]
         json: bool,
         #[command(flatten)]
-        config: ConfigFlags,
+        config: ConfigFlags<PolicyDirs>,
     },
     /// Print one
     Show {
@@ -39,12 +39,22 @@ enum PolicyCommand {
         #[arg(long)]
         json: bool,
         #[command(flatten)]
-        config: ConfigFlags,
+        config: ConfigFlags<PolicyDirs>,
     },
     /// Check a policy file: errors name file, line and key
     Check(check::CheckArgs),
     /// Say which rule decides a question, and why; exit code 0 for yes, 1 for no
     Explain(explain::ExplainArgs),
+}
+
+/// Which settings say what policies there are.
+#[derive(Debug, Clone)]
+struct PolicyDirs;
+
+impl Concerns for PolicyDirs {
+    fn has(key: &str) -> bool {
+        key == "policy_dirs"
+    }
 }
 
 impl PolicyArgs {

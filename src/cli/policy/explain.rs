@@ -10,7 +10,7 @@ use super::super::Context;
 use super::super::args;
 use super::super::fail::{CliError, ExitCode};
 use super::super::render::{Style, Text};
-use super::super::serve::ConfigFlags;
+use super::super::serve::{Concerns, ConfigFlags};
 use crate::config::{Config, policy_sources, read_policy_text};
 use crate::job::JobSpec;
 use crate::money::MicroUsd;
@@ -47,13 +47,26 @@ pub(super) struct ExplainArgs {
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
     /// May a job spend this much?
-    #[arg(long, value_name = "USD", value_parser = args::usd)]
+    #[arg(long, value_name = "USD", value_parser = args::usd, allow_hyphen_values = true)]
     cost: Option<f64>,
     /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]
-    pub(super) config: ConfigFlags,
+    config: ConfigFlags<PolicyDefaults>,
+}
+
+/// Which settings say what policies there are, and what a job gets that names nothing.
+#[derive(Debug, Clone)]
+struct PolicyDefaults;
+
+impl Concerns for PolicyDefaults {
+    fn has(key: &str) -> bool {
+        matches!(
+            key,
+            "policy_dirs" | "defaults.policy" | "defaults.model" | "defaults.image" | "defaults.provider"
+        )
+    }
 }
 
 /// Answers one question; exit code 0 for yes and 1 for no.
