@@ -142,7 +142,36 @@ pub async fn run(
         problems: RwLock::new(problems(&parts)),
         shutdown: shutdown.drain.clone(),
     });
-    let mut tasks: JoinSet<&'static str> = JoinSet::new();
+    let mut tasks = spawn_faces(&api, listeners, &close);
+    let (swept, closing) = (parts.clone(), close.clone());
+    tasks.spawn(async move {
+        sweeper::run(swept, closing).await;
+        "sweeper"
+    });
+    let (drain, hurry) = (shutdown.drain.clone(), shutdown.hurry.clone());
+    tasks.spawn(async move {
+        driver.run(drain, hurry).await;
+        "driver"
+    });
+    tracing::info!(socket = %config.socket.display(), slots, "hotcell serves");
+    let failed = until_one_ends(tasks, &shutdown, &close).await;
+    drop(api);
+    match Arc::try_unwrap(parts) {
+        Ok(parts) => parts.store.close().await?,
+        Err(_) => tracing::warn!("somebody still holds the store; it is closed by the end of the process"),
+    }
+    match failed {
+        Some(words) => bail!(words),
+        None => Ok(()),
+    }
+}
+
+/// Names of the daemon's tasks, which they give when they end.
+type Tasks = JoinSet<&'static str>;
+
+/// Serves the API, and metrics over TCP where asked for, until `close`.
+fn spawn_faces(api: &Arc<Api>, listeners: Listeners, close: &CancellationToken) -> Tasks {
+    let mut tasks = Tasks::new();
     let router = api::router(api.clone()).into_make_service_with_connect_info::<api::peer::Peer>();
     let closing = close.clone();
     tasks.spawn(async move {
@@ -156,50 +185,32 @@ pub async fn run(
     if let Some(listener) = listeners.metrics {
         let (router, closing) = (api::metrics_router(api.clone()), close.clone());
         tasks.spawn(async move {
-            if let Err(error) =
-                axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned()).await
-            {
+            let served = axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned());
+            if let Err(error) = served.await {
                 tracing::error!(%error, "the metrics listener ended");
             }
             "metrics"
         });
     }
-    let (swept, closing) = (parts.clone(), close.clone());
-    tasks.spawn(async move {
-        sweeper::run(swept, closing).await;
-        "sweeper"
-    });
-    let (drain, hurry) = (shutdown.drain.clone(), shutdown.hurry.clone());
-    tasks.spawn(async move {
-        driver.run(drain, hurry).await;
-        "driver"
-    });
-    tracing::info!(socket = %config.socket.display(), slots, "hotcell serves");
+    tasks
+}
 
-    // The first task that ends is the driver after a drain; any other one, or a panic, ends the daemon.
-    let mut failed = None;
-    match tasks.join_next().await {
-        Some(Ok("driver")) if shutdown.drain.is_cancelled() => {}
-        Some(Ok(name)) => failed = Some(format!("the {name} task ended by itself")),
-        Some(Err(error)) => failed = Some(format!("a task of the daemon died: {error}")),
-        None => {}
-    }
+/// The first task that ends is the driver after a drain; any other one, or a panic, ends the daemon, in words.
+async fn until_one_ends(mut tasks: Tasks, shutdown: &Shutdown, close: &CancellationToken) -> Option<String> {
+    let failed = match tasks.join_next().await {
+        Some(Ok("driver")) if shutdown.drain.is_cancelled() => None,
+        Some(Ok(name)) => Some(format!("the {name} task ended by itself")),
+        Some(Err(error)) => Some(format!("a task of the daemon died: {error}")),
+        None => None,
+    };
     shutdown.drain.cancel();
     close.cancel();
-    let finish = async { while tasks.join_next().await.is_some() {} };
     let limit = if failed.is_some() { BOOT_MAX } else { CLOSE_MAX };
+    let finish = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(limit, finish).await.is_err() {
         tasks.shutdown().await;
     }
-    drop(api);
-    match Arc::try_unwrap(parts) {
-        Ok(parts) => parts.store.close().await?,
-        Err(_) => tracing::warn!("somebody still holds the store; it is closed by the end of the process"),
-    }
-    match failed {
-        Some(words) => bail!(words),
-        None => Ok(()),
-    }
+    failed
 }
 
 /// Tells the loop how many jobs each user with open ones may run: as their entries say now, for the identity
