@@ -1,7 +1,7 @@
 //! The daemon's composition root: configuration → parts → run → drain. The caller owns socket, engine and
 //! stop ([`run`]); [`serve`] is the caller for `hotcell serve`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use crate::cell::park::{Admission, Budgets, Pauses};
 use crate::cell::record::Feeds;
 use crate::cell::runtime::Tried;
 use crate::cell::{Parts, Settings};
-use crate::config::{Config, policy_sources, unknown_name};
+use crate::config::{Config, PolicyShelf, unknown_name};
 use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
@@ -31,7 +31,7 @@ use crate::job::State;
 use crate::journal;
 use crate::metrics::Metrics;
 use crate::money::Calendar;
-use crate::policy::{Access, Defaults, Policy};
+use crate::policy::{Access, Defaults};
 use crate::pricing::Prices;
 use crate::store::{Filter, Store};
 use crate::sweeper;
@@ -237,15 +237,11 @@ async fn slot_limits(parts: &Parts, access: &Access, driver: &mut Driver) -> any
     }
 }
 
-async fn build(
-    config: &Config,
-    engine: Arc<dyn Engine>,
-) -> anyhow::Result<(Arc<Parts>, BTreeMap<String, Policy>)> {
+async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<Parts>, Arc<PolicyShelf>)> {
     let state_dir = make_state_dir(&config.state_dir)?;
     check_init(&config.init_binary)?;
-    let sources = policy_sources(&config.policy_dirs)?;
-    let policies: BTreeMap<String, Policy> =
-        sources.into_iter().map(|(name, source)| (name, source.policy)).collect();
+    let shelf = Arc::new(PolicyShelf::open(&config.policy_dirs)?);
+    let policies = shelf.now();
     if !policies.contains_key(&config.defaults.policy) {
         let known = policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         bail!("defaults.policy: there is no policy {:?} (there are: {known})", config.defaults.policy);
@@ -294,7 +290,7 @@ async fn build(
         admission,
         pauses,
     };
-    Ok((Arc::new(parts), policies))
+    Ok((Arc::new(parts), shelf))
 }
 
 /// How hosts and providers are reached from here.
@@ -359,10 +355,10 @@ pub fn make_state_dir(path: &Path) -> anyhow::Result<PathBuf> {
     // Others may pass through (cells' mounts lie below), but neither list nor write.
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o711))
         .with_context(|| format!("state_dir: {shown} is not ours"))?;
-    for name in ["jobs", "cells", "images", "agents"] {
+    for name in ["jobs", "cells", "images", "agents", "audit"] {
         let dir = path.join(name);
         if !dir.exists() {
-            let mode = if name == "jobs" { 0o700 } else { 0o711 };
+            let mode = if matches!(name, "jobs" | "audit") { 0o700 } else { 0o711 };
             std::fs::DirBuilder::new()
                 .mode(mode)
                 .create(&dir)

@@ -147,7 +147,7 @@ fn one_job() -> Value {
                 "responses": { "200": answer("The job", "JobView"), "default": error() },
             },
             "delete": {
-                "operationId": "deleteJob", "summary": "Delete a job that is over, with its events",
+                "operationId": "deleteJob", "summary": "Delete a job that is over, with its events; its audit is kept",
                 "parameters": [id()],
                 "responses": { "204": { "description": "It is gone" }, "default": error() },
             },
@@ -200,7 +200,7 @@ fn told_of_jobs() -> Value {
         },
         "/v1/jobs/{id}/audit": audit(
             "auditJob",
-            "What was decided in a job",
+            "What was decided in a job, removed ones too",
             vec![id(), query("after_seq", "number of the last event that is known")],
         ),
         "/v1/audit": audit(

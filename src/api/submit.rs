@@ -1,6 +1,7 @@
 //! `POST /v1/jobs`: raw JSON → spec → plan → workspace opened as the peer → row. What is refused leaves
 //! nothing behind; what is accepted is on the disk before its id is told.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::body::Bytes;
@@ -22,7 +23,7 @@ use crate::job::spec::{SPEC_BYTES_MAX, SpecError, WorkspaceMode};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
 use crate::money::MicroUsd;
-use crate::policy::{Grant, Narrowing, Plan, narrow};
+use crate::policy::{Grant, Narrowing, Plan, Policy, narrow};
 use crate::scheduler::Ticket;
 use crate::store::{Batch, NewJob, StoreError, Submitted};
 use crate::workspace::{self, Access, Guard, WorkspaceRecord};
@@ -70,7 +71,8 @@ pub async fn submit(
         ApiError::new(code, error).hint("`hotcell schema` prints the JSON Schema of a job spec")
     })?;
     let granted = api.granted(&identity)?;
-    let plan = plan(&api, &spec, &granted, &identity)?;
+    let policies = api.policies().await?;
+    let plan = plan(&api, &policies, &spec, &granted, &identity)?;
     if api.parts.metrics.engine_up.get() == 0 {
         let words = format!("the container engine at {} does not answer", api.engine_address);
         return Err(ApiError::new(ErrorCode::EngineUnavailable, words)
@@ -116,17 +118,23 @@ fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<(String, [u8; 
     Ok(Some((key.to_owned(), Sha256::digest(body).into())))
 }
 
-fn plan(api: &Api, spec: &JobSpec, granted: &Grant, who: &Identity) -> Result<Plan, ApiError> {
+fn plan(
+    api: &Api,
+    policies: &BTreeMap<String, Policy>,
+    spec: &JobSpec,
+    granted: &Grant,
+    who: &Identity,
+) -> Result<Plan, ApiError> {
     let name = spec.policy.as_deref().or(granted.default_policy.as_deref()).unwrap_or(&api.default_policy);
     granted.policy(name)?;
-    let policy = api.policies.get(name).ok_or_else(|| {
-        let mine = api.policies.keys().map(String::as_str).filter(|name| granted.has_policy(name));
+    let policy = policies.get(name).ok_or_else(|| {
+        let mine = policies.keys().map(String::as_str).filter(|name| granted.has_policy(name));
         let known = mine.collect::<Vec<_>>().join(", ");
         ApiError::new(
             ErrorCode::UnknownPolicy,
             format!("policy: there is no policy {name:?} (there are: {known})"),
         )
-        .hint("`hotcell policy ls` lists them; the daemon reads policy files when it starts")
+        .hint("`hotcell policy ls` lists them")
     })?;
     let own = spec.narrow.as_deref().map(|text| Narrowing::parse("narrow", text)).transpose();
     let own = own.map_err(|error| {

@@ -11,10 +11,13 @@ use super::Context;
 use super::fail::{CliError, ExitCode};
 use super::render::{Text, tables};
 use super::serve::{Concerns, ConfigFlags};
-use crate::config::{Config, PolicyOrigin, PolicySource, policy_sources};
+use crate::config::{BrokenPolicy, Config, PolicyListing, PolicyOrigin, PolicySource};
 
 /// Show, check and explain policies
 #[derive(Debug, Args)]
+#[command(after_help = "\
+The daemon looks at the files again at each submit. Jobs that were accepted keep the policy that
+they were accepted under; a file that cannot be used any more changes nothing until it can.")]
 pub(super) struct PolicyArgs {
     #[command(subcommand)]
     command: PolicyCommand,
@@ -22,7 +25,7 @@ pub(super) struct PolicyArgs {
 
 #[derive(Debug, Subcommand)]
 enum PolicyCommand {
-    /// List them
+    /// List them, and the files that cannot be used
     Ls {
         /// Print a JSON array
         #[arg(long)]
@@ -74,25 +77,45 @@ pub(super) fn policy(args: &PolicyArgs, context: &mut Context) -> Result<ExitCod
         PolicyCommand::Ls { json, config } | PolicyCommand::Show { json, config, .. } => (*json, config),
     };
     let config = Config::load(&config.flags(), &context.machine)?;
-    let all = policy_sources(&config.policy_dirs)?;
     let PolicyCommand::Show { name, .. } = &args.command else {
-        if json {
-            context.out.json(&all.iter().map(|(name, source)| as_json(name, source)).collect::<Vec<_>>())?;
-        } else {
-            context.out.print(&tables::policies(context.out.paint, all.iter()))?;
-        }
-        return Ok(ExitCode::Succeeded);
+        return list(json, PolicyListing::read(&config.policy_dirs), context);
     };
-    let source = all.get(name).ok_or_else(|| {
-        let names = all.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-        CliError::usage_hint(format!("there is no policy {name}"), format!("there are: {names}"))
-    })?;
+    let source = &find(PolicyListing::read(&config.policy_dirs), name)?;
     if json {
         context.out.json(&as_json(name, source))?;
     } else {
         context.out.print(&Text::new(context.out.paint).plain(&source.text))?;
     }
     Ok(ExitCode::Succeeded)
+}
+
+/// Those that can be used, and the files that cannot: a running daemon keeps what it last read of them.
+fn list(json: bool, listing: PolicyListing, context: &mut Context) -> Result<ExitCode, CliError> {
+    let code = if listing.broken.is_empty() { ExitCode::Succeeded } else { ExitCode::Usage };
+    if json {
+        let good = listing.all.iter().map(|(name, source)| as_json(name, source));
+        let bad = listing.broken.iter().map(|b| json!({ "file": b.path, "error": b.error.to_string() }));
+        context.out.json(&good.chain(bad).collect::<Vec<_>>())?;
+        return Ok(code);
+    }
+    context.out.print(&tables::policies(context.out.paint, listing.all.iter()))?;
+    for broken in &listing.broken {
+        let words = format!("not usable, so that the daemon keeps what it last read there: {}", broken.error);
+        context.out.notice(&words)?;
+    }
+    Ok(code)
+}
+
+/// The policy of that name; where its file cannot be used, what is wrong with it.
+fn find(mut listing: PolicyListing, name: &str) -> Result<PolicySource, CliError> {
+    let named = |broken: &BrokenPolicy| broken.path.file_stem().is_some_and(|stem| stem == name);
+    if let Some(at) = listing.broken.iter().position(named) {
+        return Err(listing.broken.swap_remove(at).error.into());
+    }
+    let names = listing.all.keys().cloned().collect::<Vec<_>>().join(", ");
+    listing.all.remove(name).ok_or_else(|| {
+        CliError::usage_hint(format!("there is no policy {name}"), format!("there are: {names}"))
+    })
 }
 
 fn as_json(name: &str, source: &PolicySource) -> serde_json::Value {

@@ -11,7 +11,7 @@ use super::super::args;
 use super::super::fail::{CliError, ExitCode};
 use super::super::render::{Style, Text};
 use super::super::serve::{Concerns, ConfigFlags};
-use crate::config::{Config, policy_sources, read_policy_text};
+use crate::config::{Config, PolicyListing, read_policy_text};
 use crate::job::JobSpec;
 use crate::money::MicroUsd;
 use crate::policy::egress::{Terms, decide_url};
@@ -76,11 +76,7 @@ pub(super) fn explain(args: &ExplainArgs, context: &mut Context) -> Result<ExitC
         Some(path) => parse_file(path, Policy::parse)?,
         None => {
             let name = args.policy.as_deref().unwrap_or(&config.defaults.policy);
-            let mut all = policy_sources(&config.policy_dirs)?;
-            let names = all.keys().cloned().collect::<Vec<_>>().join(", ");
-            let found = all.remove(name).ok_or_else(|| {
-                CliError::usage_hint(format!("there is no policy {name}"), format!("there are: {names}"))
-            })?;
+            let found = super::find(PolicyListing::read(&config.policy_dirs), name)?;
             found.policy
         }
     };
