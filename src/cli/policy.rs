@@ -125,3 +125,77 @@ fn as_json(name: &str, source: &PolicySource) -> serde_json::Value {
     };
     json!({ "name": name, "hash": source.policy.hash, "file": file, "policy": source.policy })
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::super::{Cli, fake, run_args};
+    use super::*;
+
+    #[test]
+    fn help_names_the_settings_that_a_command_reads_and_no_others() {
+        let mut command = Cli::command();
+        let policy = command.find_subcommand_mut("policy").expect("policy");
+        for (name, flags) in [
+            ("ls", &["config", "policy-dirs"][..]),
+            ("show", &["config", "policy-dirs"]),
+            ("check", &[]),
+            (
+                "explain",
+                &[
+                    "config",
+                    "policy-dirs",
+                    "defaults-policy",
+                    "defaults-model",
+                    "defaults-image",
+                    "defaults-provider",
+                ],
+            ),
+        ] {
+            let sub = policy.find_subcommand_mut(name).expect(name);
+            let help = sub.render_long_help().to_string();
+            let settings = help.split_once("Settings:").map_or("", |(_, rest)| rest);
+            let named: Vec<&str> = settings
+                .lines()
+                .filter_map(|line| line.trim().strip_prefix("--")?.split_whitespace().next())
+                .collect();
+            assert_eq!(named, flags, "{name}: {help}");
+        }
+    }
+
+    #[test]
+    fn a_finding_has_fields_of_its_own_and_an_exit_code() {
+        let dir = tempfile::tempdir().expect("dir");
+        let check = |text: &str, flags: &[&str]| {
+            let file = dir.path().join("mine.toml");
+            std::fs::write(&file, text).expect("write");
+            let file = file.to_str().expect("UTF-8").to_owned();
+            let args = ["hotcell", "policy", "check", "--narrow", &file];
+            let args: Vec<_> = args.iter().chain(flags).map(Into::into).collect();
+            let (mut context, stdout, stderr) = fake::context();
+            let code = run_args(&args, &mut context);
+            (code, stdout.text().replace(&file, "F"), stderr.text().replace(&file, "F"))
+        };
+        let broken = "[tools]\nallow = ['A*b']";
+        let (code, out, err) = check(broken, &[]);
+        assert_eq!((code, out.as_str()), (ExitCode::Usage, ""));
+        assert!(err.contains("F:2: tools.allow[0]: \"A*b\"") && err.matches('F').count() == 1, "{err}");
+        let (code, out, err) = check(broken, &["--json"]);
+        let found: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+        assert_eq!((code, err.as_str()), (ExitCode::Usage, ""));
+        assert_eq!((&found[0]["file"], &found[0]["key"]), (&json!("F"), &json!("tools.allow[0]")));
+        assert_eq!((&found[0]["line"], &found[0]["column"]), (&json!(2), &json!(10)));
+        assert_eq!(found[0]["severity"], "error");
+        let odd = "[tools]\ndeny = ['bash']";
+        let (code, out, _) = check(odd, &[]);
+        assert_eq!(code, ExitCode::Succeeded);
+        assert!(
+            out.starts_with("warning: F:2: tools.deny[0]: bash can never match") && out.contains("valid: F")
+        );
+        let (code, out, _) = check(odd, &["--json"]);
+        let found: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+        assert_eq!((code, &found[0]["severity"]), (ExitCode::Succeeded, &json!("warning")));
+        assert_eq!(check("", &["--json"]), (ExitCode::Succeeded, "[]\n".into(), String::new()));
+    }
+}
