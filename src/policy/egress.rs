@@ -27,6 +27,8 @@ use super::narrow::Layer;
 
 /// Most hosts of one policy.
 const HOSTS_MAX: usize = 256;
+/// Most ports, methods or paths of one host.
+const HOST_ENTRIES_MAX: usize = 256;
 /// What `everything` must say.
 const EVERYTHING: &str = "yes, any host";
 /// What a job may reach. Empty: nothing.
@@ -240,6 +242,15 @@ impl HostRule {
         }
         if self.ports.is_empty() || self.ports.contains(&0) {
             return Err(("ports", "must name at least one port from 1 to 65535".into()));
+        }
+        for (key, entries) in [
+            ("ports", self.ports.len()),
+            ("methods", self.methods.as_ref().map_or(0, Vec::len)),
+            ("paths", self.paths.as_ref().map_or(0, Vec::len)),
+        ] {
+            if entries > HOST_ENTRIES_MAX {
+                return Err((key, format!("has {entries} entries; at most {HOST_ENTRIES_MAX} are read")));
+            }
         }
         self.check_inspected()?;
         for (key, least, value) in [

@@ -213,19 +213,25 @@ pub const LIST_ENTRIES_MAX: usize = 256;
 /// Longest entry of such a list, in bytes.
 pub const LIST_ENTRY_BYTES_MAX: usize = 512;
 
+/// A list of names is bounded, and so is each of them.
+pub(super) fn check_bounds(key: &str, entries: &[String]) -> Result<(), (String, String)> {
+    if entries.len() > LIST_ENTRIES_MAX {
+        let problem = format!("has {} entries; at most {LIST_ENTRIES_MAX} are read", entries.len());
+        return Err((key.to_owned(), problem));
+    }
+    match entries.iter().enumerate().find(|(_, entry)| entry.len() > LIST_ENTRY_BYTES_MAX) {
+        Some((index, long)) => {
+            let problem = format!("has {} bytes; at most {LIST_ENTRY_BYTES_MAX} are read", long.len());
+            Err((format!("{key}[{index}]"), problem))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Lists are bounded, and patterns have their `*` at the end only.
 pub(super) fn check_patterns(lists: &[(&str, Option<&Vec<String>>)]) -> Result<(), (String, String)> {
     for (key, list) in lists {
-        let entries = list.map_or(&[][..], |list| list);
-        if entries.len() > LIST_ENTRIES_MAX {
-            let problem = format!("has {} entries; at most {LIST_ENTRIES_MAX} are read", entries.len());
-            return Err(((*key).to_owned(), problem));
-        }
-        let long = entries.iter().enumerate().find(|(_, p)| p.len() > LIST_ENTRY_BYTES_MAX);
-        if let Some((index, long)) = long {
-            let problem = format!("has {} bytes; at most {LIST_ENTRY_BYTES_MAX} are read", long.len());
-            return Err((format!("{key}[{index}]"), problem));
-        }
+        check_bounds(key, list.map_or(&[][..], |list| list))?;
         let mut patterns = list.iter().copied().flatten().enumerate();
         if let Some((index, bad)) = patterns.find(|(_, p)| !super::is_pattern(p)) {
             let problem = format!("{bad:?}: a name, or the beginning of one with a '*' at its end");
