@@ -244,7 +244,7 @@ fn a_policy_that_is_edited_counts_from_the_next_submit_and_a_broken_one_changes_
     let refused = || {
         let spec = json!({ "prompt": "x", "policy": "mine", "limits": { "cost_usd": 99 } });
         let answer = world.call("POST", "/v1/jobs", &spec.to_string());
-        assert_eq!(answer.status, 400, "{}", answer.body);
+        assert!(matches!(answer.status, 400 | 403), "{}", answer.body);
         answer.json()["error"]["message"].as_str().unwrap().to_owned()
     };
     let whoami = || world.call("GET", "/v1/whoami", "").json()["policies"].to_string().contains("\"mine\"");
