@@ -23,6 +23,8 @@ use crate::policy::{Ask, Plan, decide};
 
 /// Largest body that is looked through on the spot.
 const BODY_BYTES_INLINE: usize = 512 << 10;
+/// Pieces of a body that are copied together at once.
+const PIECES_MAX: usize = 16;
 /// Headers that mean something to the provider: see [`inspect`].
 const VENDOR_PREFIX: &str = "anthropic-";
 /// The version of the API that is understood here.
@@ -216,13 +218,22 @@ async fn read_body(
         .await
         .map_err(closed)?;
     let mut bytes = BytesMut::with_capacity(declared.unwrap_or(0));
+    // Kept until they are copied together: given back one by one, the connection's buffer would grow with each, and
+    // stay as large for as long as the answer lasts.
+    let mut pieces: Vec<Bytes> = Vec::with_capacity(PIECES_MAX);
+    let mut length = 0;
     while let Some(frame) = body.frame().await {
         let broken = |_| Refused::new(Refusal::Transport, "the request body broke off");
         let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
-        if bytes.len() + data.len() > bytes_max {
+        length += data.len();
+        if length > bytes_max {
             return Err(too_large());
         }
-        bytes.extend_from_slice(&data);
+        pieces.push(data);
+        if pieces.len() == PIECES_MAX {
+            pieces.drain(..).for_each(|piece| bytes.extend_from_slice(&piece));
+        }
     }
+    pieces.iter().for_each(|piece| bytes.extend_from_slice(piece));
     Ok((bytes.freeze(), memory))
 }

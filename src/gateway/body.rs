@@ -108,7 +108,9 @@ impl BodyFacts {
     /// See [`BodyError`].
     pub fn read(body: &[u8]) -> Result<Self, BodyError> {
         let malformed = |error: serde_json::Error| BodyError::Malformed(error.to_string());
-        let top: read::Top<'_> = serde_json::from_slice(body).map_err(malformed)?;
+        // Once for all texts in it, each of which would be looked at apart.
+        let text = std::str::from_utf8(body).map_err(|error| BodyError::Malformed(error.to_string()))?;
+        let top: read::Top<'_> = serde_json::from_str(text).map_err(malformed)?;
         if let Some(refused) = top.refused {
             return Err(refused);
         }

@@ -22,7 +22,7 @@ use super::ledger::{Ask, Grant, LedgerError};
 use super::meter::{Meter, Reading};
 use super::pace::{Ending, Turn};
 use super::provider::{Outgoing, Target, Way};
-use super::relay::{Body, Ended, Pump, Waiting, error_response, passed_on};
+use super::relay::{Body, Ended, Pump, Source, Waiting, error_response, passed_on};
 use super::secret::Secrets;
 use super::{GatewayEvent, Refusal};
 use crate::clock;
@@ -47,7 +47,8 @@ pub(super) async fn answer(lease: Arc<Shared>, request: Request<Incoming>) -> Re
     let admitted = match here {
         Some(Ok(response)) => return response,
         Some(Err(refused)) => Err(refused),
-        None => admit(&lease, request).await,
+        // Boxed, here and below: what is long past must not take room for as long as an answer lasts.
+        None => Box::pin(admit(&lease, request)).await,
     };
     let refused = match admitted {
         Ok(call) => {
@@ -126,7 +127,7 @@ impl Call {
         let (grant, turn) = match self.target {
             // Free, and limited apart: it has nothing to wait for.
             Target::CountTokens => (None, None),
-            Target::Messages => match self.prepare(&mut head).await {
+            Target::Messages => match Box::pin(self.prepare(&mut head)).await {
                 Ok((grant, turn)) => (Some(grant), Some(turn)),
                 Err(Stop::Gone) => return,
                 Err(Stop::Refused(refused)) => {
@@ -281,7 +282,7 @@ impl Call {
     async fn forward(&mut self, mut head: Head, mut turn: Option<Turn>) -> Relayed {
         let give_up = self.arrived + self.lease.gateway.limits.pace_wait;
         for attempt in 1.. {
-            let (answer, secrets, ttfb_ms) = match self.send(&mut head).await {
+            let (answer, secrets, ttfb_ms) = match Box::pin(self.send(&mut head)).await {
                 Ok(sent) => sent,
                 Err((relayed, response)) => {
                     let _ = head.send(*response);
@@ -392,20 +393,27 @@ impl Call {
         let (pieces, receiver) = mpsc::channel(PIECES_MAX);
         let whole = Arc::new(AtomicBool::new(false));
         let waiting = Waiting { pieces: receiver, whole: Arc::clone(&whole) };
+        let (status, mut source) = (parts.status, Source::new(body));
+        let response = passed_on(status, &parts.headers, &secrets, waiting);
+        // They share a buffer with the answer's body, which is used again once they are gone.
+        drop(parts);
+        // What is there already goes out together with the head.
+        source.look().await;
         // Fails when the client has left: then the answer is only metered.
-        let _ = head.send(passed_on(parts.status, &parts.headers, &secrets, waiting));
+        let _ = head.send(response);
         let censor = Censor::new(secrets);
-        let ended = Pump { lease: &self.lease, limits, pieces, whole, censor }.run(body, &mut meter).await;
+        let pump = Pump { lease: &self.lease, limits, pieces, whole, censor };
+        let ended = pump.run(source, &mut meter).await;
         let reading = meter.finish();
         if let Some(turn) = turn {
             let limited = matches!(reading.error.as_deref(), Some("rate_limit_error" | "overloaded_error"));
-            turn.end(match parts.status {
+            turn.end(match status {
                 _ if limited => Ending::Limited { retry_after_ms: None },
                 status if status.is_success() && ended == Ended::Whole => Ending::Served,
                 _ => Ending::Other,
             });
         }
-        let status = parts.status.as_u16();
+        let status = status.as_u16();
         // A gateway before the provider gave up on an answer that may have been made whole.
         let given_up = !self.facts.stream && matches!(status, 408 | 502 | 504 | 520..=524);
         let unknown = self.target == Target::Messages && (metered || given_up);
