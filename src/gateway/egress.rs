@@ -12,7 +12,9 @@ pub mod ca;
 mod door;
 mod forward;
 pub mod hello;
+mod names;
 pub mod route;
+mod tally;
 mod tunnel;
 mod wire;
 
@@ -29,7 +31,9 @@ use serde::Serialize;
 
 pub use ca::{CaError, CellCa};
 pub(super) use door::Door;
+pub use names::SystemResolver;
 pub use route::{CorporateProxy, Dial, Network, Resolve, RouteError};
+pub use tally::{Tally, Used};
 
 use super::Gateway;
 use super::credentials::Injected;
@@ -206,6 +210,8 @@ pub struct EgressSpec {
     pub ca: Option<Arc<CellCa>>,
     /// The credentials that this job's submitter may use.
     pub credentials: Arc<dyn Credentials>,
+    /// What the job has used so far, in this cell and in those before.
+    pub tally: Arc<Tally>,
 }
 
 impl fmt::Debug for EgressSpec {
@@ -213,6 +219,7 @@ impl fmt::Debug for EgressSpec {
         f.debug_struct("EgressSpec")
             .field("egress", &self.egress)
             .field("ca", &self.ca)
+            .field("tally", &self.tally)
             .finish_non_exhaustive()
     }
 }
