@@ -144,7 +144,8 @@ impl Shared {
         let shared = Arc::clone(self);
         let settled = tokio::task::spawn_blocking(move || {
             let accounts = shared.accounts.lock().unwrap_or_else(PoisonError::into_inner);
-            accounts.values().try_for_each(|account| account.settle())
+            let sums = accounts.iter().map(|(name, account)| (name.clone(), account.used()));
+            shared.spec.tally.settle(sums)
         });
         // What is noted stays, which is a little more.
         if let Ok(Err(error)) = settled.await {

@@ -4,7 +4,8 @@
 //! in it, and one that ends in order the exact sum. It must never let a byte pass that could not be noted.
 
 use std::collections::BTreeMap;
-use std::io::{self, ErrorKind};
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -69,8 +70,9 @@ impl Tally {
         let mut changed = noted.get(account).copied().unwrap_or_default();
         change(&mut changed);
         let before = noted.insert(account.to_owned(), changed);
-        let written = self.write(&noted);
-        if written.is_err() {
+        let written = self.write(&noted, false);
+        if let Err(error) = &written {
+            tracing::error!(%error, path = %self.path.display(), "cannot note what a job uses: it goes no further");
             match before {
                 Some(before) => noted.insert(account.to_owned(), before),
                 None => noted.remove(account),
@@ -79,11 +81,23 @@ impl Tally {
         written
     }
 
+    /// Sets the exact sums of some rules, and waits until they are on the disk: a job that waits without a cell
+    /// outlives a power loss. Blocks.
+    pub(super) fn settle(&self, sums: impl IntoIterator<Item = (String, Used)>) -> io::Result<()> {
+        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        noted.extend(sums);
+        if noted.is_empty() { Ok(()) } else { self.write(&noted, true) }
+    }
+
     /// Whole or not at all.
-    fn write(&self, noted: &BTreeMap<String, Used>) -> io::Result<()> {
+    fn write(&self, noted: &BTreeMap<String, Used>, sync: bool) -> io::Result<()> {
         let text = serde_json::to_vec(noted).map_err(io::Error::other)?;
         let new = self.path.with_extension("new");
-        std::fs::write(&new, text)?;
+        let mut file = File::create(&new)?;
+        file.write_all(&text)?;
+        if sync {
+            file.sync_data()?;
+        }
         std::fs::rename(&new, &self.path)
     }
 }

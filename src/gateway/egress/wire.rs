@@ -82,10 +82,9 @@ impl Account {
         Ok(())
     }
 
-    /// Notes the exact sums; only once no connection is left.
-    pub(super) fn settle(&self) -> io::Result<()> {
-        let exact = Used { bytes_up: self.up.used(), bytes_down: self.down.used() };
-        self.tally.note(&self.name, |used| *used = exact)
+    /// The exact sums, once no connection is left.
+    pub(super) fn used(&self) -> Used {
+        Used { bytes_up: self.up.used(), bytes_down: self.down.used() }
     }
 
     /// A place among the rule's connections; the key of the limit that is reached otherwise.
