@@ -5,7 +5,8 @@
 //! One connection's road: [`door`](self) reads CONNECT or an absolute-form request → the policy decides
 //! ([`crate::policy::decide_egress`]) → [`route`] resolves once and checks every address ([`address`]) → TLS passes
 //! through when its ClientHello names the same host ([`hello`]), or is taken apart with the cell's own authority
-//! ([`ca`]) and each request in it is judged and written anew (`forward`). What happened becomes one event.
+//! ([`ca`]) and each request in it is judged and written anew (`forward`). What happened becomes an event (`telling`),
+//! and counts over the whole life of the job ([`Tally`]).
 
 pub mod address;
 pub mod ca;
@@ -15,6 +16,7 @@ pub mod hello;
 mod names;
 pub mod route;
 mod tally;
+mod telling;
 mod tunnel;
 mod wire;
 
@@ -58,6 +60,8 @@ pub struct EgressLimits {
     pub idle: Duration,
     /// Longest connection.
     pub total: Duration,
+    /// How often something is told of a connection that stays open.
+    pub told_every: Duration,
 }
 
 impl Default for EgressLimits {
@@ -69,6 +73,7 @@ impl Default for EgressLimits {
             first_byte_wait: Duration::from_secs(300),
             idle: Duration::from_secs(300),
             total: Duration::from_secs(4 * 3600),
+            told_every: Duration::from_secs(60),
         }
     }
 }
@@ -224,7 +229,8 @@ impl fmt::Debug for EgressSpec {
     }
 }
 
-/// One connection or request of a cell, at its end or refusal.
+/// One connection or request of a cell, at its end or refusal; of one that stays open, what went over it since it was
+/// told of last.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct EgressRecord {
     /// The host as decided; what was asked for, cut and cleaned, where that is no host.

@@ -115,10 +115,10 @@ impl Door {
 }
 
 impl Shared {
-    /// Hands an event over. A cell that floods us with refused requests loses some of their events; one that
-    /// floods us with others waits.
+    /// Hands an event over. A cell that floods us with requests that are refused at once loses some of their events;
+    /// one that floods us with others waits.
     pub(super) async fn record(&self, event: EgressRecord) {
-        if !event.allowed {
+        if !event.allowed && (event.bytes_up, event.bytes_down) == (0, 0) {
             if self.events.capacity() >= EVENTS_MAX / 2 {
                 let _ = self.events.try_send(event);
             }
