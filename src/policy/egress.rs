@@ -64,10 +64,10 @@ pub struct HostRule {
     /// A credential of the daemon's configuration, by name, that is added to each request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credential: Option<String>,
-    /// Most bytes that may leave one cell through this rule.
+    /// Most bytes that may leave the cells of one job through this rule.
     #[serde(default = "up_max")]
     pub bytes_up_max: u64,
-    /// Most bytes that may come to one cell through it.
+    /// Most bytes that may come to them through it.
     #[serde(default = "down_max")]
     pub bytes_down_max: u64,
     /// Most connections at a time.
@@ -129,7 +129,7 @@ pub struct Terms {
     pub credential: Option<String>,
     /// The rule of the policy whose bytes and connections are counted together.
     pub account: String,
-    /// Most bytes that may leave the cell through that rule.
+    /// Most bytes that may leave the job through that rule.
     pub bytes_up_max: u64,
     /// Most bytes that may come to it.
     pub bytes_down_max: u64,
