@@ -239,7 +239,7 @@ mod tests {
                 true,
             ),
             (format!("path = '/workspace/*'\n{deny}"), format!("path = '/workspace/src/*'\n{deny}"), false),
-            (format!("path = '/work/**'\n{deny}"), format!("path = '/workspace/src/*'\n{deny}"), false),
+            (format!("path = '/workspac/**'\n{deny}"), format!("path = '/workspace/src/*'\n{deny}"), false),
             (format!("tool = 'Read'\npath = '/a'\n{deny}"), format!("path = '/a'\n{deny}"), false),
             (
                 format!("input = {{ a = '1*' }}\n{deny}"),
