@@ -56,7 +56,8 @@ use crate::job::Identity;
 use crate::money::{MicroUsd, Scope};
 use crate::policy::Plan;
 use crate::pricing::{Price, Prices, Usage};
-use pace::Pacer;
+use pace::Class;
+use pace::pacer::Pacer;
 use provider::Provider;
 
 /// Limits of the gateway; all of them count per lease, times per request.
@@ -355,10 +356,26 @@ impl Gateway {
         Ok(Arc::new(Self { providers, default_provider, credentials, prices, limits }))
     }
 
-    /// Ends a pause of a credential before its time: somebody wants to try.
-    pub fn lift_pause(&self, credential: &str) {
-        if let Some(provider) = self.providers.values().find(|provider| provider.credential == credential) {
-            provider.pacer.lift();
+    /// What a job of this provider and model shares the provider's limits with: credential and class of model. Only
+    /// a name, for those that wait together.
+    pub fn limited_with(&self, provider: &str, model: &str) -> String {
+        format!("{} {}", self.credential_of(provider), Class::of_job(model))
+    }
+
+    /// What is left of the pause that all jobs of this provider and model keep to; a job that is limited for what
+    /// it asks for makes none.
+    pub fn paused(&self, provider: &str, model: &str) -> Duration {
+        self.provider(provider).map_or(Duration::ZERO, |p| p.pacer.paused(&Class::of_job(model)))
+    }
+
+    /// Ends a pause before its time, by the name of those that wait for it ([`Gateway::limited_with`]): somebody
+    /// wants to try.
+    pub fn lift_pause(&self, limited_with: &str) {
+        for provider in self.providers.values() {
+            let class = limited_with.strip_prefix(provider.credential.as_str());
+            if let Some(class) = class.and_then(|class| class.strip_prefix(' ')) {
+                provider.pacer.lift(class);
+            }
         }
     }
 

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use super::body::{BodyError, BodyFacts};
 use super::lease::{BODY_UNIT, Shared};
 use super::messages::Call;
+use super::pace::Class;
 use super::provider::{Provider, Target};
 use super::relay::{Body, error_response};
 use super::{GatewayEvent, Refusal};
@@ -133,6 +134,7 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
         web_searches,
         searches_each,
         input_tokens_max: 0,
+        class: Class::new(&facts.model, 0),
         facts,
         price,
         output_tokens_max,

@@ -125,7 +125,8 @@ impl Call {
         }
     }
 
-    fn known_bound(&self) -> Bound {
+    /// What follows from what is known now.
+    pub(super) fn known_bound(&self) -> Bound {
         let own = locked(&self.lease.learnt.0);
         let shared = locked(&self.lease.provider.estimates.known);
         self.facts.shape.bound(&[&own, &shared])

@@ -20,7 +20,8 @@ use super::estimate::with_searches;
 use super::lease::Shared;
 use super::ledger::{Ask, Grant, LedgerError};
 use super::meter::{Meter, Reading};
-use super::pace::{Ending, Turn};
+use super::pace::pacer::Turn;
+use super::pace::{Class, Ending};
 use super::provider::{Outgoing, Target, Way};
 use super::relay::{Body, Ended, Pump, Waiting, error_response, passed_on};
 use super::secret::Secrets;
@@ -88,6 +89,8 @@ pub(super) struct Call {
     pub(super) searches_each: u32,
     /// The bound on its input, once it is known.
     pub(super) input_tokens_max: u64,
+    /// What the provider limits it with; told by the bound.
+    pub(super) class: Class,
     /// `max_tokens` as it goes upstream.
     pub(super) output_tokens_max: u64,
     /// The policy's word that this model may be asked.
@@ -147,15 +150,18 @@ impl Call {
         self.tell_faults(&relayed);
     }
 
-    /// Turn, bound, reservation. Who waits for money gives the turn back meanwhile: those that hold the money may
-    /// wait for it.
+    /// Bound, turn, reservation. A count may be slow: it holds no turn. Who waits for money gives the turn back
+    /// meanwhile: those that hold the money may wait for it.
     async fn prepare(&mut self, head: &mut Head) -> Result<(Grant, Turn), Stop> {
-        let mut turn = Some(self.turn(head).await?);
-        self.input_tokens_max = tokio::select! {
-            bound = self.bound_input() => with_searches(bound, self.web_searches),
+        let bound = tokio::select! {
+            bound = self.bound_input() => bound,
             () = head.closed() => return Err(Stop::Gone),
             () = self.lease.cut.cancelled() => return Err(Stop::Gone),
         };
+        self.class = Class::new(&self.facts.model, bound);
+        let mut turn = Some(self.turn(head).await?);
+        // While it waited, others may have learnt more.
+        self.input_tokens_max = with_searches(self.known_bound().tokens.min(bound), self.web_searches);
         let grant = self.reserve(head, &mut turn).await?;
         match turn {
             Some(turn) => Ok((grant, turn)),
@@ -174,7 +180,8 @@ impl Call {
     async fn turn(&self, head: &mut Head) -> Result<Turn, Stop> {
         let lease = &self.lease;
         let give_up = self.arrived + lease.gateway.limits.pace_wait;
-        let waiting = lease.provider.pacer.turn(give_up, |paused| self.tell_pause(paused));
+        let tell = |paused| self.tell_pause(paused);
+        let waiting = lease.provider.pacer.turn(&self.class, &lease.job, give_up, tell);
         let paused = tokio::select! {
             turn = waiting => match turn {
                 Ok(turn) => return Ok(turn),
