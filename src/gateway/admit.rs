@@ -50,6 +50,12 @@ impl Refused {
         Self { why: Refusal::Paused, message, retry_after_s: Some(retry_after_s) }
     }
 
+    /// The cell has counted tokens too often of late.
+    pub(super) fn counts(retry_after_s: u64) -> Self {
+        let message = "tokens are counted too often: the limit of the provider is for all jobs";
+        Self { why: Refusal::Busy, message: message.to_owned(), retry_after_s: Some(retry_after_s) }
+    }
+
     /// Statuses that the CLI does not retry (403, 400, 413), where trying again gives the same.
     fn status(&self) -> (StatusCode, &'static str) {
         match self.why {

@@ -128,7 +128,14 @@ impl Call {
     async fn run(mut self, mut head: Head) {
         let (grant, turn) = match self.target {
             // Free, and limited apart: it has nothing to wait for.
-            Target::CountTokens => (None, None),
+            Target::CountTokens => match self.lease.learnt.may_count() {
+                Ok(()) => (None, None),
+                Err(wait) => {
+                    let refused = Refused::counts(seconds(wait));
+                    let _ = head.send(refused.response(&self.lease));
+                    return;
+                }
+            },
             Target::Messages => match self.prepare(&mut head).await {
                 Ok((grant, turn)) => (Some(grant), Some(turn)),
                 Err(Stop::Gone) => return,
@@ -341,7 +348,14 @@ impl Call {
     async fn send(&mut self, head: &mut Head) -> Result<Sent, (Relayed, Box<Response<Body>>)> {
         let gateway = Arc::clone(&self.lease.gateway);
         let limits = &gateway.limits;
-        let outgoing = match self.outgoing(&self.way, self.body.clone()).await {
+        // A credential may take long to get. Nothing goes out any more for a client that has left meanwhile.
+        let made = tokio::select! {
+            biased;
+            () = self.lease.cut.cancelled() => Err(Refused::new(Refusal::Busy, "the lease is closed")),
+            () = head.closed() => Err(Refused::new(Refusal::Busy, "the client has left")),
+            made = self.outgoing(&self.way, self.body.clone()) => made,
+        };
+        let outgoing = match made {
             Ok(outgoing) => outgoing,
             Err(refused) => {
                 let response = refused.response(&self.lease);
@@ -353,6 +367,7 @@ impl Call {
         let sent = Instant::now();
         let sending = self.lease.provider.send(outgoing);
         let answer = tokio::select! {
+            biased;
             answer = timeout(limits.first_byte_wait, sending) => answer.map_err(|_| Ended::ByProvider),
             () = left_for(head, limits.drain) => Err(Ended::ByUs),
             () = self.lease.cut.cancelled() => Err(Ended::ByUs),
@@ -365,8 +380,8 @@ impl Call {
                 tracing::warn!(why, job = %self.lease.job, "the provider cannot be reached");
                 let message = format!("hotcell: the provider cannot be reached: {why}");
                 let response = error_response(StatusCode::BAD_GATEWAY, "api_error", &message);
-                // A stream's head comes before its tokens; a whole message may have been made and lost.
-                let unknown = !error.is_connect() && !self.facts.stream;
+                // It may have been made, and its head lost on the way.
+                let unknown = !error.is_connect();
                 let relayed = lost(StatusCode::BAD_GATEWAY, unknown, Ended::ByProvider, ttfb_ms);
                 Err((relayed, Box::new(response)))
             }
@@ -419,11 +434,12 @@ impl Call {
         Relayed { status, reading, unknown, ended, retry_after_s, ttfb_ms, ours: false }
     }
 
-    /// What the request costs: what the provider said it billed; else the whole reservation if the provider
-    /// may have worked on it; else nothing.
+    /// What the request costs: what the provider said it billed; where an answer was not read to its end, its input
+    /// and all the output that it could have; the whole reservation if nothing was said and the provider may have
+    /// worked on it; else nothing.
     fn charge(&self, grant: Grant, relayed: &Relayed) -> (Usage, MicroUsd) {
         let reading = &relayed.reading;
-        match reading.billable(self.output_tokens_max) {
+        match reading.billable(self.output_tokens_max, relayed.ended == Ended::Whole) {
             // What was not said before the end may have been searched for all the same, and what was found is input
             // that no event has told yet.
             Some(mut usage) if !reading.complete && self.web_searches > 0 => {

@@ -33,6 +33,8 @@ const DOCUMENT_TOKENS_MAX: u64 = 500_000;
 /// conversation to conversation.
 const SYSTEM_BYTES_MIN: u64 = 256;
 
+/// Links of a conversation's beginning that are remembered for all: one request must not drive out what others know.
+const OPENING_LINKS_MAX: usize = 16;
 /// Places of what the head holds besides the model; see [`ShapeBuilder::setting`].
 const HEAD_PLACES: usize = 8;
 
@@ -116,6 +118,14 @@ impl Shape {
         best.filter(|best| best.tokens <= all.tokens).unwrap_or(all)
     }
 
+    /// What a count of it tells others of: the head (tools, system prompt, model) where the rest has at most
+    /// `rest_max` tokens, so that it is the head that is counted; else this very request.
+    pub fn counted_with(&self, rest_max: u64) -> Option<u64> {
+        let (head, rest) = self.links.split_first()?;
+        let rest_tokens = rest.iter().fold(self.loose, |sum, link| sum.saturating_add(link.tokens_max));
+        Some(if rest_tokens <= rest_max { head.chain } else { rest.last().unwrap_or(head).chain })
+    }
+
     /// Whether the conversation has only begun.
     pub fn is_opening(&self) -> bool {
         self.opening == self.links.len()
@@ -130,7 +140,7 @@ impl Shape {
 
     /// The same for every beginning of it that other conversations may share: a part has no more than the whole.
     pub fn learn_opening(&self, tokens: u64, known: &mut Known) {
-        for link in self.links.iter().take(self.opening) {
+        for link in self.links.iter().take(self.opening.min(OPENING_LINKS_MAX)) {
             known.put(link.chain, tokens);
         }
     }
