@@ -42,9 +42,7 @@ const LONGER_APART: &[(u32, u32, u64)] = &[
     (0xFDFA, 0xFDFA, 30),
     (0xFDFB, 0xFDFC, 12),
     (0xFE71, 0xFEFC, 3),
-    (0x1109A, 0x1134C, 4),
-    (0x114BB, 0x11938, 4),
-    (0x1D15E, 0x1D1C0, 8),
+    (0x105C9, 0x1D1C0, 8),
     (0x1F12A, 0x1F248, 5),
 ];
 /// Bytes of one unit of UTF-16 as an escape.
