@@ -3,15 +3,16 @@
 //! and paid for beforehand, never let a credential out, and never forget to settle what it forwarded.
 //!
 //! The road of one request is `messages`: admit it (`admit`: credential, path, headers, [`body`], model; `provider` puts
-//! it into the vendor's form first), wait for its turn ([`pace`]), bound its input (`estimate`), reserve its worst case
+//! it into the vendor's form first), bound its input (`estimate`), wait for its turn ([`pace`]), reserve its worst case
 //! ([`ledger`]), put it into the provider's form with the credential (`provider`, [`credentials`]), forward (`upstream`),
 //! pass the answer on while metering it (`relay`, [`meter`]), settle. [`lease`] holds a cell's socket and what is under
 //! way for it.
 //!
 //! **Invariant**: Σ billed ≤ Σ charged, and what is charged for a request is within what was reserved for it, so
-//! spend never passes a limit. It rests on three things: a token is at least one byte; what a beginning of a
-//! conversation was billed for, or counted by the provider plus a margin, bounds it in later requests; and images
-//! have a largest size. It does not cover what the provider itself adds to the input: pages of a web search (an
+//! spend never passes a limit. It rests on three things: a token is at least one byte of what the provider's tokenizer
+//! is given, for which [`body`] allows; what a beginning of a conversation was billed for, or counted by the provider
+//! plus a margin, bounds it in later requests; and images and documents have a largest size. An answer that was not
+//! read to its end, whoever cut it, is charged all the output that it was allowed. It does not cover what the provider itself adds to the input: pages of a web search (an
 //! allowance is reserved for each) and results of MCP servers that a policy lets it connect to.
 
 mod admit;
@@ -75,7 +76,7 @@ pub struct Limits {
     pub body_wait: Duration,
     /// Longest wait for other reservations to make room.
     pub budget_wait: Duration,
-    /// Longest that a request is held while the provider limits the credential, its own repetitions included.
+    /// Longest that a request is held while the provider limits requests of its kind, its own repetitions included.
     /// Below the 600 seconds after which the CLI gives an answer up.
     pub pace_wait: Duration,
     /// Longest wait for the provider's first byte.
@@ -204,7 +205,7 @@ pub enum Refusal {
     Price,
     /// Too many requests under way.
     Busy,
-    /// The provider limits the credential, for longer than a request is held.
+    /// The provider limits requests of this kind, for longer than they are held.
     Paused,
     /// The cost limit leaves no room.
     Budget,
@@ -303,7 +304,7 @@ pub enum GatewayEvent {
         /// How long it asks to wait, in seconds.
         retry_after_s: Option<u64>,
     },
-    /// The provider limits the credential for longer than a request of this job is held: the job should be parked.
+    /// The provider limits this job's requests for longer than they are held: the job should be parked.
     ProviderPaused {
         /// When the pause ends, in milliseconds of the wall clock.
         until_ms: u64,

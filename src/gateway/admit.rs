@@ -44,7 +44,7 @@ impl Refused {
         Self { why, message: message.into(), retry_after_s }
     }
 
-    /// The provider limits the credential for so long.
+    /// The provider limits requests of this kind for so long.
     pub(super) fn paused(retry_after_s: u64) -> Self {
         let message = format!("the model provider limits this credential for {retry_after_s} s more");
         Self { why: Refusal::Paused, message, retry_after_s: Some(retry_after_s) }

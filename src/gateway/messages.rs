@@ -1,5 +1,5 @@
-//! The road of one request, from top to bottom: admit → wait for a turn → reserve → forward → pass on and meter →
-//! settle. Nothing that costs goes upstream before its reservation; from admission on the request lives in a task
+//! The road of one request, from top to bottom: admit → bound its input → wait for a turn → reserve → forward →
+//! pass on and meter → settle. Nothing that costs goes upstream before its reservation; from admission on the request lives in a task
 //! of its own, which settles whatever becomes of the client.
 
 use std::sync::Arc;
@@ -532,7 +532,7 @@ fn lost(status: StatusCode, unknown: bool, ended: Ended, ttfb_ms: u64) -> Relaye
     Relayed { status: status.as_u16(), reading, unknown, ended, retry_after_s: None, ttfb_ms, ours: false }
 }
 
-/// Whether an answer says that the credential, not the request, is limited.
+/// Whether an answer says that all requests of its class are limited, not this one alone.
 fn limit_of(status: StatusCode, headers: &HeaderMap) -> Option<Ending> {
     let retry_after_ms = retry_after_ms(headers);
     // A limit that waiting does not lift concerns this request alone.
