@@ -92,7 +92,7 @@ pub async fn submit(
         if !api.access.rules.is_empty() {
             api.driver.limit(identity.uid, granted.slots.and_then(|n| usize::try_from(n).ok())).await;
         }
-        let credential = api.parts.gateway.credential_of(&accepted.plan.provider);
+        let credential = api.parts.gateway.limited_with(&accepted.plan.provider, &accepted.plan.model);
         let ticket = Ticket { uid: identity.uid, priority: spec.priority, credential };
         api.driver.submitted(id, ticket).await;
     }

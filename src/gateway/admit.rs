@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use super::body::{BodyError, BodyFacts};
 use super::lease::{BODY_UNIT, Shared};
 use super::messages::Call;
+use super::pace::Class;
 use super::provider::{Provider, Target};
 use super::relay::{Body, error_response};
 use super::{GatewayEvent, Refusal};
@@ -45,10 +46,16 @@ impl Refused {
         Self { why, message: message.into(), retry_after_s }
     }
 
-    /// The provider limits the credential for so long.
+    /// The provider limits requests of this kind for so long.
     pub(super) fn paused(retry_after_s: u64) -> Self {
         let message = format!("the model provider limits this credential for {retry_after_s} s more");
         Self { why: Refusal::Paused, message, retry_after_s: Some(retry_after_s) }
+    }
+
+    /// The cell has counted tokens too often of late.
+    pub(super) fn counts(retry_after_s: u64) -> Self {
+        let message = "tokens are counted too often: the limit of the provider is for all jobs";
+        Self { why: Refusal::Busy, message: message.to_owned(), retry_after_s: Some(retry_after_s) }
     }
 
     /// Statuses that the CLI does not retry (403, 400, 413), where trying again gives the same.
@@ -135,6 +142,7 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
         web_searches,
         searches_each,
         input_tokens_max: 0,
+        class: Class::new(&facts.model, 0),
         facts,
         price,
         output_tokens_max,

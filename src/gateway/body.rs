@@ -3,6 +3,7 @@
 //! ([`Wanted`]); what would bill outside the token usage, and any field that is not known to be harmless, is
 //! refused. `read` walks the body; `shape` is what the estimate of its input needs.
 
+mod expand;
 mod read;
 mod shape;
 mod tools;

@@ -290,8 +290,10 @@ fn same_however_cut(kind: &str, data: &[u8]) -> Reading {
     assert_eq!(read(kind, data, |left| 1 + cuts.next(left)), whole, "{kind}, large cuts");
     assert_eq!(read(kind, data, |_| 1), whole, "{kind}, byte by byte");
     for tokens in [0, 1_000, u64::MAX] {
-        if let (Some(seen), Some(billed)) = (whole.usage, whole.billable(tokens)) {
-            assert!(billed.output >= seen.output && billed.input == seen.input);
+        for to_its_end in [true, false] {
+            if let (Some(seen), Some(billed)) = (whole.usage, whole.billable(tokens, to_its_end)) {
+                assert!(billed.output >= seen.output && billed.input == seen.input);
+            }
         }
     }
     whole
