@@ -292,7 +292,7 @@ mod tests {
     #[test]
     fn who_waits_for_a_count_of_another_goes_on_when_that_ends_however_it_ends() {
         let estimates = Estimates::default();
-        let flight = estimates.board(1).ok().expect("nobody counts");
+        let Ok(flight) = estimates.board(1) else { panic!("nobody counts") };
         let waiting = estimates.board(1).err().expect("somebody does");
         assert!(estimates.board(2).is_ok(), "of something else");
         assert!(!waiting.is_closed());

@@ -207,7 +207,8 @@ proptest! {
     #[test]
     fn any_course_keeps_the_limit_the_fairness_and_the_pauses(steps in prop::collection::vec(step(), 0..300)) {
         let (mut pace, mut now) = (Pace::default(), 0u64);
-        let (mut queue, mut running): (Vec<(u64, u64)>, Vec<(u64, u64)>) = (Vec::new(), Vec::new());
+        let mut queue: Vec<(u64, u64)> = Vec::new();
+        let mut running: Vec<(u64, u64)> = Vec::new();
         let paused = |pace: &Pace, who: u64, now| pace.paused_for_ms(&job(who), now);
         for step in steps {
             let under_way = |running: &[(u64, u64)], who| running.iter().filter(|(of, _)| *of == who).count();
