@@ -5,8 +5,8 @@
 
 mod keeper;
 
-use std::io::PipeReader;
-use std::os::fd::AsRawFd;
+use std::io::{PipeWriter, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use std::time::Duration;
 use rustix::process::{Gid, Uid};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use self::keeper::{Keeper, User};
 use crate::job::Identity;
@@ -103,9 +104,26 @@ async fn run_in(
 ) -> Result<Output, RunError> {
     let program = argv.first().cloned().unwrap_or_default();
     let failed = |source| RunError::Start { program: program.clone(), source };
+    let deadline = Instant::now() + bounds.wall;
+    let late = || RunError::Late { program: program.clone(), seconds: bounds.wall.as_secs() };
     let (hears, lifeline) = std::io::pipe().map_err(failed)?;
-    let mut child = command(argv, who, &hears, namespace)?.spawn().map_err(failed)?;
-    drop(hears);
+    let mut command = command(argv, who, [hears.as_raw_fd(), lifeline.as_raw_fd()], namespace)?;
+    // The start waits for the file system that the program is on, which may be the user's own: on a thread that
+    // nobody else needs. The keeper is there by then, and kills what does not come out of its start.
+    let mut starting = tokio::task::spawn_blocking(move || {
+        let child = command.spawn();
+        drop(hears);
+        child
+    });
+    let Ok(started) = timeout_at(deadline, &mut starting).await else {
+        let_go(lifeline);
+        return match timeout(GONE_WAIT, starting).await {
+            Ok(Ok(Ok(mut child))) => Err(gone(&mut child, &program).await.err().unwrap_or_else(late)),
+            Ok(Ok(Err(_))) => Err(late()),
+            Ok(Err(_)) | Err(_) => Err(RunError::Left { program }),
+        };
+    };
+    let mut child = started.map_err(std::io::Error::other).flatten().map_err(failed)?;
     let (mut input, output, errors) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let most = bounds.output_bytes_max;
     let talk = async {
@@ -121,9 +139,8 @@ async fn run_in(
         let kept = async { Ok(child.wait().await) };
         tokio::try_join!(feed, read(output, most), read(errors, most), kept)
     };
-    let talked = tokio::time::timeout(bounds.wall, talk).await;
-    // The keeper hears this, kills whatever is left, and ends with it.
-    drop(lifeline);
+    let talked = timeout_at(deadline, talk).await;
+    let_go(lifeline);
     let (stdout, stderr, ended) = match talked {
         Ok(Ok(((), stdout, stderr, ended))) => (stdout, stderr, ended),
         Ok(Err(Flood)) => {
@@ -132,7 +149,7 @@ async fn run_in(
         }
         Err(_) => {
             gone(&mut child, &program).await?;
-            return Err(RunError::Late { program, seconds: bounds.wall.as_secs() });
+            return Err(late());
         }
     };
     match ended.map_err(failed)?.code() {
@@ -141,10 +158,19 @@ async fn run_in(
     }
 }
 
+/// The keeper hears this, kills whatever is left, and ends with it. A word, and not the mere end of the pipe: other
+/// programs that hang in their start may have a copy of it.
+fn let_go(mut lifeline: PipeWriter) {
+    if let Err(error) = lifeline.write_all(b".") {
+        // It has ended already.
+        tracing::trace!(%error, "a keeper hears nothing");
+    }
+}
+
 /// Waits for the keeper's end, which says that all is gone.
 async fn gone(child: &mut Child, program: &Path) -> Result<(), RunError> {
     let left = || RunError::Left { program: program.to_owned() };
-    match tokio::time::timeout(GONE_WAIT, child.wait()).await {
+    match timeout(GONE_WAIT, child.wait()).await {
         Ok(Ok(status)) if status.code().is_some() => Ok(()),
         Ok(Ok(_) | Err(_)) | Err(_) => {
             tracing::error!(program = %program.display(), "what a user's program started may still run");
@@ -156,7 +182,7 @@ async fn gone(child: &mut Child, program: &Path) -> Result<(), RunError> {
 fn command(
     argv: &[PathBuf],
     who: &Identity,
-    hears: &PipeReader,
+    [hears, speaks]: [RawFd; 2],
     namespace: bool,
 ) -> Result<Command, RunError> {
     let own = rustix::process::geteuid();
@@ -183,7 +209,7 @@ fn command(
         gid: Gid::from_raw(who.gid),
         groups: who.groups.iter().map(|group| Gid::from_raw(*group)).collect(),
     });
-    let keeper = Keeper { lifeline: hears.as_raw_fd(), user, namespace };
+    let keeper = Keeper { hears, speaks, user, namespace };
     // SAFETY: between fork and exec, with system calls only, on values that were made before.
     unsafe { command.pre_exec(move || keeper.enter()) };
     Ok(command)
@@ -374,6 +400,42 @@ mod tests {
                 assert!(std::time::Instant::now() < until, "namespace: {namespace}: it outlived its call");
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
+        }
+    }
+
+    /// The start of a program waits for whoever holds a lease on its file, as it does for a file system that hangs.
+    #[tokio::test]
+    async fn a_program_that_does_not_come_out_of_its_start_holds_nobody_up() {
+        use std::os::unix::fs::PermissionsExt;
+        const F_SETSIG: libc::c_int = 10; // libc has no name for it
+        let dir = tempfile::tempdir().expect("directory");
+        let program = dir.path().join("program");
+        std::fs::write(&program, "#!/bin/sh\nexit 0\n").expect("program");
+        for path in [dir.path(), &program] {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).expect("mode");
+        }
+        for namespace in both_ways() {
+            let file = std::fs::File::open(&program).expect("opens");
+            // SAFETY: two system calls on a descriptor that lives here. The signal's default is to be ignored.
+            let leased = unsafe {
+                libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG);
+                libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK)
+            };
+            assert_eq!(leased, 0, "the file system of temporary files has leases");
+            let bounds = Bounds { wall: Duration::from_secs(1), ..BOUNDS };
+            let (began, argv, who) = (Instant::now(), [program.clone()], somebody());
+            let running = run_in(&argv, &who, b"", bounds, namespace);
+            let beside = async {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                began.elapsed()
+            };
+            let (error, beside) = tokio::join!(running, beside);
+            assert!(matches!(error, Err(RunError::Late { .. })), "{error:?}");
+            assert!(beside < bounds.wall, "it held up what runs beside it: {beside:?}");
+            assert!(began.elapsed() < BOUNDS.wall, "it was not killed: {:?}", began.elapsed());
+            drop(file);
+            let output = run_in(&argv, &who, b"", BOUNDS, namespace).await.expect("runs");
+            assert_eq!(output.code, 0, "without the lease it starts");
         }
     }
 

@@ -30,8 +30,10 @@ const JOIN_SESSION_KEYRING: libc::c_long = 1;
 /// What the program becomes, made before the fork.
 #[derive(Debug)]
 pub(super) struct Keeper {
-    /// The end that hears when the daemon lets go, or dies.
-    pub(super) lifeline: RawFd,
+    /// The end of the lifeline that hears when the daemon lets go, or dies,
+    pub(super) hears: RawFd,
+    /// and the daemon's.
+    pub(super) speaks: RawFd,
     /// The user, where the daemon has to become them.
     pub(super) user: Option<User>,
     /// Try a pid namespace first.
@@ -66,7 +68,7 @@ impl Keeper {
         // SAFETY: one thread, system calls only on both sides.
         match unsafe { fork() }? {
             0 => {}
-            child => keep(child, self.lifeline),
+            child => keep(child, self.hears),
         }
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
         if namespace {
@@ -81,6 +83,9 @@ impl Keeper {
     }
 
     fn become_user(&self) -> io::Result<()> {
+        // Or the lifeline would not end with the daemon while this one is still to be started.
+        // SAFETY: a descriptor that nobody in this process uses.
+        unsafe { libc::close(self.speaks) };
         // No terminal of the daemon's, no group of its.
         rustix::process::setsid()?;
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
@@ -106,12 +111,12 @@ impl Keeper {
 }
 
 /// The keeper's life: until the program has ended or the daemon lets go; then it kills what is left.
-fn keep(child: libc::pid_t, lifeline: RawFd) -> ! {
+fn keep(child: libc::pid_t, hears: RawFd) -> ! {
     // Nothing of the program's may be held open here, nor the daemon's lock, nor its end of the lifeline.
     // SAFETY: system calls on descriptors of this process, which nobody else uses.
     let pidfd = unsafe {
         libc::prctl(libc::PR_SET_NAME, c"hotcell-keeper".as_ptr());
-        libc::dup2(lifeline, 0);
+        libc::dup2(hears, 0);
         let _ = close_from(1, 0);
         libc::syscall(libc::SYS_pidfd_open, child, 0) as libc::c_int
     };
