@@ -82,8 +82,25 @@ fn audit(operation: &str, summary: &str, more: Vec<Value>) -> Value {
 }
 
 fn paths() -> Value {
-    let id = json!({ "name": "id", "in": "path", "required": true, "schema": { "type": "string" } });
-    let error = answer("What went wrong, whose fault it is, and what to do", "ErrorBody");
+    let mut all = serde_json::Map::new();
+    for paths in [jobs(), one_job(), told_of_jobs(), of_the_daemon()] {
+        if let Value::Object(paths) = paths {
+            all.extend(paths);
+        }
+    }
+    all.into()
+}
+
+fn id() -> Value {
+    json!({ "name": "id", "in": "path", "required": true, "schema": { "type": "string" } })
+}
+
+fn error() -> Value {
+    answer("What went wrong, whose fault it is, and what to do", "ErrorBody")
+}
+
+/// Submitting and listing.
+fn jobs() -> Value {
     json!({
         "/v1/jobs": {
             "post": {
@@ -98,7 +115,7 @@ fn paths() -> Value {
                 "responses": {
                     "201": answer("The new job", "JobView"),
                     "200": answer("The job that this key submitted before", "JobView"),
-                    "default": error,
+                    "default": error(),
                 },
             },
             "get": {
@@ -115,73 +132,91 @@ fn paths() -> Value {
                     query("cursor", "next_cursor of the page before"),
                     query("all", "1: jobs of all users, for admins"),
                 ],
-                "responses": { "200": answer("A page of jobs", "JobList"), "default": error },
+                "responses": { "200": answer("A page of jobs", "JobList"), "default": error() },
             },
         },
+    })
+}
+
+/// Showing, stopping, deleting.
+fn one_job() -> Value {
+    json!({
         "/v1/jobs/{id}": {
             "get": {
-                "operationId": "showJob", "summary": "Show a job", "parameters": [id],
-                "responses": { "200": answer("The job", "JobView"), "default": error },
+                "operationId": "showJob", "summary": "Show a job", "parameters": [id()],
+                "responses": { "200": answer("The job", "JobView"), "default": error() },
             },
             "delete": {
-                "operationId": "deleteJob", "summary": "Delete a job that is over, with its events",
-                "parameters": [id],
-                "responses": { "204": { "description": "It is gone" }, "default": error },
+                "operationId": "deleteJob", "summary": "Delete a job that is over, with its events; its audit is kept",
+                "parameters": [id()],
+                "responses": { "204": { "description": "It is gone" }, "default": error() },
             },
         },
         "/v1/jobs/{id}/cancel": {
             "post": {
-                "operationId": "cancelJob", "summary": "Stop a job; harmless when it is over", "parameters": [id],
+                "operationId": "cancelJob", "summary": "Stop a job; harmless when it is over", "parameters": [id()],
                 "responses": {
                     "202": answer("It is being stopped", "JobView"),
                     "200": answer("It is over", "JobView"),
-                    "default": error,
-                },
-            },
-        },
-        "/v1/jobs/{id}/report": {
-            "get": {
-                "operationId": "jobReport",
-                "summary": "The file that the job's policy keeps; not_found where there is none, or not yet",
-                "parameters": [id],
-                "responses": {
-                    "200": { "description": "The file's bytes, as the agent wrote them",
-                             "content": { "application/octet-stream": {} } },
-                    "default": error,
+                    "default": error(),
                 },
             },
         },
         "/v1/jobs/{id}/unpark": {
             "post": {
-                "operationId": "unparkJob", "summary": "Let a parked job go on before its time", "parameters": [id],
-                "responses": { "200": answer("It waits for a slot", "JobView"), "default": error },
+                "operationId": "unparkJob", "summary": "Let a parked job go on before its time", "parameters": [id()],
+                "responses": { "200": answer("It waits for a slot", "JobView"), "default": error() },
+            },
+        },
+    })
+}
+
+/// What a job did and left.
+fn told_of_jobs() -> Value {
+    json!({
+        "/v1/jobs/{id}/report": {
+            "get": {
+                "operationId": "jobReport",
+                "summary": "The file that the job's policy keeps; not_found where there is none, or not yet",
+                "parameters": [id()],
+                "responses": {
+                    "200": { "description": "The file's bytes, as the agent wrote them",
+                             "content": { "application/octet-stream": {} } },
+                    "default": error(),
+                },
             },
         },
         "/v1/jobs/{id}/events": {
             "get": {
                 "operationId": "followJob",
                 "summary": "A job's events as NDJSON, or as server-sent events where Accept says text/event-stream",
-                "parameters": [id.clone(), query("from", "first number wanted"), query("follow", "1: wait for more until the job is over")],
+                "parameters": [id(), query("from", "first number wanted"), query("follow", "1: wait for more until the job is over")],
                 "responses": {
                     "200": { "description": "One event a line: seq, at_ms, origin, type and what belongs to it",
                              "content": { "application/x-ndjson": {}, "text/event-stream": {} } },
-                    "default": error,
+                    "default": error(),
                 },
             },
         },
         "/v1/jobs/{id}/audit": audit(
             "auditJob",
-            "What was decided in a job",
-            vec![id, query("after_seq", "number of the last event that is known")],
+            "What was decided in a job, removed ones too",
+            vec![id(), query("after_seq", "number of the last event that is known")],
         ),
         "/v1/audit": audit(
             "audit",
             "What was decided in all jobs of the user, for admins in those of all users",
             vec![query("after", "JOB:SEQ, the last event of a job that is known; may be given more than once")],
         ),
+    })
+}
+
+/// Who asks, what was spent, and how the daemon is.
+fn of_the_daemon() -> Value {
+    json!({
         "/v1/whoami": { "get": {
             "operationId": "whoami", "summary": "Who asks, and what they may do",
-            "responses": { "200": answer("The user", "WhoAmI"), "default": error },
+            "responses": { "200": answer("The user", "WhoAmI"), "default": error() },
         } },
         "/v1/cost": { "get": {
             "operationId": "cost", "summary": "What was spent; admins see everybody's, others their own",
@@ -191,11 +226,11 @@ fn paths() -> Value {
                 query("by", "job, user, model (the default), policy, label, batch, credential, day or month"),
                 query("label", "with by=label: the label whose values are added up"),
             ],
-            "responses": { "200": answer("Sums by key, and their total", "CostReport"), "default": error },
+            "responses": { "200": answer("Sums by key, and their total", "CostReport"), "default": error() },
         } },
         "/v1/budgets": { "get": {
             "operationId": "budgets", "summary": "How the budgets of the asker's day, of the day and of the month stand",
-            "responses": { "200": answer("The budgets that have a limit", "BudgetList"), "default": error },
+            "responses": { "200": answer("The budgets that have a limit", "BudgetList"), "default": error() },
         } },
         "/v1/openapi.json": { "get": {
             "operationId": "openapi", "summary": "This document", "responses": { "200": { "description": "OpenAPI 3.1" } },

@@ -436,7 +436,7 @@ async fn open_lease(
 ) -> Result<Lease, PrepareError> {
     let budgets = budgets(parts, record).await?;
     let dir = run.parent().unwrap_or(run);
-    let egress = way_out::make(parts, &record.accepted.plan, &record.identity, dir).await?;
+    let egress = way_out::make(parts, &record.accepted.plan, &record.identity, dir, &record.job).await?;
     let spec = LeaseSpec {
         job: record.job.clone(),
         cell: cell.clone(),

@@ -450,7 +450,8 @@ fn metrics_are_seeded_and_move_with_the_jobs() {
         ("hotcell_job_queue_seconds_count", 2.0),
         ("hotcell_job_phase_seconds_count{phase=\"boot\"}", 1.0),
         ("hotcell_job_phase_seconds_count{phase=\"collect\"}", 2.0),
-        ("hotcell_gateway_refused_total", 0.0),
+        ("hotcell_gateway_refused_total{reason=\"credential\"}", 0.0),
+        ("hotcell_gateway_refused_total{reason=\"budget\"}", 0.0),
         ("hotcell_orphans_reaped_total{kind=\"container\"}", 0.0),
         ("hotcell_orphans_reaped_total{kind=\"reservation\"}", 0.0),
     ] {
