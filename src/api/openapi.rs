@@ -3,9 +3,11 @@
 use axum::Json;
 use serde_json::{Value, json};
 
+use super::changes::ChangesView;
 use super::cost::{BudgetList, CostReport};
 use super::wire::{ErrorBody, Health, JobList, JobView, WhoAmI};
 use crate::audit::Record;
+use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest};
 use crate::job::{JobSpec, State as JobState};
 
 /// Answers with the document.
@@ -29,6 +31,11 @@ pub fn openapi() -> Value {
         generator.subschema_for::<JobList>(),
         generator.subschema_for::<CostReport>(),
         generator.subschema_for::<BudgetList>(),
+        generator.subschema_for::<ChangesView>(),
+        generator.subschema_for::<ApplyRequest>(),
+        generator.subschema_for::<ApplyAnswer>(),
+        generator.subschema_for::<CheckoutRequest>(),
+        generator.subschema_for::<CheckoutAnswer>(),
         generator.subschema_for::<Health>(),
         generator.subschema_for::<WhoAmI>(),
         generator.subschema_for::<Record>(),
@@ -83,7 +90,7 @@ fn audit(operation: &str, summary: &str, more: Vec<Value>) -> Value {
 
 fn paths() -> Value {
     let mut all = serde_json::Map::new();
-    for paths in [jobs(), one_job(), told_of_jobs(), of_the_daemon()] {
+    for paths in [jobs(), one_job(), changes_of_jobs(), told_of_jobs(), of_the_daemon()] {
         if let Value::Object(paths) = paths {
             all.extend(paths);
         }
@@ -172,6 +179,49 @@ fn one_job() -> Value {
 }
 
 /// What a job did and left.
+/// What a job changed, and what becomes of it.
+fn changes_of_jobs() -> Value {
+    let bytes = |kind: &str| json!({ "200": { "description": "It", "content": { kind: {} } }, "default": error() });
+    let post = |operation: &str, summary: &str, asks: Option<&str>, gives: &str| {
+        let mut of = json!({
+            "operationId": operation, "summary": summary, "parameters": [id()],
+            "responses": { "200": answer("What was done", gives), "default": error() },
+        });
+        if let Some(asks) = asks {
+            of["requestBody"] = json!({ "required": true, "content": content(asks) });
+        }
+        json!({ "post": of })
+    };
+    json!({
+        "/v1/jobs/{id}/changes": { "get": {
+            "operationId": "jobChanges", "summary": "What the job changed in its copy of the workspace",
+            "parameters": [id()],
+            "responses": { "200": answer("The change set", "ChangesView"), "default": error() },
+        } },
+        "/v1/jobs/{id}/diff": { "get": {
+            "operationId": "jobDiff", "summary": "The same as text",
+            "parameters": [
+                id(), query("form", "patch, stat or name-only"),
+                query("only", "a pattern as in .gitignore; may be given more than once"),
+            ],
+            "responses": bytes("text/plain"),
+        } },
+        "/v1/jobs/{id}/export": { "get": {
+            "operationId": "exportChanges", "summary": "The same for other tools",
+            "parameters": [id(), query("format", "patch, tar or bundle")],
+            "responses": bytes("application/octet-stream"),
+        } },
+        "/v1/jobs/{id}/apply": post(
+            "applyChanges", "Apply it to its submitter's files, all or nothing", Some("ApplyRequest"), "ApplyAnswer",
+        ),
+        "/v1/jobs/{id}/checkout": post(
+            "checkoutChanges", "Write the workspace as the job left it to a new directory",
+            Some("CheckoutRequest"), "CheckoutAnswer",
+        ),
+        "/v1/jobs/{id}/discard": post("discardChanges", "Note that nobody wants it", None, "JobView"),
+    })
+}
+
 fn told_of_jobs() -> Value {
     json!({
         "/v1/jobs/{id}/report": {
