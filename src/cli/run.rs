@@ -68,6 +68,8 @@ pub(super) struct RunArgs {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Mode {
+    /// A private copy: the directory itself is not changed
+    Copy,
     /// In place: what the agent writes is written to the directory itself
     Bind,
     /// The agent can read it and write nothing
@@ -208,6 +210,9 @@ pub(super) async fn submit_and_follow(
             }
         }
     };
+    for warning in &job.warnings {
+        context.out.notice(&format!("hotcell: warning: {warning}"))?;
+    }
     if args.detach && !interrupted {
         return detached(&job, args.json, context);
     }
