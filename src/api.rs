@@ -173,6 +173,7 @@ async fn health(State(api): State<Arc<Api>>) -> Response {
         instance: api.parts.store.instance().to_string(),
         engine: api.engine_address.clone(),
         problems,
+        notes: crate::workspace::form_here().1.into_iter().collect(),
     })
     .into_response()
 }

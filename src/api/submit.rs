@@ -234,9 +234,8 @@ async fn open_workspaces(
     let state_dir = api.parts.settings.state_dir.clone();
     let opened = tokio::task::spawn_blocking(move || {
         let guard = Guard::for_user(&state_dir, identity.uid);
-        let at = |key: String| {
-            move |e: WorkspaceError| ApiError::new(ErrorCode::Workspace, format!("{key}: {e}"))
-        };
+        let at =
+            |key: String| move |e: WorkspaceError| ApiError::new(ErrorCode::Workspace, format!("{key}: {e}"));
         let (dir, record) = workspace::open_as(&identity, &workspace.path, need, &guard)
             .map_err(at("workspace.path".to_owned()))?;
         let warnings = secrets(&identity, &workspace.path, dir, &hide);
@@ -256,7 +255,8 @@ async fn open_workspaces(
 fn secrets(identity: &Identity, path: &std::path::Path, dir: OwnedFd, hide: &[String]) -> Vec<String> {
     let Ok(rules) = HideRules::new(hide) else { return Vec::new() };
     // Installed packages have keys for tests, and thousands of files.
-    let enter = |path: &crate::change::TreePath| !matches!(path.name(), b".git" | b"node_modules" | b"target");
+    let enter =
+        |path: &crate::change::TreePath| !matches!(path.name(), b".git" | b"node_modules" | b"target");
     let look = move || Ok::<_, WorkspaceError>(workspace::look(dir.as_fd(), &SECRETS_LOOK, &enter));
     let looked = workspace::as_submitter(identity, path, Duration::from_secs(2), look);
     looked.map(|looked| workspace::secret_warnings(&looked, &rules)).unwrap_or_default()

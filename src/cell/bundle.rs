@@ -121,9 +121,16 @@ async fn second_cell(
         }
     };
     prepare::leave_link(record, link).await;
-    ended.map_err(|why| failed(FailReason::Internal, format!("the agent's commits were not packed: {why}")))?;
     let dir = parts.settings.cells_dir().join(names.cell.as_str());
-    opened(&dir).map_err(|why| failed(FailReason::Internal, why))
+    match (opened(&dir), ended) {
+        (Ok(Some(file)), _) => Ok(Some(file)),
+        // Git has nothing to pack where HEAD is none of its commits' children.
+        (Ok(None), Ok(())) => Ok(None),
+        (Ok(None), Err(why)) => {
+            Err(failed(FailReason::Internal, format!("the agent's commits were not packed: {why}")))
+        }
+        (Err(why), _) => Err(failed(FailReason::Internal, why)),
+    }
 }
 
 /// The bundle that the cell in `dir` left; none where git had nothing to pack.

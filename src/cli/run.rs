@@ -220,6 +220,9 @@ pub(super) async fn submit_and_follow(
             }
         }
     };
+    for warning in &job.warnings {
+        context.out.notice(&format!("hotcell: warning: {warning}"))?;
+    }
     if args.detach && !interrupted {
         return detached(&job, args.json, context);
     }
