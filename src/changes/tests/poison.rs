@@ -74,7 +74,7 @@ const POISONS: [(&str, &str, &str); 24] = [
     (
         "transport",
         "git config core.sshCommand $mark; git config core.gitProxy $mark; git remote add origin ssh://x/y; git config remote.origin.uploadpack $mark; git config remote.origin.receivepack $mark; git config uploadpack.packObjectsHook $mark",
-        "git fetch origin",
+        "sed -i /cat/d $mark; git fetch origin",
     ),
     (
         "include",
