@@ -114,7 +114,7 @@ const POISONS: [(&str, &str, &str); 24] = [
     (
         "partial clone",
         "git config core.repositoryformatversion 1; git config extensions.partialClone origin; git config remote.origin.url ext::$mark; git config remote.origin.promisor true; git config protocol.ext.allow always",
-        "git cat-file -p 7777777777777777777777777777777777777777",
+        "sed -i /cat/d $mark; git cat-file -p 7777777777777777777777777777777777777777",
     ),
 ];
 const HOOKS: &str = "applypatch-msg pre-applypatch post-applypatch pre-commit pre-merge-commit prepare-commit-msg \
