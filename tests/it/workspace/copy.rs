@@ -39,10 +39,18 @@ fn snapshot(dir: &Path) -> Vec<String> {
     String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
 }
 
+/// As the daemon does it: again while something else (a container that is just made has all mounts for a moment) holds
+/// the scratch space.
 fn swept(bench: &Bench, id: &CellId) {
-    let report = sweep(&bench.cells(), &|_| false).expect("sweep");
-    assert_eq!((&report.removed, &report.left), (&vec![id.clone()], &vec![]), "{report:?}");
-    assert_eq!(report.detached, 0, "{report:?}");
+    let until = std::time::Instant::now() + Duration::from_secs(30);
+    loop {
+        let report = sweep(&bench.cells(), &|_| false).expect("sweep");
+        if report.removed == [id.clone()] {
+            break;
+        }
+        assert!(std::time::Instant::now() < until, "{report:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     bench.nothing_left();
 }
 
@@ -88,11 +96,10 @@ fn what_a_cell_does_to_its_copy_stays_in_the_upper_directory() {
     let full = as_cell(&copied.path, "dd if=/dev/zero of=big bs=1M count=100");
     assert!(String::from_utf8_lossy(&full.stderr).contains("No space left"), "{full:?}");
     drop(scratch);
-    let left = sweep(&bench.cells(), &|_| false).expect("sweep");
-    assert_eq!((left.removed, left.left), (vec![id], vec![]));
     assert_eq!(snapshot(&work), before);
     rustix::mount::unmount(work.join("mounted"), rustix::mount::UnmountFlags::empty()).expect("umount");
-    bench.nothing_left();
+    swept(&bench, &id);
+    assert_eq!(fs::read_to_string(work.join("src/a.rs")).expect("there"), "old");
 }
 
 #[test]
