@@ -2,6 +2,8 @@
 //! and applied with the submitter's rights alone. It must never let a job be called done before its change set is on
 //! the disk or its loss is told, and never touch a person's files without being asked to.
 
+mod kept;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +30,10 @@ use crate::job::{Identity, JobId};
 use crate::store::Job;
 use crate::workspace::{self, Access, CopyParts, Guard, WorkspaceError, WorkspaceRecord};
 
+pub(super) use self::kept::collect_kept;
+
+/// A copy that could not be read, beside the change set that there is none of.
+const IMAGE: &str = "copy.img";
 /// Columns of the figures per file.
 const STAT_COLUMNS: u16 = 100;
 /// Longest change set as text, in bytes.
@@ -85,6 +91,9 @@ pub enum ChangesError {
     /// What is kept cannot be read.
     #[error(transparent)]
     Shelf(#[from] ShelfError),
+    /// What was kept of a parked job cannot be mounted.
+    #[error("what is kept of the job cannot be read: {0}")]
+    Kept(String),
     /// The work died.
     #[error("the work on the change set ended early: {0}")]
     Died(String),
@@ -349,15 +358,17 @@ pub async fn recover(parts: &Parts, job: &JobId) {
 }
 
 /// Takes out what a job changed in its copy, whose cell has ended and is not destroyed yet: its figures, or none where
-/// there is no copy. What goes wrong is told in a note; the copy is kept then, so that nothing is lost.
+/// there is no copy. What goes wrong is told in a note; the copy is kept then, so that nothing is lost. `again`: an
+/// earlier daemon was at it already; what it has finished is not done anew, since its copy may be half removed.
 ///
 /// # Errors
 /// [`RecordError`] where the event about it cannot be journaled.
 pub(super) async fn collect(
     parts: &Arc<Parts>,
     record: &mut Record,
+    again: bool,
 ) -> Result<Option<Summary>, RecordError> {
-    if record.accepted.plan.workspace_mode != WorkspaceMode::Copy || record.accepted.workspace.is_none() {
+    if !has_copy(record) {
         return Ok(None);
     }
     let shelf = shelf(parts, &record.job);
@@ -365,33 +376,59 @@ pub(super) async fn collect(
     let cell = cells.into_iter().find(|row| row.job == record.job && row.runtime.is_some());
     let dir = cell.map(|row| parts.settings.cells_dir().join(row.cell.as_str()));
     let copy = dir.and_then(|dir| workspace::parts_of(&dir, None));
-    let taken = match copy {
-        Some(copy) => {
-            let (accepted, identity) = (record.accepted.clone(), record.identity.clone());
-            let state_dir = parts.settings.state_dir.clone();
-            blocking(move || take(&accepted, &identity, &copy, &shelf, &state_dir)).await.map(Some)
-        }
-        // An earlier daemon has taken it, or no cell ever had one.
-        None => blocking(move || Ok(shelf.changes()?.map(|(set, hash)| set.summary(hash)))).await,
-    };
+    let (accepted, identity) = (record.accepted.clone(), record.identity.clone());
+    let state_dir = parts.settings.state_dir.clone();
+    let taken = blocking(move || match (shelf.changes()?, copy) {
+        (Some((set, hash)), _) if again => Ok(Some(set.summary(hash))),
+        (_, Some(copy)) => take(&accepted, &identity, &copy, &shelf, &state_dir).map(Some),
+        // No cell ever had one.
+        (_, None) => Ok(None),
+    })
+    .await;
     match taken {
-        Ok(Some(summary)) => {
-            record.push(&Body::Changes { summary: summary.clone() })?;
-            Ok(Some(summary))
-        }
+        Ok(Some(summary)) => tell(record, summary).map(Some),
         Ok(None) => Ok(None),
         Err(why) => {
             tracing::error!(job = %record.job, %why, "what a job changed cannot be taken out of its copy");
-            let kept = match park::keep_work(parts, record).await {
-                Ok(true) => format!("its copy is kept in {}", parts.settings.kept(&record.job).display()),
-                Ok(false) => "its copy is lost with its cell".to_owned(),
-                Err(error) => format!("its copy cannot be kept either: {error}"),
-            };
+            let kept = put_away(parts, record).await;
             let text = format!("what the job changed cannot be taken out of its copy: {why}; {kept}");
             record.push(&Body::Note { text })?;
             Ok(None)
         }
     }
+}
+
+/// Keeps the copy itself, beside what else is kept of the job, for as long as that: what became of it, in words.
+async fn put_away(parts: &Arc<Parts>, record: &Record) -> String {
+    let (from, shelf) = (parts.settings.kept(&record.job), shelf(parts, &record.job));
+    let image = shelf.dir().join(IMAGE);
+    let moved = match park::keep_work(parts, record).await {
+        Ok(true) => {
+            let to = image.clone();
+            blocking(move || {
+                shelf.create()?;
+                std::fs::rename(&from, &to).map_err(|e| ChangesError::Kept(e.to_string()))
+            })
+            .await
+            .map_err(|error| error.to_string())
+        }
+        Ok(false) => return "its copy is lost with its cell".to_owned(),
+        Err(error) => Err(error.to_string()),
+    };
+    match moved {
+        Ok(()) => format!("the file system with its copy is kept in {}", image.display()),
+        Err(error) => format!("its copy cannot be kept either: {error}"),
+    }
+}
+
+/// Whether what the job changes is taken out of a copy.
+fn has_copy(record: &Record) -> bool {
+    record.accepted.plan.workspace_mode == WorkspaceMode::Copy && record.accepted.workspace.is_some()
+}
+
+fn tell(record: &mut Record, summary: Summary) -> Result<Summary, RecordError> {
+    record.push(&Body::Changes { summary: summary.clone() })?;
+    Ok(summary)
 }
 
 /// Takes it. Blocks.
@@ -405,6 +442,7 @@ fn take(
     let record = accepted.workspace.as_ref().ok_or(ChangesError::None("the job had no workspace"))?;
     let listing = shelf.base()?.ok_or(ChangesError::None("there is no listing of the workspace before the job"))?;
     let listing = Listing::decode(&listing).map_err(|e| ChangesError::Corrupt(e.to_string()))?;
+    shelf.tidy()?;
     let guard = Guard::for_user(state_dir, identity.uid);
     // Moved or gone meanwhile: what it was is not known any more, what the job made of it is.
     let original = workspace::reopen_as(identity, record, &guard).ok();

@@ -17,6 +17,8 @@ use crate::job::JobId;
 const BASE: &str = "base";
 const CHANGES: &str = "changes.json";
 const BLOBS: &str = "blobs";
+/// What the name of a content begins with that is not whole yet.
+const FRESH: &str = ".new-";
 /// Longest stored change set, in bytes.
 const CHANGES_BYTES_MAX: u64 = 512 << 20;
 const COPY_BYTES: usize = 128 << 10;
@@ -93,6 +95,21 @@ impl JobShelf {
         Ok(())
     }
 
+    /// Removes contents that a dead process was just writing. Nobody may be writing one.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn tidy(&self) -> Result<(), ShelfError> {
+        let dir = self.blobs();
+        for entry in std::fs::read_dir(&dir).map_err(at("list", &dir))? {
+            let entry = entry.map_err(at("list", &dir))?;
+            if entry.file_name().as_encoded_bytes().starts_with(FRESH.as_bytes()) {
+                std::fs::remove_file(entry.path()).map_err(at("remove", &entry.path()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Keeps the listing of the workspace before the job, in its stored form.
     ///
     /// # Errors
@@ -150,7 +167,7 @@ impl JobShelf {
     ) -> Result<Option<(BlobId, u64, Vec<u8>)>, ShelfError> {
         let dir = self.blobs();
         let mut file = tempfile::Builder::new()
-            .prefix(".new-")
+            .prefix(FRESH)
             .permissions(Permissions::from_mode(0o644))
             .tempfile_in(&dir)
             .map_err(at("write in", &dir))?;
