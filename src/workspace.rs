@@ -46,7 +46,7 @@ pub use sweep::{Left, SweepReport, sweep};
 pub use take::{TakeError, Taken, open_file, take_file};
 pub use whole::CopyLimits;
 pub use worktree::{Worktree, worktree};
-pub use writable::{PARTS_MAX, StagedPart};
+pub use writable::{PARTS_MAX, StagedPart, parts_of_copy};
 
 /// What the job will do with the workspace, so what the submitter must be allowed to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

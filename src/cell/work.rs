@@ -73,7 +73,15 @@ enum View {
     /// Read-only, with something over it.
     Masked { lower: PathBuf, mask: Mask },
     /// A copy of what is staged, or of `direct` where nothing is.
-    Copy { lower: PathBuf, direct: Option<OwnedFd>, mask: Mask },
+    Copy {
+        lower: PathBuf,
+        direct: Option<OwnedFd>,
+        mask: Mask,
+        /// Only these paths of it can be written.
+        writable: Option<Vec<PathBuf>>,
+        /// The original's path, for messages.
+        original: PathBuf,
+    },
 }
 
 /// Something that is bound over a workspace.
@@ -196,9 +204,10 @@ impl Site<'_> {
         let mode = match (asked, writable) {
             (WorkspaceMode::Bind, None) => Mode::Bind,
             (WorkspaceMode::Bind, Some(paths)) if !paths.is_empty() => Mode::Partly(paths),
-            (WorkspaceMode::Copy | WorkspaceMode::Bind | WorkspaceMode::ReadOnly | WorkspaceMode::None, _) => {
-                Mode::ReadOnly
-            }
+            (
+                WorkspaceMode::Copy | WorkspaceMode::Bind | WorkspaceMode::ReadOnly | WorkspaceMode::None,
+                _,
+            ) => Mode::ReadOnly,
         };
         let is_copy = asked == WorkspaceMode::Copy;
         let shelf = (is_copy && name.is_none())
@@ -240,7 +249,8 @@ impl Site<'_> {
         let (path, parts) = (staged.path().to_owned(), staged.parts().to_vec());
         let mut over: Vec<Over> = staged.guards().iter().map(|guard| over_of(&at, guard)).collect();
         let view = if is_copy {
-            View::Copy { lower: path, direct: staged.is_direct().then_some(fd), mask }
+            let (writable, original) = (writable.map(<[PathBuf]>::to_vec), record.path.clone());
+            View::Copy { lower: path, direct: staged.is_direct().then_some(fd), mask, writable, original }
         } else if below {
             View::Masked { lower: path, mask }
         } else {
@@ -356,14 +366,14 @@ impl Placed {
         from: Option<&Former>,
         owner: (u32, u32),
     ) -> Result<Seen, WorkspaceError> {
-        let Self { name, view, parts, over, .. } = self;
+        let Self { name, view, mut parts, over, .. } = self;
         let (path, read_only, notes) = match view {
             View::Empty => (scratch.work(), false, Vec::new()),
             View::Staged { path, wants_read_only } => (path, wants_read_only, Vec::new()),
             View::Masked { lower, mask } => {
                 (workspace::masked(dir, name.as_deref(), &lower, &mask)?, false, Vec::new())
             }
-            View::Copy { lower, direct, mask } => {
+            View::Copy { lower, direct, mask, writable, original } => {
                 let direct = direct.as_ref().map(AsFd::as_fd);
                 // Only the primary workspace goes on with what an earlier job changed.
                 let from = from.filter(|_| name.is_none());
@@ -377,7 +387,10 @@ impl Placed {
                     limits,
                     &fill,
                 )?;
-                (copied.path, false, copied.notes)
+                if let Some(paths) = &writable {
+                    parts = workspace::parts_of_copy(&original, &copied.path, paths)?;
+                }
+                (copied.path, writable.is_some(), copied.notes)
             }
         };
         Ok(Seen { path, read_only, parts, over, notes })
@@ -391,7 +404,8 @@ pub(super) fn rooms(accepted: &Accepted, dir: &Path) -> Vec<(String, PathBuf)> {
         whole.map_or_else(|| workspace::view_of(dir, name), |parts| parts.dir)
     };
     let others = accepted.others.iter().map(|other| (other.at.clone(), at(Some(&other_name(&other.name)))));
-    let all = [(accepted.plan.workspace_at.clone(), at(None)), (REPOSITORY_AT.to_owned(), at(Some(REPOSITORY)))];
+    let all =
+        [(accepted.plan.workspace_at.clone(), at(None)), (REPOSITORY_AT.to_owned(), at(Some(REPOSITORY)))];
     all.into_iter().chain(others).filter(|(_, dir)| dir.is_dir()).collect()
 }
 

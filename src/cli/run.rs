@@ -139,28 +139,28 @@ struct AgentFlags {
 #[command(next_help_heading = "Limits")]
 struct LimitFlags {
     /// Turns of the model
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = args::count, allow_hyphen_values = true)]
     max_turns: Option<u32>,
     /// Money in USD: a bound, not a target
-    #[arg(long, value_name = "USD", value_parser = args::usd)]
+    #[arg(long, value_name = "USD", value_parser = args::usd, allow_hyphen_values = true)]
     cost: Option<f64>,
     /// Time from the start of the cell, e.g. 30m
-    #[arg(long, value_name = "DURATION", value_parser = args::seconds)]
+    #[arg(long, value_name = "DURATION", value_parser = args::seconds, allow_hyphen_values = true)]
     time: Option<u32>,
     /// Time without any output of the agent, e.g. 10m
-    #[arg(long, value_name = "DURATION", value_parser = args::seconds)]
+    #[arg(long, value_name = "DURATION", value_parser = args::seconds, allow_hyphen_values = true)]
     silence: Option<u32>,
     /// Processor cores, e.g. 1.5
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = args::cores, allow_hyphen_values = true)]
     cpus: Option<f64>,
     /// Memory of all processes together, e.g. 4g
-    #[arg(long, value_name = "SIZE", value_parser = args::mib)]
+    #[arg(long, value_name = "SIZE", value_parser = args::mib, allow_hyphen_values = true)]
     memory: Option<u32>,
     /// Processes and threads
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = args::count, allow_hyphen_values = true)]
     pids: Option<u32>,
     /// Disk space for HOME and /tmp, e.g. 4g
-    #[arg(long, value_name = "SIZE", value_parser = args::mib)]
+    #[arg(long, value_name = "SIZE", value_parser = args::mib, allow_hyphen_values = true)]
     disk: Option<u32>,
 }
 
@@ -177,7 +177,7 @@ struct JobFlags {
     #[arg(long, value_name = "NAME")]
     batch: Option<String>,
     /// Money in USD for all jobs of the batch together; the batch's first job decides
-    #[arg(long, value_name = "USD", value_parser = args::usd, requires = "batch")]
+    #[arg(long, value_name = "USD", value_parser = args::usd, allow_hyphen_values = true, requires = "batch")]
     batch_cost_usd: Option<f64>,
     /// Submitting again with the same key gives the same job
     #[arg(long, value_name = "KEY")]
@@ -220,6 +220,9 @@ pub(super) async fn submit_and_follow(
             }
         }
     };
+    for warning in &job.warnings {
+        context.out.notice(&format!("hotcell: warning: {warning}"))?;
+    }
     if args.detach && !interrupted {
         return detached(&job, args.json, context);
     }

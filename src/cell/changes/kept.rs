@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{ChangesError, Parts, Record, RecordError, Summary, blocking, has_copy, shelf, take, tell};
+use super::{ChangesError, Found, Parts, Record, RecordError, Summary, blocking, has_copy, origin, shelf, take, tell};
 use crate::cell::rooms::inodes_max;
 use crate::job::CellId;
 use crate::workspace::{self, Scratch, ScratchPlan};
@@ -33,8 +33,10 @@ pub(in crate::cell) async fn collect_kept(
             template_dir: settings.state_dir.join("scratch-templates"),
         };
         mounted(&settings.reading_dir(), &image, &plan, |dir| {
-            let copy = workspace::parts_of(dir, None);
-            copy.map(|copy| take(&accepted, &identity, &copy, &shelf, &settings.state_dir)).transpose()
+            let Some(copy) = workspace::parts_of(dir, None) else { return Ok(None) };
+            // Its agent's commits would need a cell: what they hold is in the files.
+            let found = Found { copy, base: origin(&shelf), commits: Ok(None) };
+            take(&accepted, &identity, found, &shelf, &settings.state_dir).map(Some)
         })
     });
     match taken.await {

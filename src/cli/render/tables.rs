@@ -181,6 +181,9 @@ pub(crate) fn health(paint: Paint, health: &Health) -> Text {
     for problem in &health.problems {
         text = text.plain("  ").add(Style::Warn, problem).end();
     }
+    for note in &health.notes {
+        text = text.plain("  ").add(Style::Dim, note).end();
+    }
     text
 }
 

@@ -144,3 +144,24 @@ fn what_cannot_be_meant_is_refused_before_anything_is_sent() {
         assert!(error.contains(words), "{args:?}: {error}");
     }
 }
+
+#[test]
+fn an_amount_below_zero_is_told_with_its_flag() {
+    for (flag, value) in [
+        ("--cost", "-1"),
+        ("--batch-cost-usd", "-0.5"),
+        ("--max-turns", "-1"),
+        ("--time", "-5m"),
+        ("--silence", "-1"),
+        ("--cpus", "-2"),
+        ("--memory", "-4g"),
+        ("--pids", "-1"),
+        ("--disk", "-1g"),
+    ] {
+        let (mut context, _, stderr) = crate::cli::fake::context();
+        let args = ["hotcell", "run", "x", "--batch", "b", flag, value].map(Into::into);
+        assert_eq!(crate::cli::run_args(&args, &mut context), ExitCode::Usage);
+        let said = stderr.text();
+        assert!(said.contains("must be positive") && said.contains(flag), "{flag}: {said}");
+    }
+}

@@ -38,7 +38,7 @@ fn restart(world: &mut World) {
 fn a_job_whose_daemon_is_killed_has_its_change_set_whole() {
     let mut world = fake_agent::world("");
     let dir = world.workspace("work", ANN);
-    std::fs::write(dir.join("base"), "base\n").unwrap();
+    sh(&dir, "echo base >base");
     let before = sh(&dir, ALL);
     // Before its cell is ready.
     let mut slow = fake("write a x", &dir);
@@ -74,7 +74,7 @@ fn a_job_whose_daemon_is_killed_has_its_change_set_whole() {
 fn an_application_whose_daemon_is_killed_is_done_or_undone_when_the_next_one_answers() {
     let mut world = fake_agent::world("");
     let dir = world.workspace("work", ANN);
-    std::fs::write(dir.join("base"), "base\n").unwrap();
+    sh(&dir, "echo base >base");
     let id = submit(&world, &fake(&format!("fill {FILES}; write base x"), &dir));
     done(&mut world, &id);
     let before = sh(&dir, TREE);
