@@ -97,7 +97,7 @@ fn a_run_is_told_in_plain_lines_and_as_json() {
     let lines: Vec<&str> = stdout.lines().collect();
     let id = lines[0].split_whitespace().next().unwrap().to_owned();
     assert!(
-        lines[0].contains("trusted · claude-sonnet-4-6") && lines[0].contains(&format!("{path} (bind)")),
+        lines[0].contains("trusted · claude-sonnet-4-6") && lines[0].contains(&format!("{path} (copy)")),
         "{stdout}"
     );
     for line in
@@ -176,7 +176,8 @@ fn a_client_can_leave_come_back_cancel_and_die() {
     let mut world = World::with(SCRIPT, "[limits]\nslots = 4\n");
     let dirs: Vec<_> = ["a", "b", "c"].iter().map(|name| world.workspace(name, 0)).collect();
     let at = |n: usize| dirs[n].to_str().unwrap();
-    let base = ["run", "wait", "-p", "trusted", "-w"];
+    // In place: the test tells the agents to go on by a file.
+    let base = ["run", "wait", "-p", "trusted", "--mode", "bind", "-w"];
     let with = |more: &[&'static str], dir: usize| -> Vec<String> {
         base.iter().copied().chain([at(dir)]).chain(more.iter().copied()).map(str::to_owned).collect()
     };

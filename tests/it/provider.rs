@@ -256,7 +256,7 @@ fn a_cost_limit_ends_the_job_before_it_is_passed_and_says_so() {
     assert_eq!(world.recorder.total(), before, "a request went out without money");
     let (code, stdout, _) = world.run(&["run", "spend", "--cost", "0.001"]);
     assert_eq!(code, 3);
-    for words in ["stopping: its cost limit", "stopped: its cost limit", "--cost", "$0.0010"] {
+    for words in ["! the cost limit of", "stopped: its cost limit", "--cost", "$0.0010"] {
         assert!(stdout.contains(words), "{stdout}");
     }
     let (code, _, said) = world.run(&["run", "x", "--cost", "1.5"]);

@@ -40,7 +40,7 @@ fn world(script: &str, rules: &str) -> (World, tempfile::TempDir) {
 }
 
 fn submit(world: &World, mode: &str, dir: &Path) -> String {
-    let spec = json!({ "prompt": "x", "policy": "ruled", "permission_mode": mode, "allowed_tools": ["Bash"], "workspace": { "path": dir } });
+    let spec = json!({ "prompt": "x", "policy": "ruled", "permission_mode": mode, "allowed_tools": ["Bash"], "workspace": { "path": dir, "mode": "bind" } });
     let answer = world.curl("POST", "/v1/jobs", &spec.to_string(), &[], Some(UID)).unwrap();
     assert_eq!(answer.status, 201, "{}", answer.body);
     answer.json()["id"].as_str().unwrap().to_owned()

@@ -145,6 +145,7 @@ impl StreamView {
             Body::Truncated { first, last } => {
                 self.remark(Style::Warn, &format!("… events {first} to {last} are gone: the journal's limit"))
             }
+            Body::Changes { summary } if summary.entries == 0 && summary.commits == 0 => self.text(),
             Body::Changes { summary } => {
                 self.remark(Style::Dim, &format!("· changes: {}", super::diff::summary(&summary)))
             }

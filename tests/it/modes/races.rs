@@ -57,7 +57,7 @@ log={seen}/$1-$mode
 echo asked >> "$log"
 case $1 in
   slow) sleep 3; echo '{deny}' ;;
-  killed) echo $$ > "$log-new"; mv "$log-new" "$log-pid"; exec sleep 600 ;;
+  killed) touch "$log-runs"; HOOK="$log" exec sleep 600 ;;
   hangs) exec sleep 600 ;;
   babbles) echo yes ;;
   agreed) ;;
@@ -81,6 +81,18 @@ fn rules(hook: &Path) -> String {
             )
         })
         .collect()
+}
+
+/// The process that has `HOOK=<log>` in its environment. It runs in a namespace where its own number is another one.
+fn process_of(log: &Path) -> Option<rustix::process::Pid> {
+    let mark = format!("HOOK={}", log.display());
+    let has = |pid: &i32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
+    };
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let mut pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.find(has).and_then(rustix::process::Pid::from_raw)
 }
 
 fn lines(path: &Path) -> usize {
@@ -116,12 +128,12 @@ fn a_call_that_waits_for_a_hook_runs_in_no_mode_before_the_hook_has_said_yes() {
     let all = |name: &str| MODES.map(|mode| seen.join(name.replace("MODE", mode)));
 
     // kill -9 of each hook.
-    let pids = all("killed-MODE-pid");
-    world.wait_for("every mode's second hook runs", |_| pids.iter().all(|path| path.exists()));
+    let runs = all("killed-MODE-runs");
+    world.wait_for("every mode's second hook runs", |_| runs.iter().all(|path| path.exists()));
     undecided("killed");
-    for path in pids {
-        let pid = std::fs::read_to_string(path).unwrap().trim().parse().unwrap();
-        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    for log in all("killed-MODE") {
+        world.wait_for("the hook is found", |_| process_of(&log).is_some());
+        let pid = process_of(&log).expect("the hook's process");
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     }
 
