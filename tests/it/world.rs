@@ -232,7 +232,7 @@ impl World {
             let contents = list(&shelf.path().join("blobs"));
             for entry in list(&shelf.path()).into_iter().chain(contents) {
                 let name = entry.file_name().to_string_lossy().into_owned();
-                let known = ["base", "changes.json", "blobs", "applied.json", "discarded.json", "copy.img"].contains(&name.as_str())
+                let known = ["base", "changes.json", "blobs", "origin.json", "applied.json", "discarded.json", "copy.img"].contains(&name.as_str())
                     || (name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit()));
                 assert!(known, "{} is left", entry.path().display());
             }
