@@ -142,7 +142,11 @@ fn must_end(measured: &Measured, bounds: &Bounds, most: bool) -> Option<String> 
     let Measured { usage, enforced, taken_bytes, free_bytes } = *measured;
     let mib = |bytes: u64| bytes >> 20;
     if !enforced && usage.bytes > bounds.bytes_max {
-        return Some(format!("it uses {} MiB of disk, its limit is {} MiB", mib(usage.bytes), mib(bounds.bytes_max)));
+        return Some(format!(
+            "it uses {} MiB of disk, its limit is {} MiB",
+            mib(usage.bytes),
+            mib(bounds.bytes_max)
+        ));
     }
     if !enforced && usage.inodes > bounds.inodes_max {
         return Some(format!("it has {} files, its limit is {}", usage.inodes, bounds.inodes_max));

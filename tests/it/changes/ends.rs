@@ -94,7 +94,8 @@ fn a_parked_job_goes_on_with_its_copy_and_one_that_is_cancelled_has_its_change_s
     let dir = world.workspace("work", ANN);
     sh(&dir, "echo base >base");
     let before = sh(&dir, ALL);
-    let goes_on = submit(&world, &fake("write a one; write base more; model once; write a two; write b x", &dir));
+    let goes_on =
+        submit(&world, &fake("write a one; write base more; model once; write a two; write b x", &dir));
     let (_, view) = done(&mut world, &goes_on);
     assert_eq!((&view["outcome"], &view["attempt"]), (&json!("succeeded"), &json!(2)), "{view}");
     assert_eq!(sh(&dir, ALL), before);
@@ -111,7 +112,11 @@ fn a_parked_job_goes_on_with_its_copy_and_one_that_is_cancelled_has_its_change_s
     ann(&world, &["cancel", &parked]);
     let (events, view) = done(&mut world, &parked);
     assert_eq!((&view["outcome"], &view["reason"]), (&json!("stopped"), &json!("cancelled")), "{view}");
-    assert_eq!((&view["totals"]["changes"]["added"], &view["totals"]["changes"]["modified"]), (&json!(1), &json!(1)), "{view:#}");
+    assert_eq!(
+        (&view["totals"]["changes"]["added"], &view["totals"]["changes"]["modified"]),
+        (&json!(1), &json!(1)),
+        "{view:#}"
+    );
     assert!(events.iter().any(|e| e["type"] == "changes"));
     world.nothing_left();
     assert_eq!(sh(&dir, ALL), before);
