@@ -245,6 +245,7 @@ pub async fn run(parts: Arc<Parts>, job: JobId, start: Start, stop: watch::Recei
             true
         }
     };
+    parts.space.forget(&job);
     if let State::Done(outcome) = record.state() {
         let cli = record.totals.cli_micro_usd;
         let seconds = begun.elapsed().as_secs_f64();

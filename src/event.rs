@@ -275,7 +275,7 @@ pub enum Body {
     Changes {
         /// Its figures.
         #[serde(flatten)]
-        summary: Summary,
+        summary: Box<Summary>,
     },
     /// Something a person should know (ids not mapped, an image picked, a cell lost and found).
     Note {

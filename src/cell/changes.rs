@@ -443,7 +443,7 @@ fn has_copy(record: &Record) -> bool {
 }
 
 fn tell(record: &mut Record, summary: Summary) -> Result<Summary, RecordError> {
-    record.push(&Body::Changes { summary: summary.clone() })?;
+    record.push(&Body::Changes { summary: Box::new(summary.clone()) })?;
     Ok(summary)
 }
 

@@ -19,7 +19,12 @@ pub(super) async fn committer(who: &Identity, path: Option<&Path>) -> GitIdentit
         None => (None, None),
     };
     let own = submitter_identity(who).await;
-    GitIdentity::new(name.as_deref().unwrap_or(&own.name), email.as_deref().unwrap_or(&own.email), &own.name, "localhost")
+    GitIdentity::new(
+        name.as_deref().unwrap_or(&own.name),
+        email.as_deref().unwrap_or(&own.email),
+        &own.name,
+        "localhost",
+    )
 }
 
 async fn configured(who: &Identity, path: &Path) -> (Option<String>, Option<String>) {

@@ -18,19 +18,37 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// A file system with less than one part in so many left counts as full.
 const FULL_PARTS: u64 = 200;
 
-/// What the live jobs have taken of the host's disk, in bytes.
+/// What the jobs that have a cell have taken of the host's disk.
 #[derive(Debug, Default)]
-pub struct Space(Mutex<BTreeMap<JobId, u64>>);
+pub struct Space(Mutex<BTreeMap<JobId, Taken>>);
+
+#[derive(Debug, Clone)]
+struct Taken {
+    cell_dir: PathBuf,
+    /// As measured last, in bytes.
+    bytes: u64,
+}
 
 impl Space {
-    /// Notes what `job` has taken; true where nobody has taken more.
-    fn note(&self, job: &JobId, bytes: u64) -> bool {
-        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        taken.insert(job.clone(), bytes);
-        taken.iter().all(|(other, theirs)| (*theirs, other) <= (bytes, job))
+    fn note(&self, job: &JobId, cell_dir: &Path, bytes: u64) {
+        let taken = Taken { cell_dir: cell_dir.to_owned(), bytes };
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(job.clone(), taken);
     }
 
-    fn forget(&self, job: &JobId) {
+    /// Whether nobody has taken more than `job`, as it is at this moment: each of the others is measured too, since
+    /// what it took a second ago says nothing. Blocks for some milliseconds.
+    fn is_most(&self, job: &JobId, bytes: u64) -> bool {
+        let others = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        others.into_iter().filter(|(other, _)| other != job).all(|(other, taken)| {
+            // A cell that is just taken down still has what it had.
+            let theirs = measure(&taken.cell_dir).map_or(taken.bytes, |now| now.taken_bytes.max(taken.bytes));
+            (theirs, &other) <= (bytes, job)
+        })
+    }
+
+    /// Nothing of the job's cell is left. Not before: its space is on its way back, and nobody else has to give way
+    /// for it.
+    pub(super) fn forget(&self, job: &JobId) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(job);
     }
 }
@@ -67,12 +85,13 @@ pub(super) struct Watch {
     cell_dir: PathBuf,
     bounds: Bounds,
     due: Instant,
-    measuring: Option<JoinHandle<Option<Measured>>>,
+    measuring: Option<JoinHandle<Option<String>>>,
 }
 
 impl Watch {
     /// Over the cell in `cell_dir`.
     pub(super) fn new(space: Arc<Space>, job: JobId, cell_dir: PathBuf, bounds: Bounds) -> Self {
+        space.note(&job, &cell_dir, 0);
         Self { space, job, cell_dir, bounds, due: Instant::now() + PERIOD, measuring: None }
     }
 
@@ -81,17 +100,16 @@ impl Watch {
         loop {
             if self.measuring.is_none() {
                 tokio::time::sleep_until(self.due).await;
-                let dir = self.cell_dir.clone();
-                self.measuring = Some(tokio::task::spawn_blocking(move || measure(&dir)));
+                let (space, job) = (self.space.clone(), self.job.clone());
+                let (dir, bounds) = (self.cell_dir.clone(), self.bounds.clone());
+                self.measuring = Some(tokio::task::spawn_blocking(move || look(&space, &job, &dir, &bounds)));
             }
-            let measured = match self.measuring.as_mut() {
+            let why = match self.measuring.as_mut() {
                 Some(measuring) => measuring.await.ok().flatten(),
                 None => None,
             };
             (self.measuring, self.due) = (None, Instant::now() + PERIOD);
-            let Some(measured) = measured else { continue };
-            let most = self.space.note(&self.job, measured.taken_bytes);
-            if let Some(why) = must_end(&measured, &self.bounds, most) {
+            if let Some(why) = why {
                 return why;
             }
         }
@@ -103,10 +121,12 @@ impl Watch {
     }
 }
 
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.space.forget(&self.job);
-    }
+/// Measures, notes it, and says why the job has to give way, where it has to. Blocks.
+fn look(space: &Space, job: &JobId, cell_dir: &Path, bounds: &Bounds) -> Option<String> {
+    let measured = measure(cell_dir)?;
+    space.note(job, cell_dir, measured.taken_bytes);
+    let most = measured.free_bytes < bounds.reserve_bytes && space.is_most(job, measured.taken_bytes);
+    must_end(&measured, bounds, most)
 }
 
 fn measure(cell_dir: &Path) -> Option<Measured> {
@@ -122,7 +142,11 @@ fn must_end(measured: &Measured, bounds: &Bounds, most: bool) -> Option<String> 
     let Measured { usage, enforced, taken_bytes, free_bytes } = *measured;
     let mib = |bytes: u64| bytes >> 20;
     if !enforced && usage.bytes > bounds.bytes_max {
-        return Some(format!("it uses {} MiB of disk, its limit is {} MiB", mib(usage.bytes), mib(bounds.bytes_max)));
+        return Some(format!(
+            "it uses {} MiB of disk, its limit is {} MiB",
+            mib(usage.bytes),
+            mib(bounds.bytes_max)
+        ));
     }
     if !enforced && usage.inodes > bounds.inodes_max {
         return Some(format!("it has {} files, its limit is {}", usage.inodes, bounds.inodes_max));
@@ -177,11 +201,14 @@ mod tests {
     #[test]
     fn exactly_one_of_equals_has_taken_the_most() {
         let (space, a, b) = (Space::default(), JobId::new(1, 1), JobId::new(1, 2));
-        space.note(&a, 5);
-        space.note(&b, 5);
-        assert_eq!(u8::from(space.note(&a, 5)) + u8::from(space.note(&b, 5)), 1);
+        let nowhere = Path::new("/nonexistent/cell");
+        space.note(&a, nowhere, 5);
+        space.note(&b, nowhere, 5);
+        assert_eq!(u8::from(space.is_most(&a, 5)) + u8::from(space.is_most(&b, 5)), 1);
+        space.note(&b, nowhere, 6);
+        assert!(!space.is_most(&a, 5) && space.is_most(&b, 6));
         space.forget(&b);
-        assert!(space.note(&a, 1));
+        assert!(space.is_most(&a, 1));
     }
 
     #[test]

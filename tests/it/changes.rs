@@ -5,6 +5,7 @@
 mod decide;
 mod ends;
 mod flags;
+mod input;
 mod kills;
 mod poison;
 mod road;
@@ -67,8 +68,13 @@ fn sh(dir: &Path, line: &str) -> String {
 /// A directory of Ann's that is a git repository with one commit of what `line` makes.
 fn repository(world: &World, name: &str, line: &str) -> PathBuf {
     let dir = world.workspace(name, ANN);
-    sh(&dir, &format!("umask 022; git init -q -b main; git config user.name Ann; git config user.email ann@example.org; {line}; \
-        git add -A; git commit -qm first"));
+    sh(
+        &dir,
+        &format!(
+            "umask 022; git init -q -b main; git config user.name Ann; git config user.email ann@example.org; {line}; \
+        git add -A; git commit -qm first"
+        ),
+    );
     dir
 }
 

@@ -210,7 +210,7 @@ impl World {
         assert!(mine.is_empty(), "mounts are left: {mine:#?}");
         for entry in std::fs::read_dir("/sys/block").unwrap().flatten() {
             let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
-            assert!(!file.starts_with(&*state.to_string_lossy()), "a loop device is left: {file}");
+            assert!(!file.starts_with(&*state.to_string_lossy()), "a loop device is left: {file}\n{}", self.log());
         }
         let cells: Vec<_> =
             std::fs::read_dir(state.join("cells")).unwrap().flatten().map(|e| e.path()).collect();
@@ -232,7 +232,7 @@ impl World {
             let contents = list(&shelf.path().join("blobs"));
             for entry in list(&shelf.path()).into_iter().chain(contents) {
                 let name = entry.file_name().to_string_lossy().into_owned();
-                let known = ["base", "changes.json", "blobs", "applied.json", "discarded.json", "copy.img"].contains(&name.as_str())
+                let known = ["base", "changes.json", "blobs", "origin.json", "applied.json", "discarded.json", "copy.img"].contains(&name.as_str())
                     || (name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit()));
                 assert!(known, "{} is left", entry.path().display());
             }

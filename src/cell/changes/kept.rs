@@ -4,7 +4,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{ChangesError, Found, Parts, Record, RecordError, Summary, blocking, has_copy, origin, shelf, take, tell};
+use super::{
+    ChangesError, Found, Parts, Record, RecordError, Summary, blocking, has_copy, origin, shelf, take, tell,
+};
 use crate::cell::rooms::inodes_max;
 use crate::job::CellId;
 use crate::workspace::{self, Scratch, ScratchPlan};

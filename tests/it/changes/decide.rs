@@ -16,7 +16,10 @@ fn what_the_person_changed_meanwhile_is_a_conflict_or_merged_and_never_the_agent
     let dir = repository(&world, "repo", FILES);
     let (id, ..) = job(&world, "edit", &dir);
     // Another file than the agent's, and one of the agent's.
-    sh(&dir, "echo mine >untouched.txt; echo also >mine.txt; sed -i 's/^last$/LAST/' text.txt; echo other >>other.txt");
+    sh(
+        &dir,
+        "echo mine >untouched.txt; echo also >mine.txt; sed -i 's/^last$/LAST/' text.txt; echo other >>other.txt",
+    );
     let before = sh(&dir, ALL);
     let (code, out, err) = run_as(&world, ANN, &["apply", &id, "--include-flagged"]);
     assert_eq!(code, 1, "{out}{err}");
@@ -32,14 +35,26 @@ fn what_the_person_changed_meanwhile_is_a_conflict_or_merged_and_never_the_agent
     let (code, _, err) = run_as(&world, ANN, &["apply", &id, "--3way"]);
     assert!(code == 1 && err.contains("other.txt") && !err.contains("text.txt:"), "{err}");
     assert_eq!(sh(&dir, ALL), before);
-    let merged = ann_json(&world, &["apply", &id, "--3way", "--only", "text.txt", "--only", "new.txt", "--json"]);
-    assert_eq!((paths(&merged["merged"]), paths(&merged["applied"]).len()), (vec!["text.txt"], 2), "{merged}");
+    let merged =
+        ann_json(&world, &["apply", &id, "--3way", "--only", "text.txt", "--only", "new.txt", "--json"]);
+    assert_eq!(
+        (paths(&merged["merged"]), paths(&merged["applied"]).len()),
+        (vec!["text.txt"], 2),
+        "{merged}"
+    );
     assert_eq!(sh(&dir, "cat text.txt"), "ONE\n2\n3\n4\n5\n6\n7\nLAST\n");
     sh(&dir, "echo o >other.txt");
     ann(&world, &["apply", &id, "--3way", "--include-flagged"]);
     assert_eq!(sh(&dir, "cat other.txt untouched.txt mine.txt; test -x tool"), "agent\nmine\nalso\n");
-    let again = ann_json(&world, &["apply", &id, "--include-flagged", "--only", "other.txt", "--only", "binary", "--json"]);
-    assert_eq!((paths(&again["applied"]).len(), paths(&again["already"])), (0, vec!["binary", "other.txt"]), "{again}");
+    let again = ann_json(
+        &world,
+        &["apply", &id, "--include-flagged", "--only", "other.txt", "--only", "binary", "--json"],
+    );
+    assert_eq!(
+        (paths(&again["applied"]).len(), paths(&again["already"])),
+        (0, vec!["binary", "other.txt"]),
+        "{again}"
+    );
     let said = ann(&world, &["apply", &id, "--include-flagged", "--only", "other.txt"]);
     assert!(said.contains("already applied"), "{said}");
 
@@ -73,7 +88,10 @@ fn wait_for_copy(world: &World, id: &str) {
 fn a_branch_holds_the_change_and_the_persons_files_stay() {
     let world = World::new(&script(&[("commit", COMMIT), ("edit", EDIT)]));
     let dir = repository(&world, "repo", FILES);
-    sh(&dir, "for h in post-checkout post-commit reference-transaction pre-commit; do printf '#!/bin/sh\\ntouch %s || true\\n' \"$PWD/../repo/ran\" >.git/hooks/$h; chmod +x .git/hooks/$h; done");
+    sh(
+        &dir,
+        "for h in post-checkout post-commit reference-transaction pre-commit; do printf '#!/bin/sh\\ntouch %s || true\\n' \"$PWD/../repo/ran\" >.git/hooks/$h; chmod +x .git/hooks/$h; done",
+    );
     let work_tree = "find . -path ./.git/objects -prune -o -path ./.git/refs -prune -o -path ./.git -o -printf '%p %y %m %s %T@\\n' | LC_ALL=C sort";
     let (id, ..) = job(&world, "edit", &dir);
     let before = sh(&dir, work_tree);
@@ -86,7 +104,13 @@ fn a_branch_holds_the_change_and_the_persons_files_stay() {
     assert!(log.contains(&format!(": {id}")), "a trailer names the job: {log}");
     let names = sh(&dir, "git diff --name-status main agent/edit");
     assert_eq!(names, "M\tbinary\nA\tnew.txt\nM\tother.txt\nM\ttext.txt\nM\ttool\n");
-    assert_eq!(sh(&dir, "git show agent/edit:other.txt; git fsck --strict 2>&1 >/dev/null | grep -v dangling || true"), "agent\n");
+    assert_eq!(
+        sh(
+            &dir,
+            "git show agent/edit:other.txt; git fsck --strict 2>&1 >/dev/null | grep -v dangling || true"
+        ),
+        "agent\n"
+    );
     let (code, _, err) = run_as(&world, ANN, &["apply", &id, "--branch", "agent/edit"]);
     assert!(code == 1 && err.contains("agent/edit"), "{err}");
     let (code, _, err) = run_as(&world, ANN, &["apply", &id, "--branch", "../x"]);
@@ -114,8 +138,14 @@ fn a_change_set_goes_into_files_and_directories_until_it_is_thrown_away() {
     sh(&files, "mkdir tar && tar -xf job.tar -C tar");
     assert_eq!(sh(&files, "cat tar/other.txt tar/new.txt"), "agent\nnew\n");
     ann(&world, &["export", &id, "--format", "bundle", "-o", &file("job.bundle")]);
-    let name = sh(&dir, &format!("git bundle verify -q {0} && git bundle list-heads {0} | cut -d' ' -f2", file("job.bundle")));
-    sh(&dir, &format!("git fetch -q {} {}:refs/heads/fetched", file("job.bundle"), name.lines().next().unwrap()));
+    let name = sh(
+        &dir,
+        &format!("git bundle verify -q {0} && git bundle list-heads {0} | cut -d' ' -f2", file("job.bundle")),
+    );
+    sh(
+        &dir,
+        &format!("git fetch -q {} {}:refs/heads/fetched", file("job.bundle"), name.lines().next().unwrap()),
+    );
     assert_eq!(sh(&dir, "git show fetched:other.txt"), "agent\n");
 
     let to = file("as-left");
@@ -130,7 +160,13 @@ fn a_change_set_goes_into_files_and_directories_until_it_is_thrown_away() {
     }
 
     // Others: nobody else sees it; who administers may look, and decides nothing.
-    for args in [&["diff", &id][..], &["apply", &id], &["export", &id], &["discard", &id], &["checkout", &id, "/var/tmp/hc-x"]] {
+    for args in [
+        &["diff", &id][..],
+        &["apply", &id],
+        &["export", &id],
+        &["discard", &id],
+        &["checkout", &id, "/var/tmp/hc-x"],
+    ] {
         let (code, out, err) = run_as(&world, BOB, args);
         assert!(code == 2 && out.is_empty() && err.contains(&id[..8]), "{args:?}: {out}{err}");
     }
@@ -163,7 +199,8 @@ fn a_change_set_goes_into_files_and_directories_until_it_is_thrown_away() {
     world.kill();
     world.start();
     assert!(!shelf.exists(), "an orphan");
-    let jobless = json!({ "prompt": "none", "policy": "trusted", "workspace": { "path": dir, "mode": "read-only" } });
+    let jobless =
+        json!({ "prompt": "none", "policy": "trusted", "workspace": { "path": dir, "mode": "read-only" } });
     let id = submit(&world, &jobless);
     world.follow(&id);
     let (code, _, err) = run_as(&world, ANN, &["diff", &id]);

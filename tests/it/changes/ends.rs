@@ -56,14 +56,18 @@ fn a_job_that_fails_is_cancelled_or_runs_out_of_time_has_its_change_set() {
 fn a_job_that_the_model_fails_or_the_budget_stops_has_its_change_set() {
     let broken = "[[reply]]\nwhen = { prompt = \"broken\", turn_from = 1, tools = true }\n\
         fault = { status = 400, type = \"invalid_request_error\", message = \"no\" }\n";
-    let dear = "[[reply]]\nwhen = { prompt = \"dear\", turn = 0, tools = true }\nusage = { input = 30000, output = 8000 }\n";
-    let text = script(&[("broken", "echo x >broken")]);
+    // It writes, and asks for what it cannot pay.
+    let dear = format!(
+        "[[reply]]\nwhen = {{ prompt = \"dear\", turn_from = 1, tools = true }}\nusage = {{ input = 30000, output = 20000 }}\nblocks = [{}]\n",
+        bash("sleep 50")
+    );
+    let text = script(&[("broken", "echo x >broken"), ("dear", "echo x >dear")]);
     let (head, tail) = text.split_once("[default]").unwrap();
-    let text = format!("{head}{dear}blocks = [{}]\n{broken}[default]{tail}", bash("echo x >dear"));
+    let text = format!("{head}{dear}{broken}[default]{tail}");
     let world = World::new(&text);
     let dir = world.workspace("work", ANN);
     let mut poor = spec("dear", &dir);
-    poor["limits"]["cost_usd"] = json!(0.22);
+    poor["limits"]["cost_usd"] = json!(0.3);
     let jobs = [submit(&world, &spec("broken", &dir)), submit(&world, &poor)];
     for (id, outcome, name) in [(&jobs[0], "failed", "broken"), (&jobs[1], "stopped", "dear")] {
         world.follow(id);
@@ -90,7 +94,8 @@ fn a_parked_job_goes_on_with_its_copy_and_one_that_is_cancelled_has_its_change_s
     let dir = world.workspace("work", ANN);
     sh(&dir, "echo base >base");
     let before = sh(&dir, ALL);
-    let goes_on = submit(&world, &fake("write a one; write base more; model once; write a two; write b x", &dir));
+    let goes_on =
+        submit(&world, &fake("write a one; write base more; model once; write a two; write b x", &dir));
     let (_, view) = done(&mut world, &goes_on);
     assert_eq!((&view["outcome"], &view["attempt"]), (&json!("succeeded"), &json!(2)), "{view}");
     assert_eq!(sh(&dir, ALL), before);
@@ -107,7 +112,11 @@ fn a_parked_job_goes_on_with_its_copy_and_one_that_is_cancelled_has_its_change_s
     ann(&world, &["cancel", &parked]);
     let (events, view) = done(&mut world, &parked);
     assert_eq!((&view["outcome"], &view["reason"]), (&json!("stopped"), &json!("cancelled")), "{view}");
-    assert_eq!((&view["totals"]["changes"]["added"], &view["totals"]["changes"]["modified"]), (&json!(1), &json!(1)), "{view:#}");
+    assert_eq!(
+        (&view["totals"]["changes"]["added"], &view["totals"]["changes"]["modified"]),
+        (&json!(1), &json!(1)),
+        "{view:#}"
+    );
     assert!(events.iter().any(|e| e["type"] == "changes"));
     world.nothing_left();
     assert_eq!(sh(&dir, ALL), before);

@@ -41,7 +41,10 @@ fn what_takes_effect_by_itself_is_set_apart_and_applied_only_with_a_word() {
             let entry = entry(&set, path);
             assert_eq!(entry["verdict"], verdict, "{entry}");
             assert!(entry["flags"].as_array().unwrap().iter().any(|f| f == flag), "{flag}: {entry}");
-            assert!(stat.lines().any(|l| l.trim_start().starts_with(path) && l.contains(flag)), "{path}: {stat}");
+            assert!(
+                stat.lines().any(|l| l.trim_start().starts_with(path) && l.contains(flag)),
+                "{path}: {stat}"
+            );
         }
     }
     assert_eq!(entry(&set, "notes.txt")["verdict"], "flagged", "{:#}", entry(&set, "notes.txt"));
@@ -54,7 +57,9 @@ fn what_takes_effect_by_itself_is_set_apart_and_applied_only_with_a_word() {
     }
     let is = |path: &str| dir.join(path).symlink_metadata().is_ok();
     assert!(is("plain.txt") && !is("nested"), "{applied:#}");
-    for (path, _) in FLAGGED.iter().chain(&REFUSED).filter(|(p, _)| !matches!(*p, "package.json" | ".git/config")) {
+    for (path, _) in
+        FLAGGED.iter().chain(&REFUSED).filter(|(p, _)| !matches!(*p, "package.json" | ".git/config"))
+    {
         assert!(!is(path), "{path} was applied");
     }
     assert_eq!(std::fs::read_to_string(dir.join("package.json")).unwrap(), "{}\n");

@@ -90,7 +90,8 @@ fn an_application_whose_daemon_is_killed_is_done_or_undone_when_the_next_one_ans
     for wait_ms in [0, 5, 15, 30, 60, 100, 150, 250, 400] {
         sh(&dir, "rm -f filled-*; echo base >base");
         let mut applying = command(&world, ANN, &["apply", &id]);
-        let mut applying = applying.stdout(Stdio::null()).stderr(Stdio::null()).process_group(0).spawn().unwrap();
+        let mut applying =
+            applying.stdout(Stdio::null()).stderr(Stdio::null()).process_group(0).spawn().unwrap();
         let begun = world.state_dir().join("changes").join(&id).join("apply");
         world.wait_for("it begins", |_| begun.exists() || applying.try_wait().unwrap().is_some());
         std::thread::sleep(Duration::from_millis(wait_ms));
@@ -98,8 +99,16 @@ fn an_application_whose_daemon_is_killed_is_done_or_undone_when_the_next_one_ans
         applying.wait().unwrap();
         world.start();
         let now = sh(&dir, TREE);
-        assert!(now == before || now == after, "after {wait_ms} ms neither before nor after:\n{now}\n{}", world.log());
-        if now == before { undone += 1 } else { all_done += 1 }
+        assert!(
+            now == before || now == after,
+            "after {wait_ms} ms neither before nor after:\n{now}\n{}",
+            world.log()
+        );
+        if now == before {
+            undone += 1
+        } else {
+            all_done += 1
+        }
         world.nothing_left();
     }
     eprintln!("killed while it was applied: {undone} undone, {all_done} done");

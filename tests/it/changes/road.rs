@@ -56,13 +56,17 @@ fn what_an_agent_did_to_a_copy_is_shown_and_applied_as_it_left_it() {
     }
     let patch = ann(&world, &["diff", &id]);
     assert_eq!(patch, ann(&world, &["diff", &id, "--patch"]));
-    for words in ["rename from lib/old.txt", "+hello, world", "GIT binary patch", "deleted file mode 100644"] {
+    for words in ["rename from lib/old.txt", "+hello, world", "GIT binary patch", "deleted file mode 100644"]
+    {
         assert!(patch.contains(words), "{words}: {patch}");
     }
     let only = ann(&world, &["diff", &id, "--only", "*.md"]);
     assert!(only.contains("made.md") && !only.contains("greeting"), "{only}");
     let set = ann_json(&world, &["diff", &id, "--json"]);
-    assert_eq!((&set["standing"], &set["summary"]["hash"]), (&json!("open"), &view["totals"]["changes"]["hash"]));
+    assert_eq!(
+        (&set["standing"], &set["summary"]["hash"]),
+        (&json!("open"), &view["totals"]["changes"]["hash"])
+    );
     assert_eq!(entry(&set, "mode.txt")["after"]["mode"], 0o600);
     assert_eq!(entry(&set, "link")["after"]["target"], "greeting.txt");
     assert_eq!(entry(&set, "empty/dir")["after"]["kind"], "dir");
@@ -97,9 +101,14 @@ fn record(world: &World, id: &str, dir: &Path) {
     let job = job.get("job").unwrap_or(&job);
     let (totals, ran) = (&job["totals"], &job["totals"]["ran"]);
     assert!(ran["image"].as_str().is_some_and(|image| image.starts_with("sha256:")), "{job:#}");
-    assert!(ran["agent"].as_str().is_some_and(|v| v.contains(hotcell::agent_bundle::PINNED_VERSION)), "{job:#}");
+    assert!(
+        ran["agent"].as_str().is_some_and(|v| v.contains(hotcell::agent_bundle::PINNED_VERSION)),
+        "{job:#}"
+    );
     assert_eq!((&job["runtime"], &job["outcome"]), (&json!("runc"), &json!("succeeded")));
-    for hash in [&job["prompt_sha256"], &job["policy_sha256"], &totals["changes"]["hash"], &totals["changes"]["base"]] {
+    for hash in
+        [&job["prompt_sha256"], &job["policy_sha256"], &totals["changes"]["hash"], &totals["changes"]["base"]]
+    {
         assert!(hash.as_str().is_some_and(|hash| hash.len() == 64), "{hash}: {job:#}");
     }
     assert_eq!(totals["changes"]["base_commit"], sh(dir, "git rev-parse HEAD").trim());

@@ -8,12 +8,14 @@ use crate::world::tool_results;
 
 #[test]
 fn a_job_that_fills_its_disk_is_told_so_and_keeps_its_changes() {
-    let fill = "dd if=/dev/zero of=big bs=1M count=200 2>&1 | tail -1; echo after >after && echo COULD-WRITE; true";
+    let fill =
+        "dd if=/dev/zero of=big bs=1M count=200 2>&1 | tail -1; echo after >after && echo COULD-WRITE; true";
     let room = "dd if=/dev/zero of=big bs=1M count=200 2>&1; rm big; echo after >after && echo COULD-WRITE";
     let inodes = "mkdir many; cd many; i=0; while echo x >f$i && [ $i -lt 200000 ]; do i=$((i+1)); done; cd ..; rm -r many; echo after >after";
     let world = World::new(&script(&[("fill", fill), ("room", room), ("inodes", inodes)]));
     let dir = world.workspace("work", ANN);
-    let jobs: Vec<String> = ["room", "inodes", "fill"].map(|prompt| submit(&world, &spec(prompt, &dir))).into();
+    let jobs: Vec<String> =
+        ["room", "inodes", "fill"].map(|prompt| submit(&world, &spec(prompt, &dir))).into();
     for (id, prompt) in jobs.iter().zip(["room", "inodes", "fill"]) {
         let events = world.follow(id);
         let view = world.show(id);
@@ -21,7 +23,10 @@ fn a_job_that_fills_its_disk_is_told_so_and_keeps_its_changes() {
         let outcome = (view["outcome"].as_str(), view["reason"].as_str());
         match prompt {
             // Nothing more can be written: the CLI may fail by it, and then that is what is said.
-            "fill" => assert!(matches!(outcome, (Some("succeeded"), _) | (Some("failed"), Some("disk_full"))), "{view:#}"),
+            "fill" => assert!(
+                matches!(outcome, (Some("succeeded"), _) | (Some("failed"), Some("disk_full"))),
+                "{view:#}"
+            ),
             _ => {
                 assert_eq!(outcome.0, Some("succeeded"), "{view:#}");
                 assert!(said.contains("No space left on device"), "{prompt}: {said}");
@@ -41,7 +46,11 @@ impl Small {
     fn mount(dir: PathBuf, mib: u32) -> Self {
         std::fs::create_dir(&dir).unwrap();
         let options = format!("size={mib}m,mode=0711");
-        let done = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "hotcell-test"]).arg(&dir).status().unwrap();
+        let done = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &options, "hotcell-test"])
+            .arg(&dir)
+            .status()
+            .unwrap();
         assert!(done.success());
         Self(dir)
     }
@@ -59,7 +68,11 @@ impl Drop for Small {
 
 #[test]
 fn the_hosts_reserve_is_given_back_by_the_largest_job_and_no_job_starts_below_it() {
-    let write = |mib: u32| format!("head -c {mib}M /dev/urandom >data; sync; touch /tmp/wrote; while [ ! -e /tmp/go ]; do sleep 0.1; done; echo went-on");
+    let write = |mib: u32| {
+        format!(
+            "head -c {mib}M /dev/urandom >data; sync; touch /tmp/wrote; while [ ! -e /tmp/go ]; do sleep 0.1; done; echo went-on"
+        )
+    };
     let world = World::without_daemon(
         &script(&[("small-one", &write(10)), ("large-one", &write(150))]),
         "limits.disk_reserve_mib = 300\nlimits.cancel_grace_s = 2\n",
