@@ -11,6 +11,7 @@ pub mod jobs;
 pub mod openapi;
 pub mod peer;
 pub mod report;
+mod sources;
 pub mod submit;
 pub mod whoami;
 pub mod wire;

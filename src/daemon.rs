@@ -34,6 +34,7 @@ use crate::money::Calendar;
 use crate::policy::{Access, Defaults, Policy};
 use crate::pricing::Prices;
 use crate::store::{Filter, Store};
+use crate::source;
 use crate::sweeper;
 
 /// Longest wait for `initialize`: a cold disk reads 245 MB first.
@@ -266,6 +267,9 @@ async fn build(
         calendar: Calendar::new(config.budgets.time_zone.as_deref())?,
     };
     let runtimes = Tried::load(&settings.state_dir);
+    let source_limits =
+        source::Limits { reserve_bytes: settings.disk_reserve_bytes, ..source::Limits::default() };
+    let sources = Arc::new(source::Sources::new(settings.sources_dir(), source_limits));
     let (feeds, pauses) = (Feeds::default(), Arc::new(Pauses::default()));
     let (caps, calendar) = (settings.caps, settings.calendar.clone());
     let budgets = Arc::new(Budgets { store: store.clone(), caps, calendar });
@@ -281,6 +285,7 @@ async fn build(
         feeds,
         runtimes,
         space: Arc::default(),
+        sources,
         admission,
         pauses,
     };

@@ -15,7 +15,7 @@
 //! doing     cell (one cell's life), driver (the one loop), sweeper
 //! deciding  scheduler (+ recover), session                    pure: no IO, no clock, no chance
 //! hands     store, journal, engine, link, workspace, gateway, cell_image, agent_bundle, npm, run_as,
-//!           model, metrics
+//!           source, model, metrics
 //! facts     job, policy, agent, event, audit, money, pricing, clock  pure types
 //! ```
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
@@ -72,6 +72,7 @@ pub mod metrics;
 pub mod model;
 pub mod npm;
 pub mod run_as;
+pub mod source;
 pub mod store;
 pub mod workspace;
 // doing

@@ -2,6 +2,7 @@
 //! groups, a small environment of its own and nothing of the daemon's: no descriptors, no variables, no rights.
 //! It must never run anything as the daemon for somebody else.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -19,6 +20,17 @@ pub struct Bounds {
     pub wall: Duration,
     /// Most bytes of its standard output, and as many of its standard error.
     pub output_bytes_max: usize,
+}
+
+/// What a program gets beside its arguments.
+#[derive(Debug, Clone, Default)]
+pub struct Surroundings {
+    /// Variables, over those that every program gets.
+    pub env: Vec<(String, OsString)>,
+    /// Longest file that it and what it starts may write.
+    pub file_bytes_max: Option<u64>,
+    /// Its files are for itself alone to write, and for others to read where their directories let them: 022.
+    pub usual_umask: bool,
 }
 
 /// What a program gave.
@@ -74,11 +86,25 @@ pub enum RunError {
 /// # Errors
 /// [`RunError`]; the program and its process group are gone then.
 pub async fn run(argv: &[PathBuf], who: &Identity, stdin: &[u8], bounds: Bounds) -> Result<Output, RunError> {
+    run_in(argv, who, &Surroundings::default(), stdin, bounds).await
+}
+
+/// The same with more than every program gets. It has no terminal, whatever the daemon has: it cannot ask anybody.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_in(
+    argv: &[PathBuf],
+    who: &Identity,
+    surroundings: &Surroundings,
+    stdin: &[u8],
+    bounds: Bounds,
+) -> Result<Output, RunError> {
     let program = argv.first().cloned().unwrap_or_default();
     let failed = |source| RunError::Start { program: program.clone(), source };
-    let mut command = command(argv, who)?;
+    let mut command = command(argv, who, surroundings)?;
     let mut child = command.spawn().map_err(failed)?;
-    let group = child.id().and_then(|id| rustix::process::Pid::from_raw(id as i32));
+    let group = Group(child.id().and_then(|id| rustix::process::Pid::from_raw(id as i32)));
     let (mut input, output, errors) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let most = bounds.output_bytes_max;
     let talk = async {
@@ -94,9 +120,7 @@ pub async fn run(argv: &[PathBuf], who: &Identity, stdin: &[u8], bounds: Bounds)
     };
     let talked = tokio::time::timeout(bounds.wall, talk).await;
     // Whatever it started and left behind goes with it.
-    if let Some(group) = group {
-        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
-    }
+    drop(group);
     let Ok((stdout, stderr, status)) = talked else {
         let _ = child.kill().await;
         return Err(RunError::Late { program, seconds: bounds.wall.as_secs() });
@@ -111,7 +135,18 @@ pub async fn run(argv: &[PathBuf], who: &Identity, stdin: &[u8], bounds: Bounds)
     Ok(Output { code, stdout, stderr })
 }
 
-fn command(argv: &[PathBuf], who: &Identity) -> Result<Command, RunError> {
+/// A program and all it started: killed when nobody waits for it any more, also where the wait is dropped.
+struct Group(Option<rustix::process::Pid>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+fn command(argv: &[PathBuf], who: &Identity, surroundings: &Surroundings) -> Result<Command, RunError> {
     let own = rustix::process::geteuid();
     let mut command = Command::new(argv.first().cloned().unwrap_or_default());
     command
@@ -123,11 +158,12 @@ fn command(argv: &[PathBuf], who: &Identity) -> Result<Command, RunError> {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .process_group(0)
         .kill_on_drop(true);
     if let Some((name, home)) = home_of(who.uid) {
         command.env("USER", name).env("HOME", home);
     }
+    command.envs(surroundings.env.iter().map(|(name, value)| (name, value)));
+    let (file_bytes_max, usual_umask) = (surroundings.file_bytes_max, surroundings.usual_umask);
     let become_user = own.is_root();
     if !become_user && own.as_raw() != who.uid {
         return Err(RunError::NotRoot { uid: who.uid, own: own.as_raw() });
@@ -137,6 +173,15 @@ fn command(argv: &[PathBuf], who: &Identity) -> Result<Command, RunError> {
     // SAFETY: between fork and exec only system calls are made, on values that were made before.
     unsafe {
         command.pre_exec(move || {
+            // A group of its own, so that all of it can be killed, and no terminal to ask at.
+            rustix::process::setsid()?;
+            if usual_umask {
+                rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+            }
+            if let Some(bytes) = file_bytes_max {
+                let most = rustix::process::Rlimit { current: Some(bytes), maximum: Some(bytes) };
+                rustix::process::setrlimit(rustix::process::Resource::Fsize, most)?;
+            }
             // For this one thread, which is all there is after the fork. Groups first: they need the right that
             // the uid's change takes away.
             if become_user {

@@ -8,6 +8,8 @@ use std::path::{Component, Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::source::GitSource;
+
 /// Longest prompt, in bytes.
 pub const PROMPT_BYTES_MAX: usize = 1024 * 1024;
 /// Longest system prompt or appended system prompt, in bytes.
@@ -142,9 +144,13 @@ pub struct BatchSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct WorkspaceSpec {
-    /// Absolute path on the host, without symbolic links.
-    pub path: PathBuf,
-    /// How it is mounted; the policy's first mode where absent.
+    /// Absolute path on the host, without symbolic links; absent where `git` is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// A repository that is fetched when the job is submitted, instead of a path: it is worked on as a copy, or read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub git: Option<GitSource>,
+    /// How it is mounted; the policy's first mode where absent, `copy` for a repository that is fetched.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<WorkspaceMode>,
     /// Where the cell sees it.
@@ -164,9 +170,9 @@ pub struct WorkspaceSpec {
 impl WorkspaceSpec {
     /// Where the cell sees it.
     pub fn seen_at(&self) -> String {
-        match self.mount {
-            MountAt::Workspace => WORKSPACE.to_owned(),
-            MountAt::SamePath => self.path.display().to_string(),
+        match (self.mount, &self.path) {
+            (MountAt::SamePath, Some(path)) => path.display().to_string(),
+            (MountAt::Workspace | MountAt::SamePath, _) => WORKSPACE.to_owned(),
         }
     }
 }
@@ -546,8 +552,17 @@ fn name(key: &str, value: &str) -> Result<(), SpecError> {
 
 impl WorkspaceSpec {
     fn check(&self) -> Result<(), SpecError> {
-        check_path("workspace.path", &self.path)?;
-        check_place("workspace.mount", self.mount, &self.path)?;
+        match (&self.path, &self.git) {
+            (Some(path), None) => {
+                check_path("workspace.path", path)?;
+                check_place("workspace.mount", self.mount, path)?;
+            }
+            (None, Some(git)) => self.check_git(git)?,
+            (None, None) => return Err(field("workspace", "needs a path, or a git repository to fetch")),
+            (Some(_), Some(_)) => {
+                return Err(field("workspace.git", "cannot be given beside workspace.path: one of them is the workspace"));
+            }
+        }
         hide_rules(&self.hide)?;
         if self.others.len() > OTHERS_MAX {
             let problem = format!("has {} entries; at most {OTHERS_MAX} are allowed", self.others.len());
@@ -572,6 +587,20 @@ impl WorkspaceSpec {
                 return Err(field(&key("name"), "is another one's name already"));
             }
             places.push(at);
+        }
+        Ok(())
+    }
+}
+
+impl WorkspaceSpec {
+    fn check_git(&self, git: &GitSource) -> Result<(), SpecError> {
+        git.check().map_err(|(key, problem)| field(&format!("workspace.git.{key}"), &problem))?;
+        if self.mode == Some(WorkspaceMode::Bind) {
+            let problem = "bind is for a directory of yours: what is fetched is worked on as a copy, or read-only";
+            return Err(field("workspace.mode", problem));
+        }
+        if self.mount == MountAt::SamePath {
+            return Err(field("workspace.mount", "same-path is for a directory of yours, and this one is fetched"));
         }
         Ok(())
     }
@@ -643,6 +672,18 @@ mod tests {
         assert!(error_of(r#"{"prompt":"x","env":{"A B":"1"}}"#).contains("env.A B"));
         assert!(error_of(r#"{"prompt":"x","workspace":{"path":"a/../b"}}"#).contains("workspace.path"));
         assert!(error_of(r#"{"prompt":"x","permission_mode":"auto"}"#).contains("auto"));
+        for (workspace, words) in [
+            (r#"{}"#, "workspace: needs a path, or a git repository"),
+            (r#"{"path":"/a","git":{"url":"/r"}}"#, "workspace.git: cannot be given beside"),
+            (r#"{"git":{"url":"ext::sh"}}"#, "workspace.git.url: names a program"),
+            (r#"{"git":{"url":"/r","ref":"-x"}}"#, "workspace.git.ref: begins or ends"),
+            (r#"{"git":{"url":"/r"},"mode":"bind"}"#, "workspace.mode: bind is for a directory"),
+            (r#"{"git":{"url":"/r"},"mount":"same-path"}"#, "workspace.mount: same-path is for"),
+            (r#"{"git":{"uri":"/r"}}"#, "unknown field `uri`"),
+        ] {
+            let error = error_of(&format!(r#"{{"prompt":"x","workspace":{workspace}}}"#));
+            assert!(error.contains(words), "{workspace}: {error}");
+        }
         let long = format!(r#"{{"prompt":"{}"}}"#, "x".repeat(PROMPT_BYTES_MAX + 1));
         assert!(error_of(&long).contains("prompt: has 1048577 bytes"));
     }
