@@ -33,6 +33,7 @@ init: ## Build hotcell-init, the static PID 1 of a cell.
 	@install -m 755 $(INIT) target/debug/hotcell-init
 
 build: tools init ## Build hotcell and hotcell-init into target/release.
+	@[ -x target/release/hotcell ] || echo "hotcell: building for the first time; on two cores this takes some five minutes" >&2
 	$(CARGO) build --release --locked --bin hotcell
 
 image: build engine ## Build the cell image (Node, the Claude Code CLI, git, ripgrep, common tools).

@@ -8,6 +8,7 @@ pub mod changes;
 pub mod cost;
 pub mod events;
 pub mod jobs;
+mod kept;
 pub mod openapi;
 pub mod peer;
 pub mod report;
@@ -27,6 +28,7 @@ use axum::routing::{get, post};
 use tokio_util::sync::CancellationToken;
 
 use crate::cell::Parts;
+use crate::config::PolicyShelf;
 use crate::driver::{self, Handle};
 use crate::job::spec::SPEC_BYTES_MAX;
 use crate::policy::{Access, Defaults, Policy};
@@ -39,8 +41,8 @@ pub struct Api {
     pub parts: Arc<Parts>,
     /// The loop.
     pub driver: Handle,
-    /// Policies by name.
-    pub policies: BTreeMap<String, Policy>,
+    /// The policies.
+    pub policies: Arc<PolicyShelf>,
     /// The policy of a job that names none.
     pub default_policy: String,
     /// Model, image and provider where neither job nor policy names one.
@@ -57,6 +59,18 @@ pub struct Api {
     pub problems: RwLock<Vec<String>>,
     /// Fires when the daemon is going down.
     pub shutdown: CancellationToken,
+}
+
+impl Api {
+    /// The policies by name, as their files say now.
+    ///
+    /// # Errors
+    /// When the look at them died.
+    pub async fn policies(&self) -> Result<Arc<BTreeMap<String, Policy>>, ApiError> {
+        let shelf = self.policies.clone();
+        let now = tokio::task::spawn_blocking(move || shelf.now()).await;
+        now.map_err(|error| ApiError::new(ErrorCode::Internal, error))
+    }
 }
 
 /// An error answer.
@@ -144,6 +158,9 @@ async fn no_method(method: axum::http::Method, uri: axum::http::Uri) -> ApiError
 
 async fn health(State(api): State<Arc<Api>>) -> Response {
     let mut problems = api.problems.read().map(|p| p.clone()).unwrap_or_default();
+    if api.policies().await.is_ok() {
+        problems.extend(api.policies.problems());
+    }
     if api.parts.metrics.engine_up.get() == 0 {
         problems.push(format!("the engine at {} does not answer", api.engine_address));
     }
@@ -157,6 +174,7 @@ async fn health(State(api): State<Arc<Api>>) -> Response {
         instance: api.parts.store.instance().to_string(),
         engine: api.engine_address.clone(),
         problems,
+        notes: crate::workspace::form_here().1.into_iter().collect(),
     })
     .into_response()
 }

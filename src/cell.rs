@@ -8,6 +8,7 @@
 //! Read in this order: [`prepare`], [`live`], `collect` below, [`park`] (instead of an end), [`record`] (journal
 //! and row together).
 
+mod bundle;
 pub mod changes;
 mod errands;
 mod lines;
@@ -37,7 +38,7 @@ use crate::gateway::{Egress, Gateway};
 use crate::job::outcome::Failure;
 use crate::job::source::GitCheckout;
 use crate::job::spec::WorkspaceMode;
-use crate::job::{CellId, FailReason, Input, JobId, Outcome, ParkReason, Phase, State, StopReason};
+use crate::job::{CellId, FailReason, Input, JobId, Outcome, Phase, State, StopReason};
 use crate::journal;
 use crate::metrics::Metrics;
 use crate::money::{Calendar, Caps, MicroUsd};
@@ -218,7 +219,7 @@ pub enum Fate {
         ticket: Ticket,
         /// The moment, in milliseconds since 1970.
         until_ms: u64,
-        /// True when the provider's limit ended its cell.
+        /// True when a limit of the provider's ended its cell that others share.
         limited: bool,
     },
 }
@@ -266,7 +267,7 @@ pub async fn run(parts: Arc<Parts>, job: JobId, start: Start, stop: watch::Recei
             Fate::Parked {
                 ticket: record.ticket(&parts),
                 until_ms: parked.until_ms,
-                limited: had_cell && parked.why == ParkReason::ProviderLimit,
+                limited: had_cell && park::shared_until_ms(&parts, &record, parked).is_some(),
             }
         }
         State::Queued

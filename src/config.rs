@@ -18,7 +18,10 @@ use std::path::{Path, PathBuf};
 pub use access::{Names, unknown_name};
 pub use budgets::Budgets;
 pub use network::Network;
-pub use policies::{PolicyFileError, PolicyOrigin, PolicySource, policy_sources, read_policy_text};
+pub use policies::{
+    BrokenPolicy, PolicyFileError, PolicyListing, PolicyOrigin, PolicyShelf, PolicySource, policy_sources,
+    read_policy_text,
+};
 pub use providers::{BUILT_IN as BUILT_IN_PROVIDER, anthropic};
 pub use settings::{SETTINGS, Setting};
 

@@ -1,7 +1,7 @@
 //! The daemon's composition root: configuration → parts → run → drain. The caller owns socket, engine and
 //! stop ([`run`]); [`serve`] is the caller for `hotcell serve`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use crate::cell::park::{Admission, Budgets, Pauses};
 use crate::cell::record::Feeds;
 use crate::cell::runtime::Tried;
 use crate::cell::{Parts, Settings};
-use crate::config::{Config, policy_sources, unknown_name};
+use crate::config::{Config, PolicyShelf, unknown_name};
 use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
@@ -31,7 +31,7 @@ use crate::job::State;
 use crate::journal;
 use crate::metrics::Metrics;
 use crate::money::Calendar;
-use crate::policy::{Access, Defaults, Policy};
+use crate::policy::{Access, Defaults};
 use crate::pricing::Prices;
 use crate::store::{Filter, Store};
 use crate::source;
@@ -143,7 +143,36 @@ pub async fn run(
         problems: RwLock::new(problems(&parts)),
         shutdown: shutdown.drain.clone(),
     });
-    let mut tasks: JoinSet<&'static str> = JoinSet::new();
+    let mut tasks = spawn_faces(&api, listeners, &close);
+    let (swept, closing) = (parts.clone(), close.clone());
+    tasks.spawn(async move {
+        sweeper::run(swept, closing).await;
+        "sweeper"
+    });
+    let (drain, hurry) = (shutdown.drain.clone(), shutdown.hurry.clone());
+    tasks.spawn(async move {
+        driver.run(drain, hurry).await;
+        "driver"
+    });
+    tracing::info!(socket = %config.socket.display(), slots, "hotcell serves");
+    let failed = until_one_ends(tasks, &shutdown, &close).await;
+    drop(api);
+    match Arc::try_unwrap(parts) {
+        Ok(parts) => parts.store.close().await?,
+        Err(_) => tracing::warn!("somebody still holds the store; it is closed by the end of the process"),
+    }
+    match failed {
+        Some(words) => bail!(words),
+        None => Ok(()),
+    }
+}
+
+/// Names of the daemon's tasks, which they give when they end.
+type Tasks = JoinSet<&'static str>;
+
+/// Serves the API, and metrics over TCP where asked for, until `close`.
+fn spawn_faces(api: &Arc<Api>, listeners: Listeners, close: &CancellationToken) -> Tasks {
+    let mut tasks = Tasks::new();
     let router = api::router(api.clone()).into_make_service_with_connect_info::<api::peer::Peer>();
     let closing = close.clone();
     tasks.spawn(async move {
@@ -157,50 +186,32 @@ pub async fn run(
     if let Some(listener) = listeners.metrics {
         let (router, closing) = (api::metrics_router(api.clone()), close.clone());
         tasks.spawn(async move {
-            if let Err(error) =
-                axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned()).await
-            {
+            let served = axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned());
+            if let Err(error) = served.await {
                 tracing::error!(%error, "the metrics listener ended");
             }
             "metrics"
         });
     }
-    let (swept, closing) = (parts.clone(), close.clone());
-    tasks.spawn(async move {
-        sweeper::run(swept, closing).await;
-        "sweeper"
-    });
-    let (drain, hurry) = (shutdown.drain.clone(), shutdown.hurry.clone());
-    tasks.spawn(async move {
-        driver.run(drain, hurry).await;
-        "driver"
-    });
-    tracing::info!(socket = %config.socket.display(), slots, "hotcell serves");
+    tasks
+}
 
-    // The first task that ends is the driver after a drain; any other one, or a panic, ends the daemon.
-    let mut failed = None;
-    match tasks.join_next().await {
-        Some(Ok("driver")) if shutdown.drain.is_cancelled() => {}
-        Some(Ok(name)) => failed = Some(format!("the {name} task ended by itself")),
-        Some(Err(error)) => failed = Some(format!("a task of the daemon died: {error}")),
-        None => {}
-    }
+/// The first task that ends is the driver after a drain; any other one, or a panic, ends the daemon, in words.
+async fn until_one_ends(mut tasks: Tasks, shutdown: &Shutdown, close: &CancellationToken) -> Option<String> {
+    let failed = match tasks.join_next().await {
+        Some(Ok("driver")) if shutdown.drain.is_cancelled() => None,
+        Some(Ok(name)) => Some(format!("the {name} task ended by itself")),
+        Some(Err(error)) => Some(format!("a task of the daemon died: {error}")),
+        None => None,
+    };
     shutdown.drain.cancel();
     close.cancel();
-    let finish = async { while tasks.join_next().await.is_some() {} };
     let limit = if failed.is_some() { BOOT_MAX } else { CLOSE_MAX };
+    let finish = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(limit, finish).await.is_err() {
         tasks.shutdown().await;
     }
-    drop(api);
-    match Arc::try_unwrap(parts) {
-        Ok(parts) => parts.store.close().await?,
-        Err(_) => tracing::warn!("somebody still holds the store; it is closed by the end of the process"),
-    }
-    match failed {
-        Some(words) => bail!(words),
-        None => Ok(()),
-    }
+    failed
 }
 
 /// Tells the loop how many jobs each user with open ones may run: as their entries say now, for the identity
@@ -227,15 +238,11 @@ async fn slot_limits(parts: &Parts, access: &Access, driver: &mut Driver) -> any
     }
 }
 
-async fn build(
-    config: &Config,
-    engine: Arc<dyn Engine>,
-) -> anyhow::Result<(Arc<Parts>, BTreeMap<String, Policy>)> {
+async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<Parts>, Arc<PolicyShelf>)> {
     let state_dir = make_state_dir(&config.state_dir)?;
     check_init(&config.init_binary)?;
-    let sources = policy_sources(&config.policy_dirs)?;
-    let policies: BTreeMap<String, Policy> =
-        sources.into_iter().map(|(name, source)| (name, source.policy)).collect();
+    let shelf = Arc::new(PolicyShelf::open(&config.policy_dirs)?);
+    let policies = shelf.now();
     if !policies.contains_key(&config.defaults.policy) {
         let known = policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         bail!("defaults.policy: there is no policy {:?} (there are: {known})", config.defaults.policy);
@@ -289,7 +296,7 @@ async fn build(
         admission,
         pauses,
     };
-    Ok((Arc::new(parts), policies))
+    Ok((Arc::new(parts), shelf))
 }
 
 /// How hosts and providers are reached from here.
@@ -354,10 +361,10 @@ pub fn make_state_dir(path: &Path) -> anyhow::Result<PathBuf> {
     // Others may pass through (cells' mounts lie below), but neither list nor write.
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o711))
         .with_context(|| format!("state_dir: {shown} is not ours"))?;
-    for name in ["jobs", "cells", "images", "agents"] {
+    for name in ["jobs", "cells", "images", "agents", "audit"] {
         let dir = path.join(name);
         if !dir.exists() {
-            let mode = if name == "jobs" { 0o700 } else { 0o711 };
+            let mode = if matches!(name, "jobs" | "audit") { 0o700 } else { 0o711 };
             std::fs::DirBuilder::new()
                 .mode(mode)
                 .create(&dir)

@@ -180,7 +180,7 @@ impl Driver {
                     .map(|row| row.cell),
             };
             let provider = open.provider.unwrap_or_else(|| self.parts.gateway.default_provider().to_owned());
-            let credential = self.parts.gateway.credential_of(&provider);
+            let credential = self.parts.gateway.limited_with(&provider, &open.model);
             let ticket = Ticket { uid: open.uid, priority: open.priority, credential };
             if let State::Parked { parked } = &open.state
                 && parked.why == ParkReason::ProviderLimit

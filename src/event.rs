@@ -36,6 +36,72 @@ pub enum Decision {
     Rewrite,
 }
 
+/// Why the gateway itself refused a request. A closed list: metric labels and decisions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refusal {
+    /// No credential, another one than the lease's, or more than one.
+    Credential,
+    /// A method, path or query that is not on the list.
+    Path,
+    /// Body too large or compressed, or it did not arrive in time.
+    Transport,
+    /// Body is not a valid request.
+    Malformed,
+    /// A field, tool or content source that is not allowed.
+    Content,
+    /// A model that the lease does not allow.
+    Model,
+    /// A model without a price.
+    Price,
+    /// Too many requests under way.
+    Busy,
+    /// The provider limits the credential, for longer than a request is held.
+    Paused,
+    /// The cost limit leaves no room.
+    Budget,
+    /// The ledger does not answer.
+    Ledger,
+    /// The credential cannot be read.
+    Provider,
+}
+
+impl Refusal {
+    /// All refusals; metrics are seeded from it.
+    pub const ALL: [Self; 12] = [
+        Self::Credential,
+        Self::Path,
+        Self::Transport,
+        Self::Malformed,
+        Self::Content,
+        Self::Model,
+        Self::Price,
+        Self::Busy,
+        Self::Paused,
+        Self::Budget,
+        Self::Ledger,
+        Self::Provider,
+    ];
+
+    /// The name used in metrics and JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Credential => "credential",
+            Self::Path => "path",
+            Self::Transport => "transport",
+            Self::Malformed => "malformed",
+            Self::Content => "content",
+            Self::Model => "model",
+            Self::Price => "price",
+            Self::Busy => "busy",
+            Self::Paused => "paused",
+            Self::Budget => "budget",
+            Self::Ledger => "ledger",
+            Self::Provider => "provider",
+        }
+    }
+}
+
 /// What happened. In JSON the fields stand beside `seq`, `at_ms` and `origin`, with `type` as the tag.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]

@@ -3,15 +3,16 @@
 //! and paid for beforehand, never let a credential out, and never forget to settle what it forwarded.
 //!
 //! The road of one request is `messages`: admit it (`admit`: credential, path, headers, [`body`], model; `provider` puts
-//! it into the vendor's form first), wait for its turn ([`pace`]), bound its input (`estimate`), reserve its worst case
+//! it into the vendor's form first), bound its input (`estimate`), wait for its turn ([`pace`]), reserve its worst case
 //! ([`ledger`]), put it into the provider's form with the credential (`provider`, [`credentials`]), forward (`upstream`),
 //! pass the answer on while metering it (`relay`, [`meter`]), settle. [`lease`] holds a cell's socket and what is under
 //! way for it.
 //!
 //! **Invariant**: Σ billed ≤ Σ charged, and what is charged for a request is within what was reserved for it, so
-//! spend never passes a limit. It rests on three things: a token is at least one byte; what a beginning of a
-//! conversation was billed for, or counted by the provider plus a margin, bounds it in later requests; and images
-//! have a largest size. It does not cover what the provider itself adds to the input: pages of a web search (an
+//! spend never passes a limit. It rests on three things: a token is at least one byte of what the provider's tokenizer
+//! is given, for which [`body`] allows; what a beginning of a conversation was billed for, or counted by the provider
+//! plus a margin, bounds it in later requests; and images and documents have a largest size. An answer that was not
+//! read to its end, whoever cut it, is charged all the output that it was allowed. It does not cover what the provider itself adds to the input: pages of a web search (an
 //! allowance is reserved for each) and results of MCP servers that a policy lets it connect to.
 
 mod admit;
@@ -48,6 +49,8 @@ pub use lease::{Lease, LeaseSpec};
 pub use ledger::{Ask, Grant, Ledger, LedgerError, MemoryLedger, ReservationId, StoreLedger};
 pub use pace::PaceView;
 pub use provider::ProviderSpec;
+
+pub use crate::event::Refusal;
 #[doc(hidden)]
 pub use provider::fuzz;
 
@@ -56,7 +59,8 @@ use crate::job::Identity;
 use crate::money::{MicroUsd, Scope};
 use crate::policy::Plan;
 use crate::pricing::{Price, Prices, Usage};
-use pace::Pacer;
+use pace::Class;
+use pace::pacer::Pacer;
 use provider::Provider;
 
 /// Limits of the gateway; all of them count per lease, times per request.
@@ -74,7 +78,7 @@ pub struct Limits {
     pub body_wait: Duration,
     /// Longest wait for other reservations to make room.
     pub budget_wait: Duration,
-    /// Longest that a request is held while the provider limits the credential, its own repetitions included.
+    /// Longest that a request is held while the provider limits requests of its kind, its own repetitions included.
     /// Below the 600 seconds after which the CLI gives an answer up.
     pub pace_wait: Duration,
     /// Longest wait for the provider's first byte.
@@ -183,72 +187,6 @@ pub struct GatewayConfig {
     pub credentials: Vec<CredentialSpec>,
 }
 
-/// Why the gateway itself refused a request. A closed list: metric labels and decisions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Refusal {
-    /// No credential, another one than the lease's, or more than one.
-    Credential,
-    /// A method, path or query that is not on the list.
-    Path,
-    /// Body too large or compressed, or it did not arrive in time.
-    Transport,
-    /// Body is not a valid request.
-    Malformed,
-    /// A field, tool or content source that is not allowed.
-    Content,
-    /// A model that the lease does not allow.
-    Model,
-    /// A model without a price.
-    Price,
-    /// Too many requests under way.
-    Busy,
-    /// The provider limits the credential, for longer than a request is held.
-    Paused,
-    /// The cost limit leaves no room.
-    Budget,
-    /// The ledger does not answer.
-    Ledger,
-    /// The credential cannot be read.
-    Provider,
-}
-
-impl Refusal {
-    /// All refusals; metrics are seeded from it.
-    pub const ALL: [Self; 12] = [
-        Self::Credential,
-        Self::Path,
-        Self::Transport,
-        Self::Malformed,
-        Self::Content,
-        Self::Model,
-        Self::Price,
-        Self::Busy,
-        Self::Paused,
-        Self::Budget,
-        Self::Ledger,
-        Self::Provider,
-    ];
-
-    /// The name used in metrics and JSON.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Credential => "credential",
-            Self::Path => "path",
-            Self::Transport => "transport",
-            Self::Malformed => "malformed",
-            Self::Content => "content",
-            Self::Model => "model",
-            Self::Price => "price",
-            Self::Busy => "busy",
-            Self::Paused => "paused",
-            Self::Budget => "budget",
-            Self::Ledger => "ledger",
-            Self::Provider => "provider",
-        }
-    }
-}
-
 /// What happened on a lease.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -302,7 +240,7 @@ pub enum GatewayEvent {
         /// How long it asks to wait, in seconds.
         retry_after_s: Option<u64>,
     },
-    /// The provider limits the credential for longer than a request of this job is held: the job should be parked.
+    /// The provider limits this job's requests for longer than they are held: the job should be parked.
     ProviderPaused {
         /// When the pause ends, in milliseconds of the wall clock.
         until_ms: u64,
@@ -355,10 +293,26 @@ impl Gateway {
         Ok(Arc::new(Self { providers, default_provider, credentials, prices, limits }))
     }
 
-    /// Ends a pause of a credential before its time: somebody wants to try.
-    pub fn lift_pause(&self, credential: &str) {
-        if let Some(provider) = self.providers.values().find(|provider| provider.credential == credential) {
-            provider.pacer.lift();
+    /// What a job of this provider and model shares the provider's limits with: credential and class of model. Only
+    /// a name, for those that wait together.
+    pub fn limited_with(&self, provider: &str, model: &str) -> String {
+        format!("{} {}", self.credential_of(provider), Class::of_job(model))
+    }
+
+    /// What is left of the pause that all jobs of this provider and model keep to; a job that is limited for what
+    /// it asks for makes none.
+    pub fn paused(&self, provider: &str, model: &str) -> Duration {
+        self.provider(provider).map_or(Duration::ZERO, |p| p.pacer.paused(&Class::of_job(model)))
+    }
+
+    /// Ends a pause before its time, by the name of those that wait for it ([`Gateway::limited_with`]): somebody
+    /// wants to try.
+    pub fn lift_pause(&self, limited_with: &str) {
+        for provider in self.providers.values() {
+            let class = limited_with.strip_prefix(provider.credential.as_str());
+            if let Some(class) = class.and_then(|class| class.strip_prefix(' ')) {
+                provider.pacer.lift(class);
+            }
         }
     }
 

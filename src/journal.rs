@@ -235,7 +235,8 @@ impl Journal {
             unsynced: Vec::new(),
             dir_unsynced: true,
             torn: false,
-            buffer: Vec::with_capacity(COMMIT_BYTES + COMMIT_BYTES / 4),
+            // Most jobs never have much in it at a time, and there are many.
+            buffer: Vec::new(),
             next_seq,
             last_ms: 0,
             pending: tally.clone(),

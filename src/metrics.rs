@@ -4,17 +4,21 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use prometheus::CounterVec;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder,
+    CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Registry, TextEncoder,
 };
 
-use crate::event::Decision;
+use crate::event::{Decision, Refusal};
 use crate::job::outcome::Failure;
 use crate::job::{FailReason, Outcome, ParkReason, Phase, State, StopReason};
 use crate::money::{MicroUsd, Scope};
 use crate::pricing::Usage;
+use register::{
+    counter, counters, float_counters, float_gauge, float_gauges, gauge, gauges, histogram, histograms,
+};
+
+mod register;
 
 /// Label of a model that the price list does not name.
 pub const OTHER_MODEL: &str = "other";
@@ -37,30 +41,45 @@ pub struct Metrics {
     pub provider_paused_s: Gauge,
     /// Seconds since the oldest queued job was submitted.
     pub queue_age_s: Gauge,
-    jobs: IntGaugeVec,
-    jobs_total: IntCounterVec,
+    jobs: Jobs,
+    money: Money,
+    doors: Doors,
+    orphans_total: IntCounterVec,
+}
+
+/// What becomes of jobs.
+struct Jobs {
+    by_state: IntGaugeVec,
+    ended_total: IntCounterVec,
     failures_total: IntCounterVec,
     stops_total: IntCounterVec,
-    job_duration: Histogram,
+    parked_total: IntCounterVec,
+    duration: Histogram,
     queue_time: Histogram,
     phase_time: HistogramVec,
+    turns_total: IntCounter,
+    tool_calls_total: IntCounterVec,
+}
+
+/// What they cost.
+struct Money {
     cost_total: CounterVec,
-    costs: Mutex<()>,
+    one_at_a_time: Mutex<()>,
+    tokens_total: IntCounterVec,
     budget_limit: GaugeVec,
     budget_spent: GaugeVec,
     budget_reserved: GaugeVec,
     job_cost: Histogram,
-    tokens_total: IntCounterVec,
-    turns_total: IntCounter,
-    tool_calls_total: IntCounterVec,
     cost_difference: GaugeVec,
     cost_difference_total: CounterVec,
-    orphans_total: IntCounterVec,
-    refused_total: IntCounter,
+}
+
+/// Who and what was let through or turned away.
+struct Doors {
+    refused_total: IntCounterVec,
     not_listed_total: IntCounter,
     egress_total: IntCounterVec,
     egress_bytes_total: IntCounterVec,
-    parked_total: IntCounterVec,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -99,19 +118,15 @@ impl Metrics {
     /// When two metrics have the same name, which only a change of this file can cause.
     pub fn new(agent_version: &str, models: &[String]) -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
-        let build = IntGaugeVec::new(
-            Opts::new("hotcell_build_info", "Versions of the daemon and of its default agent; always 1."),
+        let build = gauges(
+            &registry,
+            "hotcell_build_info",
+            "Versions of the daemon and of its default agent; always 1.",
             &["version", "agent"],
         )?;
-        registry.register(Box::new(build.clone()))?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION"), agent_version]).set(1);
         let mut models = models.to_vec();
         models.push(OTHER_MODEL.to_owned());
-        let duration =
-            vec![1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 10800.0, 36000.0];
-        let queue = vec![0.01, 0.05, 0.25, 1.0, 5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0];
-        let phase = vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 30.0, 120.0, 600.0, 3600.0];
-        let cost = vec![0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 100.0];
         let metrics = Self {
             engine_up: gauge(&registry, "hotcell_engine_up", "1 while the container engine answers.")?,
             slots: gauge(&registry, "hotcell_slots", "Jobs that may run at once.")?,
@@ -131,117 +146,14 @@ impl Metrics {
                 "hotcell_queue_age_seconds",
                 "Age of the oldest queued job.",
             )?,
-            jobs: gauges(&registry, "hotcell_jobs", "Jobs by state.", &["state"])?,
-            jobs_total: counters(
-                &registry,
-                "hotcell_jobs_total",
-                "Jobs that ended, by outcome.",
-                &["outcome"],
-            )?,
-            failures_total: counters(
-                &registry,
-                "hotcell_failures_total",
-                "Failed jobs, by the phase they failed in and the reason.",
-                &["phase", "reason"],
-            )?,
-            stops_total: counters(&registry, "hotcell_stops_total", "Stopped jobs, by reason.", &["reason"])?,
-            job_duration: histogram(
-                &registry,
-                "hotcell_job_duration_seconds",
-                "From the slot to the end of a job.",
-                duration,
-            )?,
-            queue_time: histogram(&registry, "hotcell_job_queue_seconds", "From submit to the slot.", queue)?,
-            phase_time: {
-                let opts = HistogramOpts::new("hotcell_job_phase_seconds", "Time of each phase of a job.")
-                    .buckets(phase);
-                let vec = HistogramVec::new(opts, &["phase"])?;
-                registry.register(Box::new(vec.clone()))?;
-                vec
-            },
-            cost_total: float_counters(
-                &registry,
-                "hotcell_cost_usd_total",
-                "Charged, by model.",
-                &["model"],
-            )?,
-            costs: Mutex::new(()),
-            budget_limit: float_gauges(
-                &registry,
-                "hotcell_budget_limit_usd",
-                "Budgets of the day and the month; 0: no limit.",
-            )?,
-            budget_spent: float_gauges(
-                &registry,
-                "hotcell_budget_spent_usd",
-                "Charged in the day or the month that counts; for user_day, of the user with the most.",
-            )?,
-            budget_reserved: float_gauges(
-                &registry,
-                "hotcell_budget_reserved_usd",
-                "Set aside there for requests under way.",
-            )?,
-            job_cost: histogram(&registry, "hotcell_job_cost_usd", "Cost of a job.", cost)?,
-            tokens_total: counters(&registry, "hotcell_tokens_total", "Tokens billed.", &["model", "type"])?,
-            turns_total: counter(
-                &registry,
-                "hotcell_turns_total",
-                "Messages of models, subagents not counted.",
-            )?,
-            tool_calls_total: counters(
-                &registry,
-                "hotcell_tool_calls_total",
-                "Tool calls judged.",
-                &["decision"],
-            )?,
-            cost_difference: {
-                let name = "hotcell_last_job_cost_difference_usd";
-                let vec = GaugeVec::new(
-                    Opts::new(name, "Last job: the ledger's cost minus the CLI's own figure."),
-                    &[],
-                )?;
-                registry.register(Box::new(vec.clone()))?;
-                vec
-            },
-            cost_difference_total: float_counters(
-                &registry,
-                "hotcell_cost_difference_usd_total",
-                "Sum over jobs of what the ledger charged above or below the CLI's own figure.",
-                &["direction"],
-            )?,
+            jobs: Jobs::new(&registry)?,
+            money: Money::new(&registry)?,
+            doors: Doors::new(&registry)?,
             orphans_total: counters(
                 &registry,
                 "hotcell_orphans_reaped_total",
                 "Left-overs removed.",
                 &["kind"],
-            )?,
-            refused_total: counter(
-                &registry,
-                "hotcell_gateway_refused_total",
-                "Requests the gateway turned away.",
-            )?,
-            not_listed_total: counter(
-                &registry,
-                "hotcell_access_refused_total",
-                "Requests of users that no access entry names.",
-            )?,
-            egress_total: counters(
-                &registry,
-                "hotcell_egress_total",
-                "Connections and requests to hosts beside the model.",
-                &["decision"],
-            )?,
-            egress_bytes_total: counters(
-                &registry,
-                "hotcell_egress_bytes_total",
-                "Bytes exchanged with hosts beside the model.",
-                &["direction"],
-            )?,
-            parked_total: counters(
-                &registry,
-                "hotcell_parked_total",
-                "Jobs that were parked, by reason; each time counts.",
-                &["why"],
             )?,
             registry,
             models,
@@ -251,68 +163,33 @@ impl Metrics {
     }
 
     fn seed(&self) {
-        for state in State::NAMES {
-            self.jobs.with_label_values(&[state]).set(0);
-        }
-        for outcome in Outcome::LABELS {
-            self.jobs_total.with_label_values(&[outcome]);
-        }
-        for phase in Phase::ALL {
-            self.phase_time.with_label_values(&[phase.as_str()]);
-            for reason in FailReason::ALL {
-                self.failures_total.with_label_values(&[phase.as_str(), reason.as_str()]);
-            }
-        }
-        for why in ParkReason::ALL {
-            self.parked_total.with_label_values(&[why.as_str()]);
-        }
-        for reason in StopReason::ALL {
-            self.stops_total.with_label_values(&[reason.as_str()]);
-        }
-        for model in &self.models {
-            self.cost_total.with_label_values(&[model]);
-            for kind in TOKEN_TYPES {
-                self.tokens_total.with_label_values(&[model.as_str(), kind]);
-            }
-        }
-        for decision in ["allow", "deny", "rewrite"] {
-            self.tool_calls_total.with_label_values(&[decision]);
-        }
-        for decision in ["allow", "deny"] {
-            self.egress_total.with_label_values(&[decision]);
-        }
-        for direction in ["up", "down"] {
-            self.egress_bytes_total.with_label_values(&[direction]);
-        }
-        for direction in ["above", "below"] {
-            self.cost_difference_total.with_label_values(&[direction]);
-        }
+        self.jobs.seed();
+        self.money.seed(&self.models);
+        self.doors.seed();
         for kind in Orphan::ALL {
             self.orphans_total.with_label_values(&[kind.as_str()]);
         }
         for scope in Scope::ALL.into_iter().filter(|scope| scope.resets()) {
             self.set_budget(scope, None, MicroUsd::ZERO, MicroUsd::ZERO);
         }
-        let none: [&str; 0] = [];
-        self.cost_difference.with_label_values(&none).set(0.0);
     }
 
     /// Sets the jobs-by-state gauges from counts of the store.
     pub fn set_jobs(&self, counts: &[(String, u64)]) {
         for state in State::NAMES {
             let count = counts.iter().find(|(name, _)| name == state).map_or(0, |(_, n)| *n);
-            self.jobs.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+            self.jobs.by_state.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
     }
 
     /// A job got its slot after this many seconds.
     pub fn started(&self, queued_s: f64) {
-        self.queue_time.observe(queued_s);
+        self.jobs.queue_time.observe(queued_s);
     }
 
     /// A phase of a job took this many seconds.
     pub fn phase(&self, phase: Phase, seconds: f64) {
-        self.phase_time.with_label_values(&[phase.as_str()]).observe(seconds);
+        self.jobs.phase_time.with_label_values(&[phase.as_str()]).observe(seconds);
     }
 
     /// A job is done.
@@ -323,24 +200,24 @@ impl Metrics {
         charged: MicroUsd,
         cli: Option<MicroUsd>,
     ) {
-        self.jobs_total.with_label_values(&[outcome.label()]).inc();
+        self.jobs.ended_total.with_label_values(&[outcome.label()]).inc();
         match outcome {
             Outcome::Failed(Failure { phase, reason, .. }) => {
-                self.failures_total.with_label_values(&[phase.as_str(), reason.as_str()]).inc();
+                self.jobs.failures_total.with_label_values(&[phase.as_str(), reason.as_str()]).inc();
             }
-            Outcome::Stopped { reason } => self.stops_total.with_label_values(&[reason.as_str()]).inc(),
+            Outcome::Stopped { reason } => self.jobs.stops_total.with_label_values(&[reason.as_str()]).inc(),
             Outcome::Succeeded | Outcome::Lost => {}
         }
         if let Some(seconds) = duration_s {
-            self.job_duration.observe(seconds);
-            self.job_cost.observe(charged.as_usd());
+            self.jobs.duration.observe(seconds);
+            self.money.job_cost.observe(charged.as_usd());
         }
         if let Some(cli) = cli {
             let difference = charged.as_usd() - cli.as_usd();
             let none: [&str; 0] = [];
-            self.cost_difference.with_label_values(&none).set(difference);
+            self.money.cost_difference.with_label_values(&none).set(difference);
             let direction = if difference >= 0.0 { "above" } else { "below" };
-            self.cost_difference_total.with_label_values(&[direction]).inc_by(difference.abs());
+            self.money.cost_difference_total.with_label_values(&[direction]).inc_by(difference.abs());
         }
     }
 
@@ -348,7 +225,7 @@ impl Metrics {
     /// A sum never goes down.
     pub fn set_costs(&self, costs: &[(String, Usage, MicroUsd)]) {
         // Two scrapes at a time must not both add the same.
-        let _one_at_a_time = self.costs.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.money.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let mut sums: BTreeMap<&str, (Usage, MicroUsd)> = BTreeMap::new();
         for (model, usage, charged) in costs {
             let label = self.models.iter().find(|m| *m == model).map_or(OTHER_MODEL, String::as_str);
@@ -357,12 +234,12 @@ impl Metrics {
             tokens.add(usage);
         }
         for (model, (usage, cost)) in sums {
-            let counter = self.cost_total.with_label_values(&[model]);
+            let counter = self.money.cost_total.with_label_values(&[model]);
             counter.inc_by((cost.as_usd() - counter.get()).max(0.0));
             let counts =
                 [usage.input, usage.output, usage.cache_read, usage.cache_write_5m, usage.cache_write_1h];
             for (kind, count) in TOKEN_TYPES.into_iter().zip(counts) {
-                let counter = self.tokens_total.with_label_values(&[model, kind]);
+                let counter = self.money.tokens_total.with_label_values(&[model, kind]);
                 counter.inc_by(count.saturating_sub(counter.get()));
             }
         }
@@ -371,14 +248,14 @@ impl Metrics {
     /// Sets the gauges of one budget; no limit is shown as 0.
     pub fn set_budget(&self, scope: Scope, limit: Option<MicroUsd>, spent: MicroUsd, reserved: MicroUsd) {
         let label = [scope.as_str()];
-        self.budget_limit.with_label_values(&label).set(limit.unwrap_or_default().as_usd());
-        self.budget_spent.with_label_values(&label).set(spent.as_usd());
-        self.budget_reserved.with_label_values(&label).set(reserved.as_usd());
+        self.money.budget_limit.with_label_values(&label).set(limit.unwrap_or_default().as_usd());
+        self.money.budget_spent.with_label_values(&label).set(spent.as_usd());
+        self.money.budget_reserved.with_label_values(&label).set(reserved.as_usd());
     }
 
     /// The model said something.
     pub fn turn(&self) {
-        self.turns_total.inc();
+        self.jobs.turns_total.inc();
     }
 
     /// A tool call was judged.
@@ -388,25 +265,25 @@ impl Metrics {
             Decision::Deny => "deny",
             Decision::Rewrite => "rewrite",
         };
-        self.tool_calls_total.with_label_values(&[label]).inc();
+        self.jobs.tool_calls_total.with_label_values(&[label]).inc();
     }
 
     /// The gateway turned a request away.
-    pub fn refused(&self) {
-        self.refused_total.inc();
+    pub fn refused(&self, why: Refusal) {
+        self.doors.refused_total.with_label_values(&[why.as_str()]).inc();
     }
 
     /// A user asked whom no access entry names.
     pub fn not_listed(&self) {
-        self.not_listed_total.inc();
+        self.doors.not_listed_total.inc();
     }
 
     /// A cell reached a host, or was kept from it.
     pub fn egress(&self, decision: Decision, bytes_up: u64, bytes_down: u64) {
         let label = if decision == Decision::Deny { "deny" } else { "allow" };
-        self.egress_total.with_label_values(&[label]).inc();
-        self.egress_bytes_total.with_label_values(&["up"]).inc_by(bytes_up);
-        self.egress_bytes_total.with_label_values(&["down"]).inc_by(bytes_down);
+        self.doors.egress_total.with_label_values(&[label]).inc();
+        self.doors.egress_bytes_total.with_label_values(&["up"]).inc_by(bytes_up);
+        self.doors.egress_bytes_total.with_label_values(&["down"]).inc_by(bytes_down);
     }
 
     /// Something was left over and is removed.
@@ -416,7 +293,7 @@ impl Metrics {
 
     /// A job was parked.
     pub fn parked(&self, why: ParkReason) {
-        self.parked_total.with_label_values(&[why.as_str()]).inc();
+        self.jobs.parked_total.with_label_values(&[why.as_str()]).inc();
     }
 
     /// The text format, version 0.0.4.
@@ -430,72 +307,166 @@ impl Metrics {
     }
 }
 
-fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
-    let metric = IntGauge::new(name, help)?;
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
+impl Jobs {
+    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let duration =
+            vec![1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 10800.0, 36000.0];
+        let queue = vec![0.01, 0.05, 0.25, 1.0, 5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0];
+        let phase = vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 30.0, 120.0, 600.0, 3600.0];
+        let counted = |name, help, labels: &[&str]| counters(registry, name, help, labels);
+        Ok(Self {
+            by_state: gauges(registry, "hotcell_jobs", "Jobs by state.", &["state"])?,
+            ended_total: counted("hotcell_jobs_total", "Jobs that ended, by outcome.", &["outcome"])?,
+            failures_total: counted(
+                "hotcell_failures_total",
+                "Failed jobs, by the phase they failed in and the reason.",
+                &["phase", "reason"],
+            )?,
+            stops_total: counted("hotcell_stops_total", "Stopped jobs, by reason.", &["reason"])?,
+            parked_total: counted(
+                "hotcell_parked_total",
+                "Jobs that were parked, by reason; each time counts.",
+                &["why"],
+            )?,
+            duration: histogram(
+                registry,
+                "hotcell_job_duration_seconds",
+                "From the slot to the end of a job.",
+                duration,
+            )?,
+            queue_time: histogram(registry, "hotcell_job_queue_seconds", "From submit to the slot.", queue)?,
+            phase_time: histograms(
+                registry,
+                "hotcell_job_phase_seconds",
+                "Time of each phase of a job.",
+                &["phase"],
+                phase,
+            )?,
+            turns_total: counter(
+                registry,
+                "hotcell_turns_total",
+                "Messages of models, subagents not counted.",
+            )?,
+            tool_calls_total: counted("hotcell_tool_calls_total", "Tool calls judged.", &["decision"])?,
+        })
+    }
+
+    fn seed(&self) {
+        for state in State::NAMES {
+            self.by_state.with_label_values(&[state]).set(0);
+        }
+        for outcome in Outcome::LABELS {
+            self.ended_total.with_label_values(&[outcome]);
+        }
+        for phase in Phase::ALL {
+            self.phase_time.with_label_values(&[phase.as_str()]);
+            for reason in FailReason::ALL {
+                self.failures_total.with_label_values(&[phase.as_str(), reason.as_str()]);
+            }
+        }
+        for why in ParkReason::ALL {
+            self.parked_total.with_label_values(&[why.as_str()]);
+        }
+        for reason in StopReason::ALL {
+            self.stops_total.with_label_values(&[reason.as_str()]);
+        }
+        for decision in ["allow", "deny", "rewrite"] {
+            self.tool_calls_total.with_label_values(&[decision]);
+        }
+    }
 }
 
-fn float_gauge(registry: &Registry, name: &str, help: &str) -> Result<Gauge, prometheus::Error> {
-    let metric = Gauge::new(name, help)?;
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
+impl Money {
+    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let cost = vec![0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 100.0];
+        let budget = |name, help| float_gauges(registry, name, help, &["scope"]);
+        Ok(Self {
+            cost_total: float_counters(registry, "hotcell_cost_usd_total", "Charged, by model.", &["model"])?,
+            one_at_a_time: Mutex::new(()),
+            tokens_total: counters(registry, "hotcell_tokens_total", "Tokens billed.", &["model", "type"])?,
+            budget_limit: budget(
+                "hotcell_budget_limit_usd",
+                "Budgets of the day and the month; 0: no limit.",
+            )?,
+            budget_spent: budget(
+                "hotcell_budget_spent_usd",
+                "Charged in the day or the month that counts; for user_day, of the user with the most.",
+            )?,
+            budget_reserved: budget(
+                "hotcell_budget_reserved_usd",
+                "Set aside there for requests under way.",
+            )?,
+            job_cost: histogram(registry, "hotcell_job_cost_usd", "Cost of a job.", cost)?,
+            cost_difference: float_gauges(
+                registry,
+                "hotcell_last_job_cost_difference_usd",
+                "Last job: the ledger's cost minus the CLI's own figure.",
+                &[],
+            )?,
+            cost_difference_total: float_counters(
+                registry,
+                "hotcell_cost_difference_usd_total",
+                "Sum over jobs of what the ledger charged above or below the CLI's own figure.",
+                &["direction"],
+            )?,
+        })
+    }
+
+    fn seed(&self, models: &[String]) {
+        for model in models {
+            self.cost_total.with_label_values(&[model]);
+            for kind in TOKEN_TYPES {
+                self.tokens_total.with_label_values(&[model.as_str(), kind]);
+            }
+        }
+        for direction in ["above", "below"] {
+            self.cost_difference_total.with_label_values(&[direction]);
+        }
+        let none: [&str; 0] = [];
+        self.cost_difference.with_label_values(&none).set(0.0);
+    }
 }
 
-fn gauges(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<IntGaugeVec, prometheus::Error> {
-    let metric = IntGaugeVec::new(Opts::new(name, help), labels)?;
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
-}
+impl Doors {
+    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        Ok(Self {
+            refused_total: counters(
+                registry,
+                "hotcell_gateway_refused_total",
+                "Requests the gateway turned away, by reason.",
+                &["reason"],
+            )?,
+            not_listed_total: counter(
+                registry,
+                "hotcell_access_refused_total",
+                "Requests of users that no access entry names.",
+            )?,
+            egress_total: counters(
+                registry,
+                "hotcell_egress_total",
+                "Connections and requests to hosts beside the model.",
+                &["decision"],
+            )?,
+            egress_bytes_total: counters(
+                registry,
+                "hotcell_egress_bytes_total",
+                "Bytes exchanged with hosts beside the model.",
+                &["direction"],
+            )?,
+        })
+    }
 
-fn counter(registry: &Registry, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
-    let metric = IntCounter::new(name, help)?;
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
-}
-
-fn counters(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<IntCounterVec, prometheus::Error> {
-    let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
-}
-
-fn float_counters(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<CounterVec, prometheus::Error> {
-    let metric = CounterVec::new(Opts::new(name, help), labels)?;
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
-}
-
-fn float_gauges(registry: &Registry, name: &str, help: &str) -> Result<GaugeVec, prometheus::Error> {
-    let metric = GaugeVec::new(Opts::new(name, help), &["scope"])?;
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
-}
-
-fn histogram(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    buckets: Vec<f64>,
-) -> Result<Histogram, prometheus::Error> {
-    let metric = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?;
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
+    fn seed(&self) {
+        for why in Refusal::ALL {
+            self.refused_total.with_label_values(&[why.as_str()]);
+        }
+        for decision in ["allow", "deny"] {
+            self.egress_total.with_label_values(&[decision]);
+        }
+        for direction in ["up", "down"] {
+            self.egress_bytes_total.with_label_values(&[direction]);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -516,9 +487,15 @@ mod tests {
             "hotcell_job_phase_seconds_count{phase=\"collect\"} 0",
             "hotcell_budget_spent_usd{scope=\"user_day\"} 0",
             "hotcell_budget_limit_usd{scope=\"month\"} 0",
+            "hotcell_gateway_refused_total{reason=\"credential\"} 0",
         ] {
             assert!(text.contains(line), "missing {line}\n{text}");
         }
+        let refusals = || text.lines().filter(|line| line.starts_with("hotcell_gateway_refused_total{"));
+        assert_eq!(refusals().count(), Refusal::ALL.len());
+        metrics.refused(Refusal::Budget);
+        let text = metrics.text().expect("text");
+        assert!(text.contains("hotcell_gateway_refused_total{reason=\"budget\"} 1"), "{text}");
     }
 
     #[test]

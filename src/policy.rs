@@ -10,7 +10,9 @@ pub mod access;
 pub mod changes;
 pub mod decide;
 pub mod egress;
+pub mod error;
 pub mod file;
+pub mod globs;
 pub mod judge;
 pub mod narrow;
 pub mod narrowing;
@@ -18,12 +20,14 @@ pub mod output;
 mod place;
 pub mod requests;
 pub mod rule;
+mod warn;
 pub mod writable;
 
 pub use access::{Access, AccessError, Grant};
 pub use decide::{Ask, Denial, Permit, decide};
 pub use egress::{Act, EgressAsk, Host, decide_egress};
-pub use file::{Policy, PolicyError, Unpriced};
+pub use error::PolicyError;
+pub use file::{Policy, Unpriced};
 pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
 pub use narrowing::Narrowing;
 

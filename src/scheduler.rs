@@ -20,7 +20,7 @@ pub struct Ticket {
     pub uid: u32,
     /// Higher goes first.
     pub priority: i8,
-    /// The credential it uses, by name; empty for the daemon's default.
+    /// The credential it uses, by name, with what else the provider limits apart (the class of its model).
     pub credential: String,
 }
 

@@ -251,8 +251,8 @@ pub struct Fetched {
 pub struct Sources {
     dir: PathBuf,
     limits: Limits,
-    /// Where programs are found, instead of the usual places.
-    programs: Option<OsString>,
+    /// What git and all that it starts get beside what a user's programs get.
+    env: Vec<(String, OsString)>,
     under_way: Mutex<UnderWay>,
 }
 
@@ -288,13 +288,13 @@ impl Drop for Place<'_> {
 impl Sources {
     /// What is fetched is below `dir`, which is made when it is needed first.
     pub fn new(dir: PathBuf, limits: Limits) -> Self {
-        Self { dir, limits, programs: None, under_way: Mutex::default() }
+        Self { dir, limits, env: Vec::new(), under_way: Mutex::default() }
     }
 
-    /// The same with another PATH for git and what it starts.
+    /// The same with more variables for git and all that it starts.
     #[must_use]
-    pub fn with_programs(mut self, path: OsString) -> Self {
-        self.programs = Some(path);
+    pub fn with_env(mut self, env: Vec<(String, OsString)>) -> Self {
+        self.env = env;
         self
     }
 
@@ -309,7 +309,7 @@ impl Sources {
         let run = Run {
             who,
             url: &source.url,
-            programs: self.programs.as_ref(),
+            env: &self.env,
             until: Instant::now() + self.limits.wall,
             wall: self.limits.wall,
         };

@@ -4,7 +4,8 @@
 //!
 //! **One writer.** One thread owns the one writing connection and takes requests from a bounded queue.
 //! Requests that wait together share a transaction, each inside its own savepoint, so one `fdatasync` serves
-//! many submits. Readers are up to [`READERS_MAX`] connections of their own and never wait for the writer.
+//! many submits. Readers are up to [`READERS_MAX`] connections of their own and never wait for the writer. The
+//! write-ahead log is folded into the database on a thread of its own (`fold`).
 //!
 //! **What survives what.** A reply means that the transaction is committed to the write-ahead log: it
 //! survives `kill -9` always. A power loss is another matter: submits, stops, cells and outcomes are synced
@@ -18,6 +19,7 @@
 
 pub mod access;
 pub mod cells;
+mod fold;
 pub mod jobs;
 pub mod ledger;
 mod row;
@@ -29,9 +31,11 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rusqlite::Connection;
 use tokio::sync::{Semaphore, oneshot};
+use tokio::time::timeout;
 
 use crate::job::state::IllegalMove;
 use crate::job::{InstanceId, JobId, State};
@@ -50,6 +54,8 @@ pub const LOCK_NAME: &str = "lock";
 /// Time from a commit to the start of its `fdatasync`, in milliseconds, where the reply does not wait for it; longer only
 /// while the sync before is still under way.
 pub const SYNC_DELAY_MS: u64 = 50;
+/// Longest wait of a request that may wait for the next one, to be committed with it, in milliseconds.
+const LATE_MS: u64 = 2;
 /// Requests that may wait for the writer; a caller above it waits to hand in its own.
 pub const QUEUE_MAX: usize = 1024;
 /// Reading connections.
@@ -293,6 +299,32 @@ impl Store {
             drop(permit);
         })?;
         answer.await.map_err(|_| StoreError::Closed)?.map_err(|error| error.at(&self.inner.file))
+    }
+
+    /// The same for work that nobody is held up by: it waits [`LATE_MS`] for the next request and shares its
+    /// transaction.
+    async fn write_late<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let permit = Arc::clone(&self.inner.queue_permits).acquire_owned().await;
+        let permit = permit.map_err(|_| StoreError::Closed)?;
+        let (reply, mut answer) = oneshot::channel();
+        let put = self.inner.writer.put(work, move |result| {
+            let _ = reply.send(result);
+            drop(permit);
+        });
+        let answered = match timeout(Duration::from_millis(LATE_MS), &mut answer).await {
+            Ok(answered) => {
+                put.done();
+                answered
+            }
+            Err(_) => {
+                put.nudge()?;
+                answer.await
+            }
+        };
+        answered.map_err(|_| StoreError::Closed)?.map_err(|error| error.at(&self.inner.file))
     }
 
     /// Runs `work` on a reading connection; it sees all that was committed before.

@@ -31,7 +31,7 @@ mod writable;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use copy::{Copied, CopyParts, Form, copy, form_here, lower_of, masked, parts_of, view_of};
+pub use copy::{Copied, CopyParts, Form, copy, copy_filled, form_here, lower_of, masked, parts_of, view_of};
 pub use follow::View;
 pub use idmap::{CELL_IDS, MapError};
 pub use mask::{Covers, HIDDEN_MAX, Hidden, Mask, Replaced};
@@ -46,7 +46,7 @@ pub use sweep::{Left, SweepReport, sweep};
 pub use take::{TakeError, Taken, open_file, take_file};
 pub use whole::CopyLimits;
 pub use worktree::{Worktree, worktree};
-pub use writable::{PARTS_MAX, StagedPart};
+pub use writable::{PARTS_MAX, StagedPart, parts_of_copy};
 
 /// What the job will do with the workspace, so what the submitter must be allowed to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -236,6 +236,14 @@ pub enum WorkspaceError {
         /// What was to be copied.
         path: PathBuf,
         /// Which limit it met.
+        why: String,
+    },
+    /// What an earlier job changed cannot be put into the copy.
+    #[error("what {job} changed cannot be put into the copy: {why}")]
+    CarryOver {
+        /// The earlier job.
+        job: String,
+        /// Why not.
         why: String,
     },
     /// The host makes no overlay.

@@ -17,6 +17,8 @@ pub const CLI_PATH: &str = "/.hotcell-agent/claude";
 pub const MODEL_PORT: u16 = 3129;
 /// HOME of the agent.
 pub const HOME: &str = "/home/agent";
+/// Where git in a cell finds its hooks: hotcell's, which call the repository's own.
+pub const GIT_HOOKS: &str = "/.hotcell-git";
 /// Where the workspace is mounted.
 pub const WORKSPACE: &str = "/workspace";
 /// Hook callback id of the gate in the modes that keep the CLI's own decisions.

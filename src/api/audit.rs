@@ -1,6 +1,7 @@
 //! `GET /v1/jobs/{id}/audit` and `GET /v1/audit`: the decisions in the journals as NDJSON, of one job or of all
-//! that the peer may see, over or still running. A projection while it is read: nothing is stored for it, and
-//! a slow reader holds one chunk of one journal per running job in memory, and nobody back.
+//! that the peer may see, over or still running. A projection while it is read: nothing is stored for it as long as
+//! the job is there (of removed jobs [`super::kept`] has it), and a slow reader holds one chunk of one journal per
+//! running job in memory, and nobody back.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use futures_util::stream::{self, BoxStream, SelectAll, StreamExt};
 
 use super::events::{Follower, flag};
 use super::jobs::{JobPath, path_text};
+use super::kept::Kept;
 use super::peer::Peer;
 use super::submit::identity;
 use super::wire::ErrorCode;
@@ -22,6 +24,7 @@ use super::{Api, ApiError};
 use crate::audit::{self, Filter, Kind};
 use crate::clock;
 use crate::job::JobId;
+use crate::journal::JournalError;
 use crate::store::{AuditFilter, AuditJob};
 
 /// How often a follower of all jobs looks for jobs that have begun or ended.
@@ -51,7 +54,6 @@ pub async fn job(
     id: JobPath,
     query: Result<Query<Vec<(String, String)>>, QueryRejection>,
 ) -> Result<Response, ApiError> {
-    let row = api.own_job(&peer, path_text(&id)).await?.row;
     let mut after = 0;
     let asked = asked(query, |key, value| match key {
         "after_seq" => {
@@ -60,8 +62,34 @@ pub async fn job(
         }
         _ => Ok(false),
     })?;
+    let row = match api.own_job(&peer, path_text(&id)).await {
+        Ok(job) => job.row,
+        Err(error) if error.0.code == ErrorCode::NotFound => {
+            let kept = removed(&api, &peer, path_text(&id), after, asked.filter).await?;
+            return kept.ok_or(error);
+        }
+        Err(error) => return Err(error),
+    };
     let job = Projected::new(&api, row.id, row.identity.uid, after, asked.filter, asked.follow);
     Ok(ndjson(job.stream()))
+}
+
+/// The audit of a job that was removed, where it was the peer's.
+async fn removed(
+    api: &Arc<Api>,
+    peer: &Peer,
+    id: &str,
+    after: u64,
+    filter: Filter,
+) -> Result<Option<Response>, ApiError> {
+    let who = identity(peer)?;
+    let uid = if api.sees_all(&who) { None } else { Some(who.uid) };
+    let Ok(id) = id.parse() else { return Ok(None) };
+    let kept = Kept::of_job(api, uid, &id, after, filter).await;
+    Ok(kept.map(|kept| {
+        let rest = |mut kept: Kept| async move { kept.next(|_| 0).await.map(|chunk| (chunk, kept)) };
+        ndjson(stream::unfold(kept, rest).boxed())
+    }))
 }
 
 /// `GET /v1/audit`: of all jobs for an admin, of their own for everybody else.
@@ -91,6 +119,7 @@ pub async fn daemon(
     let mut tick = tokio::time::interval(LOOK_AGAIN);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let all = All {
+        kept: Some(Kept::new(api.clone(), uid, asked.filter.clone())),
         api,
         uid,
         asked,
@@ -149,7 +178,7 @@ fn asked(
 }
 
 /// The records of one job.
-struct Projected {
+pub(super) struct Projected {
     follower: Follower,
     job: JobId,
     uid: u32,
@@ -157,26 +186,36 @@ struct Projected {
 }
 
 impl Projected {
-    fn new(api: &Arc<Api>, job: JobId, uid: u32, after: u64, filter: Filter, follow: bool) -> Self {
+    pub(super) fn new(
+        api: &Arc<Api>,
+        job: JobId,
+        uid: u32,
+        after: u64,
+        filter: Filter,
+        follow: bool,
+    ) -> Self {
         let follower = Follower::new(api.clone(), job.clone(), after.saturating_add(1), follow);
         Self { follower, job, uid, filter }
     }
 
     /// The next records as lines; none when there are no more.
     async fn next(&mut self) -> Option<Bytes> {
-        loop {
-            let chunk = match self.follower.next().await {
-                Ok(chunk) => chunk?,
-                Err(error) => {
-                    tracing::warn!(job = %self.job, %error, "a job's audit ends early");
-                    return None;
-                }
-            };
+        let next = self.try_next().await;
+        next.inspect_err(|error| tracing::warn!(job = %self.job, %error, "a job's audit ends early")).ok()?
+    }
+
+    /// The same.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub(super) async fn try_next(&mut self) -> Result<Option<Bytes>, JournalError> {
+        while let Some(chunk) = self.follower.next().await? {
             let lines = self.project(&chunk);
             if !lines.is_empty() {
-                return Some(lines.into());
+                return Ok(Some(lines.into()));
             }
         }
+        Ok(None)
     }
 
     fn project(&self, chunk: &[u8]) -> Vec<u8> {
@@ -200,9 +239,11 @@ impl Projected {
     }
 }
 
-/// The records of all jobs: first those of jobs that are over, in the order of their submits; then, for a
-/// follower, those of jobs at work, as they come.
+/// The records of all jobs: first those of jobs that are over, in the order of their submits; then those that were
+/// removed (after the others, so that one removed meanwhile is told twice rather than never); then, for a follower,
+/// those of jobs at work, as they come.
 struct All {
+    kept: Option<Kept>,
     api: Arc<Api>,
     uid: Option<u32>,
     asked: Asked,
@@ -233,6 +274,13 @@ impl All {
                 self.seen.insert(row.n);
             }
             self.current = Some(self.open(row, false));
+        }
+        if let Some(kept) = &mut self.kept {
+            let after = &self.asked.after;
+            if let Some(chunk) = kept.next(|job| after.get(job).copied().unwrap_or(0)).await {
+                return Some(chunk);
+            }
+            self.kept = None;
         }
         if self.asked.follow { self.news().await } else { None }
     }

@@ -14,6 +14,7 @@ use super::submit::identity;
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
 use crate::clock;
+use crate::config::Names;
 use crate::job::Identity;
 use crate::money::{Budget, MicroUsd, Scope, Standing};
 use crate::policy::Grant;
@@ -56,6 +57,12 @@ pub struct CostReport {
 pub struct CostRow {
     /// What it adds up; null for what has none (a job without a batch), and for the total.
     pub key: Option<String>,
+    /// With by=user: the user's id, which is the key too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// With by=user: their name on the daemon's machine, where they have one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// Charged, in USD.
     pub cost_usd: f64,
     /// The same in micro-USD, exact.
@@ -106,8 +113,9 @@ pub async fn cost(
         _ => None,
     };
     let (since, until) = (asked.query.since_ms, asked.query.until_ms);
+    let by_user = asked.query.by == By::User;
     let costs = api.parts.store.costs(asked.query).await?;
-    Ok(Json(report(
+    let mut report = report(
         costs,
         CostReport {
             by: asked.by,
@@ -119,7 +127,20 @@ pub async fn cost(
             total: row(None, &Spend::default(), MicroUsd::ZERO),
             truncated: false,
         },
-    )))
+    );
+    if by_user {
+        // Read now, as for `whoami`: people come and go while the daemon runs.
+        let names = tokio::task::spawn_blocking(Names::of_machine).await;
+        name_users(&mut report.rows, &names.map_err(|e| ApiError::new(ErrorCode::Internal, e))?);
+    }
+    Ok(Json(report))
+}
+
+fn name_users(rows: &mut [CostRow], names: &Names) {
+    for row in rows {
+        row.uid = row.key.as_deref().and_then(|key| key.parse().ok());
+        row.user = row.uid.and_then(|uid| names.user(uid)).map(str::to_owned);
+    }
 }
 
 /// `GET /v1/budgets`
@@ -228,10 +249,27 @@ fn report(costs: Costs, head: CostReport) -> CostReport {
 fn row(key: Option<String>, spend: &Spend, total: MicroUsd) -> CostRow {
     CostRow {
         key,
+        uid: None,
+        user: None,
         cost_usd: spend.charged.as_usd(),
         cost_micro_usd: spend.charged.0,
         share: if total == MicroUsd::ZERO { 0.0 } else { spend.charged.0 as f64 / total.0 as f64 },
         requests: spend.requests,
         usage: spend.usage,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_users_have_their_id_and_the_name_that_the_machine_knows() {
+        let names = Names::parse("ann:x:1001:1001::/:/bin/sh\n", "");
+        let mut rows = ["1001", "4242"].map(|key| row(Some(key.into()), &Spend::default(), MicroUsd::ZERO));
+        name_users(&mut rows, &names);
+        assert_eq!((rows[0].uid, rows[0].user.as_deref()), (Some(1001), Some("ann")));
+        assert_eq!((rows[1].uid, rows[1].user.as_deref()), (Some(4242), None));
+        assert_eq!(rows[1].key.as_deref(), Some("4242"));
     }
 }

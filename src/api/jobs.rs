@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use super::peer::Peer;
 use super::submit::identity;
 use super::wire::{ErrorCode, JobList, JobView};
-use super::{Api, ApiError};
+use super::{Api, ApiError, kept};
 use crate::cell::{Accepted, changes};
 use crate::change::BlobId;
 use crate::clock;
@@ -248,33 +248,44 @@ pub async fn unpark(
     Ok(Json(view(&api, &job).await?))
 }
 
-/// `DELETE /v1/jobs/{id}`: row, journal and all; only of a job that is over.
+/// One removal at a time: two of the same job would write its audit over each other.
+static REMOVING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// `DELETE /v1/jobs/{id}`: row, journal and all; only of a job that is over. Its audit is kept.
 pub async fn delete(
     State(api): State<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     id: JobPath,
 ) -> Result<StatusCode, ApiError> {
+    let one_at_a_time = REMOVING.lock().await;
     let job = api.own_job(&peer, path_text(&id)).await?;
-    let id = job.row.id;
-    match api.parts.store.delete(&id).await {
+    let (row, fetched) = (job.row, job.plan_json);
+    let id = &row.id;
+    let not_done = |state: &str| {
+        let words = format!("{id} is {state}; only a job that is over can be deleted");
+        ApiError::new(ErrorCode::NotDone, words).hint(format!("`hotcell cancel {id}` ends it"))
+    };
+    if !row.state.is_done() {
+        return Err(not_done(row.state.name()));
+    }
+    kept::keep(&api, &row).await.map_err(|error| {
+        ApiError::new(ErrorCode::Internal, error).hint("nothing was deleted; free some space and try again")
+    })?;
+    match api.parts.store.delete(id).await {
         Ok(()) => {}
-        Err(StoreError::NotDone { state }) => {
-            let words = format!("{id} is {state}; only a job that is over can be deleted");
-            return Err(
-                ApiError::new(ErrorCode::NotDone, words).hint(format!("`hotcell cancel {id}` ends it"))
-            );
-        }
+        Err(StoreError::NotDone { state }) => return Err(not_done(&state.to_string())),
         Err(error) => return Err(error.into()),
     }
-    let shelf = changes::shelf(&api.parts, &id);
+    drop(one_at_a_time);
+    let shelf = changes::shelf(&api.parts, id);
     let gone = tokio::task::spawn_blocking(move || shelf.remove()).await;
     if let Ok(Err(error)) = gone {
         tracing::warn!(job = %id, %error, "the change set of a deleted job is left; the sweeper goes on");
     }
-    if serde_json::from_str::<Accepted>(&job.plan_json).is_ok_and(|accepted| accepted.source.is_some()) {
-        super::sources::forget(&api, &job.row.identity, &id).await;
+    if serde_json::from_str::<Accepted>(&fetched).is_ok_and(|accepted| accepted.source.is_some()) {
+        super::sources::forget(&api, &row.identity, id).await;
     }
-    let dir = api.parts.settings.journal_dir(&id);
+    let dir = api.parts.settings.journal_dir(id);
     match tokio::fs::remove_dir_all(&dir).await {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(ApiError::new(
             ErrorCode::Internal,

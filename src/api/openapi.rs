@@ -3,9 +3,11 @@
 use axum::Json;
 use serde_json::{Value, json};
 
+use super::changes::ChangesView;
 use super::cost::{BudgetList, CostReport};
 use super::wire::{ErrorBody, Health, JobList, JobView, WhoAmI};
 use crate::audit::Record;
+use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest};
 use crate::job::{JobSpec, State as JobState};
 
 /// Answers with the document.
@@ -29,6 +31,11 @@ pub fn openapi() -> Value {
         generator.subschema_for::<JobList>(),
         generator.subschema_for::<CostReport>(),
         generator.subschema_for::<BudgetList>(),
+        generator.subschema_for::<ChangesView>(),
+        generator.subschema_for::<ApplyRequest>(),
+        generator.subschema_for::<ApplyAnswer>(),
+        generator.subschema_for::<CheckoutRequest>(),
+        generator.subschema_for::<CheckoutAnswer>(),
         generator.subschema_for::<Health>(),
         generator.subschema_for::<WhoAmI>(),
         generator.subschema_for::<Record>(),
@@ -82,8 +89,25 @@ fn audit(operation: &str, summary: &str, more: Vec<Value>) -> Value {
 }
 
 fn paths() -> Value {
-    let id = json!({ "name": "id", "in": "path", "required": true, "schema": { "type": "string" } });
-    let error = answer("What went wrong, whose fault it is, and what to do", "ErrorBody");
+    let mut all = serde_json::Map::new();
+    for paths in [jobs(), one_job(), changes_of_jobs(), told_of_jobs(), of_the_daemon()] {
+        if let Value::Object(paths) = paths {
+            all.extend(paths);
+        }
+    }
+    all.into()
+}
+
+fn id() -> Value {
+    json!({ "name": "id", "in": "path", "required": true, "schema": { "type": "string" } })
+}
+
+fn error() -> Value {
+    answer("What went wrong, whose fault it is, and what to do", "ErrorBody")
+}
+
+/// Submitting and listing.
+fn jobs() -> Value {
     json!({
         "/v1/jobs": {
             "post": {
@@ -98,7 +122,7 @@ fn paths() -> Value {
                 "responses": {
                     "201": answer("The new job", "JobView"),
                     "200": answer("The job that this key submitted before", "JobView"),
-                    "default": error,
+                    "default": error(),
                 },
             },
             "get": {
@@ -115,73 +139,134 @@ fn paths() -> Value {
                     query("cursor", "next_cursor of the page before"),
                     query("all", "1: jobs of all users, for admins"),
                 ],
-                "responses": { "200": answer("A page of jobs", "JobList"), "default": error },
+                "responses": { "200": answer("A page of jobs", "JobList"), "default": error() },
             },
         },
+    })
+}
+
+/// Showing, stopping, deleting.
+fn one_job() -> Value {
+    json!({
         "/v1/jobs/{id}": {
             "get": {
-                "operationId": "showJob", "summary": "Show a job", "parameters": [id],
-                "responses": { "200": answer("The job", "JobView"), "default": error },
+                "operationId": "showJob", "summary": "Show a job", "parameters": [id()],
+                "responses": { "200": answer("The job", "JobView"), "default": error() },
             },
             "delete": {
-                "operationId": "deleteJob", "summary": "Delete a job that is over, with its events",
-                "parameters": [id],
-                "responses": { "204": { "description": "It is gone" }, "default": error },
+                "operationId": "deleteJob", "summary": "Delete a job that is over, with its events; its audit is kept",
+                "parameters": [id()],
+                "responses": { "204": { "description": "It is gone" }, "default": error() },
             },
         },
         "/v1/jobs/{id}/cancel": {
             "post": {
-                "operationId": "cancelJob", "summary": "Stop a job; harmless when it is over", "parameters": [id],
+                "operationId": "cancelJob", "summary": "Stop a job; harmless when it is over", "parameters": [id()],
                 "responses": {
                     "202": answer("It is being stopped", "JobView"),
                     "200": answer("It is over", "JobView"),
-                    "default": error,
-                },
-            },
-        },
-        "/v1/jobs/{id}/report": {
-            "get": {
-                "operationId": "jobReport",
-                "summary": "The file that the job's policy keeps; not_found where there is none, or not yet",
-                "parameters": [id],
-                "responses": {
-                    "200": { "description": "The file's bytes, as the agent wrote them",
-                             "content": { "application/octet-stream": {} } },
-                    "default": error,
+                    "default": error(),
                 },
             },
         },
         "/v1/jobs/{id}/unpark": {
             "post": {
-                "operationId": "unparkJob", "summary": "Let a parked job go on before its time", "parameters": [id],
-                "responses": { "200": answer("It waits for a slot", "JobView"), "default": error },
+                "operationId": "unparkJob", "summary": "Let a parked job go on before its time", "parameters": [id()],
+                "responses": { "200": answer("It waits for a slot", "JobView"), "default": error() },
+            },
+        },
+    })
+}
+
+/// What a job did and left.
+/// What a job changed, and what becomes of it.
+fn changes_of_jobs() -> Value {
+    let bytes = |kind: &str| json!({ "200": { "description": "It", "content": { kind: {} } }, "default": error() });
+    let post = |operation: &str, summary: &str, asks: Option<&str>, gives: &str| {
+        let mut of = json!({
+            "operationId": operation, "summary": summary, "parameters": [id()],
+            "responses": { "200": answer("What was done", gives), "default": error() },
+        });
+        if let Some(asks) = asks {
+            of["requestBody"] = json!({ "required": true, "content": content(asks) });
+        }
+        json!({ "post": of })
+    };
+    json!({
+        "/v1/jobs/{id}/changes": { "get": {
+            "operationId": "jobChanges", "summary": "What the job changed in its copy of the workspace",
+            "parameters": [id()],
+            "responses": { "200": answer("The change set", "ChangesView"), "default": error() },
+        } },
+        "/v1/jobs/{id}/diff": { "get": {
+            "operationId": "jobDiff", "summary": "The same as text",
+            "parameters": [
+                id(), query("form", "patch, stat or name-only"),
+                query("only", "a pattern as in .gitignore; may be given more than once"),
+            ],
+            "responses": bytes("text/plain"),
+        } },
+        "/v1/jobs/{id}/export": { "get": {
+            "operationId": "exportChanges", "summary": "The same for other tools",
+            "parameters": [id(), query("format", "patch, tar or bundle")],
+            "responses": bytes("application/octet-stream"),
+        } },
+        "/v1/jobs/{id}/apply": post(
+            "applyChanges", "Apply it to its submitter's files, all or nothing", Some("ApplyRequest"), "ApplyAnswer",
+        ),
+        "/v1/jobs/{id}/checkout": post(
+            "checkoutChanges", "Write the workspace as the job left it to a new directory",
+            Some("CheckoutRequest"), "CheckoutAnswer",
+        ),
+        "/v1/jobs/{id}/discard": post("discardChanges", "Note that nobody wants it", None, "JobView"),
+    })
+}
+
+fn told_of_jobs() -> Value {
+    json!({
+        "/v1/jobs/{id}/report": {
+            "get": {
+                "operationId": "jobReport",
+                "summary": "The file that the job's policy keeps; not_found where there is none, or not yet",
+                "parameters": [id()],
+                "responses": {
+                    "200": { "description": "The file's bytes, as the agent wrote them",
+                             "content": { "application/octet-stream": {} } },
+                    "default": error(),
+                },
             },
         },
         "/v1/jobs/{id}/events": {
             "get": {
                 "operationId": "followJob",
                 "summary": "A job's events as NDJSON, or as server-sent events where Accept says text/event-stream",
-                "parameters": [id.clone(), query("from", "first number wanted"), query("follow", "1: wait for more until the job is over")],
+                "parameters": [id(), query("from", "first number wanted"), query("follow", "1: wait for more until the job is over")],
                 "responses": {
                     "200": { "description": "One event a line: seq, at_ms, origin, type and what belongs to it",
                              "content": { "application/x-ndjson": {}, "text/event-stream": {} } },
-                    "default": error,
+                    "default": error(),
                 },
             },
         },
         "/v1/jobs/{id}/audit": audit(
             "auditJob",
-            "What was decided in a job",
-            vec![id, query("after_seq", "number of the last event that is known")],
+            "What was decided in a job, removed ones too",
+            vec![id(), query("after_seq", "number of the last event that is known")],
         ),
         "/v1/audit": audit(
             "audit",
             "What was decided in all jobs of the user, for admins in those of all users",
             vec![query("after", "JOB:SEQ, the last event of a job that is known; may be given more than once")],
         ),
+    })
+}
+
+/// Who asks, what was spent, and how the daemon is.
+fn of_the_daemon() -> Value {
+    json!({
         "/v1/whoami": { "get": {
             "operationId": "whoami", "summary": "Who asks, and what they may do",
-            "responses": { "200": answer("The user", "WhoAmI"), "default": error },
+            "responses": { "200": answer("The user", "WhoAmI"), "default": error() },
         } },
         "/v1/cost": { "get": {
             "operationId": "cost", "summary": "What was spent; admins see everybody's, others their own",
@@ -191,11 +276,11 @@ fn paths() -> Value {
                 query("by", "job, user, model (the default), policy, label, batch, credential, day or month"),
                 query("label", "with by=label: the label whose values are added up"),
             ],
-            "responses": { "200": answer("Sums by key, and their total", "CostReport"), "default": error },
+            "responses": { "200": answer("Sums by key, and their total", "CostReport"), "default": error() },
         } },
         "/v1/budgets": { "get": {
             "operationId": "budgets", "summary": "How the budgets of the asker's day, of the day and of the month stand",
-            "responses": { "200": answer("The budgets that have a limit", "BudgetList"), "default": error },
+            "responses": { "200": answer("The budgets that have a limit", "BudgetList"), "default": error() },
         } },
         "/v1/openapi.json": { "get": {
             "operationId": "openapi", "summary": "This document", "responses": { "200": { "description": "OpenAPI 3.1" } },

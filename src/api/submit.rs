@@ -1,6 +1,7 @@
 //! `POST /v1/jobs`: raw JSON → spec → plan → workspace opened as the peer → row. What is refused leaves
 //! nothing behind; what is accepted is on the disk before its id is told.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +27,7 @@ use crate::job::spec::{SPEC_BYTES_MAX, SpecError, WorkspaceMode};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
 use crate::money::MicroUsd;
-use crate::policy::{Grant, Narrowing, Plan, narrow};
+use crate::policy::{Grant, Narrowing, Plan, Policy, narrow};
 use crate::scheduler::Ticket;
 use crate::source::Fetched;
 use crate::store::{Batch, NewJob, StoreError, Submitted};
@@ -81,7 +82,8 @@ pub async fn submit(
         workspace.mode.get_or_insert(WorkspaceMode::Copy);
     }
     let granted = api.granted(&identity)?;
-    let plan = plan(&api, &spec, &granted, &identity)?;
+    let policies = api.policies().await?;
+    let plan = plan(&api, &policies, &spec, &granted, &identity)?;
     if api.parts.metrics.engine_up.get() == 0 {
         let words = format!("the container engine at {} does not answer", api.engine_address);
         return Err(ApiError::new(ErrorCode::EngineUnavailable, words)
@@ -107,7 +109,7 @@ pub async fn submit(
         if !api.access.rules.is_empty() {
             api.driver.limit(identity.uid, granted.slots.and_then(|n| usize::try_from(n).ok())).await;
         }
-        let credential = api.parts.gateway.credential_of(&accepted.plan.provider);
+        let credential = api.parts.gateway.limited_with(&accepted.plan.provider, &accepted.plan.model);
         let ticket = Ticket { uid: identity.uid, priority: spec.priority, credential };
         api.driver.submitted(id, ticket).await;
     }
@@ -179,17 +181,23 @@ fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<(String, [u8; 
     Ok(Some((key.to_owned(), Sha256::digest(body).into())))
 }
 
-fn plan(api: &Api, spec: &JobSpec, granted: &Grant, who: &Identity) -> Result<Plan, ApiError> {
+fn plan(
+    api: &Api,
+    policies: &BTreeMap<String, Policy>,
+    spec: &JobSpec,
+    granted: &Grant,
+    who: &Identity,
+) -> Result<Plan, ApiError> {
     let name = spec.policy.as_deref().or(granted.default_policy.as_deref()).unwrap_or(&api.default_policy);
     granted.policy(name)?;
-    let policy = api.policies.get(name).ok_or_else(|| {
-        let mine = api.policies.keys().map(String::as_str).filter(|name| granted.has_policy(name));
+    let policy = policies.get(name).ok_or_else(|| {
+        let mine = policies.keys().map(String::as_str).filter(|name| granted.has_policy(name));
         let known = mine.collect::<Vec<_>>().join(", ");
         ApiError::new(
             ErrorCode::UnknownPolicy,
             format!("policy: there is no policy {name:?} (there are: {known})"),
         )
-        .hint("`hotcell policy ls` lists them; the daemon reads policy files when it starts")
+        .hint("`hotcell policy ls` lists them")
     })?;
     let own = spec.narrow.as_deref().map(|text| Narrowing::parse("narrow", text)).transpose();
     let own = own.map_err(|error| {
@@ -280,9 +288,8 @@ async fn open_workspaces(
     let state_dir = api.parts.settings.state_dir.clone();
     let opened = tokio::task::spawn_blocking(move || {
         let guard = Guard::for_user(&state_dir, identity.uid);
-        let at = |key: String| {
-            move |e: WorkspaceError| ApiError::new(ErrorCode::Workspace, format!("{key}: {e}"))
-        };
+        let at =
+            |key: String| move |e: WorkspaceError| ApiError::new(ErrorCode::Workspace, format!("{key}: {e}"));
         let (dir, record) = workspace::open_as(&identity, &path, need, &guard)
             .map_err(at("workspace.path".to_owned()))?;
         let warnings = secrets(&identity, &path, dir, &hide);
@@ -302,7 +309,8 @@ async fn open_workspaces(
 fn secrets(identity: &Identity, path: &std::path::Path, dir: OwnedFd, hide: &[String]) -> Vec<String> {
     let Ok(rules) = HideRules::new(hide) else { return Vec::new() };
     // Installed packages have keys for tests, and thousands of files.
-    let enter = |path: &crate::change::TreePath| !matches!(path.name(), b".git" | b"node_modules" | b"target");
+    let enter =
+        |path: &crate::change::TreePath| !matches!(path.name(), b".git" | b"node_modules" | b"target");
     let look = move || Ok::<_, WorkspaceError>(workspace::look(dir.as_fd(), &SECRETS_LOOK, &enter));
     let looked = workspace::as_submitter(identity, path, Duration::from_secs(2), look);
     looked.map(|looked| workspace::secret_warnings(&looked, &rules)).unwrap_or_default()

@@ -1,6 +1,7 @@
 //! `GET /v1/whoami`: who the kernel says asks, and what they may do. Answers those who are not listed too, and
 //! tells nobody anything of others.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -11,7 +12,7 @@ use super::submit::identity;
 use super::wire::{ErrorCode, GroupView, PolicyView, SlotsView, WhoAmI};
 use super::{Api, ApiError, cost};
 use crate::config::Names;
-use crate::policy::Grant;
+use crate::policy::{Grant, Policy};
 
 /// Answers who asks.
 ///
@@ -31,7 +32,8 @@ pub async fn whoami(
     let max = grant.as_ref().map_or(0, |g| g.slots.unwrap_or(api.slots).min(api.slots));
     let groups = std::iter::once(who.gid).chain(who.groups.iter().copied());
     let group = |gid| GroupView { gid, name: names.group(gid).map(str::to_owned) };
-    let (policies, default_policy) = grant.as_ref().map(|g| policies(&api, g)).unwrap_or_default();
+    let now = api.policies().await?;
+    let (policies, default_policy) = grant.as_ref().map(|g| policies(&api, &now, g)).unwrap_or_default();
     let budgets = match &grant {
         Some(grant) => cost::own_budgets(&api, &who, grant).await?,
         None => Vec::new(),
@@ -53,8 +55,8 @@ pub async fn whoami(
 }
 
 /// Policies that may be named, and the one of a job that names none.
-fn policies(api: &Api, grant: &Grant) -> (Vec<PolicyView>, Option<String>) {
-    let mine = api.policies.values().filter(|policy| grant.has_policy(&policy.name));
+fn policies(api: &Api, now: &BTreeMap<String, Policy>, grant: &Grant) -> (Vec<PolicyView>, Option<String>) {
+    let mine = now.values().filter(|policy| grant.has_policy(&policy.name));
     let views = mine.map(|policy| PolicyView {
         name: policy.name.clone(),
         description: policy.description.clone(),

@@ -174,6 +174,9 @@ pub struct Health {
     pub engine: String,
     /// What does not work at the moment, in words.
     pub problems: Vec<String>,
+    /// What works, but not in the better way, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// Every error answer.

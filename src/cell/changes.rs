@@ -2,16 +2,15 @@
 //! and applied with the submitter's rights alone. It must never let a job be called done before its change set is on
 //! the disk or its loss is told, and never touch a person's files without being asked to.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::record::{Record, RecordError};
-use super::{Accepted, Parts, park};
+use super::{Accepted, Parts, bundle, park};
 use crate::change::decision::{
     ApplyAnswer, ApplyRequest, BranchMade, CheckoutAnswer, ExportFormat, Form, LeftOut, Standing,
 };
-use crate::change::{ChangeSet, HideRules, Summary};
+use crate::change::{ChangeSet, Commits, HideRules, Summary};
 use crate::changes::apply::{self, Applied, Apply, ApplyError, Checkout, Wish};
 use crate::changes::branch::{self, BranchError, Build};
 use crate::changes::export::{self, ExportError};
@@ -21,7 +20,7 @@ use crate::changes::{
 };
 use crate::clock;
 use crate::event::Body;
-use crate::git::head::{Head, head_of};
+use crate::git::head::Head;
 use crate::git::identity::{GitIdentity, submitter_identity};
 use crate::job::spec::WorkspaceMode;
 use crate::job::{Identity, JobId};
@@ -35,8 +34,6 @@ const TEXT_BYTES_MAX: u64 = 256 << 20;
 
 /// Files above so many bytes that are no text are told apart.
 const LARGE_BYTES: u64 = 1 << 20;
-/// Longest look at what is checked out.
-const HEAD_TIME_MAX: Duration = Duration::from_secs(20);
 
 /// A change set as it is kept.
 #[derive(Debug, Clone)]
@@ -376,12 +373,19 @@ pub(super) async fn collect(
     let cells = parts.store.live_cells().await?;
     let cell = cells.into_iter().find(|row| row.job == record.job && row.runtime.is_some());
     let dir = cell.map(|row| parts.settings.cells_dir().join(row.cell.as_str()));
-    let copy = dir.and_then(|dir| workspace::parts_of(&dir, None));
+    let copy = dir.as_ref().and_then(|dir| Some((dir, workspace::parts_of(dir, None)?)));
     let taken = match copy {
-        Some(copy) => {
+        Some((dir, copy)) => {
+            let seen = match copy.form {
+                workspace::Form::Overlay => workspace::view_of(dir, None),
+                workspace::Form::Whole => copy.dir.clone(),
+            };
+            let base = origin(&shelf);
+            let commits = bundle::commits(parts, record, &shelf, &seen, base.commit.as_deref()).await;
             let (accepted, identity) = (record.accepted.clone(), record.identity.clone());
             let state_dir = parts.settings.state_dir.clone();
-            blocking(move || take(&accepted, &identity, &copy, &shelf, &state_dir)).await.map(Some)
+            let found = Found { copy, base, commits };
+            blocking(move || take(&accepted, &identity, found, &shelf, &state_dir)).await.map(Some)
         }
         // An earlier daemon has taken it, or no cell ever had one.
         None => blocking(move || Ok(shelf.changes()?.map(|(set, hash)| set.summary(hash)))).await,
@@ -406,11 +410,26 @@ pub(super) async fn collect(
     }
 }
 
+/// What is known of a copy before it is taken.
+struct Found {
+    copy: CopyParts,
+    base: Head,
+    commits: Result<Option<Commits>, String>,
+}
+
+/// What was checked out when the job began.
+fn origin(shelf: &JobShelf) -> Head {
+    shelf.origin().unwrap_or_else(|error| {
+        tracing::warn!(%error, "what was checked out when a job began cannot be read");
+        Head::default()
+    })
+}
+
 /// Takes it. Blocks.
 fn take(
     accepted: &Accepted,
     identity: &Identity,
-    copy: &CopyParts,
+    Found { copy, base, commits }: Found,
     shelf: &JobShelf,
     state_dir: &std::path::Path,
 ) -> Result<Summary, ChangesError> {
@@ -421,7 +440,6 @@ fn take(
     // Moved or gone meanwhile: what it was is not known any more, what the job made of it is.
     let original = workspace::reopen_as(identity, record, &guard).ok();
     let hide = HideRules::new(&accepted.plan.hide).map_err(|e| ChangesError::Corrupt(e.to_string()))?;
-    let head = original.as_ref().and_then(|dir| head_as(identity, &record.path, dir));
     let limits = ExtractLimits { large_bytes: LARGE_BYTES, ..ExtractLimits::default() };
     let tree = match copy.form {
         workspace::Form::Overlay => Tree::Upper { upper: &copy.dir },
@@ -438,18 +456,11 @@ fn take(
         identity,
         limits: &limits,
     })?;
-    if let Some(head) = head {
-        (set.base.commit, set.base.branch) = (head.commit, head.branch);
+    (set.base.commit, set.base.branch) = (base.commit, base.branch);
+    match commits {
+        Ok(commits) => set.commits = commits,
+        Err(why) => set.notes.push(why),
     }
     let hash = shelf.put_changes(&set)?;
     Ok(set.summary(hash))
-}
-
-/// What is checked out in the original, looked at with the submitter's rights.
-fn head_as(identity: &Identity, path: &std::path::Path, dir: &OwnedFd) -> Option<Head> {
-    let dir = dir.try_clone().ok()?;
-    workspace::as_submitter::<_, WorkspaceError>(identity, path, HEAD_TIME_MAX, move || {
-        Ok(head_of(dir.as_fd()))
-    })
-    .ok()?
 }

@@ -26,6 +26,8 @@ use crate::workspace::{self, Scratch, ScratchError};
 
 /// A job is never parked for less, so that a moment that has just passed makes no hot loop.
 const PAUSE_MS_MIN: u64 = 1000;
+/// Two views of one pause differ by less, in milliseconds.
+const SAME_PAUSE_MS: u64 = 2_000;
 /// Tries to put a scratch space away.
 const KEEP_TRIES: u32 = 4;
 /// Pause before a container that could not be removed is tried again.
@@ -49,7 +51,7 @@ pub struct Candidate<'a> {
     pub uid: u32,
     /// The user's own budget of the day, where access rules give one.
     pub user_day: Option<MicroUsd>,
-    /// The credential it uses, by name.
+    /// The credential it uses, by name, with what else the provider limits apart (the class of its model).
     pub credential: &'a str,
     /// Wall clock, milliseconds since 1970.
     pub now_ms: u64,
@@ -186,9 +188,24 @@ pub fn continuation(pause: &Pause) -> String {
     )
 }
 
-/// The credential that a job uses, by name.
+/// What a job shares the provider's limits with: its credential, by name, and the class of its model.
 pub fn credential(parts: &Parts, record: &Record) -> String {
-    parts.gateway.credential_of(&record.accepted.plan.provider)
+    let plan = &record.accepted.plan;
+    parts.gateway.limited_with(&plan.provider, &plan.model)
+}
+
+/// Until when the jobs that share the provider's limits with this one wait with it, now that it is parked for such a
+/// limit; none where the limit is its own affair (see [`crate::gateway::pace`]): then nobody waits but this job.
+pub(super) fn shared_until_ms(parts: &Parts, record: &Record, parked: &Parked) -> Option<u64> {
+    let plan = &record.accepted.plan;
+    let left = parts.gateway.paused(&plan.provider, &plan.model);
+    if parked.why != ParkReason::ProviderLimit || left.is_zero() {
+        return None;
+    }
+    let left_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+    // Both were measured at other moments: what is meant to be one time stays one.
+    let end_ms = clock::wall_ms().saturating_add(left_ms).saturating_add(SAME_PAUSE_MS);
+    Some(parked.until_ms.min(end_ms))
 }
 
 /// Whether a job that has a slot must wait before it may have a cell.
@@ -274,8 +291,8 @@ pub(super) async fn shelve(
     let now_ms = clock::wall_ms();
     let left_open = parts.store.release_open(&record.job, now_ms).await?;
     parts.metrics.reaped(crate::metrics::Orphan::Reservation, left_open);
-    if parked.why == ParkReason::ProviderLimit {
-        parts.pauses.note(&credential(parts, record), parked.until_ms);
+    if let Some(until_ms) = shared_until_ms(parts, record, &parked) {
+        parts.pauses.note(&credential(parts, record), until_ms);
     }
     let wish = stop.borrow().clone();
     if let Some((reason, detail)) = wish.filter(|(reason, _)| *reason != StopReason::Drain) {

@@ -21,7 +21,9 @@ use crate::engine::{BindMount, CellLimits, CellSpec, ContainerId, EngineError};
 use crate::event::Body;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::job::outcome::Failure;
-use crate::job::spec::Runtime;
+use crate::git::commit_hook;
+use crate::git::identity::submitter_identity;
+use crate::job::spec::{Runtime, WorkspaceMode};
 use crate::job::{CellId, FailReason, JobId, Pause, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
 use crate::money::Budget;
@@ -107,7 +109,9 @@ pub async fn prepare(
     let image = Some(found.id.clone());
     record.push(&Body::Cell { cell, runtime, instead, image, agent })?;
     let tenant = Tenant { uid: names.uid, runtime, claude: found.claude.clone() };
-    let (dirs, session, staged, resumed) = make_directories(parts, record, &names, tenant).await?;
+    let commits = commit_environment(record);
+    let (made, commits) = tokio::join!(make_directories(parts, record, &names, tenant), commits);
+    let (dirs, session, staged, resumed) = made?;
     let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), staged.owner())
         .await
         .map_err(|e| failed(FailReason::Internal, e))?;
@@ -120,7 +124,7 @@ pub async fn prepare(
     };
     let mut spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
     spec.runtime = chosen.engine_name;
-    let boot = boot(parts, record, &names, &found, resumed);
+    let boot = boot(parts, record, &names, &found, (resumed, &commits));
     let started = match boot {
         Ok(boot) => start(parts, &names.cell, &spec, &boot, stop).await,
         Err(error) => Err(error),
@@ -239,7 +243,7 @@ pub(super) struct Image {
     volumes: Vec<String>,
 }
 
-async fn find_image(
+pub(super) async fn find_image(
     parts: &Arc<Parts>,
     record: &Record,
     stop: &mut watch::Receiver<StopWish>,
@@ -432,7 +436,7 @@ async fn open_lease(
 ) -> Result<Lease, PrepareError> {
     let budgets = budgets(parts, record).await?;
     let dir = run.parent().unwrap_or(run);
-    let egress = way_out::make(parts, &record.accepted.plan, &record.identity, dir).await?;
+    let egress = way_out::make(parts, &record.accepted.plan, &record.identity, dir, &record.job).await?;
     let spec = LeaseSpec {
         job: record.job.clone(),
         cell: cell.clone(),
@@ -480,6 +484,7 @@ pub(super) fn cell_spec(
         bind(&dirs.etc.join("group"), "/etc/group", true),
         // Empty: managed settings of an image would win over ours, and their hooks would run.
         bind(&dirs.etc.join("claude-code"), "/etc/claude-code", true),
+        bind(&dirs.etc.join("git-hooks"), options::GIT_HOOKS, true),
         bind(&dirs.home, options::HOME, false),
         bind(&dirs.tmp, "/tmp", false),
         // A read-only one is staged so; asked to do it, the engine would drop nosuid and nodev on the way.
@@ -530,19 +535,35 @@ fn cores_milli() -> u32 {
     std::thread::available_parallelism().map_or(1000, |n| u32::try_from(n.get() * 1000).unwrap_or(u32::MAX))
 }
 
+/// Whose commits are made in the cell, where there is something to commit to: found out beside the rest, since it
+/// runs git as the submitter.
+fn commit_environment(record: &Record) -> impl Future<Output = Vec<(String, String)>> + use<> {
+    let identity = record.identity.clone();
+    let wanted = match record.accepted.plan.workspace_mode {
+        WorkspaceMode::Copy | WorkspaceMode::Bind => true,
+        WorkspaceMode::ReadOnly | WorkspaceMode::None => false,
+    };
+    async move {
+        if !wanted {
+            return Vec::new();
+        }
+        commit_hook::cell_environment(&submitter_identity(&identity).await, options::GIT_HOOKS)
+    }
+}
+
 fn boot(
     parts: &Parts,
     record: &Record,
     names: &Names,
     image: &Image,
-    resumed: bool,
+    (resumed, commits): (bool, &[(String, String)]),
 ) -> Result<Vec<u8>, PrepareError> {
     let mut plan = record.accepted.plan.clone();
     // The limit holds for all attempts together.
     let turns = u32::try_from(record.carry.turns).unwrap_or(u32::MAX);
     plan.limits.max_turns = plan.limits.max_turns.saturating_sub(turns).max(1);
     let argv = options::argv(&plan, &names.session_id, resumed);
-    boot_with(parts, record, names, image, record.wall_left_ms() + WALL_SLACK_MS, argv)
+    boot_with(parts, record, names, image, record.wall_left_ms() + WALL_SLACK_MS, (argv, commits))
 }
 
 pub(super) fn boot_with(
@@ -551,13 +572,14 @@ pub(super) fn boot_with(
     names: &Names,
     image: &Image,
     wall_limit_ms: u64,
-    argv: Vec<String>,
+    (argv, more): (Vec<String>, &[(String, String)]),
 ) -> Result<Vec<u8>, PrepareError> {
     let plan = &record.accepted.plan;
     let argv = argv.into_iter().map(OsString::from).collect();
     let provider = parts.gateway.view(&plan.provider).map_err(|e| failed(FailReason::Internal, e))?;
     let mut env = options::environment(plan, image.path_env.as_deref(), &provider, &names.token);
     env.extend(agent_way_out::environment(plan, way_out::has_authorities(parts, plan)));
+    env.extend(more.iter().cloned());
     env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
     let mut boot = Boot::new(names.cell.clone(), names.key.clone(), argv);
     boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();

@@ -297,7 +297,7 @@ impl Record {
                 }
             }
             GatewayEvent::Refused { status, why } => {
-                parts.metrics.refused();
+                parts.metrics.refused(*why);
                 *trouble = Some(Trouble::Refused);
                 Body::Refused { status: *status, why: why.as_str().to_owned() }
             }

@@ -9,6 +9,7 @@ use super::prepare::{PrepareError, failed};
 use super::work::{self, Over, Seen, Staged};
 use super::{Accepted, Settings};
 use crate::agent::options;
+use crate::git::commit_hook;
 use crate::job::spec::Runtime;
 use crate::job::{FailReason, Identity, JobId};
 use crate::policy::PlanLimits;
@@ -115,7 +116,21 @@ pub(super) fn make(
     make_dir(&settings.cells_dir(), 0o711)?;
     make_dir(dir, 0o711)?;
     let staged = work::stage(settings, accepted, identity, tenant, dir, job)?;
-    finish_directories(settings, &accepted.plan.limits, tenant, dir, staged, kept)
+    let made = finish_directories(settings, &accepted.plan.limits, tenant, dir, staged, kept)?;
+    write_hooks(&made.dirs.etc.join("git-hooks"), job)?;
+    Ok(made)
+}
+
+/// What git runs at a commit in the cell: it names the job, then calls the repository's own hooks.
+fn write_hooks(dir: &Path, job: &JobId) -> Result<(), PrepareError> {
+    make_dir(dir, 0o755)?;
+    for (name, mode, text) in commit_hook::hook_files(job) {
+        let path = dir.join(name);
+        let written = std::fs::write(&path, text)
+            .and_then(|()| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)));
+        written.map_err(|e| io_failure(&path, &e))?;
+    }
+    Ok(())
 }
 
 fn finish_directories(

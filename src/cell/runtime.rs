@@ -331,7 +331,7 @@ async fn trial_cell(
     spec.runtime = Some(runtime.as_str().to_owned());
     let script = format!("echo {PROOF} >/tmp/{PROOF} && exec {} --version", options::CLI_PATH);
     let argv = vec![image.shell.to_owned(), "-c".to_owned(), script];
-    let boot = prepare::boot_with(parts, record, names, image, TRIAL_WALL_MS, argv)?;
+    let boot = prepare::boot_with(parts, record, names, image, TRIAL_WALL_MS, (argv, &[]))?;
     let mut link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), who.owner())
         .await
         .map_err(|e| failed(FailReason::Internal, e))?;
@@ -365,7 +365,7 @@ async fn trial_cell(
 }
 
 /// Until PID 1 says how the CLI ended, or the container has ended without a word.
-async fn listen(
+pub(super) async fn listen(
     link: &mut Link,
     ended: impl Future<Output = Result<crate::engine::Exit, EngineError>>,
 ) -> Result<(), String> {

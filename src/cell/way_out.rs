@@ -11,12 +11,15 @@ use super::Parts;
 use super::prepare::{PrepareError, failed};
 use crate::agent::way_out::{ALL_AUTHORITIES, MORE_AUTHORITIES};
 use crate::gateway::EgressSpec;
-use crate::gateway::egress::{CellCa, UserCredentials};
-use crate::job::{FailReason, Identity};
+use crate::gateway::egress::{CellCa, Tally, UserCredentials};
+use crate::job::{FailReason, Identity, JobId};
 use crate::policy::Plan;
 
 /// The authority's key, in the cell's private directory.
 const KEY_FILE: &str = "ca.key";
+
+/// What the job has used of its way out, beside its journal: it outlives the cell.
+const SUMS_FILE: &str = "egress.json";
 
 /// The way out of a plan's cell in `dir`. It is there where nothing may be reached too: what is tried is refused in
 /// words, and told.
@@ -25,9 +28,11 @@ pub(super) async fn make(
     plan: &Plan,
     who: &Identity,
     dir: &Path,
+    job: &JobId,
 ) -> Result<EgressSpec, PrepareError> {
     let trusts = has_authorities(parts, plan);
     let (egress, dir, inspects) = (Arc::clone(&parts.egress), dir.to_owned(), plan.inspects_egress());
+    let sums = parts.settings.journal_dir(job).join(SUMS_FILE);
     let credentials = Arc::new(UserCredentials { gateway: Arc::clone(&parts.gateway), who: who.clone() });
     let made = tokio::task::spawn_blocking(move || {
         let ca = if inspects { Some(Arc::new(authority(&dir)?)) } else { None };
@@ -38,7 +43,8 @@ pub(super) async fn make(
                 put_readable(&run.join(name), text)?;
             }
         }
-        Ok::<_, std::io::Error>(EgressSpec { egress, ca, credentials })
+        let tally = Arc::new(Tally::open(&sums)?);
+        Ok::<_, std::io::Error>(EgressSpec { egress, ca, credentials, tally })
     });
     let made = made.await.map_err(|e| failed(FailReason::Internal, e))?;
     made.map_err(|e| failed(FailReason::Internal, format!("cannot prepare the way out: {e}")))

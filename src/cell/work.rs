@@ -4,12 +4,14 @@
 //! directory.
 
 mod aside;
+mod former;
 mod see;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use former::Former;
 use see::Sight;
 
 use super::prepare::{PrepareError, failed};
@@ -21,7 +23,7 @@ use crate::job::spec::{Runtime, WorkspaceMode};
 use crate::job::{FailReason, Identity, JobId};
 use crate::policy::PlanLimits;
 use crate::workspace::{
-    self, CellIds, CopyLimits, Covers, Form, Guard, Mask, Mode, Replaced, Scratch, StagedIds, StagedPart,
+    self, CellIds, CopyLimits, CopyParts, Covers, Form, Guard, Mask, Mode, Replaced, Scratch, StagedIds, StagedPart,
     WorkspaceError, WorkspaceRecord,
 };
 
@@ -44,6 +46,7 @@ pub(super) struct Staged {
     pub(super) who: Who,
     pub(super) notes: Vec<String>,
     pub(super) claude_md: Option<String>,
+    from: Option<Former>,
 }
 
 /// One of them.
@@ -70,7 +73,15 @@ enum View {
     /// Read-only, with something over it.
     Masked { lower: PathBuf, mask: Mask },
     /// A copy of what is staged, or of `direct` where nothing is.
-    Copy { lower: PathBuf, direct: Option<OwnedFd>, mask: Mask },
+    Copy {
+        lower: PathBuf,
+        direct: Option<OwnedFd>,
+        mask: Mask,
+        /// Only these paths of it can be written.
+        writable: Option<Vec<PathBuf>>,
+        /// The original's path, for messages.
+        original: PathBuf,
+    },
 }
 
 /// Something that is bound over a workspace.
@@ -178,7 +189,8 @@ impl Site<'_> {
                 Who { uid, gid, groups }
             }
         };
-        Ok(Staged { places, who, notes, claude_md })
+        let from = self.accepted.from.clone().map(|job| Former::new(self.settings, job));
+        Ok(Staged { places, who, notes, claude_md, from })
     }
 
     fn place(
@@ -192,9 +204,10 @@ impl Site<'_> {
         let mode = match (asked, writable) {
             (WorkspaceMode::Bind, None) => Mode::Bind,
             (WorkspaceMode::Bind, Some(paths)) if !paths.is_empty() => Mode::Partly(paths),
-            (WorkspaceMode::Copy | WorkspaceMode::Bind | WorkspaceMode::ReadOnly | WorkspaceMode::None, _) => {
-                Mode::ReadOnly
-            }
+            (
+                WorkspaceMode::Copy | WorkspaceMode::Bind | WorkspaceMode::ReadOnly | WorkspaceMode::None,
+                _,
+            ) => Mode::ReadOnly,
         };
         let is_copy = asked == WorkspaceMode::Copy;
         let shelf = (is_copy && name.is_none())
@@ -236,7 +249,8 @@ impl Site<'_> {
         let (path, parts) = (staged.path().to_owned(), staged.parts().to_vec());
         let mut over: Vec<Over> = staged.guards().iter().map(|guard| over_of(&at, guard)).collect();
         let view = if is_copy {
-            View::Copy { lower: path, direct: staged.is_direct().then_some(fd), mask }
+            let (writable, original) = (writable.map(<[PathBuf]>::to_vec), record.path.clone());
+            View::Copy { lower: path, direct: staged.is_direct().then_some(fd), mask, writable, original }
         } else if below {
             View::Masked { lower: path, mask }
         } else {
@@ -309,7 +323,7 @@ fn empty(tenant: &Tenant) -> Staged {
     let who = Who { uid, gid, groups: Vec::new() };
     let at = options::WORKSPACE.to_owned();
     let place = Placed { name: None, at, view: View::Empty, parts: Vec::new(), over: Vec::new() };
-    Staged { places: vec![place], who, notes: Vec::new(), claude_md: None }
+    Staged { places: vec![place], who, notes: Vec::new(), claude_md: None, from: None }
 }
 
 impl Staged {
@@ -323,14 +337,17 @@ impl Staged {
     ) -> Result<Seen, PrepareError> {
         let limits =
             CopyLimits { bytes_max: limits.disk_bytes, entries_max: inodes_max, time_max: COPY_TIME_MAX };
+        let (from, owner) = (self.from, self.who.owner());
         let mut places = self.places.into_iter();
         let mut seen = match places.next() {
-            Some(first) => first.finish(dir, scratch, &limits).map_err(|e| failure(&e))?,
+            Some(first) => {
+                first.finish(dir, scratch, &limits, from.as_ref(), owner).map_err(|e| failure(&e))?
+            }
             None => return Err(failed(FailReason::Internal, "a cell without a workspace")),
         };
         for place in places {
             let (name, target) = (place.name.clone(), place.at.clone());
-            let other = place.finish(dir, scratch, &limits).map_err(|e| failure(&e))?;
+            let other = place.finish(dir, scratch, &limits, None, owner).map_err(|e| failure(&e))?;
             seen.over.push(Over { source: other.path, target, read_only: other.read_only });
             seen.over.extend(other.over);
             let named = |note: String| name.as_ref().map_or(note.clone(), |name| format!("{name}: {note}"));
@@ -341,19 +358,39 @@ impl Staged {
 }
 
 impl Placed {
-    fn finish(self, dir: &Path, scratch: &Scratch, limits: &CopyLimits) -> Result<Seen, WorkspaceError> {
-        let Self { name, view, parts, over, .. } = self;
+    fn finish(
+        self,
+        dir: &Path,
+        scratch: &Scratch,
+        limits: &CopyLimits,
+        from: Option<&Former>,
+        owner: (u32, u32),
+    ) -> Result<Seen, WorkspaceError> {
+        let Self { name, view, mut parts, over, .. } = self;
         let (path, read_only, notes) = match view {
             View::Empty => (scratch.work(), false, Vec::new()),
             View::Staged { path, wants_read_only } => (path, wants_read_only, Vec::new()),
             View::Masked { lower, mask } => {
                 (workspace::masked(dir, name.as_deref(), &lower, &mask)?, false, Vec::new())
             }
-            View::Copy { lower, direct, mask } => {
+            View::Copy { lower, direct, mask, writable, original } => {
                 let direct = direct.as_ref().map(AsFd::as_fd);
-                let copied =
-                    workspace::copy(dir, name.as_deref(), scratch, (&lower, direct), &mask, limits)?;
-                (copied.path, false, copied.notes)
+                // Only the primary workspace goes on with what an earlier job changed.
+                let from = from.filter(|_| name.is_none());
+                let fill = |copy: &CopyParts| from.map_or(Ok(()), |from| from.fill(copy, &lower, owner));
+                let copied = workspace::copy_filled(
+                    dir,
+                    name.as_deref(),
+                    scratch,
+                    (&lower, direct),
+                    &mask,
+                    limits,
+                    &fill,
+                )?;
+                if let Some(paths) = &writable {
+                    parts = workspace::parts_of_copy(&original, &copied.path, paths)?;
+                }
+                (copied.path, writable.is_some(), copied.notes)
             }
         };
         Ok(Seen { path, read_only, parts, over, notes })
@@ -367,7 +404,8 @@ pub(super) fn rooms(accepted: &Accepted, dir: &Path) -> Vec<(String, PathBuf)> {
         whole.map_or_else(|| workspace::view_of(dir, name), |parts| parts.dir)
     };
     let others = accepted.others.iter().map(|other| (other.at.clone(), at(Some(&other_name(&other.name)))));
-    let all = [(accepted.plan.workspace_at.clone(), at(None)), (REPOSITORY_AT.to_owned(), at(Some(REPOSITORY)))];
+    let all =
+        [(accepted.plan.workspace_at.clone(), at(None)), (REPOSITORY_AT.to_owned(), at(Some(REPOSITORY)))];
     all.into_iter().chain(others).filter(|(_, dir)| dir.is_dir()).collect()
 }
 

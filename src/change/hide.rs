@@ -38,14 +38,8 @@ pub enum HideError {
 }
 
 /// The compiled rules. None hides nothing.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct HideRules(Option<Gitignore>);
-
-impl Default for HideRules {
-    fn default() -> Self {
-        Self(None)
-    }
-}
 
 impl HideRules {
     /// Compiles `rules`: a name without a slash counts at any depth, one with a slash at its beginning or in its
@@ -229,10 +223,10 @@ mod tests {
             rule in "[a-c*?/.\\[\\]{}!#\\\\ \u{e9}-]{0,12}",
             path in "[a-c.]{1,3}(/[a-c.]{1,3}){0,2}",
         ) {
-            if let (Ok(rules), Ok(path)) = (rules(&[&rule]), TreePath::new(path)) {
-                if rules.hides(&path, true) {
-                    prop_assert!(rules.hides(&path.join(b"x").expect("a path"), false));
-                }
+            if let (Ok(rules), Ok(path)) = (rules(&[&rule]), TreePath::new(path))
+                && rules.hides(&path, true)
+            {
+                prop_assert!(rules.hides(&path.join(b"x").expect("a path"), false));
             }
         }
     }

@@ -19,11 +19,9 @@ use crate::change::{Base, ChangeSet, HideRules, Ignored, TreePath, VERSION};
 use crate::job::Identity;
 use crate::policy::changes::Changes;
 
-/// Most paths that are held in memory, whatever the limits say.
-const WALK_ABSOLUTE_MAX: usize = 8_000_000;
 /// Paths whose originals are looked at at once.
 const STAT_BATCH: usize = 512;
-/// Most notes, and most names in one.
+/// Most names in one note.
 const NAMES_MAX: usize = 10;
 
 /// What a cell left.

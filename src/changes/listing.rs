@@ -243,7 +243,7 @@ impl Walk<'_> {
             };
             let too_deep = |_| ListError::TooDeep { path: shown(path), limit: self.limits.depth_max };
             let full = full.map_err(too_deep)?;
-            if self.listing.entries.len() % CLOCK_EVERY == 0 && Instant::now() > self.until {
+            if self.listing.entries.len().is_multiple_of(CLOCK_EVERY) && Instant::now() > self.until {
                 let limit_ms = u64::try_from(self.limits.time_max.as_millis()).unwrap_or(u64::MAX);
                 return Err(ListError::TooSlow { limit_ms });
             }

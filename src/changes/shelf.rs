@@ -12,9 +12,11 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use crate::change::{BlobId, ChangeSet};
+use crate::git::head::Head;
 use crate::job::JobId;
 
 const BASE: &str = "base";
+const ORIGIN: &str = "origin.json";
 const CHANGES: &str = "changes.json";
 const BLOBS: &str = "blobs";
 /// Longest stored change set, in bytes.
@@ -107,6 +109,28 @@ impl JobShelf {
     /// [`ShelfError::Io`].
     pub fn base(&self) -> Result<Option<Vec<u8>>, ShelfError> {
         self.get(BASE)
+    }
+
+    /// Keeps what was checked out when the job began.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn put_origin(&self, head: &Head) -> Result<(), ShelfError> {
+        let json = serde_json::to_vec(head);
+        self.put(ORIGIN, &json.map_err(|e| at("write", &self.dir.join(ORIGIN))(io::Error::other(e)))?)
+    }
+
+    /// What was checked out when the job began; nothing where that was no git repository.
+    ///
+    /// # Errors
+    /// [`ShelfError`].
+    pub fn origin(&self) -> Result<Head, ShelfError> {
+        let Some(json) = self.get(ORIGIN)? else { return Ok(Head::default()) };
+        let corrupt = |e: serde_json::Error| ShelfError::Corrupt {
+            path: self.dir.join(ORIGIN),
+            detail: e.to_string(),
+        };
+        serde_json::from_slice(&json).map_err(corrupt)
     }
 
     /// Keeps the change set; its contents must be there. Gives the SHA-256 of its stored form, in hex.

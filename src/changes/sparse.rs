@@ -56,7 +56,7 @@ pub(super) fn sort<'a>(entries: &[&'a Entry], before_needed: bool) -> Sorted<'a>
         match (&entry.before, &entry.after) {
             (Some(Node::Dir { .. }), Some(Node::Dir { .. })) => modes.push(*entry),
             (before, Some(Node::Dir { .. })) => {
-                if !entries.iter().any(|e| e.path != entry.path && e.path.is_at_or_below(&entry.path)) {
+                if !anything_below(entries, &entry.path) {
                     dirs.push(*entry);
                 }
                 if before.is_none() {
@@ -89,6 +89,13 @@ pub(super) fn sort<'a>(entries: &[&'a Entry], before_needed: bool) -> Sorted<'a>
     }
     sorted.untold = [dirs, special, unknown].concat();
     sorted
+}
+
+/// Whether any of `entries`, which are in the order of their bytes, lies below `dir`.
+fn anything_below(entries: &[&Entry], dir: &TreePath) -> bool {
+    let begin = [dir.as_bytes(), b"/"].concat();
+    let at = entries.partition_point(|entry| entry.path.as_bytes() < &begin[..]);
+    entries.get(at).is_some_and(|entry| entry.path.as_bytes().starts_with(&begin))
 }
 
 /// `not in it, 2 of …: a, b`.

@@ -2,6 +2,7 @@
 
 /// A duration in whole seconds: `90`, `90s`, `30m`, `1h30m`, `2d`.
 pub(super) fn seconds(text: &str) -> Result<u32, String> {
+    positive(text, "30m")?;
     let wrong = || format!("{text:?} is not a duration such as 90s, 30m or 1h30m");
     if let Ok(plain) = text.parse::<u32>() {
         return Ok(plain);
@@ -32,6 +33,7 @@ pub(super) fn seconds(text: &str) -> Result<u32, String> {
 /// A size in whole MiB: `512m`, `4g`, `1.5g`, `1t`, also `4GiB`. The unit must be there: a bare number could
 /// be bytes to one reader and MiB to another.
 pub(super) fn mib(text: &str) -> Result<u32, String> {
+    positive(text, "4g")?;
     let wrong = || format!("{text:?} is not a size such as 512m or 4g");
     let lower = text.to_ascii_lowercase();
     let short = lower.strip_suffix("ib").or_else(|| lower.strip_suffix('b')).unwrap_or(&lower);
@@ -56,9 +58,31 @@ pub(super) fn mib(text: &str) -> Result<u32, String> {
 /// Money in USD: `0.50`, `$2`.
 pub(super) fn usd(text: &str) -> Result<f64, String> {
     let plain = text.strip_prefix('$').unwrap_or(text);
+    positive(plain, "0.50")?;
     let amount: crate::money::MicroUsd =
         plain.parse().map_err(|e: crate::money::MoneyError| e.to_string())?;
     Ok(amount.as_usd())
+}
+
+/// How many of something.
+pub(super) fn count(text: &str) -> Result<u32, String> {
+    positive(text, "100")?;
+    text.parse().map_err(|_| format!("{text:?} is not a whole number such as 100"))
+}
+
+/// Processor cores: `2`, `1.5`.
+pub(super) fn cores(text: &str) -> Result<f64, String> {
+    positive(text, "1.5")?;
+    let cores = text.parse::<f64>().ok().filter(|cores| cores.is_finite());
+    cores.ok_or_else(|| format!("{text:?} is not a number such as 1.5"))
+}
+
+/// Says what is wrong with `-1` in words: a limit is never below zero.
+fn positive(text: &str, example: &str) -> Result<(), String> {
+    let number = text
+        .strip_prefix('-')
+        .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit() || c == '.' || c == '$'));
+    if number { Err(format!("must be positive, e.g. {example}")) } else { Ok(()) }
 }
 
 /// `KEY=VALUE`.
@@ -120,6 +144,30 @@ mod tests {
     fn money_has_at_most_six_decimals() {
         assert_eq!(["0.50", "$2"].map(usd), [Ok(0.5), Ok(2.0)]);
         assert!(usd("-1").is_err() && usd("nan").is_err() && usd("0.0000001").is_err());
+    }
+
+    #[test]
+    fn what_is_below_zero_is_told_so() {
+        for wrong in [
+            usd("-1").err(),
+            usd("$-1").err(),
+            seconds("-5m").err(),
+            mib("-4g").err(),
+            count("-1").err(),
+            cores("-.5").err(),
+        ] {
+            assert!(
+                wrong.as_deref().is_some_and(|words| words.starts_with("must be positive, e.g. ")),
+                "{wrong:?}"
+            );
+        }
+        assert_eq!((count("7"), cores("1.5")), (Ok(7), Ok(1.5)));
+        assert!(
+            count("x").is_err()
+                && count("99999999999").is_err()
+                && cores("inf").is_err()
+                && cores("--json").is_err()
+        );
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::fail::{CliError, ExitCode};
 use super::follow::Interrupts;
 use super::render::audit as view;
 use super::{Connection, Context, args, find_job};
+use crate::api::wire::ErrorCode;
 use crate::audit::{Kind, Record, What};
 use crate::clock;
 use crate::job::JobId;
@@ -161,7 +162,12 @@ impl Audit {
     /// True when the one job that was asked for is over, so that nothing more comes.
     async fn over(&self, client: &Client) -> Result<bool, CliError> {
         match &self.job {
-            Some(id) => Ok(client.job(id).await?.state.is_done()),
+            Some(id) => match client.job(id).await {
+                Ok(job) => Ok(job.state.is_done()),
+                // Removed: its audit is all there is.
+                Err(CliError::Api(error)) if error.code == Some(ErrorCode::NotFound) => Ok(true),
+                Err(error) => Err(error),
+            },
             None => Ok(false),
         }
     }

@@ -22,7 +22,7 @@ pub(super) struct LsArgs {
     #[arg(short, long, value_name = "NAME")]
     policy: Option<String>,
     /// At most this many
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 50, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     limit: u32,
     /// Jobs of all users (for admins)
     #[arg(short, long)]

@@ -1,4 +1,4 @@
-//! `hotcell rm`: forgets jobs that are done, with their events.
+//! `hotcell rm`: forgets jobs that are done, with their events. Their audit stays.
 
 use clap::Args;
 use serde_json::json;
@@ -9,6 +9,7 @@ use super::{Connection, Context, for_each_job};
 
 /// Delete jobs that are done, with their events
 #[derive(Debug, Args)]
+#[command(after_help = "What was decided in them stays: `hotcell audit` shows it.")]
 pub(super) struct RmArgs {
     /// Ids of jobs, or their beginnings
     #[arg(value_name = "JOB", required = true)]

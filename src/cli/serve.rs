@@ -1,5 +1,6 @@
 //! `hotcell serve`: builds the configuration and hands it to the daemon.
 
+use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
@@ -22,22 +23,43 @@ pub(super) struct ServeArgs {
     config: ConfigFlags,
 }
 
-/// Flags of all settings, made from their table.
-#[derive(Debug, Clone, Default)]
-pub(super) struct ConfigFlags {
+/// Flags of settings, made from their table: of all, or of those that `S` says a command reads.
+#[derive(Debug, Clone)]
+pub(super) struct ConfigFlags<S: Concerns = AllSettings> {
     flags: Flags,
+    concerns: PhantomData<S>,
+}
+
+/// Which settings a command reads.
+pub(super) trait Concerns: Send + Sync + 'static {
+    /// True for the key of one that it reads.
+    fn has(key: &str) -> bool;
+}
+
+/// What the daemon reads.
+#[derive(Debug, Clone)]
+pub(super) struct AllSettings;
+
+impl Concerns for AllSettings {
+    fn has(_: &str) -> bool {
+        true
+    }
 }
 
 /// The flags' names: clap keeps references to them.
 static NAMES: LazyLock<Vec<String>> = LazyLock::new(|| SETTINGS.iter().map(Setting::flag).collect());
 
-impl ConfigFlags {
+impl<S: Concerns> ConfigFlags<S> {
     pub(super) fn flags(&self) -> Flags {
         self.flags.clone()
     }
+
+    fn settings() -> impl Iterator<Item = (&'static Setting, &'static str)> {
+        SETTINGS.iter().zip(NAMES.iter().map(String::as_str)).filter(|(setting, _)| S::has(setting.key))
+    }
 }
 
-impl Args for ConfigFlags {
+impl<S: Concerns> Args for ConfigFlags<S> {
     fn augment_args(command: Command) -> Command {
         let file = Arg::new("config")
             .long("config")
@@ -45,9 +67,9 @@ impl Args for ConfigFlags {
             .value_parser(clap::value_parser!(PathBuf))
             .help("The configuration file [env: HOTCELL_CONFIG]");
         let command = command.next_help_heading("Settings").arg(file);
-        SETTINGS.iter().zip(NAMES.iter()).fold(command, |command, (setting, name)| {
+        Self::settings().fold(command, |command, (setting, name)| {
             let arg = Arg::new(setting.key)
-                .long(name.as_str())
+                .long(name)
                 .value_name(setting.value_name)
                 .allow_hyphen_values(true)
                 .hide_short_help(!setting.everyday)
@@ -62,16 +84,16 @@ impl Args for ConfigFlags {
     }
 }
 
-impl FromArgMatches for ConfigFlags {
+impl<S: Concerns> FromArgMatches for ConfigFlags<S> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let mut all = Self::default();
+        let mut all = Self { flags: Flags::default(), concerns: PhantomData };
         all.update_from_arg_matches(matches)?;
         Ok(all)
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
         self.flags.config = matches.get_one::<PathBuf>("config").cloned();
-        for setting in &SETTINGS {
+        for (setting, _) in Self::settings() {
             if let Some(value) = matches.get_one::<String>(setting.key) {
                 self.flags.values.insert(setting.key, value.clone());
             }

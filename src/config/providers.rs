@@ -236,13 +236,29 @@ fn provider(
     kinds: &BTreeMap<String, CredentialKind>,
 ) -> Result<ProviderSpec, ConfigError> {
     let wrong = Wrong(layers, format!("[[provider]] {:?}", shown(raw.name.get_ref())));
-    let name_text = name(&wrong, &raw.name, "name")?;
+    let name = name(&wrong, &raw.name, "name")?;
     let kind = *raw.kind.get_ref();
-    let text = |value: &Opt<String>| value.as_ref().map(|v| v.get_ref().clone());
     let base_url = match &raw.base_url {
         Some(url) => parse_base_url(url.get_ref()).map_err(|problem| wrong.at(url, "base_url", problem))?,
         None => String::new(),
     };
+    check_place(&wrong, raw, kind)?;
+    check_models(&wrong, raw)?;
+    let credential = credential_of(&wrong, raw, kind, &name, kinds)?;
+    let text = |value: &Opt<String>| value.as_ref().map(|v| v.get_ref().clone());
+    Ok(ProviderSpec {
+        name,
+        kind,
+        base_url,
+        credential,
+        region: text(&raw.region),
+        project: text(&raw.project),
+        models: raw.models.clone(),
+    })
+}
+
+/// Each kind is reached in its own way: what it needs is there, what it does not take is not.
+fn check_place(wrong: &Wrong<'_, '_>, raw: &RawProvider, kind: ProviderKind) -> Result<(), ConfigError> {
     let needed: &[(&str, bool)] = match kind {
         ProviderKind::Anthropic => &[],
         ProviderKind::Bedrock => &[("region", raw.region.is_some())],
@@ -253,37 +269,45 @@ fn provider(
         return Err(wrong.at(&raw.kind, key, format!("is missing: kind {} needs it", kind.as_str())));
     }
     for (key, value) in [("region", &raw.region), ("project", &raw.project)] {
-        if let Some(value) = value {
-            let taken = needed.iter().any(|(needed, _)| *needed == key);
-            let good = |b: u8| b.is_ascii_alphanumeric() || b"-_.:".contains(&b);
-            if !taken {
-                return Err(wrong.at(value, key, format!("kind {} does not take it", kind.as_str())));
-            }
-            if value.get_ref().is_empty() || !value.get_ref().bytes().all(good) {
-                return Err(wrong.at(
-                    value,
-                    key,
-                    "must be one word of letters, digits, '-', '_', '.' or ':'",
-                ));
-            }
+        let Some(value) = value else { continue };
+        let good = |b: u8| b.is_ascii_alphanumeric() || b"-_.:".contains(&b);
+        if !needed.iter().any(|(needed, _)| *needed == key) {
+            return Err(wrong.at(value, key, format!("kind {} does not take it", kind.as_str())));
+        }
+        if value.get_ref().is_empty() || !value.get_ref().bytes().all(good) {
+            let problem = "must be one word of letters, digits, '-', '_', '.' or ':'";
+            return Err(wrong.at(value, key, problem));
         }
     }
+    Ok(())
+}
+
+fn check_models(wrong: &Wrong<'_, '_>, raw: &RawProvider) -> Result<(), ConfigError> {
     let mut ids: Vec<&String> = raw.models.values().collect();
     ids.sort_unstable();
     if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
         let problem = format!("{:?} is the id of two models, so its price is not known", pair[0]);
         return Err(wrong.at(&raw.name, "models", problem));
     }
-    if let Some((name, _)) =
-        raw.models.iter().find(|(name, id)| name.is_empty() || id.is_empty() || id.len() > 512)
-    {
-        return Err(wrong.at(
-            &raw.name,
-            "models",
-            format!("{name:?} and its id must not be empty or over-long"),
-        ));
+    let bad = |(name, id): &(&String, &String)| name.is_empty() || id.is_empty() || id.len() > 512;
+    match raw.models.iter().find(bad) {
+        Some((name, _)) => {
+            let problem = format!("{name:?} and its id must not be empty or over-long");
+            Err(wrong.at(&raw.name, "models", problem))
+        }
+        None => Ok(()),
     }
-    let credential = text(&raw.credential).unwrap_or_else(|| name_text.clone());
+}
+
+/// The credential that a provider names, else the one of its own name; of a kind that it takes.
+fn credential_of(
+    wrong: &Wrong<'_, '_>,
+    raw: &RawProvider,
+    kind: ProviderKind,
+    name: &str,
+    kinds: &BTreeMap<String, CredentialKind>,
+) -> Result<String, ConfigError> {
+    let credential = raw.credential.as_ref().map_or(name, |credential| credential.get_ref()).to_owned();
     let at = raw.credential.as_ref().unwrap_or(&raw.name);
     let Some(given) = kinds.get(&credential) else {
         let problem = format!("there is no [[credential]] {credential:?}");
@@ -293,15 +317,7 @@ fn provider(
         let problem = format!("kind {} cannot use a credential of kind {}", kind.as_str(), given.as_str());
         return Err(wrong.at(at, "credential", problem));
     }
-    Ok(ProviderSpec {
-        name: name_text,
-        kind,
-        base_url,
-        credential,
-        region: text(&raw.region),
-        project: text(&raw.project),
-        models: raw.models.clone(),
-    })
+    Ok(credential)
 }
 
 /// Which credentials a kind of provider takes.

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use super::body::{BodyError, BodyFacts};
 use super::lease::{BODY_UNIT, Shared};
 use super::messages::Call;
+use super::pace::Class;
 use super::provider::{Provider, Target};
 use super::relay::{Body, error_response};
 use super::{GatewayEvent, Refusal};
@@ -23,6 +24,8 @@ use crate::policy::{Ask, Plan, decide};
 
 /// Largest body that is looked through on the spot.
 const BODY_BYTES_INLINE: usize = 512 << 10;
+/// Pieces of a body that are copied together at once.
+const PIECES_MAX: usize = 16;
 /// Headers that mean something to the provider: see [`inspect`].
 const VENDOR_PREFIX: &str = "anthropic-";
 /// The version of the API that is understood here.
@@ -43,10 +46,16 @@ impl Refused {
         Self { why, message: message.into(), retry_after_s }
     }
 
-    /// The provider limits the credential for so long.
+    /// The provider limits requests of this kind for so long.
     pub(super) fn paused(retry_after_s: u64) -> Self {
         let message = format!("the model provider limits this credential for {retry_after_s} s more");
         Self { why: Refusal::Paused, message, retry_after_s: Some(retry_after_s) }
+    }
+
+    /// The cell has counted tokens too often of late.
+    pub(super) fn counts(retry_after_s: u64) -> Self {
+        let message = "tokens are counted too often: the limit of the provider is for all jobs";
+        Self { why: Refusal::Busy, message: message.to_owned(), retry_after_s: Some(retry_after_s) }
     }
 
     /// Statuses that the CLI does not retry (403, 400, 413), where trying again gives the same.
@@ -133,6 +142,7 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
         web_searches,
         searches_each,
         input_tokens_max: 0,
+        class: Class::new(&facts.model, 0),
         facts,
         price,
         output_tokens_max,
@@ -216,13 +226,22 @@ async fn read_body(
         .await
         .map_err(closed)?;
     let mut bytes = BytesMut::with_capacity(declared.unwrap_or(0));
+    // Kept until they are copied together: given back one by one, the connection's buffer would grow with each, and
+    // stay as large for as long as the answer lasts.
+    let mut pieces: Vec<Bytes> = Vec::with_capacity(PIECES_MAX);
+    let mut length = 0;
     while let Some(frame) = body.frame().await {
         let broken = |_| Refused::new(Refusal::Transport, "the request body broke off");
         let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
-        if bytes.len() + data.len() > bytes_max {
+        length += data.len();
+        if length > bytes_max {
             return Err(too_large());
         }
-        bytes.extend_from_slice(&data);
+        pieces.push(data);
+        if pieces.len() == PIECES_MAX {
+            pieces.drain(..).for_each(|piece| bytes.extend_from_slice(&piece));
+        }
     }
+    pieces.iter().for_each(|piece| bytes.extend_from_slice(piece));
     Ok((bytes.freeze(), memory))
 }

@@ -3,6 +3,7 @@
 //! ([`Wanted`]); what would bill outside the token usage, and any field that is not known to be harmless, is
 //! refused. `read` walks the body; `shape` is what the estimate of its input needs.
 
+mod expand;
 mod read;
 mod shape;
 mod tools;
@@ -108,7 +109,9 @@ impl BodyFacts {
     /// See [`BodyError`].
     pub fn read(body: &[u8]) -> Result<Self, BodyError> {
         let malformed = |error: serde_json::Error| BodyError::Malformed(error.to_string());
-        let top: read::Top<'_> = serde_json::from_slice(body).map_err(malformed)?;
+        // Once for all texts in it, each of which would be looked at apart.
+        let text = std::str::from_utf8(body).map_err(|error| BodyError::Malformed(error.to_string()))?;
+        let top: read::Top<'_> = serde_json::from_str(text).map_err(malformed)?;
         if let Some(refused) = top.refused {
             return Err(refused);
         }

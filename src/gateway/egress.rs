@@ -5,14 +5,18 @@
 //! One connection's road: [`door`](self) reads CONNECT or an absolute-form request → the policy decides
 //! ([`crate::policy::decide_egress`]) → [`route`] resolves once and checks every address ([`address`]) → TLS passes
 //! through when its ClientHello names the same host ([`hello`]), or is taken apart with the cell's own authority
-//! ([`ca`]) and each request in it is judged and written anew (`forward`). What happened becomes one event.
+//! ([`ca`]) and each request in it is judged and written anew (`forward`). What happened becomes an event (`telling`),
+//! and counts over the whole life of the job ([`Tally`]).
 
 pub mod address;
 pub mod ca;
 mod door;
 mod forward;
 pub mod hello;
+mod names;
 pub mod route;
+mod tally;
+mod telling;
 mod tunnel;
 mod wire;
 
@@ -29,7 +33,9 @@ use serde::Serialize;
 
 pub use ca::{CaError, CellCa};
 pub(super) use door::Door;
+pub use names::SystemResolver;
 pub use route::{CorporateProxy, Dial, Network, Resolve, RouteError};
+pub use tally::{Tally, Used};
 
 use super::Gateway;
 use super::credentials::Injected;
@@ -54,6 +60,8 @@ pub struct EgressLimits {
     pub idle: Duration,
     /// Longest connection.
     pub total: Duration,
+    /// How often something is told of a connection that stays open.
+    pub told_every: Duration,
 }
 
 impl Default for EgressLimits {
@@ -65,6 +73,7 @@ impl Default for EgressLimits {
             first_byte_wait: Duration::from_secs(300),
             idle: Duration::from_secs(300),
             total: Duration::from_secs(4 * 3600),
+            told_every: Duration::from_secs(60),
         }
     }
 }
@@ -206,6 +215,8 @@ pub struct EgressSpec {
     pub ca: Option<Arc<CellCa>>,
     /// The credentials that this job's submitter may use.
     pub credentials: Arc<dyn Credentials>,
+    /// What the job has used so far, in this cell and in those before.
+    pub tally: Arc<Tally>,
 }
 
 impl fmt::Debug for EgressSpec {
@@ -213,11 +224,13 @@ impl fmt::Debug for EgressSpec {
         f.debug_struct("EgressSpec")
             .field("egress", &self.egress)
             .field("ca", &self.ca)
+            .field("tally", &self.tally)
             .finish_non_exhaustive()
     }
 }
 
-/// One connection or request of a cell, at its end or refusal.
+/// One connection or request of a cell, at its end or refusal; of one that stays open, what went over it since it was
+/// told of last.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct EgressRecord {
     /// The host as decided; what was asked for, cut and cleaned, where that is no host.

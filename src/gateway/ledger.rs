@@ -141,7 +141,7 @@ impl Ledger for StoreLedger {
     ) -> BoxFuture<'_, Result<MicroUsd, LedgerError>> {
         Box::pin(async move {
             let id = crate::store::ReservationId::new(id.0);
-            match self.store.settle(id, usage, charged, clock::wall_ms()).await {
+            match self.store.settle_soon(id, usage, charged, clock::wall_ms()).await {
                 Ok(settled) => {
                     if settled.above > MicroUsd::ZERO {
                         tracing::warn!(cell = %self.cell, above = %settled.above, "a charge is above its reservation");

@@ -1,5 +1,5 @@
-//! The road of one request, from top to bottom: admit → wait for a turn → reserve → forward → pass on and meter →
-//! settle. Nothing that costs goes upstream before its reservation; from admission on the request lives in a task
+//! The road of one request, from top to bottom: admit → bound its input → wait for a turn → reserve → forward →
+//! pass on and meter → settle. Nothing that costs goes upstream before its reservation; from admission on the request lives in a task
 //! of its own, which settles whatever becomes of the client.
 
 use std::sync::Arc;
@@ -20,9 +20,10 @@ use super::estimate::with_searches;
 use super::lease::Shared;
 use super::ledger::{Ask, Grant, LedgerError};
 use super::meter::{Meter, Reading};
-use super::pace::{Ending, Turn};
+use super::pace::pacer::Turn;
+use super::pace::{Class, Ending};
 use super::provider::{Outgoing, Target, Way};
-use super::relay::{Body, Ended, Pump, Waiting, error_response, passed_on};
+use super::relay::{Body, Ended, Pump, Source, Waiting, error_response, passed_on};
 use super::secret::Secrets;
 use super::{GatewayEvent, Refusal};
 use crate::clock;
@@ -47,7 +48,8 @@ pub(super) async fn answer(lease: Arc<Shared>, request: Request<Incoming>) -> Re
     let admitted = match here {
         Some(Ok(response)) => return response,
         Some(Err(refused)) => Err(refused),
-        None => admit(&lease, request).await,
+        // Boxed, here and below: what is long past must not take room for as long as an answer lasts.
+        None => Box::pin(admit(&lease, request)).await,
     };
     let refused = match admitted {
         Ok(call) => {
@@ -88,6 +90,8 @@ pub(super) struct Call {
     pub(super) searches_each: u32,
     /// The bound on its input, once it is known.
     pub(super) input_tokens_max: u64,
+    /// What the provider limits it with; told by the bound.
+    pub(super) class: Class,
     /// `max_tokens` as it goes upstream.
     pub(super) output_tokens_max: u64,
     /// The policy's word that this model may be asked.
@@ -125,8 +129,15 @@ impl Call {
     async fn run(mut self, mut head: Head) {
         let (grant, turn) = match self.target {
             // Free, and limited apart: it has nothing to wait for.
-            Target::CountTokens => (None, None),
-            Target::Messages => match self.prepare(&mut head).await {
+            Target::CountTokens => match self.lease.learnt.may_count() {
+                Ok(()) => (None, None),
+                Err(wait) => {
+                    let refused = Refused::counts(seconds(wait));
+                    let _ = head.send(refused.response(&self.lease));
+                    return;
+                }
+            },
+            Target::Messages => match Box::pin(self.prepare(&mut head)).await {
                 Ok((grant, turn)) => (Some(grant), Some(turn)),
                 Err(Stop::Gone) => return,
                 Err(Stop::Refused(refused)) => {
@@ -147,15 +158,18 @@ impl Call {
         self.tell_faults(&relayed);
     }
 
-    /// Turn, bound, reservation. Who waits for money gives the turn back meanwhile: those that hold the money may
-    /// wait for it.
+    /// Bound, turn, reservation. A count may be slow: it holds no turn. Who waits for money gives the turn back
+    /// meanwhile: those that hold the money may wait for it.
     async fn prepare(&mut self, head: &mut Head) -> Result<(Grant, Turn), Stop> {
-        let mut turn = Some(self.turn(head).await?);
-        self.input_tokens_max = tokio::select! {
-            bound = self.bound_input() => with_searches(bound, self.web_searches),
+        let bound = tokio::select! {
+            bound = self.bound_input() => bound,
             () = head.closed() => return Err(Stop::Gone),
             () = self.lease.cut.cancelled() => return Err(Stop::Gone),
         };
+        self.class = Class::new(&self.facts.model, bound);
+        let mut turn = Some(self.turn(head).await?);
+        // While it waited, others may have learnt more.
+        self.input_tokens_max = with_searches(self.known_bound().tokens.min(bound), self.web_searches);
         let grant = self.reserve(head, &mut turn).await?;
         match turn {
             Some(turn) => Ok((grant, turn)),
@@ -174,7 +188,8 @@ impl Call {
     async fn turn(&self, head: &mut Head) -> Result<Turn, Stop> {
         let lease = &self.lease;
         let give_up = self.arrived + lease.gateway.limits.pace_wait;
-        let waiting = lease.provider.pacer.turn(give_up, |paused| self.tell_pause(paused));
+        let tell = |paused| self.tell_pause(paused);
+        let waiting = lease.provider.pacer.turn(&self.class, &lease.job, give_up, tell);
         let paused = tokio::select! {
             turn = waiting => match turn {
                 Ok(turn) => return Ok(turn),
@@ -281,7 +296,7 @@ impl Call {
     async fn forward(&mut self, mut head: Head, mut turn: Option<Turn>) -> Relayed {
         let give_up = self.arrived + self.lease.gateway.limits.pace_wait;
         for attempt in 1.. {
-            let (answer, secrets, ttfb_ms) = match self.send(&mut head).await {
+            let (answer, secrets, ttfb_ms) = match Box::pin(self.send(&mut head)).await {
                 Ok(sent) => sent,
                 Err((relayed, response)) => {
                     let _ = head.send(*response);
@@ -334,7 +349,14 @@ impl Call {
     async fn send(&mut self, head: &mut Head) -> Result<Sent, (Relayed, Box<Response<Body>>)> {
         let gateway = Arc::clone(&self.lease.gateway);
         let limits = &gateway.limits;
-        let outgoing = match self.outgoing(&self.way, self.body.clone()).await {
+        // A credential may take long to get. Nothing goes out any more for a client that has left meanwhile.
+        let made = tokio::select! {
+            biased;
+            () = self.lease.cut.cancelled() => Err(Refused::new(Refusal::Busy, "the lease is closed")),
+            () = head.closed() => Err(Refused::new(Refusal::Busy, "the client has left")),
+            made = self.outgoing(&self.way, self.body.clone()) => made,
+        };
+        let outgoing = match made {
             Ok(outgoing) => outgoing,
             Err(refused) => {
                 let response = refused.response(&self.lease);
@@ -346,6 +368,7 @@ impl Call {
         let sent = Instant::now();
         let sending = self.lease.provider.send(outgoing);
         let answer = tokio::select! {
+            biased;
             answer = timeout(limits.first_byte_wait, sending) => answer.map_err(|_| Ended::ByProvider),
             () = left_for(head, limits.drain) => Err(Ended::ByUs),
             () = self.lease.cut.cancelled() => Err(Ended::ByUs),
@@ -358,8 +381,8 @@ impl Call {
                 tracing::warn!(why, job = %self.lease.job, "the provider cannot be reached");
                 let message = format!("hotcell: the provider cannot be reached: {why}");
                 let response = error_response(StatusCode::BAD_GATEWAY, "api_error", &message);
-                // A stream's head comes before its tokens; a whole message may have been made and lost.
-                let unknown = !error.is_connect() && !self.facts.stream;
+                // It may have been made, and its head lost on the way.
+                let unknown = !error.is_connect();
                 let relayed = lost(StatusCode::BAD_GATEWAY, unknown, Ended::ByProvider, ttfb_ms);
                 Err((relayed, Box::new(response)))
             }
@@ -392,31 +415,39 @@ impl Call {
         let (pieces, receiver) = mpsc::channel(PIECES_MAX);
         let whole = Arc::new(AtomicBool::new(false));
         let waiting = Waiting { pieces: receiver, whole: Arc::clone(&whole) };
+        let (status, mut source) = (parts.status, Source::new(body));
+        let response = passed_on(status, &parts.headers, &secrets, waiting);
+        // They share a buffer with the answer's body, which is used again once they are gone.
+        drop(parts);
+        // What is there already goes out together with the head.
+        source.look().await;
         // Fails when the client has left: then the answer is only metered.
-        let _ = head.send(passed_on(parts.status, &parts.headers, &secrets, waiting));
+        let _ = head.send(response);
         let censor = Censor::new(secrets);
-        let ended = Pump { lease: &self.lease, limits, pieces, whole, censor }.run(body, &mut meter).await;
+        let pump = Pump { lease: &self.lease, limits, pieces, whole, censor };
+        let ended = pump.run(source, &mut meter).await;
         let reading = meter.finish();
         if let Some(turn) = turn {
             let limited = matches!(reading.error.as_deref(), Some("rate_limit_error" | "overloaded_error"));
-            turn.end(match parts.status {
+            turn.end(match status {
                 _ if limited => Ending::Limited { retry_after_ms: None },
                 status if status.is_success() && ended == Ended::Whole => Ending::Served,
                 _ => Ending::Other,
             });
         }
-        let status = parts.status.as_u16();
+        let status = status.as_u16();
         // A gateway before the provider gave up on an answer that may have been made whole.
         let given_up = !self.facts.stream && matches!(status, 408 | 502 | 504 | 520..=524);
         let unknown = self.target == Target::Messages && (metered || given_up);
         Relayed { status, reading, unknown, ended, retry_after_s, ttfb_ms, ours: false }
     }
 
-    /// What the request costs: what the provider said it billed; else the whole reservation if the provider
-    /// may have worked on it; else nothing.
+    /// What the request costs: what the provider said it billed; where an answer was not read to its end, its input
+    /// and all the output that it could have; the whole reservation if nothing was said and the provider may have
+    /// worked on it; else nothing.
     fn charge(&self, grant: Grant, relayed: &Relayed) -> (Usage, MicroUsd) {
         let reading = &relayed.reading;
-        match reading.billable(self.output_tokens_max) {
+        match reading.billable(self.output_tokens_max, relayed.ended == Ended::Whole) {
             // What was not said before the end may have been searched for all the same, and what was found is input
             // that no event has told yet.
             Some(mut usage) if !reading.complete && self.web_searches > 0 => {
@@ -509,7 +540,7 @@ fn lost(status: StatusCode, unknown: bool, ended: Ended, ttfb_ms: u64) -> Relaye
     Relayed { status: status.as_u16(), reading, unknown, ended, retry_after_s: None, ttfb_ms, ours: false }
 }
 
-/// Whether an answer says that the credential, not the request, is limited.
+/// Whether an answer says that all requests of its class are limited, not this one alone.
 fn limit_of(status: StatusCode, headers: &HeaderMap) -> Option<Ending> {
     let retry_after_ms = retry_after_ms(headers);
     // A limit that waiting does not lift concerns this request alone.

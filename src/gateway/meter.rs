@@ -35,13 +35,15 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// The usage to charge. When the stream broke off before its final usage, the output is bounded by
-    /// what was seen (a token is at least one byte on the wire) and by `output_tokens_max`; by the latter
-    /// alone when hidden thinking may have been going on.
-    pub fn billable(&self, output_tokens_max: u64) -> Option<Usage> {
+    /// The usage to charge. Where the final usage was not seen, the output is as long as it can be made:
+    /// `output_tokens_max`, since what was cut off may go on and be billed. Only where the provider itself ended it
+    /// with an error, and all of that was read (`to_its_end`), it is bounded by what was seen (a token is at least
+    /// one byte on the wire), unless hidden thinking may have been going on.
+    pub fn billable(&self, output_tokens_max: u64, to_its_end: bool) -> Option<Usage> {
         let mut usage = self.usage?;
         if !self.complete {
-            let seen = if self.thinking { u64::MAX } else { self.output_bytes };
+            let over = to_its_end && self.error.is_some() && !self.thinking;
+            let seen = if over { self.output_bytes } else { u64::MAX };
             usage.output = usage.output.max(seen.min(output_tokens_max));
         }
         Some(usage)
@@ -257,7 +259,8 @@ impl Events {
             Some("message_delta") => {
                 self.raw.update(&event["usage"]);
                 self.reading.stop_reason = text(&event["delta"]["stop_reason"]);
-                self.reading.complete = event["usage"].is_object() && self.reading.stop_reason.is_some();
+                let told = event["usage"]["output_tokens"].is_u64();
+                self.reading.complete = told && self.reading.stop_reason.is_some();
             }
             Some("error") => {
                 let kind = text(&event["error"]["type"]);
@@ -358,13 +361,14 @@ mod tests {
         let whole = framed();
         for end in 0..whole.len() {
             let reading = read_frames([&whole[..end]]);
-            if let Some(usage) = reading.billable(1_000) {
-                assert!(usage.output >= 1 && usage.input == 10, "{end}: {reading:?}");
+            if let Some(usage) = reading.billable(1_000, false) {
+                let whole = if reading.complete { 42 } else { 1_000 };
+                assert!(usage.output == whole && usage.input == 10, "{end}: {reading:?}");
             }
             let mut flipped = whole.clone();
             flipped[end] ^= 0x10;
             let reading = read_frames([&flipped[..]]);
-            let charged = reading.billable(1_000).map(|usage| usage.output);
+            let charged = reading.billable(1_000, true).map(|usage| usage.output);
             assert!(charged.is_none_or(|output| output == 42 || output == 1_000), "{end}: {reading:?}");
         }
         let slow = crate::model::eventstream::exception("throttlingException", "slow down");
@@ -384,18 +388,27 @@ mod tests {
         };
         assert_eq!((reading.usage, reading.complete), (Some(usage), true));
         assert_eq!(reading.stop_reason.as_deref(), Some("end_turn"));
-        assert_eq!(reading.billable(1_000), Some(usage));
+        assert_eq!(reading.billable(1_000, false), Some(usage));
     }
 
     #[test]
-    fn a_stream_cut_early_is_charged_for_no_less_than_was_seen() {
+    fn a_stream_cut_early_is_charged_for_all_that_may_still_be_made() {
         let end = STREAM.find("event: message_delta").unwrap();
         let reading = read([&STREAM[..end]]);
         assert!(!reading.complete && reading.output_bytes >= 2);
-        assert_eq!(reading.billable(20).map(|usage| usage.output), Some(20));
-        let thinking = Reading { thinking: true, ..reading };
-        assert_eq!(thinking.billable(9_000).map(|usage| usage.output), Some(9_000));
-        assert_eq!(read(["event: ping\ndata: {}\n\n"]).billable(9), None);
+        let output = |reading: &Reading, to_its_end| {
+            reading.billable(9_000, to_its_end).map(|usage| usage.output)
+        };
+        assert_eq!((output(&reading, false), output(&reading, true)), (Some(9_000), Some(9_000)));
+        // Nothing comes after an error of the provider's.
+        let failed = Reading { error: Some("overloaded_error".to_owned()), ..reading.clone() };
+        assert_eq!((output(&failed, false), output(&failed, true)), (Some(9_000), Some(reading.output_bytes)));
+        let thinking = Reading { thinking: true, ..failed };
+        assert_eq!(output(&thinking, true), Some(9_000));
+        assert_eq!(read(["event: ping\ndata: {}\n\n"]).billable(9, true), None);
+        // A stop without a figure is no final usage.
+        let stop = "data: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{}}\n\n";
+        assert_eq!(output(&read([&STREAM[..end], stop]), true), Some(9_000));
     }
 
     #[test]

@@ -24,7 +24,7 @@ use subtle::ConstantTimeEq;
 use super::admit::Refused;
 use super::credentials::{Attachment, CredentialError, Credentials};
 use super::estimate::Estimates;
-use super::pace::Pacer;
+use super::pace::pacer::Pacer;
 use super::relay::{Body, whole};
 use super::secret::{Secret, Secrets};
 use super::sigv4::{self, Keys, Scope, Signed};
@@ -119,7 +119,7 @@ pub(super) struct Provider {
     upstream: Upstream,
     /// What is known of the size of requests.
     pub(super) estimates: Estimates,
-    /// How fast its credential may be used; shared with other providers of the same credential.
+    /// How fast its credential may be used, by class; shared with other providers of the same credential.
     pub(super) pacer: Arc<Pacer>,
 }
 

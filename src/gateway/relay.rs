@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::stream;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
@@ -109,6 +110,63 @@ pub(super) enum Ended {
     ByUs,
 }
 
+/// Small pieces that are there together go to the client as one, up to this many bytes: a copy costs less than a
+/// write.
+const GATHERED_BYTES_MAX: usize = 8 << 10;
+
+/// The body of an answer, of which one frame may be looked at before it is taken.
+pub(super) struct Source {
+    body: Incoming,
+    seen: Option<Option<Result<Frame<Bytes>, hyper::Error>>>,
+}
+
+impl Source {
+    pub(super) fn new(body: Incoming) -> Self {
+        Self { body, seen: None }
+    }
+
+    /// The next frame. Cancel-safe.
+    async fn frame(&mut self) -> Option<Result<Frame<Bytes>, hyper::Error>> {
+        match self.seen.take() {
+            Some(seen) => seen,
+            None => self.body.frame().await,
+        }
+    }
+
+    /// Takes a look at the next frame if it is there already. The task of the connection holds one frame at a time:
+    /// it gets its turn to put the next one there, once. Never waits for the provider.
+    pub(super) async fn look(&mut self) {
+        let mut asked = false;
+        std::future::poll_fn(|context| {
+            if self.seen.is_some() {
+                return Poll::Ready(());
+            }
+            let mut frame = self.body.frame();
+            match std::pin::Pin::new(&mut frame).poll(context) {
+                Poll::Ready(frame) => self.seen = Some(frame),
+                Poll::Pending if asked => {}
+                Poll::Pending => {
+                    asked = true;
+                    // Behind those that are ready to run, the connection's task among them.
+                    context.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+            }
+            Poll::Ready(())
+        })
+        .await;
+    }
+
+    /// More of the answer, if it was seen and has at most so many bytes.
+    fn seen_data(&mut self, bytes_max: usize) -> Option<Bytes> {
+        let Some(Some(Ok(frame))) = &self.seen else { return None };
+        if frame.data_ref().is_none_or(|data| data.len() > bytes_max) {
+            return None;
+        }
+        self.seen.take().flatten()?.ok()?.into_data().ok()
+    }
+}
+
 /// Carries an answer from the provider to meter and client.
 pub(super) struct Pump<'a> {
     pub(super) lease: &'a Shared,
@@ -119,7 +177,7 @@ pub(super) struct Pump<'a> {
 }
 
 impl Pump<'_> {
-    pub(super) async fn run(mut self, mut body: Incoming, meter: &mut Meter) -> Ended {
+    pub(super) async fn run(mut self, mut source: Source, meter: &mut Meter) -> Ended {
         let end = tokio::time::Instant::now() + self.limits.total;
         let deadline = tokio::time::sleep_until(end);
         tokio::pin!(deadline);
@@ -135,13 +193,12 @@ impl Pump<'_> {
                     deadline.as_mut().reset(drained_by());
                     continue;
                 }
-                frame = timeout(self.limits.idle, body.frame()) => frame,
+                frame = timeout(self.limits.idle, source.frame()) => frame,
             };
             match frame {
                 Ok(Some(Ok(frame))) => {
                     let Ok(data) = frame.into_data() else { continue };
-                    meter.push(&data);
-                    let data = self.censor.pass(data);
+                    let data = self.gather(data, &mut source, meter).await;
                     if client_here && !data.is_empty() && !self.deliver(data).await {
                         client_here = false;
                         deadline.as_mut().reset(drained_by());
@@ -156,6 +213,29 @@ impl Pump<'_> {
                 Ok(Some(Err(_))) | Err(_) => return Ended::ByProvider,
             }
         }
+    }
+
+    /// What may go on to the client of a piece, and of those that are there behind it.
+    async fn gather(&mut self, first: Bytes, source: &mut Source, meter: &mut Meter) -> Bytes {
+        meter.push(&first);
+        let first = self.censor.pass(first);
+        let mut all = BytesMut::new();
+        loop {
+            let gathered = all.len().max(first.len());
+            if gathered >= GATHERED_BYTES_MAX {
+                break;
+            }
+            source.look().await;
+            let Some(data) = source.seen_data(GATHERED_BYTES_MAX - gathered) else { break };
+            meter.push(&data);
+            let data = self.censor.pass(data);
+            if all.is_empty() {
+                all.reserve(gathered + 2 * data.len());
+                all.extend_from_slice(&first);
+            }
+            all.extend_from_slice(&data);
+        }
+        if all.is_empty() { first } else { all.freeze() }
     }
 
     /// Whether the client still takes data.

@@ -293,7 +293,7 @@ fn pieces(text: &str) -> (Vec<Piece>, bool) {
                 Some(Kind::Space)
             }
             Some('#' | ';') => {
-                reader.to_line_end();
+                reader.skip_line();
                 Some(Kind::Comment)
             }
             Some('[') => reader.header().map(|(name, sub)| {
@@ -331,7 +331,7 @@ impl Reader<'_> {
         Some(c)
     }
 
-    fn to_line_end(&mut self) {
+    fn skip_line(&mut self) {
         while self.peek().is_some_and(|c| c != '\n') {
             self.next();
         }
@@ -400,7 +400,7 @@ impl Reader<'_> {
                 None | Some('\n') => break,
                 Some('#' | ';') if !quote => {
                     comment = true;
-                    self.to_line_end();
+                    self.skip_line();
                 }
                 Some(c) if c.is_ascii_whitespace() && !quote => {
                     self.next();

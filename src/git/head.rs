@@ -35,7 +35,7 @@ const EXTENSIONS: [&str; 7] = [
 ];
 
 /// What is checked out.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Head {
     /// The commit; none on a branch without one.
     pub commit: Option<String>,

@@ -3,6 +3,8 @@
 //! are time, memory and files. Must never run git with a repository's own configuration, with rights of the daemon's,
 //! or leave a process behind.
 
+mod settings;
+
 use std::fs::DirBuilder;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,6 +19,7 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::process::{Gid, Pid, Resource, Rlimit, Signal, Uid, WaitId, WaitIdOptions};
 
+use self::settings::{ATTRIBUTES, CONFIG, ENVIRONMENT};
 use super::head::Format;
 use crate::job::Identity;
 use crate::workspace::CELL_IDS;
@@ -26,53 +29,6 @@ const PREFIX: &str = "hotcell-git-";
 /// Most bytes kept of what git says on its standard error.
 const WORDS_BYTES_MAX: usize = 16 << 10;
 const COPY_BYTES: usize = 128 << 10;
-/// What our repositories obey.
-const CONFIG: &str = "\
-[core]
-	bare = true
-	filemode = true
-	logAllRefUpdates = false
-	hooksPath = /dev/null
-	fsmonitor = false
-	attributesFile = /dev/null
-	excludesFile = /dev/null
-	editor = :
-	pager = cat
-	sshCommand = /bin/false
-	askPass = /bin/false
-	quotePath = true
-	bigFileThreshold = 32m
-	protectHFS = true
-	protectNTFS = true
-[credential]
-	helper =
-[protocol]
-	allow = never
-[transfer]
-	fsckObjects = true
-[gc]
-	auto = 0
-[maintenance]
-	auto = false
-[pack]
-	threads = 2
-	windowMemory = 256m
-[fastimport]
-	unpackLimit = 1
-[diff]
-	renameLimit = 2000
-	noPrefix = false
-	mnemonicPrefix = false
-	suppressBlankEmpty = false
-[color]
-	ui = false
-[submodule]
-	recurse = false
-";
-/// A repository's attributes would come after these and cannot: ours stand in `info/attributes`, which wins.
-const ATTRIBUTES: &str =
-    "* !diff !merge -text -filter -ident -working-tree-encoding -export-subst -export-ignore -eol\n";
-
 /// As whom git runs.
 #[derive(Debug, Clone)]
 pub enum Who {
@@ -407,34 +363,6 @@ impl Git {
         command
     }
 }
-
-/// What git is told by its environment.
-const ENVIRONMENT: [(&str, &str); 24] = [
-    ("PATH", "/usr/local/bin:/usr/bin:/bin"),
-    ("LC_ALL", "C"),
-    ("TZ", "UTC"),
-    ("GIT_CONFIG_NOSYSTEM", "1"),
-    ("GIT_CONFIG_SYSTEM", "/dev/null"),
-    ("GIT_CONFIG_GLOBAL", "/dev/null"),
-    ("GIT_ATTR_NOSYSTEM", "1"),
-    ("GIT_TERMINAL_PROMPT", "0"),
-    ("GIT_ASKPASS", "/bin/false"),
-    ("SSH_ASKPASS", "/bin/false"),
-    ("GIT_SSH_COMMAND", "/bin/false"),
-    ("GIT_EDITOR", ":"),
-    ("GIT_SEQUENCE_EDITOR", ":"),
-    ("GIT_PAGER", "cat"),
-    ("GIT_ALLOW_PROTOCOL", ""),
-    ("GIT_NO_REPLACE_OBJECTS", "1"),
-    ("GIT_NO_LAZY_FETCH", "1"),
-    ("GIT_OPTIONAL_LOCKS", "0"),
-    ("GIT_LITERAL_PATHSPECS", "1"),
-    ("GIT_DISCOVERY_ACROSS_FILESYSTEM", "0"),
-    ("GIT_AUTHOR_NAME", "hotcell"),
-    ("GIT_AUTHOR_EMAIL", "hotcell@localhost"),
-    ("GIT_COMMITTER_NAME", "hotcell"),
-    ("GIT_COMMITTER_EMAIL", "hotcell@localhost"),
-];
 
 /// Removes what a daemon that was killed left below `parent`; what is in use stays. How many it were.
 ///

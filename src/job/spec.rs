@@ -2,13 +2,13 @@
 //! limit, or an error that names the key and its place. A spec asks; the policy decides
 //! (`policy::narrow`): nothing here grants anything.
 
-use std::collections::BTreeMap;
-use std::path::{Component, Path, PathBuf};
+mod workspace;
 
+use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::source::GitSource;
+pub use workspace::{MountAt, OTHERS_MAX, OtherMode, OtherSpec, WORKSPACE, WorkspaceSpec};
 
 /// Longest prompt, in bytes.
 pub const PROMPT_BYTES_MAX: usize = 1024 * 1024;
@@ -22,19 +22,6 @@ pub const ENTRIES_MAX: usize = 256;
 pub const NAME_BYTES_MAX: usize = 512;
 /// Longest value of an environment variable, in bytes.
 pub const ENV_VALUE_BYTES_MAX: usize = 32 * 1024;
-/// Where a cell sees its workspace.
-pub const WORKSPACE: &str = "/workspace";
-/// Where it sees further ones, by their names.
-const OTHERS: &str = "/workspaces";
-/// Most further directories of a job.
-pub const OTHERS_MAX: usize = 8;
-/// What a cell needs for itself: nothing else can be seen at, above or below these paths.
-const TAKEN: [&str; 26] = [
-    "/.hotcell", "/.hotcell-agent", "/.hotcell-init", "/workspace", "/workspace.git", "/workspaces", "/home/agent",
-    "/tmp", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/sys", "/dev", "/run",
-    "/boot", "/root", "/var/run", "/var/lock", "/var/log", "/var/lib/dpkg",
-];
-
 /// Longest spec as JSON, in bytes.
 pub const SPEC_BYTES_MAX: usize = 4 * 1024 * 1024;
 
@@ -138,107 +125,6 @@ pub struct BatchSpec {
     /// is an error.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cost_usd: Option<f64>,
-}
-
-/// The directory a job works on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct WorkspaceSpec {
-    /// Absolute path on the host, without symbolic links; absent where `git` is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-    /// A repository that is fetched when the job is submitted, instead of a path: it is worked on as a copy, or read.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub git: Option<GitSource>,
-    /// How it is mounted; the policy's first mode where absent, `copy` for a repository that is fetched.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mode: Option<WorkspaceMode>,
-    /// Where the cell sees it.
-    #[serde(default, skip_serializing_if = "MountAt::is_usual")]
-    pub mount: MountAt,
-    /// More that the cell never sees, beside what the policy hides: globs as in `.gitignore`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub hide: Vec<String>,
-    /// Keep the contents of what git ignores too, in the change set of a copy.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub keep_ignored: bool,
-    /// Further directories, at most 8, that the cell sees beside it. Their changes are thrown away.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub others: Vec<OtherSpec>,
-}
-
-impl WorkspaceSpec {
-    /// Where the cell sees it.
-    pub fn seen_at(&self) -> String {
-        match (self.mount, &self.path) {
-            (MountAt::SamePath, Some(path)) => path.display().to_string(),
-            (MountAt::Workspace | MountAt::SamePath, _) => WORKSPACE.to_owned(),
-        }
-    }
-}
-
-/// Where the cell sees a workspace.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum MountAt {
-    /// At `/workspace`, or `/workspaces/<name>`.
-    #[default]
-    Workspace,
-    /// At the path that it has on the host.
-    SamePath,
-}
-
-impl MountAt {
-    fn is_usual(&self) -> bool {
-        *self == Self::Workspace
-    }
-}
-
-/// A further directory of a job.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct OtherSpec {
-    /// What it is called: lower-case letters, digits, `-` and `_`.
-    pub name: String,
-    /// Absolute path on the host, without symbolic links.
-    pub path: PathBuf,
-    /// How it is mounted.
-    #[serde(default)]
-    pub mode: OtherMode,
-    /// Where the cell sees it.
-    #[serde(default, skip_serializing_if = "MountAt::is_usual")]
-    pub mount: MountAt,
-}
-
-impl OtherSpec {
-    /// Where the cell sees it.
-    pub fn seen_at(&self) -> String {
-        match self.mount {
-            MountAt::Workspace => format!("{OTHERS}/{}", self.name),
-            MountAt::SamePath => self.path.display().to_string(),
-        }
-    }
-}
-
-/// How a further directory is mounted.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum OtherMode {
-    /// The agent can read it and write nothing.
-    #[default]
-    ReadOnly,
-    /// A private copy that is thrown away.
-    Copy,
-}
-
-impl OtherMode {
-    /// The same as the mode of a workspace.
-    pub fn as_mode(self) -> WorkspaceMode {
-        match self {
-            Self::ReadOnly => WorkspaceMode::ReadOnly,
-            Self::Copy => WorkspaceMode::Copy,
-        }
-    }
 }
 
 /// How the workspace is mounted into the cell.
@@ -546,102 +432,6 @@ fn name(key: &str, value: &str) -> Result<(), SpecError> {
     text(key, value, NAME_BYTES_MAX)?;
     if value.is_empty() || value.starts_with('-') || value.chars().any(char::is_control) {
         return Err(field(key, "must not be empty, start with '-' or hold control characters"));
-    }
-    Ok(())
-}
-
-impl WorkspaceSpec {
-    fn check(&self) -> Result<(), SpecError> {
-        match (&self.path, &self.git) {
-            (Some(path), None) => {
-                check_path("workspace.path", path)?;
-                check_place("workspace.mount", self.mount, path)?;
-            }
-            (None, Some(git)) => self.check_git(git)?,
-            (None, None) => return Err(field("workspace", "needs a path, or a git repository to fetch")),
-            (Some(_), Some(_)) => {
-                return Err(field("workspace.git", "cannot be given beside workspace.path: one of them is the workspace"));
-            }
-        }
-        hide_rules(&self.hide)?;
-        if self.others.len() > OTHERS_MAX {
-            let problem = format!("has {} entries; at most {OTHERS_MAX} are allowed", self.others.len());
-            return Err(field("workspace.others", &problem));
-        }
-        let mut places = vec![self.seen_at()];
-        for (index, other) in self.others.iter().enumerate() {
-            let key = |name: &str| format!("workspace.others[{index}].{name}");
-            let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '_');
-            if other.name.is_empty() || other.name.len() > 64 || !other.name.chars().all(plain) {
-                let problem = "must be 1 to 64 lower-case letters, digits, '-' and '_'";
-                return Err(field(&key("name"), problem));
-            }
-            check_path(&key("path"), &other.path)?;
-            check_place(&key("mount"), other.mount, &other.path)?;
-            let at = other.seen_at();
-            let overlaps = |other: &String| Path::new(other).starts_with(&at) || Path::new(&at).starts_with(other);
-            if let Some(taken) = places.iter().find(|other| overlaps(other)) {
-                return Err(field(&key("name"), &format!("would be seen at {at}, and {taken} is another one's")));
-            }
-            if self.others[..index].iter().any(|before| before.name == other.name) {
-                return Err(field(&key("name"), "is another one's name already"));
-            }
-            places.push(at);
-        }
-        Ok(())
-    }
-}
-
-impl WorkspaceSpec {
-    fn check_git(&self, git: &GitSource) -> Result<(), SpecError> {
-        git.check().map_err(|(key, problem)| field(&format!("workspace.git.{key}"), &problem))?;
-        if self.mode == Some(WorkspaceMode::Bind) {
-            let problem = "bind is for a directory of yours: what is fetched is worked on as a copy, or read-only";
-            return Err(field("workspace.mode", problem));
-        }
-        if self.mount == MountAt::SamePath {
-            return Err(field("workspace.mount", "same-path is for a directory of yours, and this one is fetched"));
-        }
-        Ok(())
-    }
-}
-
-fn hide_rules(rules: &[String]) -> Result<(), SpecError> {
-    use crate::change::hide::{HideError, HideRules};
-    match HideRules::new(rules) {
-        Ok(_) => Ok(()),
-        Err(HideError::Bad { index, rule, problem }) => {
-            Err(field(&format!("workspace.hide[{index}]"), &format!("{rule:?} {problem}")))
-        }
-        Err(error @ (HideError::TooMany { .. } | HideError::TooLarge(_))) => {
-            Err(field("workspace.hide", &error.to_string()))
-        }
-    }
-}
-
-/// A cell cannot see a directory where it has something of its own.
-fn check_place(key: &str, mount: MountAt, path: &Path) -> Result<(), SpecError> {
-    if mount == MountAt::Workspace {
-        return Ok(());
-    }
-    let overlaps = |taken: &&&str| path.starts_with(taken) || Path::new(taken).starts_with(path);
-    if let Some(taken) = TAKEN.iter().find(overlaps) {
-        let problem = format!("same-path cannot be had: a cell needs {taken} for itself");
-        return Err(field(key, &problem));
-    }
-    // The engine takes a colon for the end of a path.
-    if path.to_string_lossy().contains([':', '\n']) {
-        return Err(field(key, "same-path cannot be had for a path with a colon or a line break"));
-    }
-    Ok(())
-}
-
-fn check_path(key: &str, path: &Path) -> Result<(), SpecError> {
-    let shown = path.to_str().ok_or_else(|| field(key, "is not UTF-8"))?;
-    text(key, shown, 4096)?;
-    let plain = |c: Component| matches!(c, Component::RootDir | Component::Normal(_));
-    if !path.is_absolute() || !path.components().all(plain) {
-        return Err(field(key, "must be an absolute path without '..'"));
     }
     Ok(())
 }

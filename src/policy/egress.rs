@@ -27,6 +27,8 @@ use super::narrow::Layer;
 
 /// Most hosts of one policy.
 const HOSTS_MAX: usize = 256;
+/// Most ports, methods or paths of one host.
+const HOST_ENTRIES_MAX: usize = 256;
 /// What `everything` must say.
 const EVERYTHING: &str = "yes, any host";
 /// What a job may reach. Empty: nothing.
@@ -62,10 +64,10 @@ pub struct HostRule {
     /// A credential of the daemon's configuration, by name, that is added to each request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credential: Option<String>,
-    /// Most bytes that may leave one cell through this rule.
+    /// Most bytes that may leave the cells of one job through this rule.
     #[serde(default = "up_max")]
     pub bytes_up_max: u64,
-    /// Most bytes that may come to one cell through it.
+    /// Most bytes that may come to them through it.
     #[serde(default = "down_max")]
     pub bytes_down_max: u64,
     /// Most connections at a time.
@@ -127,7 +129,7 @@ pub struct Terms {
     pub credential: Option<String>,
     /// The rule of the policy whose bytes and connections are counted together.
     pub account: String,
-    /// Most bytes that may leave the cell through that rule.
+    /// Most bytes that may leave the job through that rule.
     pub bytes_up_max: u64,
     /// Most bytes that may come to it.
     pub bytes_down_max: u64,
@@ -240,6 +242,15 @@ impl HostRule {
         }
         if self.ports.is_empty() || self.ports.contains(&0) {
             return Err(("ports", "must name at least one port from 1 to 65535".into()));
+        }
+        for (key, entries) in [
+            ("ports", self.ports.len()),
+            ("methods", self.methods.as_ref().map_or(0, Vec::len)),
+            ("paths", self.paths.as_ref().map_or(0, Vec::len)),
+        ] {
+            if entries > HOST_ENTRIES_MAX {
+                return Err((key, format!("has {entries} entries; at most {HOST_ENTRIES_MAX} are read")));
+            }
         }
         self.check_inspected()?;
         for (key, least, value) in [

@@ -7,45 +7,13 @@ use sha2::{Digest, Sha256};
 
 use super::changes::Changes;
 use super::egress::Egress;
+use super::error::PolicyError;
 use super::output::Output;
 use super::requests::Requests;
 use super::rule::Rule;
 use crate::change::hide::{HideError, HideRules};
 use crate::job::spec::{PermissionMode, Runtime, WorkspaceMode};
 use crate::money::MicroUsd;
-
-/// A policy file that cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum PolicyError {
-    /// TOML, an unknown key, a missing key or a wrong type.
-    #[error("policy {file}: {detail}")]
-    Syntax {
-        /// The file's name.
-        file: String,
-        /// The parser's words, with line, column and the line itself.
-        detail: String,
-    },
-    /// A value outside its limit.
-    #[error("policy {file}{}: {key}: {problem}", .line.map(|line| format!(", line {line}")).unwrap_or_default())]
-    Value {
-        /// The file's name.
-        file: String,
-        /// The line of the key, counted from 1.
-        line: Option<usize>,
-        /// The key, with dots for nesting.
-        key: String,
-        /// What is wrong and what is allowed.
-        problem: String,
-    },
-}
-
-impl PolicyError {
-    /// An error about a key, with the line it stands on in `text`.
-    pub(super) fn at(file: &str, text: &str, key: String, problem: String) -> Self {
-        let line = super::place::line_of(text, &key);
-        Self::Value { file: file.to_owned(), line, key, problem }
-    }
-}
 
 /// What jobs under this policy may do and spend: the ceiling.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -249,9 +217,30 @@ pub struct Limits {
     pub disk_mib: u32,
 }
 
-/// Patterns have their `*` at the end only.
+/// Most entries of one list of names.
+pub const LIST_ENTRIES_MAX: usize = 256;
+/// Longest entry of such a list, in bytes.
+pub const LIST_ENTRY_BYTES_MAX: usize = 512;
+
+/// A list of names is bounded, and so is each of them.
+pub(super) fn check_bounds(key: &str, entries: &[String]) -> Result<(), (String, String)> {
+    if entries.len() > LIST_ENTRIES_MAX {
+        let problem = format!("has {} entries; at most {LIST_ENTRIES_MAX} are read", entries.len());
+        return Err((key.to_owned(), problem));
+    }
+    match entries.iter().enumerate().find(|(_, entry)| entry.len() > LIST_ENTRY_BYTES_MAX) {
+        Some((index, long)) => {
+            let problem = format!("has {} bytes; at most {LIST_ENTRY_BYTES_MAX} are read", long.len());
+            Err((format!("{key}[{index}]"), problem))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Lists are bounded, and patterns have their `*` at the end only.
 pub(super) fn check_patterns(lists: &[(&str, Option<&Vec<String>>)]) -> Result<(), (String, String)> {
     for (key, list) in lists {
+        check_bounds(key, list.map_or(&[][..], |list| list))?;
         let mut patterns = list.iter().copied().flatten().enumerate();
         if let Some((index, bad)) = patterns.find(|(_, p)| !super::is_pattern(p)) {
             let problem = format!("{bad:?}: a name, or the beginning of one with a '*' at its end");
@@ -294,14 +283,12 @@ fn every() -> Vec<String> {
 impl Policy {
     /// What in it can have no effect, as (key, words): worth a look, no error.
     pub fn warnings(&self) -> Vec<(String, String)> {
-        let rules = Rule::warnings(&self.rules, &self.tools.allow, &self.tools.deny);
-        let rules = rules.into_iter().map(|(index, words)| (format!("rule[{index}]"), words));
-        rules.chain(self.egress.warnings()).collect()
+        super::warn::policy(self)
     }
 
-    /// The line of a key in this file's text, counted from 1.
-    pub fn line_of(text: &str, key: &str) -> Option<usize> {
-        super::place::line_of(text, key)
+    /// Line and column of a key in a policy's text, counted from 1.
+    pub fn place_of(text: &str, key: &str) -> Option<(usize, usize)> {
+        super::place::place_of(text, key)
     }
 
     /// Parses and checks the text of the file `<name>.toml`.
@@ -310,8 +297,7 @@ impl Policy {
     /// [`PolicyError`], naming file, line and key.
     pub fn parse(name: &str, text: &str) -> Result<Self, PolicyError> {
         let file = format!("{name}.toml");
-        let mut policy: Self = toml::from_str(text)
-            .map_err(|e| PolicyError::Syntax { file: file.clone(), detail: e.to_string() })?;
+        let mut policy: Self = toml::from_str(text).map_err(|e| PolicyError::syntax(&file, text, &e))?;
         name.clone_into(&mut policy.name);
         policy.hash = Sha256::digest(text.as_bytes()).iter().map(|b| format!("{b:02x}")).collect();
         policy.check().map_err(|(key, problem)| PolicyError::at(&file, text, key, problem))?;
@@ -419,14 +405,29 @@ mod tests {
     fn a_mistake_is_named_with_file_line_and_key() {
         let text = DEFAULT.replace("max_turns", "max_turn");
         let error = Policy::parse("mine", &text).expect_err("unknown key").to_string();
-        assert!(error.contains("policy mine.toml") && error.contains("max_turn"), "{error}");
-        assert!(error.contains("line"), "{error}");
+        assert!(error.starts_with("mine.toml:") && error.contains(": limits.max_turn: "), "{error}");
         let text = DEFAULT.replace("cost_usd = 1.0", "cost_usd = -1.0");
         let error = Policy::parse("mine", &text).expect_err("negative").to_string();
         assert!(error.contains("limits.cost_usd"), "{error}");
         let text = DEFAULT.replace(r#"allow = ["claude-*"]"#, r#"allow = ["cl*de"]"#);
         let error = Policy::parse("mine", &text).expect_err("star inside").to_string();
         assert!(error.contains("models.allow"), "{error}");
+    }
+
+    #[test]
+    fn lists_are_bounded_in_number_and_length() {
+        let with = |list: Vec<String>| {
+            let text = DEFAULT.replace(r#"allow = ["claude-*"]"#, &format!("allow = {list:?}"));
+            Policy::parse("p", &text).map(|_| ()).map_err(|error| error.key.unwrap_or_default())
+        };
+        let base = || vec!["claude-*".to_owned(); LIST_ENTRIES_MAX - 1];
+        let entry = |bytes: usize| vec!["m".repeat(bytes)];
+        assert_eq!(with([base(), entry(LIST_ENTRY_BYTES_MAX)].concat()), Ok(()));
+        assert_eq!(with([base(), entry(1), entry(1)].concat()), Err("models.allow".to_owned()));
+        assert_eq!(
+            with([base(), entry(LIST_ENTRY_BYTES_MAX + 1)].concat()),
+            Err("models.allow[255]".to_owned())
+        );
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::job::spec::{Effort, JobSpec, PermissionMode, Runtime, WORKSPACE, Work
 use crate::money::MicroUsd;
 
 /// Variables that steer the CLI, the loader or the way out: no job may set them, whatever its policy says.
-const ENV_RESERVED: [&str; 27] = [
+pub(super) const ENV_RESERVED: [&str; 27] = [
     "ANTHROPIC_*",
     "CLAUDE_*",
     "CLAUDECODE",
@@ -202,93 +202,26 @@ pub fn narrow(
 ) -> Result<Plan, NarrowError> {
     let narrowed = narrowing.map(|own| own.narrowed(policy)).transpose()?;
     let policy = narrowed.as_ref().unwrap_or(policy);
-    let own = |list: fn(&Narrowing) -> Option<&Vec<String>>| narrowing.and_then(list);
-    let deny = |key: &str, asked: &str, allowed: String| NarrowError {
-        key: key.to_owned(),
-        asked: asked.to_owned(),
-        policy: policy.name.clone(),
-        allowed,
-    };
-    let one_of = |key: &str, asked: &str, patterns: &[String], own: Option<&Vec<String>>| {
-        let fits = |patterns: &[String]| patterns.iter().any(|p| matches(p, asked));
-        match own {
-            _ if !fits(patterns) => Err(deny(key, asked, patterns.join(", "))),
-            Some(own) if !fits(own) => {
-                Err(deny(key, asked, format!("narrowed by your own file to {}", own.join(", "))))
-            }
-            Some(_) | None => Ok(()),
-        }
-    };
-
-    let model = spec
-        .model
-        .clone()
-        .or_else(|| narrowing.and_then(|n| n.models.as_ref()?.default.clone()))
-        .or_else(|| policy.models.default.clone())
-        .unwrap_or_else(|| defaults.model.clone());
-    let models = own(|n| n.models.as_ref().map(|m| &m.allow));
-    one_of("model", &model, &policy.models.allow, models)?;
-    if let Some(fallback) = &spec.fallback_model {
-        one_of("fallback_model", fallback, &policy.models.allow, models)?;
-    }
-    let image = spec
-        .image
-        .clone()
-        .or_else(|| narrowing.and_then(|n| n.images.as_ref()?.default.clone()))
-        .or_else(|| policy.images.default.clone())
-        .unwrap_or_else(|| defaults.image.clone());
-    one_of("image", &image, &policy.images.allow, own(|n| n.images.as_ref().map(|m| &m.allow)))?;
-
-    let provider = spec
-        .provider
-        .clone()
-        .or_else(|| narrowing.and_then(|n| n.providers.as_ref()?.default.clone()))
-        .or_else(|| policy.providers.default.clone())
-        .unwrap_or_else(|| defaults.provider.clone());
-    one_of("provider", &provider, &policy.providers.allow, own(|n| n.providers.as_ref().map(|m| &m.allow)))?;
-    let agent = spec.agent.clone().or_else(|| policy.agents.default.clone());
-    if let Some(agent) = &agent {
-        one_of("agent", agent, &policy.agents.allow, own(|n| n.agents.as_ref().map(|m| &m.allow)))?;
-    }
-
-    let mode = spec.permission_mode.unwrap_or(policy.permission_modes[0]);
-    if !policy.permission_modes.contains(&mode) {
-        let allowed = policy.permission_modes.iter().map(|m| m.as_str()).collect::<Vec<_>>().join(", ");
-        return Err(deny("permission_mode", mode.as_str(), allowed));
-    }
-    for (index, tool) in spec.tools.iter().flatten().enumerate() {
-        let key = format!("tools[{index}]");
-        one_of(&key, tool, &policy.tools.allow, own(|n| n.tools.as_ref().map(|m| &m.allow)))?;
-        if let Some(pattern) = policy.tools.deny.iter().find(|p| matches(p, tool)) {
-            return Err(deny(&key, tool, format!("tools.deny has {pattern}")));
-        }
-    }
-    for name in spec.env.keys() {
-        let key = format!("env.{name}");
-        if ENV_RESERVED.iter().any(|p| matches(p, name)) {
-            return Err(deny(
-                &key,
-                name,
-                "this variable steers the CLI or its way out and is the daemon's".into(),
-            ));
-        }
-        one_of(&key, name, &policy.env.allow, own(|n| n.env.as_ref().map(|m| &m.allow)))?;
-    }
+    let asked = Asked { spec, policy, own: narrowing };
+    let names = asked.names(defaults)?;
+    let permission_mode = asked.permission_mode()?;
+    asked.tools()?;
+    asked.env()?;
     Ok(Plan {
         policy: policy.name.clone(),
         policy_hash: policy.hash.clone(),
-        image,
-        agent,
-        model,
+        image: names.image,
+        agent: names.agent,
+        model: names.model,
         fallback_model: spec.fallback_model.clone(),
         effort: spec.effort,
-        permission_mode: mode,
+        permission_mode,
         tools: spec.tools.clone(),
         allowed_tools: spec.allowed_tools.clone(),
         disallowed_tools: spec.disallowed_tools.clone(),
         layers: [Layer::of(policy)].into_iter().chain(narrowing.map(|own| own.layer(policy))).collect(),
         runtimes: runtimes(spec, policy)?,
-        provider,
+        provider: names.provider,
         unpriced: policy.models.unpriced,
         writable: policy.workspace.writable.clone(),
         hide: hidden(spec, policy),
@@ -301,6 +234,122 @@ pub fn narrow(
         env: spec.env.clone(),
         limits: limits(spec, policy)?,
     })
+}
+
+/// What a job asks for, and what it is held against.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    spec: &'a JobSpec,
+    /// With everything that is one value narrowed.
+    policy: &'a Policy,
+    own: Option<&'a Narrowing>,
+}
+
+/// What a job named, or got since it named nothing.
+struct Names {
+    model: String,
+    image: String,
+    provider: String,
+    agent: Option<String>,
+}
+
+impl Asked<'_> {
+    fn deny(&self, key: &str, asked: &str, allowed: String) -> NarrowError {
+        NarrowError {
+            key: key.to_owned(),
+            asked: asked.to_owned(),
+            policy: self.policy.name.clone(),
+            allowed,
+        }
+    }
+
+    /// A name has to fit the policy's list and that of the user's own file.
+    fn one_of(
+        &self,
+        key: &str,
+        asked: &str,
+        patterns: &[String],
+        own: impl Fn(&Narrowing) -> Option<&Vec<String>>,
+    ) -> Result<(), NarrowError> {
+        let fits = |patterns: &[String]| patterns.iter().any(|p| matches(p, asked));
+        match self.own.and_then(own) {
+            _ if !fits(patterns) => Err(self.deny(key, asked, patterns.join(", "))),
+            Some(own) if !fits(own) => {
+                Err(self.deny(key, asked, format!("narrowed by your own file to {}", own.join(", "))))
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// The first that is named: by the job, by its own file, by the policy, by the daemon.
+    fn named(
+        &self,
+        job: &Option<String>,
+        own: impl Fn(&Narrowing) -> Option<String>,
+        policy: &Option<String>,
+        default: &str,
+    ) -> String {
+        let named = job.clone().or_else(|| self.own.and_then(own)).or_else(|| policy.clone());
+        named.unwrap_or_else(|| default.to_owned())
+    }
+
+    fn names(&self, defaults: &Defaults) -> Result<Names, NarrowError> {
+        let Self { spec, policy, .. } = *self;
+        let own = |n: &Narrowing| n.models.as_ref()?.default.clone();
+        let model = self.named(&spec.model, own, &policy.models.default, &defaults.model);
+        for (key, model) in [("model", Some(&model)), ("fallback_model", spec.fallback_model.as_ref())] {
+            if let Some(model) = model {
+                self.one_of(key, model, &policy.models.allow, |n| n.models.as_ref().map(|m| &m.allow))?;
+            }
+        }
+        let own = |n: &Narrowing| n.images.as_ref()?.default.clone();
+        let image = self.named(&spec.image, own, &policy.images.default, &defaults.image);
+        self.one_of("image", &image, &policy.images.allow, |n| n.images.as_ref().map(|m| &m.allow))?;
+        let own = |n: &Narrowing| n.providers.as_ref()?.default.clone();
+        let provider = self.named(&spec.provider, own, &policy.providers.default, &defaults.provider);
+        self.one_of("provider", &provider, &policy.providers.allow, |n| {
+            n.providers.as_ref().map(|p| &p.allow)
+        })?;
+        let agent = spec.agent.clone().or_else(|| policy.agents.default.clone());
+        if let Some(agent) = &agent {
+            self.one_of("agent", agent, &policy.agents.allow, |n| n.agents.as_ref().map(|a| &a.allow))?;
+        }
+        Ok(Names { model, image, provider, agent })
+    }
+
+    fn permission_mode(&self) -> Result<PermissionMode, NarrowError> {
+        let modes = &self.policy.permission_modes;
+        let mode = self.spec.permission_mode.unwrap_or(modes[0]);
+        if modes.contains(&mode) {
+            return Ok(mode);
+        }
+        let allowed = modes.iter().map(|m| m.as_str()).collect::<Vec<_>>().join(", ");
+        Err(self.deny("permission_mode", mode.as_str(), allowed))
+    }
+
+    fn tools(&self) -> Result<(), NarrowError> {
+        let tools = &self.policy.tools;
+        for (index, tool) in self.spec.tools.iter().flatten().enumerate() {
+            let key = format!("tools[{index}]");
+            self.one_of(&key, tool, &tools.allow, |n| n.tools.as_ref().map(|m| &m.allow))?;
+            if let Some(pattern) = tools.deny.iter().find(|p| matches(p, tool)) {
+                return Err(self.deny(&key, tool, format!("tools.deny has {pattern}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn env(&self) -> Result<(), NarrowError> {
+        for name in self.spec.env.keys() {
+            let key = format!("env.{name}");
+            if ENV_RESERVED.iter().any(|p| matches(p, name)) {
+                let why = "this variable steers the CLI or its way out and is the daemon's";
+                return Err(self.deny(&key, name, why.to_owned()));
+            }
+            self.one_of(&key, name, &self.policy.env.allow, |n| n.env.as_ref().map(|m| &m.allow))?;
+        }
+        Ok(())
+    }
 }
 
 fn runtimes(spec: &JobSpec, policy: &Policy) -> Result<Vec<Runtime>, NarrowError> {
@@ -517,12 +566,12 @@ mod tests {
     #[test]
     fn an_error_in_a_file_names_line_and_key() {
         let error = Narrowing::parse("mine.toml", "\n[tools]\nallow = ['A*b']").expect_err("pattern");
-        assert!(error.to_string().starts_with("policy mine.toml, line 3: tools.allow[0]: "), "{error}");
+        assert!(error.to_string().starts_with("mine.toml:3: tools.allow[0]: "), "{error}");
         let error = Narrowing::parse("mine.toml", "[limits]\ncost = 1").expect_err("key");
-        assert!(error.to_string().contains("line 2") && error.to_string().contains("cost"), "{error}");
+        assert!(error.to_string().starts_with("mine.toml:2: limits.cost: "), "{error}");
         let text = include_str!("../../policies/trusted.toml").replace("max_turns = 1000", "max_turns = 0");
         let error = Policy::parse("bad", &text).expect_err("limit").to_string();
-        assert!(error.contains("policy bad.toml, line ") && error.contains("limits.max_turns"), "{error}");
+        assert!(error.starts_with("bad.toml:") && error.contains(": limits.max_turns: "), "{error}");
     }
 
     proptest! {

@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use super::changes::Changes;
 use super::egress::Egress;
-use super::file::{Agents, Env, Images, Models, Policy, PolicyError, Providers, Tools};
+use super::error::PolicyError;
+use super::file::{Agents, Env, Images, Models, Policy, Providers, Tools};
 use super::narrow::{Layer, NarrowError};
 use super::requests::Requests;
 use super::rule::Rule;
@@ -94,8 +95,7 @@ impl Narrowing {
     /// # Errors
     /// [`PolicyError`], naming file, line and key.
     pub fn parse(name: &str, text: &str) -> Result<Self, PolicyError> {
-        let mut narrowing: Self = toml::from_str(text)
-            .map_err(|e| PolicyError::Syntax { file: name.to_owned(), detail: e.to_string() })?;
+        let mut narrowing: Self = toml::from_str(text).map_err(|e| PolicyError::syntax(name, text, &e))?;
         name.clone_into(&mut narrowing.name);
         narrowing.check().map_err(|(key, problem)| PolicyError::at(name, text, key, problem))?;
         Ok(narrowing)
@@ -103,12 +103,7 @@ impl Narrowing {
 
     /// What in it can have no effect, as (key, words).
     pub fn warnings(&self) -> Vec<(String, String)> {
-        let every = ["*".to_owned()];
-        let tools = self.tools.as_ref();
-        let (allow, deny) = (tools.map_or(&every[..], |t| &t.allow), tools.map_or(&[][..], |t| &t.deny));
-        let rules = Rule::warnings(&self.rules, allow, deny);
-        let rules = rules.into_iter().map(|(index, words)| (format!("rule[{index}]"), words));
-        rules.chain(self.egress.iter().flat_map(Egress::warnings)).collect()
+        super::warn::narrowing(self)
     }
 
     fn check(&self) -> Result<(), (String, String)> {

@@ -128,6 +128,7 @@ impl Requests {
             ("requests.url_sources", &self.url_sources),
             ("requests.file_ids", &self.file_ids),
         ] {
+            super::file::check_bounds(key, list)?;
             if let Some(bad) = list.iter().find(|p| !super::is_pattern(p)) {
                 return Err((key.into(), format!("{bad:?}: a '*' may stand only at the end")));
             }

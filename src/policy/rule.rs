@@ -8,10 +8,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::globs::{Globs, glob};
 use super::matches;
 
 /// Most rules of one policy.
 pub const RULES_MAX: usize = 256;
+/// Most patterns of all rules of one policy together: tools, paths, commands and fields of inputs.
+pub const RULE_PATTERNS_MAX: usize = 1024;
+/// Longest pattern of a rule, and longest name of a field, in bytes.
+pub const RULE_PATTERN_BYTES_MAX: usize = 1024;
 /// Longest run of a hook, in seconds.
 pub const HOOK_TIMEOUT_S_MAX: u32 = 600;
 
@@ -29,9 +34,9 @@ pub struct Rule {
     /// Globs of absolute paths in the cell: `*` within one name, `**` over many. Compared with the paths that the
     /// call names, with symbolic links followed. `deny`, `rewrite` and `hook` fit where one path fits, `allow`
     /// only where all do.
-    #[serde(default, deserialize_with = "one_or_many")]
+    #[serde(default)]
     #[schemars(with = "OneOrMany")]
-    pub path: Vec<String>,
+    pub path: Globs,
     /// Patterns of a shell command: `*` stands for any text. Compared with the whole command and with each part
     /// between `;`, `&`, `|` and line feeds. `allow` fits only where every part does.
     #[serde(default, deserialize_with = "one_or_many")]
@@ -113,7 +118,7 @@ enum OneOrMany {
     Many(Vec<String>),
 }
 
-fn one_or_many<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+pub(super) fn one_or_many<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
     Ok(match OneOrMany::deserialize(from)? {
         OneOrMany::One(text) => vec![text],
         OneOrMany::Many(list) => list,
@@ -148,9 +153,7 @@ impl Rule {
     }
 
     fn paths_fit(&self, paths: &[String], all: bool) -> bool {
-        // What cannot be compiled was refused when the file was read.
-        let globs: Vec<_> = self.path.iter().filter_map(|p| glob(p).ok()).collect();
-        let fits = |path: &String| globs.iter().any(|glob| glob.is_match(path));
+        let fits = |path: &String| self.path.fit(path);
         if all { !paths.is_empty() && paths.iter().all(fits) } else { paths.iter().any(fits) }
     }
 
@@ -177,7 +180,16 @@ impl Rule {
         if rules.len() > RULES_MAX {
             return Err(("rule".into(), format!("{} rules; at most {RULES_MAX} are read", rules.len())));
         }
+        let mut patterns = 0;
         for (index, rule) in rules.iter().enumerate() {
+            // Before anything is compiled.
+            patterns += rule.patterns().count();
+            if patterns > RULE_PATTERNS_MAX {
+                let problem = format!(
+                    "is one pattern too many: at most {RULE_PATTERNS_MAX} are read, of all rules together"
+                );
+                return Err((format!("rule[{index}]"), problem));
+            }
             rule.check().map_err(|(key, problem)| {
                 let place = format!("rule[{index}]");
                 (if key.is_empty() { place } else { format!("{place}.{key}") }, problem)
@@ -192,8 +204,29 @@ impl Rule {
         Ok(())
     }
 
+    /// Every pattern with its key.
+    fn patterns(&self) -> impl Iterator<Item = (String, &str)> {
+        let lists = [("tool", &self.tool[..]), ("path", self.path.texts()), ("command", &self.command[..])];
+        let listed = lists.into_iter().flat_map(|(key, list)| {
+            list.iter().enumerate().map(move |(index, text)| (format!("{key}[{index}]"), text.as_str()))
+        });
+        let fields = self.input.iter().flat_map(|(field, text)| {
+            let key = if field.len() > RULE_PATTERN_BYTES_MAX {
+                "input".to_owned()
+            } else {
+                format!("input.{field}")
+            };
+            [(key.clone(), field.as_str()), (key, text.as_str())]
+        });
+        listed.chain(fields)
+    }
+
     fn check(&self) -> Result<(), (String, String)> {
         let wrong = |key: &str, problem: &str| Err((key.to_owned(), problem.to_owned()));
+        if let Some((key, long)) = self.patterns().find(|(_, text)| text.len() > RULE_PATTERN_BYTES_MAX) {
+            let problem = format!("has {} bytes; at most {RULE_PATTERN_BYTES_MAX} are read", long.len());
+            return wrong(&key, &problem);
+        }
         for (index, pattern) in self.tool.iter().enumerate() {
             if !super::is_pattern(pattern) {
                 return wrong(&format!("tool[{index}]"), "a '*' may stand only at the end of a tool's name");
@@ -203,7 +236,7 @@ impl Rule {
                 return wrong(&format!("tool[{index}]"), problem);
             }
         }
-        for (index, pattern) in self.path.iter().enumerate() {
+        for (index, pattern) in self.path.texts().iter().enumerate() {
             let key = format!("path[{index}]");
             if !pattern.starts_with('/') && !pattern.starts_with("**") {
                 return wrong(
@@ -243,54 +276,6 @@ impl Rule {
             Action::Allow | Action::Deny | Action::Rewrite | Action::Hook => Ok(()),
         }
     }
-
-    /// What makes rules pointless, in words: those that no call can reach or fit.
-    pub fn warnings(rules: &[Self], allow: &[String], deny: &[String]) -> Vec<(usize, String)> {
-        let mut found = Vec::new();
-        for (index, rule) in rules.iter().enumerate() {
-            let dead = |tool: &String| {
-                !allow.iter().any(|a| overlaps(a, tool)) || deny.iter().any(|d| covers(d, tool))
-            };
-            if !rule.tool.is_empty() && rule.tool.iter().all(dead) {
-                found.push((
-                    index,
-                    "can never fit: tools.allow and tools.deny leave none of its tools".into(),
-                ));
-            }
-            let shells = |tool: &String| overlaps(tool, "Bash") || tool.starts_with("mcp__");
-            if !rule.command.is_empty() && !rule.tool.is_empty() && !rule.tool.iter().any(shells) {
-                found.push((index, "can never fit: none of its tools has a command".into()));
-            }
-            if !rule.path.is_empty() && !rule.tool.is_empty() && rule.tool.iter().all(|tool| tool == "Bash") {
-                found.push((index, "can never fit: a Bash call names no paths (use command)".into()));
-            }
-            if !rule.path.is_empty() && rule.path.iter().all(|path| !can_be_canonical(path)) {
-                found.push((index, "can never fit: no canonical path has `//`, `.` or `..` in it".into()));
-            }
-            let earlier = rules[..index].iter().position(|earlier| earlier.ends_all_of(rule));
-            if let Some(earlier) = earlier {
-                let name = rules[earlier].called(earlier);
-                found.push((index, format!("can never fit: {name} decides every such call before")));
-            }
-        }
-        found
-    }
-
-    /// True where every call that `later` could speak of is decided here.
-    fn ends_all_of(&self, later: &Self) -> bool {
-        let terminal = matches!(self.action, Action::Allow | Action::Deny);
-        let any = self.path.is_empty() && self.command.is_empty() && self.input.is_empty();
-        let tools = self.tool.is_empty()
-            || (!later.tool.is_empty()
-                && later.tool.iter().all(|t| self.tool.iter().any(|own| covers(own, t))));
-        terminal && any && tools && later.when == When::Before
-    }
-}
-
-/// False for a glob of paths that no canonical path fits: links, `.` and `..` are resolved before it is asked.
-fn can_be_canonical(glob: &str) -> bool {
-    let mut parts = glob.split('/').skip(1);
-    glob == "/" || !parts.any(|part| matches!(part, "" | "." | ".."))
 }
 
 /// The parts of a shell command between `;`, `&`, `|` and line feeds, as far as they can be told by looking: quotes
@@ -318,24 +303,6 @@ pub fn star_matches(pattern: &str, text: &str) -> bool {
         }
     }
     rest.is_empty()
-}
-
-fn glob(pattern: &str) -> Result<globset::GlobMatcher, String> {
-    let glob = globset::GlobBuilder::new(pattern).literal_separator(true).backslash_escape(true).build();
-    glob.map(|glob| glob.compile_matcher()).map_err(|error| error.kind().to_string())
-}
-
-/// True where every name that `pattern` fits is one that `wide` fits.
-fn covers(wide: &str, pattern: &str) -> bool {
-    match (wide.strip_suffix('*'), pattern.strip_suffix('*')) {
-        (Some(wide), Some(narrow)) => narrow.starts_with(wide),
-        (None, Some(_)) => false,
-        (_, None) => matches(wide, pattern),
-    }
-}
-
-fn overlaps(a: &str, b: &str) -> bool {
-    covers(a, b) || covers(b, a)
 }
 
 /// A field of an input by its dotted name.
@@ -460,19 +427,30 @@ mod tests {
     }
 
     #[test]
-    fn rules_that_can_never_fit_are_told() {
-        let rules = [
-            rule("tool = 'Bash'\naction = 'allow'"),
-            rule("tool = 'Bash'\ncommand = 'rm *'\naction = 'deny'\nreason = 'no'"),
-            rule("tool = 'WebFetch'\naction = 'deny'\nreason = 'no'"),
-            rule("tool = 'Read'\ncommand = 'x'\naction = 'deny'\nreason = 'no'"),
-            rule("tool = 'Read'\npath = '/x'\naction = 'deny'\nreason = 'no'"),
-            rule("tool = 'Read'\npath = ['/a/../b', '/a//b']\naction = 'deny'\nreason = 'no'"),
-            rule("tool = 'Read'\npath = ['/', '/a/./b', '**/.env']\naction = 'deny'\nreason = 'no'"),
-        ];
-        let all = ["*".to_owned()];
-        let told = Rule::warnings(&rules, &all, &["Web*".to_owned()]);
-        assert_eq!(told.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [1, 2, 3, 5]);
+    fn patterns_are_bounded_in_number_and_length() {
+        let paths = |count: usize| {
+            let list = (0..count).map(|n| format!("'/{n}/**'")).collect::<Vec<_>>().join(", ");
+            rule(&format!("path = [{list}]\naction = 'allow'"))
+        };
+        assert_eq!(Rule::check_all(&[paths(RULE_PATTERNS_MAX)]), Ok(()));
+        for many in [vec![paths(RULE_PATTERNS_MAX + 1)], vec![paths(1), paths(RULE_PATTERNS_MAX)]] {
+            let (key, problem) = Rule::check_all(&many).expect_err("too many");
+            assert_eq!(key, format!("rule[{}]", many.len() - 1));
+            assert!(problem.contains(&RULE_PATTERNS_MAX.to_string()), "{problem}");
+        }
+        let long = "a".repeat(RULE_PATTERN_BYTES_MAX);
+        for (key, at) in [("tool", "tool[0]"), ("path", "path[0]"), ("command", "command[0]")] {
+            let with =
+                |text: String| Rule::check_all(&[rule(&format!("{key} = '{text}'\naction = 'allow'"))]);
+            assert_eq!(with(format!("/{}", &long[1..])), Ok(()), "{key}");
+            let (named, problem) = with(format!("/{long}")).expect_err(key);
+            assert_eq!(named, format!("rule[0].{at}"));
+            assert!(problem.contains("1025 bytes; at most 1024"), "{problem}");
+        }
+        let input =
+            |text: String| Rule::check_all(&[rule(&format!("input = {{ {text} }}\naction = 'allow'"))]);
+        assert_eq!(input(format!("a = 'x{long}'")).expect_err("pattern").0, "rule[0].input.a");
+        assert_eq!(input(format!("x{long} = 'a'")).expect_err("field").0, "rule[0].input");
     }
 
     proptest! {

@@ -53,7 +53,7 @@ pub(super) enum Config {
 pub(super) struct Run<'a> {
     pub(super) who: &'a Identity,
     pub(super) url: &'a str,
-    pub(super) programs: Option<&'a OsString>,
+    pub(super) env: &'a [(String, OsString)],
     pub(super) until: Instant,
     pub(super) wall: Duration,
 }
@@ -119,12 +119,13 @@ impl Git<'_> {
         let settings = ALWAYS.iter().chain(if self.config == Config::None { ALONE.iter() } else { [].iter() });
         argv.extend(settings.flat_map(|setting| [PathBuf::from("-c"), PathBuf::from(setting)]));
         argv.extend(self.args.iter().map(PathBuf::from));
-        let mut env = environment(self.config);
+        // What is said here wins: nothing may make it ask or use another transport.
+        let mut env = self.run.env.to_vec();
+        env.extend(environment(self.config));
         env.extend(self.env);
-        env.extend(self.run.programs.map(|path| ("PATH".to_owned(), path.clone())));
-        let surroundings = Surroundings { env, file_bytes_max: self.file_bytes_max, usual_umask: true };
+        let surroundings = Surroundings { env, file_bytes_max: self.file_bytes_max };
         let bounds = Bounds { wall: left, output_bytes_max: self.output_bytes_max };
-        match run_as::run_in(&argv, self.run.who, &surroundings, &self.stdin, bounds).await {
+        match run_as::run_with(&argv, self.run.who, &surroundings, &self.stdin, bounds).await {
             Ok(output) => Ok(output),
             Err(RunError::Late { .. }) => Err(self.run.late()),
             Err(RunError::Start { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
@@ -134,7 +135,7 @@ impl Git<'_> {
                 what: format!("`git {}` says more than can be read", self.command),
                 max: format!("{bytes_max} bytes"),
             }),
-            Err(error @ (RunError::NotRoot { .. } | RunError::Start { .. })) => Err(error.into()),
+            Err(error @ (RunError::NotRoot { .. } | RunError::Start { .. } | RunError::Left { .. })) => Err(error.into()),
         }
     }
 

@@ -116,6 +116,8 @@ pub struct OpenJob {
     pub state: State,
     /// The provider that its plan names; none for the daemon's default.
     pub provider: Option<String>,
+    /// The model that its plan names.
+    pub model: String,
 }
 
 /// Where a page ended: give it to the next call. Stays good when rows come and go.
@@ -236,14 +238,14 @@ impl Store {
     pub async fn open_jobs(&self) -> Result<Vec<OpenJob>, StoreError> {
         self.read(|db| {
             let sql = "SELECT id, uid, priority, state_json, \
-                       CASE WHEN json_valid(plan_json) THEN plan_json ->> '$.plan.provider' END \
+                       CASE WHEN json_valid(plan_json) THEN plan_json ->> '$.plan.provider' END, model \
                        FROM jobs WHERE state IN ('queued', 'preparing', 'running', 'stopping', 'parking', \
                        'parked', 'collecting') ORDER BY n";
             let mut statement = db.prepare_cached(sql)?;
             let rows = statement.query_map([], |row| {
                 let (uid, priority) = (row.get(1)?, row.get(2)?);
-                let (state, provider) = (json(row, 3)?, row.get(4)?);
-                Ok(OpenJob { id: parsed(row, 0)?, uid, priority, state, provider })
+                let (state, provider, model) = (json(row, 3)?, row.get(4)?, row.get(5)?);
+                Ok(OpenJob { id: parsed(row, 0)?, uid, priority, state, provider, model })
             })?;
             Ok(rows.collect::<Result<_, _>>()?)
         })

@@ -15,7 +15,7 @@ pub(in crate::store) mod tests;
 
 use std::fmt;
 
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, params};
 
 use super::row::{Int, int};
 use super::writer::Durability;
@@ -192,14 +192,21 @@ impl Store {
         charged: MicroUsd,
         now_ms: u64,
     ) -> Result<Settled, StoreError> {
-        self.write(Durability::Soon, move |db| {
-            let mut charge = Charge::open(db, id)?.ok_or(StoreError::NotReserved(id))?;
-            (charge.usage, charge.charged) = (usage, charged.min(money::MAX));
-            put_charge(db, &charge, now_ms)?;
-            let spent = self::charged(db, &charge.job)?.charged;
-            Ok(Settled { spent, above: charged.minus(charge.reserved) })
-        })
-        .await
+        self.write(Durability::Soon, move |db| settled(db, id, usage, charged, now_ms)).await
+    }
+
+    /// The same where nobody waits for it: it is done with the next request, 2 ms later at the latest.
+    ///
+    /// # Errors
+    /// As [`Store::settle`].
+    pub async fn settle_soon(
+        &self,
+        id: ReservationId,
+        usage: Usage,
+        charged: MicroUsd,
+        now_ms: u64,
+    ) -> Result<Settled, StoreError> {
+        self.write_late(move |db| settled(db, id, usage, charged, now_ms)).await
     }
 
     /// Charges in full what a job still has set aside: for requests that a dead daemon forwarded and nobody
@@ -308,4 +315,18 @@ impl Store {
         })
         .await
     }
+}
+
+fn settled(
+    db: &Connection,
+    id: ReservationId,
+    usage: Usage,
+    charged: MicroUsd,
+    now_ms: u64,
+) -> Result<Settled, StoreError> {
+    let mut charge = Charge::open(db, id)?.ok_or(StoreError::NotReserved(id))?;
+    (charge.usage, charge.charged) = (usage, charged.min(money::MAX));
+    put_charge(db, &charge, now_ms)?;
+    let spent = self::charged(db, &charge.job)?.charged;
+    Ok(Settled { spent, above: charged.minus(charge.reserved) })
 }

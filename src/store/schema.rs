@@ -184,6 +184,11 @@ pub(super) fn open(file: &Path) -> Result<(Connection, InstanceId), StoreError> 
     Ok((connection, instance))
 }
 
+/// Opens the connection that folds the log into the file.
+pub(super) fn open_folder(file: &Path) -> Result<Connection, StoreError> {
+    connect(file, OpenFlags::SQLITE_OPEN_READ_WRITE)
+}
+
 /// Opens a connection that cannot write.
 pub(super) fn open_reader(file: &Path) -> Result<Connection, StoreError> {
     let connection = connect(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;

@@ -602,3 +602,9 @@ proptest! {
         });
     }
 }
+
+#[test]
+fn the_readme_says_what_a_power_loss_can_take() {
+    let readme = include_str!("../../README.md");
+    assert!(readme.contains(&format!("the last {} ms of them", super::SYNC_DELAY_MS)));
+}

@@ -1,17 +1,19 @@
 //! The writer's thread: takes requests in order, runs those that wait together in one transaction (each in
-//! its own savepoint), commits, and only then replies. `fdatasync` is on a thread of its own, which replies to
+//! its own savepoint), commits, and only then replies. What nobody waits for is put where the next request takes it
+//! along, for one transaction and one waking less. `fdatasync` is on a thread of its own, which replies to
 //! those that asked for it: nobody else waits for the disk. It must never reply before the commit, never to who
 //! asked for a sync before the sync, and never let one request's failure take another's work along.
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
+use super::fold::Folder;
 use super::{SYNC_DELAY_MS, StoreError, lock};
 
 /// Requests per transaction.
@@ -34,12 +36,18 @@ type Work = Box<dyn FnOnce(Result<&Connection, StoreError>) -> (Result<(), Store
 
 enum Message {
     Request(Durability, Work),
+    /// Nothing but a look at the late ones.
+    Nudge,
     Close,
 }
+
+/// Requests that wait for the next one to be committed with it. Each has a [`Put`] that sends a nudge in time.
+type Late = Arc<Mutex<Vec<Work>>>;
 
 /// The writer's thread, seen from outside.
 pub(super) struct Writer {
     messages: Sender<Message>,
+    late: Late,
     thread: Mutex<Option<JoinHandle<Result<(), StoreError>>>>,
 }
 
@@ -53,18 +61,24 @@ impl Writer {
         let (messages, inbox) = channel();
         let syncer =
             Syncer::start(wal).map_err(|error| StoreError::io("start the syncer of", file, &error))?;
+        let folder = Folder::start(&connection, file)?;
+        let late = Late::default();
+        let also_late = Arc::clone(&late);
         let body = move || {
-            let mut state = Loop { connection, syncer, unsynced_since: None };
+            let mut state = Loop { connection, syncer, folder, late: also_late, unsynced_since: None };
             let result = state.run(&inbox);
+            // What nobody takes any more is answered by being dropped; what comes later finds no receiver.
+            drop(inbox);
+            lock(&state.late).clear();
             // No reply may be owed any more when the lock is let go.
-            let result = result.and(state.syncer.finish());
+            let result = result.and(state.syncer.finish()).and(state.folder.finish());
             drop(state.connection);
             drop(file_lock);
             result
         };
         let thread = std::thread::Builder::new().name("hotcell-store".to_owned()).spawn(body);
         let thread = thread.map_err(|error| StoreError::io("start the writer of", file, &error))?;
-        Ok(Self { messages, thread: Mutex::new(Some(thread)) })
+        Ok(Self { messages, late, thread: Mutex::new(Some(thread)) })
     }
 
     /// Hands in a request; `reply` is called once, after the commit (and the sync, where it is asked
@@ -75,13 +89,18 @@ impl Writer {
         work: impl FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
         reply: impl FnOnce(Result<T, StoreError>) + Send + 'static,
     ) -> Result<(), StoreError> {
-        let work: Work = Box::new(move |connection| match connection.and_then(work) {
-            Ok(value) => {
-                (Ok(()), Box::new(move |committed: Result<(), StoreError>| reply(committed.map(|()| value))))
-            }
-            Err(error) => (Err(error.clone()), Box::new(move |_| reply(Err(error)))),
-        });
-        self.messages.send(Message::Request(durability, work)).map_err(|_| StoreError::Closed)
+        let message = Message::Request(durability, boxed(work, reply));
+        self.messages.send(message).map_err(|_| StoreError::Closed)
+    }
+
+    /// Puts a request where the next one takes it along, without waking the thread. Durability: [`Durability::Soon`].
+    pub(super) fn put<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
+        reply: impl FnOnce(Result<T, StoreError>) + Send + 'static,
+    ) -> Put<'_> {
+        lock(&self.late).push(boxed(work, reply));
+        Put { writer: self, waits: true }
     }
 
     /// Ends the thread after the requests handed in so far. Blocks.
@@ -93,9 +112,52 @@ impl Writer {
     }
 }
 
+/// A request that waits for the next one. Dropped before it was done it wakes the thread, so that nothing is left
+/// behind by who goes away.
+pub(super) struct Put<'a> {
+    writer: &'a Writer,
+    waits: bool,
+}
+
+impl Put<'_> {
+    /// Has it done now.
+    pub(super) fn nudge(mut self) -> Result<(), StoreError> {
+        self.waits = false;
+        self.writer.messages.send(Message::Nudge).map_err(|_| StoreError::Closed)
+    }
+
+    /// It was answered.
+    pub(super) fn done(mut self) {
+        self.waits = false;
+    }
+}
+
+impl Drop for Put<'_> {
+    fn drop(&mut self) {
+        if self.waits {
+            // A failure means that the thread is gone, and with it the store.
+            let _ = self.writer.messages.send(Message::Nudge);
+        }
+    }
+}
+
+fn boxed<T: Send + 'static>(
+    work: impl FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
+    reply: impl FnOnce(Result<T, StoreError>) + Send + 'static,
+) -> Work {
+    Box::new(move |connection| match connection.and_then(work) {
+        Ok(value) => {
+            (Ok(()), Box::new(move |committed: Result<(), StoreError>| reply(committed.map(|()| value))))
+        }
+        Err(error) => (Err(error.clone()), Box::new(move |_| reply(Err(error)))),
+    })
+}
+
 struct Loop {
     connection: Connection,
     syncer: Syncer,
+    folder: Folder,
+    late: Late,
     unsynced_since: Option<Instant>,
 }
 
@@ -110,15 +172,17 @@ impl Loop {
             let mut batch = Vec::new();
             match first {
                 Ok(Message::Request(durability, work)) => batch.push((durability, work)),
-                Ok(Message::Close) | Err(RecvTimeoutError::Disconnected) => return self.last_sync(),
+                Ok(Message::Nudge) => {}
+                Ok(Message::Close) | Err(RecvTimeoutError::Disconnected) => closing = true,
                 Err(RecvTimeoutError::Timeout) => {
                     self.sync_later();
                     continue;
                 }
             }
-            while batch.len() < BATCH_MAX {
+            while batch.len() < BATCH_MAX && !closing {
                 match inbox.try_recv() {
                     Ok(Message::Request(durability, work)) => batch.push((durability, work)),
+                    Ok(Message::Nudge) => {}
                     Ok(Message::Close) => {
                         closing = true;
                         break;
@@ -126,7 +190,7 @@ impl Loop {
                     Err(_) => break,
                 }
             }
-            self.execute(batch);
+            self.execute_with_late(batch);
             if closing {
                 return self.last_sync();
             }
@@ -141,6 +205,18 @@ impl Loop {
     fn until_sync(&self) -> Option<Duration> {
         let since = self.unsynced_since?;
         Some(Duration::from_millis(SYNC_DELAY_MS).saturating_sub(since.elapsed()))
+    }
+
+    /// The late ones go first: they were there before, and what they settle makes room.
+    fn execute_with_late(&mut self, batch: Vec<(Durability, Work)>) {
+        let late = std::mem::take(&mut *lock(&self.late));
+        let late = late.into_iter().map(|work| (Durability::Soon, work));
+        let mut all: Vec<_> = late.chain(batch).collect();
+        while !all.is_empty() {
+            let rest = all.split_off(all.len().min(BATCH_MAX));
+            self.execute(all);
+            all = rest;
+        }
     }
 
     fn execute(&mut self, batch: Vec<(Durability, Work)>) {
@@ -161,6 +237,7 @@ impl Loop {
             self.unsynced_since = None;
             self.syncer.ask(SyncAsk::Now(now));
         }
+        self.folder.after_commit(&self.connection);
     }
 
     fn transaction(

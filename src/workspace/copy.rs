@@ -115,9 +115,26 @@ pub fn copy(
     cell_dir: &Path,
     name: Option<&str>,
     scratch: &Scratch,
+    source: (&Path, Option<BorrowedFd<'_>>),
+    mask: &Mask,
+    limits: &CopyLimits,
+) -> Result<Copied, WorkspaceError> {
+    copy_filled(cell_dir, name, scratch, source, mask, limits, &|_| Ok(()))
+}
+
+/// The same, with something written into it before anybody sees it: `fill` gets where, once, unless an earlier
+/// attempt has had it.
+///
+/// # Errors
+/// As [`copy`], and those of `fill`.
+pub fn copy_filled(
+    cell_dir: &Path,
+    name: Option<&str>,
+    scratch: &Scratch,
     (lower, direct): (&Path, Option<BorrowedFd<'_>>),
     mask: &Mask,
     limits: &CopyLimits,
+    fill: &dyn Fn(&CopyParts) -> Result<(), WorkspaceError>,
 ) -> Result<Copied, WorkspaceError> {
     let dir = copy_dir(&scratch.root(), name);
     private_dir(dir.parent().filter(|_| name.is_some()).unwrap_or(&dir))?;
@@ -128,10 +145,11 @@ pub fn copy(
     }
     let again = dir.join("upper").is_dir();
     let why = match form_here() {
-        (Form::Overlay, _) => match over(cell_dir, name, &dir, lower, mask) {
+        (Form::Overlay, _) => match over(cell_dir, name, &dir, lower, mask, fill) {
             Ok(copied) => return Ok(copied),
             // What was written before cannot be seen without the overlay: no other copy stands in for it.
             Err(error) if again => return Err(error),
+            Err(error @ WorkspaceError::CarryOver { .. }) => return Err(error),
             Err(error) => {
                 forget_upper(&dir)?;
                 format!("workspaces are copied file by file: {error}")
@@ -147,6 +165,7 @@ pub fn copy(
     let source = staged.as_ref().map(AsFd::as_fd).or(direct);
     let source = source.ok_or_else(|| io_at("open", lower)(io::Error::from(io::ErrorKind::NotFound)))?;
     let done = whole::copy_tree(source, lower, &tree, mask, limits)?;
+    fill(&CopyParts { form: Form::Whole, dir: tree.clone() })?;
     let mut notes = vec![why];
     notes.extend(done.notes());
     Ok(Copied { parts: CopyParts { form: Form::Whole, dir: tree.clone() }, path: tree, notes })
@@ -172,11 +191,13 @@ fn over(
     dir: &Path,
     lower: &Path,
     mask: &Mask,
+    fill: &dyn Fn(&CopyParts) -> Result<(), WorkspaceError>,
 ) -> Result<Copied, WorkspaceError> {
     let (upper, work) = (dir.join("upper"), dir.join("work"));
     let layers = laid(cell_dir, name, lower, mask)?;
     if !upper.is_dir() {
         make_upper(&upper, lower)?;
+        fill(&CopyParts { form: Form::Overlay, dir: upper.clone() })?;
     }
     // Anew each time: what is left of an earlier one means nothing, and forbids to mount it again.
     whole::remove_below(dir, "work")?;

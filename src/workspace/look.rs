@@ -93,12 +93,10 @@ impl Walk<'_> {
             };
             let Ok(here) = here else { continue };
             let kind = match entry.file_type() {
-                FileType::Unknown => {
-                    match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-                        Ok(stat) => kind_of(FileType::from_raw_mode(stat.st_mode)),
-                        Err(_) => continue,
-                    }
-                }
+                FileType::Unknown => match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+                    Ok(stat) => kind_of(FileType::from_raw_mode(stat.st_mode)),
+                    Err(_) => continue,
+                },
                 known => kind_of(known),
             };
             if kind == Kind::Dir && (self.enter)(&here) {
@@ -131,7 +129,9 @@ fn kind_of(kind: FileType) -> Kind {
 
 fn open(dir: BorrowedFd<'_>, name: &std::ffi::CStr) -> Option<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let resolve =
-        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    let resolve = ResolveFlags::BENEATH
+        | ResolveFlags::NO_SYMLINKS
+        | ResolveFlags::NO_MAGICLINKS
+        | ResolveFlags::NO_XDEV;
     rustix::fs::openat2(dir, name, flags, Mode::empty(), resolve).ok()
 }

@@ -138,7 +138,8 @@ mod tests {
 
     #[test]
     fn what_holds_other_mounts_is_taken_off_before_them() {
-        let mount = |id, point: &str, fs_type: &str| Mount { id, point: point.into(), fs_type: fs_type.into() };
+        let mount =
+            |id, point: &str, fs_type: &str| Mount { id, point: point.into(), fs_type: fs_type.into() };
         let mut mounts = [
             mount(9, "/c/layers/lower", "ext4"),
             mount(8, "/c/scratch", "ext4"),

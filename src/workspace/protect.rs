@@ -60,13 +60,19 @@ fn is_git(name: &[u8]) -> bool {
 
 /// Whether git obeys `name` below a repository's directory, in `above` of it.
 fn in_git(above: &[&[u8]], name: &[u8]) -> bool {
-    let obeyed = matches!(name, b"config" | b"config.worktree" | b"hooks" | b"info" | b"commondir" | b"gitdir");
+    let obeyed =
+        matches!(name, b"config" | b"config.worktree" | b"hooks" | b"info" | b"commondir" | b"gitdir");
     match above {
         [] => obeyed,
         [first, ..] => match *first {
             b"worktrees" => above.len() == 2 && obeyed,
             // Branches can be called anything: what looks like one of these in them is none.
-            b"modules" => obeyed && !above.iter().any(|p| matches!(*p, b"objects" | b"refs" | b"logs" | b"hooks" | b"info")),
+            b"modules" => {
+                obeyed
+                    && !above
+                        .iter()
+                        .any(|p| matches!(*p, b"objects" | b"refs" | b"logs" | b"hooks" | b"info"))
+            }
             _ => false,
         },
     }
@@ -102,7 +108,8 @@ impl Guarded {
                 || guard_of(&found.path, Kind::File).is_some()
                 || guard_of(&found.path, Kind::Dir) == Some(Protection::ReadOnly);
             // A directory that may hold settings is none itself.
-            let harmless = found.kind == Kind::Dir && guard_of(&found.path, Kind::Dir) == Some(Protection::Stays)
+            let harmless = found.kind == Kind::Dir
+                && guard_of(&found.path, Kind::Dir) == Some(Protection::Stays)
                 && !is_git(found.path.name());
             let known = before.contains(&(found.path.as_bytes(), found.kind as u8));
             if named && !harmless && !known && !new.iter().any(|top| found.path.is_at_or_below(top)) {
@@ -118,11 +125,17 @@ impl Guarded {
 ///
 /// # Errors
 /// [`WorkspaceError::Io`].
-pub fn set_aside(dir: BorrowedFd<'_>, path: &TreePath, job: &JobId) -> Result<Option<TreePath>, WorkspaceError> {
+pub fn set_aside(
+    dir: BorrowedFd<'_>,
+    path: &TreePath,
+    job: &JobId,
+) -> Result<Option<TreePath>, WorkspaceError> {
     let shown = path.as_path();
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let resolve =
-        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    let resolve = ResolveFlags::BENEATH
+        | ResolveFlags::NO_SYMLINKS
+        | ResolveFlags::NO_MAGICLINKS
+        | ResolveFlags::NO_XDEV;
     let above = path.parent();
     let parent = above.as_ref().map_or(Path::new("."), |parent| parent.as_path());
     let parent = match rustix::fs::openat2(dir, parent, flags, Mode::empty(), resolve) {
@@ -130,12 +143,14 @@ pub fn set_aside(dir: BorrowedFd<'_>, path: &TreePath, job: &JobId) -> Result<Op
         Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
         Err(errno) => return Err(io_at("open the directory of", shown)(errno)),
     };
-    let old = std::ffi::CString::new(path.name()).map_err(|e| io_at("set aside", shown)(std::io::Error::other(e)))?;
+    let old = std::ffi::CString::new(path.name())
+        .map_err(|e| io_at("set aside", shown)(std::io::Error::other(e)))?;
     for number in 0..NAMES_MAX {
         let more = if number == 0 { String::new() } else { format!("-{number}") };
         let mut name = path.name().to_vec();
         name.extend_from_slice(format!(".quarantined-{job}{more}").as_bytes());
-        let renamed = rustix::fs::renameat_with(&parent, &old, &parent, name.as_slice(), RenameFlags::NOREPLACE);
+        let renamed =
+            rustix::fs::renameat_with(&parent, &old, &parent, name.as_slice(), RenameFlags::NOREPLACE);
         match renamed {
             Ok(()) => {
                 let joined = match &above {

@@ -89,10 +89,21 @@ mod tests {
     #[test]
     fn usual_names_of_secrets_are_known_and_examples_are_not() {
         let file = |name: &str| looks_secret(&TreePath::new(name).expect("path"), Kind::File);
-        for name in [".env", "a/.env.local", ".npmrc", "x/id_rsa", "certs/server.pem", "ID_RSA", ".envrc", "credentials.json"] {
+        for name in [
+            ".env",
+            "a/.env.local",
+            ".npmrc",
+            "x/id_rsa",
+            "certs/server.pem",
+            "ID_RSA",
+            ".envrc",
+            "credentials.json",
+        ] {
             assert!(file(name), "{name}");
         }
-        for name in [".env.example", "id_rsa.pub", "environment.ts", "README.md", "keys.rs", "src/env", ".env.sample"] {
+        for name in
+            [".env.example", "id_rsa.pub", "environment.ts", "README.md", "keys.rs", "src/env", ".env.sample"]
+        {
             assert!(!file(name), "{name}");
         }
         assert!(looks_secret(&TreePath::new("home/.aws").expect("path"), Kind::Dir));
@@ -101,13 +112,17 @@ mod tests {
     #[test]
     fn what_is_hidden_is_no_warning_and_the_list_is_bounded() {
         let found = |name: &str| Found { path: TreePath::new(name).expect("path"), kind: Kind::File };
-        let looked = Looked { found: vec![found(".env"), found("a/.npmrc"), found("src/main.rs")], complete: true };
+        let looked =
+            Looked { found: vec![found(".env"), found("a/.npmrc"), found("src/main.rs")], complete: true };
         let rules = HideRules::new(&[".env*".to_owned()]).expect("rules");
         let warnings = warnings(&looked, &rules);
         assert_eq!(warnings.len(), 1);
         assert!(warnings[0].starts_with("\"a/.npmrc\" looks like a secret"), "{warnings:?}");
         let many = Looked { found: (0..30).map(|n| found(&format!("{n}.pem"))).collect(), complete: true };
         let all = super::warnings(&many, &HideRules::default());
-        assert_eq!((all.len(), all.last().map(String::as_str)), (NAMED_MAX + 1, Some("10 more paths look like secrets")));
+        assert_eq!(
+            (all.len(), all.last().map(String::as_str)),
+            (NAMED_MAX + 1, Some("10 more paths look like secrets"))
+        );
     }
 }

@@ -10,7 +10,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid,
+};
 use rustix::io::Errno;
 
 use super::mask::Mask;
@@ -198,7 +200,9 @@ impl Copy<'_> {
             return Err(Stop::Limit(format!("holds more than the {bytes_max} bytes that its copy may have")));
         }
         if self.done.entries > entries_max {
-            return Err(Stop::Limit(format!("holds more than the {entries_max} files that its copy may have")));
+            return Err(Stop::Limit(format!(
+                "holds more than the {entries_max} files that its copy may have"
+            )));
         }
         self.in_time()
     }
@@ -210,7 +214,13 @@ impl Copy<'_> {
         Err(Stop::Limit(format!("cannot be copied within {} s", self.limits.time_max.as_secs())))
     }
 
-    fn file(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Result<(), Stop> {
+    fn file(
+        &mut self,
+        from: BorrowedFd<'_>,
+        to: BorrowedFd<'_>,
+        name: &CStr,
+        stat: &Stat,
+    ) -> Result<(), Stop> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let out = rustix::fs::openat(to, name, flags, Mode::RUSR | Mode::WUSR);
         let mut out = File::from(out.map_err(failed("make the copy of"))?);
@@ -325,12 +335,14 @@ mod tests {
         let from = dir.path().join("from");
         std::fs::create_dir_all(from.join("src/deep")).expect("made");
         std::fs::write(from.join("src/a.rs"), "fn a() {}").expect("written");
-        std::fs::set_permissions(from.join("src/a.rs"), std::fs::Permissions::from_mode(0o751)).expect("mode");
+        std::fs::set_permissions(from.join("src/a.rs"), std::fs::Permissions::from_mode(0o751))
+            .expect("mode");
         std::fs::write(from.join(".env"), "SECRET=1").expect("written");
         std::fs::create_dir(from.join("keys")).expect("made");
         std::fs::write(from.join("keys/k"), "SECRET").expect("written");
         symlink("/etc/passwd", from.join("link")).expect("link");
-        std::fs::set_permissions(from.join("src/deep"), std::fs::Permissions::from_mode(0o2555)).expect("mode");
+        std::fs::set_permissions(from.join("src/deep"), std::fs::Permissions::from_mode(0o2555))
+            .expect("mode");
         (dir, from)
     }
 

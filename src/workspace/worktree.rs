@@ -57,9 +57,12 @@ pub fn worktree(
     let copy = opened.try_clone().map_err(io_at("open", &common))?;
     let (place, ours) = (place.clone(), record.path.join(".git"));
     let below = name.clone();
-    let names_it = peer::as_peer(identity, &common, move || Ok(names_worktree(&copy, &below, &place, &ours)))?;
+    let names_it =
+        peer::as_peer(identity, &common, move || Ok(names_worktree(&copy, &below, &place, &ours)))?;
     if !names_it {
-        return told("the repository that `.git` names does not know this worktree (`git worktree repair` helps)");
+        return told(
+            "the repository that `.git` names does not know this worktree (`git worktree repair` helps)",
+        );
     }
     Ok(Some(Ok(Worktree { dir: opened, record: found, name })))
 }

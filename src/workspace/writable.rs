@@ -71,6 +71,35 @@ pub(super) fn open_all(
     })
 }
 
+/// The same parts of a copy at `view`, which nobody works in yet: to be bound over it, writable, where the rest of it is
+/// not. `workspace` is for messages. Blocks.
+///
+/// # Errors
+/// [`WorkspaceError::Writable`].
+pub fn parts_of_copy(
+    workspace: &Path,
+    view: &Path,
+    paths: &[PathBuf],
+) -> Result<Vec<StagedPart>, WorkspaceError> {
+    let dir = super::overlay::open_dir(view).map_err(io_at("open", view))?;
+    let part = |below: &PathBuf| {
+        let bad =
+            |why| WorkspaceError::Writable { workspace: workspace.to_owned(), path: below.clone(), why };
+        let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+        let found = rustix::fs::openat2(&dir, below, flags, Mode::empty(), resolve);
+        let stat = found.and_then(rustix::fs::fstat);
+        let stat = stat.map_err(|_| bad("does not exist in the copy, or goes through a symbolic link"))?;
+        let is_dir = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => true,
+            FileType::RegularFile => false,
+            _ => return Err(bad("is neither a file nor a directory")),
+        };
+        Ok(StagedPart { path: view.join(below), below: below.clone(), is_dir, wants_read_only: false })
+    };
+    paths.iter().map(part).collect()
+}
+
 /// Runs with the submitter's credentials.
 fn open_one(dir: &OwnedFd, workspace: &Path, below: PathBuf) -> Result<Part, WorkspaceError> {
     let bad = |why| WorkspaceError::Writable { workspace: workspace.to_owned(), path: below.clone(), why };

@@ -76,7 +76,7 @@ pub(crate) fn policy_file(data: &[u8]) {
         }
     };
     for key in ["rule[0].path[1]", "egress.host[3].name", "limits.cpus", "models.allow[0]", "description"] {
-        assert!(Policy::line_of(&policy_text, key).is_none_or(|line| line <= lines(&policy_text)));
+        assert!(Policy::place_of(&policy_text, key).is_none_or(|(line, _)| line <= lines(&policy_text)));
     }
     let narrowing = match Narrowing::parse("narrow.toml", &narrow_text) {
         Ok(narrowing) => {
@@ -106,8 +106,8 @@ fn lines(text: &str) -> usize {
 
 fn line_is_there(error: &PolicyError, text: &str) {
     assert!(!error.to_string().is_empty());
-    if let PolicyError::Value { line: Some(line), .. } = error {
-        assert!(*line >= 1 && *line <= lines(text), "{error}");
+    if let Some(line) = error.line {
+        assert!(line >= 1 && line <= lines(text), "{error}");
     }
 }
 
@@ -290,8 +290,10 @@ fn same_however_cut(kind: &str, data: &[u8]) -> Reading {
     assert_eq!(read(kind, data, |left| 1 + cuts.next(left)), whole, "{kind}, large cuts");
     assert_eq!(read(kind, data, |_| 1), whole, "{kind}, byte by byte");
     for tokens in [0, 1_000, u64::MAX] {
-        if let (Some(seen), Some(billed)) = (whole.usage, whole.billable(tokens)) {
-            assert!(billed.output >= seen.output && billed.input == seen.input);
+        for to_its_end in [true, false] {
+            if let (Some(seen), Some(billed)) = (whole.usage, whole.billable(tokens, to_its_end)) {
+                assert!(billed.output >= seen.output && billed.input == seen.input);
+            }
         }
     }
     whole

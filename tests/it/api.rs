@@ -376,7 +376,7 @@ fn every_error_has_one_shape_and_every_answer_its_schema() {
     references(&document, &document);
     let operations: usize =
         document["paths"].as_object().unwrap().values().map(|p| p.as_object().unwrap().len()).sum();
-    assert_eq!(operations, 16, "each operation of the API is described");
+    assert_eq!(operations, 22, "each operation of the API is described");
     for key in ["id", "state", "cost_usd", "totals"] {
         let properties = document["components"]["schemas"]["JobView"].to_string();
         assert!(properties.contains(&format!("\"{key}\"")), "JobView has no {key}: {properties}");
@@ -450,7 +450,8 @@ fn metrics_are_seeded_and_move_with_the_jobs() {
         ("hotcell_job_queue_seconds_count", 2.0),
         ("hotcell_job_phase_seconds_count{phase=\"boot\"}", 1.0),
         ("hotcell_job_phase_seconds_count{phase=\"collect\"}", 2.0),
-        ("hotcell_gateway_refused_total", 0.0),
+        ("hotcell_gateway_refused_total{reason=\"credential\"}", 0.0),
+        ("hotcell_gateway_refused_total{reason=\"budget\"}", 0.0),
         ("hotcell_orphans_reaped_total{kind=\"container\"}", 0.0),
         ("hotcell_orphans_reaped_total{kind=\"reservation\"}", 0.0),
     ] {

@@ -203,3 +203,56 @@ fn nobody_reads_another_users_audit_and_an_admin_reads_all() {
     );
     world.end();
 }
+
+#[test]
+fn what_was_decided_in_a_job_outlives_its_removal() {
+    let mut world = fake_agent::world("");
+    let by = |world: &World, uid, method: &str, path: &str, body: &str| {
+        world.curl(method, path, body, &[], Some(uid)).unwrap()
+    };
+    let mut jobs = Vec::new();
+    for uid in [ANN, BOB] {
+        let spec = fake_agent::spec("ask 2").to_string();
+        let id = by(&world, uid, "POST", "/v1/jobs", &spec).json()["id"].as_str().unwrap().to_owned();
+        fake_agent::done(&mut world, &id);
+        jobs.push(id);
+    }
+    let get = |world: &World, uid, path: &str| {
+        let answer = by(world, uid, "GET", path, "");
+        if answer.status == 200 { Some(records(&answer.body)) } else { None }
+    };
+    let one = |job: &str| format!("/v1/jobs/{job}/audit");
+    let anns = get(&world, ANN, "/v1/audit").unwrap();
+    let bobs = get(&world, BOB, "/v1/audit").unwrap();
+    assert!(of_kind(&anns, "tool").len() == 2 && of_kind(&anns, "end").len() == 1, "{anns:#?}");
+    assert_eq!(by(&world, BOB, "DELETE", &format!("/v1/jobs/{}", jobs[0]), "").status, 404);
+    assert_eq!(by(&world, ANN, "DELETE", &format!("/v1/jobs/{}", jobs[0]), "").status, 204);
+    assert_eq!(by(&world, ANN, "DELETE", &format!("/v1/jobs/{}", jobs[0]), "").status, 404);
+    assert!(!world.state_dir().join("jobs").join(&jobs[0]).exists(), "its events are gone");
+
+    let told = |world: &World| {
+        assert_eq!(get(world, ANN, "/v1/audit").unwrap(), anns);
+        assert_eq!(get(world, ANN, &one(&jobs[0])).unwrap(), anns);
+        assert_eq!(get(world, 0, &one(&jobs[0])).unwrap(), anns);
+        assert_eq!(get(world, BOB, "/v1/audit").unwrap(), bobs);
+        assert_eq!(get(world, BOB, &one(&jobs[0])), None, "nobody reads another user's");
+        assert_eq!(get(world, 0, "/v1/audit").unwrap(), [bobs.clone(), anns.clone()].concat());
+        let last = anns.last().unwrap()["seq"].as_u64().unwrap();
+        assert_eq!(get(world, ANN, &format!("{}?after_seq={}", one(&jobs[0]), last - 1)).unwrap().len(), 1);
+        assert_eq!(get(world, ANN, "/v1/audit?kind=end").unwrap().len(), 1);
+    };
+    told(&world);
+    let (code, out, _) = world.run(&["audit", "-f", &jobs[0]]);
+    assert_eq!((code, records(&out)), (0, anns.clone()), "a follower ends at once");
+
+    // As a crash between the writing and the removal leaves it: the file is there, and the job too.
+    let month = std::fs::read_dir(world.state_dir().join("audit")).unwrap().next().unwrap().unwrap().path();
+    std::fs::write(month.join(format!("{BOB}.{}.ndjson", jobs[1])), "cut of").unwrap();
+    world.kill();
+    world.start();
+    told(&world);
+    assert_eq!(by(&world, BOB, "DELETE", &format!("/v1/jobs/{}", jobs[1]), "").status, 204);
+    assert_eq!(get(&world, BOB, "/v1/audit").unwrap(), bobs);
+    assert_eq!(get(&world, 0, "/v1/audit").unwrap().len(), anns.len() + bobs.len());
+    world.end();
+}

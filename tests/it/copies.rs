@@ -22,7 +22,8 @@ fn notes(events: &[Value]) -> Vec<&str> {
 
 /// Every path below `dir` with kind, owner, mode, content and times.
 fn snapshot(dir: &Path) -> String {
-    let line = "find . -printf '%p %y %U:%G %m %s %T@ %l\\n' | sort; find . -type f | sort | xargs -r sha256sum";
+    let line =
+        "find . -printf '%p %y %U:%G %m %s %T@ %l\\n' | sort; find . -type f | sort | xargs -r sha256sum";
     let output = Command::new("sh").args(["-c", line]).current_dir(dir).output().unwrap();
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
@@ -55,11 +56,14 @@ fn job(world: &World, spec: &Value) -> (Value, Vec<Value>, Value) {
 /// A repository of Ann's with a commit, a token in its configuration, and secrets beside it.
 fn repository(world: &World, name: &str) -> PathBuf {
     let dir = world.workspace(name, ANN);
-    sh(&dir, &format!(
-        "git init -q -b main && echo hello >greeting.txt && git add . && git commit -qm first && \
+    sh(
+        &dir,
+        &format!(
+            "git init -q -b main && echo hello >greeting.txt && git add . && git commit -qm first && \
          git remote add origin https://ann:{TOKEN}@example.org/app.git && mkdir -p sub .claude && \
          echo K={TOKEN} >.env && echo {TOKEN} >sub/server.pem && echo '{{}}' >.claude/settings.json && echo x >sub/plain"
-    ));
+        ),
+    );
     dir
 }
 
@@ -71,7 +75,8 @@ fn an_agent_edits_a_copy_and_the_original_stays_as_it_was() {
     chown(dir.join(".htpasswd"), Some(ANN), Some(ANN)).unwrap();
     let before = snapshot(&dir);
     // The strict policy's first mode: nobody asked for a copy.
-    let (submitted, events, view) = job(&world, &json!({ "prompt": "greeting", "workspace": { "path": dir } }));
+    let (submitted, events, view) =
+        job(&world, &json!({ "prompt": "greeting", "workspace": { "path": dir } }));
     assert_eq!(view["workspace_mode"], "copy");
     assert!(tool_results(&events).contains("hello, world"), "{}", tool_results(&events));
     assert_eq!(snapshot(&dir), before);
@@ -130,7 +135,8 @@ fn what_is_hidden_stays_out_in_every_mode_and_in_place_git_and_settings_are_safe
 #[test]
 fn a_cell_can_see_a_workspace_at_its_own_path_beside_others() {
     let world = World::without_daemon("", "");
-    let (dir, lib, tmp) = (world.workspace("app", ANN), world.workspace("lib", ANN), world.workspace("tmpl", ANN));
+    let (dir, lib, tmp) =
+        (world.workspace("app", ANN), world.workspace("lib", ANN), world.workspace("tmpl", ANN));
     drop(world);
     let at = dir.display().to_string();
     let read = |path: &str| format!("{{ tool = \"Read\", input = {{ file_path = {path:?} }} }}");
@@ -138,7 +144,8 @@ fn a_cell_can_see_a_workspace_at_its_own_path_beside_others() {
         "usage = {{ input = 10, output = 20 }}\n[[reply]]\nwhen = {{ turn = 0, tools = true }}\nblocks = [{}, {}, \
          {{ tool = \"Bash\", input = {{ command = \"pwd; cat a; echo x >b && ls; cat /workspaces/lib/l; echo x >/workspaces/lib/y; \
          echo x >>/workspaces/tmpl/t && cat /workspaces/tmpl/t\", description = \"look\" }} }}]\n[default]\ntext = \"done\"\n",
-        read(&format!("{at}/a")), read(&format!("{at}/secret"))
+        read(&format!("{at}/a")),
+        read(&format!("{at}/secret"))
     );
     let policies = tempfile::tempdir().unwrap();
     let text = format!(
@@ -150,10 +157,14 @@ fn a_cell_can_see_a_workspace_at_its_own_path_beside_others() {
     for path in [&dir, &lib, &tmp] {
         std::fs::create_dir_all(path).unwrap();
     }
-    for (path, text) in [(dir.join("a"), "text of a\n"), (dir.join("secret"), "top\n"), (lib.join("l"), "of lib\n"), (tmp.join("t"), "of tmpl\n")] {
+    for (path, text) in [
+        (dir.join("a"), "text of a\n"),
+        (dir.join("secret"), "top\n"),
+        (lib.join("l"), "of lib\n"),
+        (tmp.join("t"), "of tmpl\n"),
+    ] {
         std::fs::write(&path, text).unwrap();
     }
-    sh(Path::new("/"), "true");
     for path in [&dir, &lib, &tmp] {
         assert!(Command::new("chown").args(["-R", "4242:4242"]).arg(path).status().unwrap().success());
     }
@@ -198,12 +209,18 @@ fn a_worktree_has_its_repository_and_a_forged_link_has_nothing() {
     let spec = json!({ "prompt": "x", "policy": "trusted", "workspace": { "path": tree } });
     let (_, events, _) = job(&world, &spec);
     let text = tool_results(&events);
-    assert!(text.contains("first") && text.contains("second") && text.contains("/workspace.git/worktrees/feature"), "{text}");
+    assert!(
+        text.contains("first")
+            && text.contains("second")
+            && text.contains("/workspace.git/worktrees/feature"),
+        "{text}"
+    );
     assert!(!text.contains(TOKEN), "{text}");
     assert_eq!((snapshot(&tree), snapshot(&main)), (before, main_before));
     // What a `.git` file names has to name the worktree too: nobody can have another directory shown.
     let forged = world.workspace("forged", ANN);
-    std::fs::write(forged.join(".git"), format!("gitdir: {}/.git/worktrees/feature\n", main.display())).unwrap();
+    std::fs::write(forged.join(".git"), format!("gitdir: {}/.git/worktrees/feature\n", main.display()))
+        .unwrap();
     let spec = json!({ "prompt": "x", "policy": "trusted", "workspace": { "path": forged } });
     let (_, events, _) = job(&world, &spec);
     let text = tool_results(&events);
@@ -234,7 +251,10 @@ fn a_daemon_of_an_ordinary_user_copies_every_file_and_says_why() {
         assert!(Command::new(program).args(&args).status().unwrap().success(), "{program} {args:?}");
     }
     world.daemon_uid = Some(ANN);
+    world.daemon_env.push(("HOME".to_owned(), world.dir.path().display().to_string()));
     world.start();
+    let health = world.call("GET", "/healthz", "").json();
+    assert_eq!(health["notes"], json!(["workspaces are copied file by file: the daemon is not root"]));
     let before = snapshot(&dir);
     let mut spec = fake_agent::spec("sleep 600");
     spec["workspace"] = json!({ "path": dir });
@@ -277,7 +297,7 @@ fn nothing_is_left_of_a_copy_when_the_daemon_is_killed_and_the_job_goes_on() {
     assert_eq!(view["outcome"], "succeeded", "{view}");
     // Killed while it is made, or while it is taken down: whatever the moment, the next daemon takes the rest away.
     for wait_ms in [0, 20, 40, 60, 80, 100, 130, 160, 200, 250] {
-        let mut spec = fake_agent::spec("");
+        let mut spec = fake_agent::spec("sleep 0");
         spec["workspace"] = json!({ "path": dir });
         let id = world.submit(&spec);
         std::thread::sleep(std::time::Duration::from_millis(wait_ms));

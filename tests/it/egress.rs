@@ -162,6 +162,11 @@ fn answer(shared: &Shared, request: &Request<Incoming>) -> Response<Full<Bytes>>
         "/redirect" => {
             build.status(302).header("location", "http://169.254.169.254/").body(Full::default()).unwrap()
         }
+        "/npm/thing" => {
+            let version = json!({ "name": "thing", "version": "1.2.3", "dist": { "tarball": "https://none.example/" } });
+            let package = json!({ "name": "thing", "dist-tags": { "latest": "1.2.3" }, "versions": { "1.2.3": version } });
+            build.header("content-type", "application/json").body(Full::from(package.to_string())).unwrap()
+        }
         "/go" if !shared.go.load(Ordering::SeqCst) => build.status(503).body(Full::default()).unwrap(),
         _ => build
             .header("content-type", "text/plain")
@@ -211,6 +216,17 @@ fn the_usual_tools_reach_what_the_policy_names_and_nothing_else() {
         node -e 'fetch("https://inspected.example/hello").then(r => r.text()).then(t => console.log("node: " + t))'
         python3 -c 'import urllib.request; print("python: " + urllib.request.urlopen("https://inspected.example/hello").read().decode())'
         git clone -q https://inspected.example/repo.git /tmp/clone && echo "git: $(cat /tmp/clone/README)"
+        echo "npm: $(npm view --registry https://inspected.example/npm/ thing version)"
+        echo "openssl: $(openssl s_client -proxy 127.0.0.1:3128 -connect inspected.example:443 -servername inspected.example \
+            -verify_return_error -brief </dev/null 2>&1 | grep Verification)"
+        # What tools that the image lacks would read, as strictly as Python's newest releases do.
+        python3 -c '
+import os, ssl, urllib.request
+for name in "REQUESTS_CA_BUNDLE", "PIP_CERT", "CARGO_HTTP_CAINFO", "AWS_CA_BUNDLE":
+    context = ssl.create_default_context(cafile=os.environ[name])
+    context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+    answer = urllib.request.urlopen("https://inspected.example/hello", context=context)
+    print(f"bundle of {name}: {answer.read().decode()}")'
         echo "keys: $(cat /.hotcell/ca.pem /.hotcell/ca-more.pem | grep -c 'PRIVATE KEY') $(cat /.hotcell/ca.key | wc -c)"
     "#;
     let mut world = internet.world(&one_command(command), RULES);
@@ -228,6 +244,12 @@ fn the_usual_tools_reach_what_the_policy_names_and_nothing_else() {
         "node: hello from inspected.example",
         "python: hello from inspected.example",
         "git: cloned through the gateway",
+        "npm: 1.2.3",
+        "openssl: Verification: OK",
+        "bundle of REQUESTS_CA_BUNDLE: hello from inspected.example",
+        "bundle of PIP_CERT: hello from inspected.example",
+        "bundle of CARGO_HTTP_CAINFO: hello from inspected.example",
+        "bundle of AWS_CA_BUNDLE: hello from inspected.example",
         "keys: 0 0",
     ] {
         assert!(results.contains(line), "{line} is missing:\n{results}");
@@ -297,6 +319,37 @@ fn webfetch_reaches_the_hosts_of_egress_and_no_other() {
         results.starts_with('0') && !results.contains("egress.sock") && !results.contains("ca.pem"),
         "{results}"
     );
+    world.end();
+}
+
+#[test]
+fn what_a_job_used_of_a_limit_is_counted_over_a_kill_of_the_daemon() {
+    let internet = Internet::new();
+    // As much as the limit before the kill and as much after it would pass, if the count began anew.
+    let command = "n=0; while [ $n -lt 60 ]; do curl -sS http://plain.example/before >/dev/null; n=$((n+1)); done; \
+        until curl -sSf http://second.example/go 2>/dev/null; do sleep 0.1; done; \
+        n=0; while [ $n -lt 200 ]; do curl -sSf http://plain.example/after >/dev/null 2>&1 || break; n=$((n+1)); done; \
+        echo \"then $(curl -sS http://plain.example/after)\"";
+    let rules = "[[egress.host]]\nname = \"plain.example\"\nports = [80]\nbytes_down_max = 12000\n\
+        [[egress.host]]\nname = \"second.example\"\nports = [80]\n";
+    let mut world = internet.world(&one_command(command), rules);
+    let id = world.submit(&json!({ "prompt": "reach out", "policy": "reach" }));
+    world.wait_for("all requests before", |_| internet.seen().iter().any(|line| line.ends_with("/go")));
+    world.kill();
+    world.start();
+    internet.shared.go.store(true, Ordering::SeqCst);
+    let events = world.follow(&id);
+    assert_eq!(world.show(&id)["outcome"], "succeeded", "{}", world.log());
+    assert!(tool_results(&events).contains("bytes_down_max is reached"), "{}", tool_results(&events));
+    let reached = of_type(&events, "egress");
+    let down: u64 = reached
+        .iter()
+        .filter(|e| e["host"] == "plain.example")
+        .filter_map(|e| e["bytes_down"].as_u64())
+        .sum();
+    let before = internet.seen().iter().filter(|line| line.ends_with("/before")).count();
+    assert!(before >= 30, "the test itself: {before} requests came before the kill");
+    assert!((4_000..=12_500).contains(&down), "{down} bytes came of 12000");
     world.end();
 }
 

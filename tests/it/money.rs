@@ -111,6 +111,11 @@ fn reports(world: &World, first: &str) {
     assert_eq!(keys(&cost(world, &["--since", day, "--until", day])), whole(Some("claude-sonnet-4-6")));
     assert!(keys(&cost(world, &["--until", "2020-01-01"])).is_empty());
 
+    let root = &cost(world, &["--by", "user"])["rows"][0];
+    assert_eq!((&root["uid"], &root["user"]), (&json!(0), &json!("root")));
+    let (code, out, _) = world.run(&["cost", "--by", "user"]);
+    assert!(code == 0 && out.contains("\nroot "), "{out}");
+
     let (code, out, _) = world.run(&["cost", "--by", "batch", "--csv"]);
     assert_eq!(code, 0);
     assert_eq!(

@@ -55,6 +55,16 @@ fn only_the_listed_paths_can_be_written_and_the_host_sees_it() {
     assert_eq!(std::fs::read_to_string(workspace.join("src/file")).unwrap(), "new\n");
     assert_eq!(std::fs::read_to_string(workspace.join("REPORT.md")).unwrap(), "the report\n", "{text}");
     assert_eq!(std::fs::read_to_string(workspace.join("src/made")).unwrap(), "by the tool", "{text}");
+    // A copy has the same walls, and nothing of it reaches the original.
+    let before = std::fs::read_to_string(workspace.join("src/file")).unwrap();
+    std::fs::write(workspace.join("src/file"), "as it was\n").unwrap();
+    let copy = json!({ "prompt": "x", "policy": "zoo", "workspace": { "path": workspace, "mode": "copy" } });
+    let (events, job) = run_as_user(&world, &copy);
+    assert_eq!(job["outcome"], "succeeded", "{job:#}\n{}", world.log());
+    let text = tool_results(&events);
+    assert!(text.matches("Read-only file system").count() >= 3 && text.contains("code 1"), "{text}");
+    assert_eq!(std::fs::read_to_string(workspace.join("src/file")).unwrap(), "as it was\n");
+    std::fs::write(workspace.join("src/file"), before).unwrap();
     let told = world
         .recorder
         .requests()

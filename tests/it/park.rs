@@ -25,6 +25,11 @@ when = { prompt = "limited-long" }
 times = 1
 fault = { status = 429, type = "rate_limit_error", message = "slow down", headers = { retry-after = "600" } }
 
+[[reply]]
+when = { prompt = "limited-alone" }
+times = 1
+fault = { status = 429, type = "rate_limit_error", message = "not for this account", headers = { retry-after = "600", x-should-retry = "false" } }
+
 [default]
 text = "done"
 "#;
@@ -168,6 +173,20 @@ fn a_parked_job_holds_nothing_and_others_of_its_credential_wait_with_it() {
     let (events, view) = done(&mut world, &other);
     assert_eq!(view["outcome"], "succeeded", "{view}");
     assert_eq!(states(&events), ["queued", "parked", "queued", "preparing", "running", "collecting", "done"]);
+    world.end();
+}
+
+#[test]
+fn a_job_that_is_limited_for_what_it_asks_waits_alone() {
+    let mut world = world("");
+    let job = parked_for_long(&mut world, "model limited-alone");
+    let other = world.submit(&spec("model anything"));
+    let (events, view) = done(&mut world, &other);
+    assert_eq!(view["outcome"], "succeeded", "{view}");
+    assert!(!states(&events).contains(&"parked"), "{events:?}");
+    assert_eq!(world.show(&job)["state"], "parked");
+    assert_eq!(world.call("POST", &format!("/v1/jobs/{job}/cancel"), "").status, 200);
+    done(&mut world, &job);
     world.end();
 }
 

@@ -89,8 +89,24 @@ fn each_shipped_policy_keeps_its_promise_and_explains_it() {
             assert!(!results.contains(text), "{name}: {text:?} was read: {results}");
         }
         explained(&world, name, &events);
+        listed(&world, name, &events);
     }
     world.end();
+}
+
+/// What the CLI lists is what is known of it, and what the policy names is listed: or it would name nothing.
+fn listed(world: &World, name: &str, events: &[Value]) {
+    let init = events.iter().find(|e| e["frame"]["subtype"] == "init").unwrap();
+    let tools: Vec<&str> =
+        init["frame"]["tools"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    let known = hotcell::agent::tools::BUILT_IN_TOOLS;
+    assert!(tools.iter().all(|tool| known.contains(tool)), "{name}: {tools:?}");
+    let (_, out, _) = world.run(&["policy", "show", name, "--json"]);
+    let policy: Value = serde_json::from_str(&out).unwrap();
+    let allow = policy["policy"]["tools"]["allow"].as_array().unwrap();
+    for tool in allow.iter().filter_map(Value::as_str).filter(|tool| !tool.ends_with('*')) {
+        assert!(tools.contains(&tool), "{name} allows {tool}, which the CLI does not list: {tools:?}");
+    }
 }
 
 /// What the agent left in the workspace.
@@ -147,8 +163,8 @@ fn a_narrowing_of_the_users_own_holds_in_the_cell_and_cannot_widen() {
     );
     for (text, words) in [
         ("[limits]\ncost = 1", "unknown field"),
-        ("[[rule]]\naction = 'deny'", "narrow, line 1: rule[0].reason"),
-        ("[models]\nallow = ['x']\nunpriced = { input = 1.0, output = 1.0 }", "line 3: models.unpriced"),
+        ("[[rule]]\naction = 'deny'", "narrow:1: rule[0].reason"),
+        ("[models]\nallow = ['x']\nunpriced = { input = 1.0, output = 1.0 }", "narrow:3: models.unpriced"),
     ] {
         let answer = world.call("POST", "/v1/jobs", &json!({ "prompt": "x", "narrow": text }).to_string());
         assert_eq!(answer.status, 400, "{}", answer.body);
@@ -181,7 +197,18 @@ fn a_malformed_policy_is_told_by_file_line_and_key_and_a_dead_rule_is_a_warning(
         let text = trusted.replace(change.0, change.1);
         let (code, out, err) = check("bad.toml", &text);
         assert_eq!(code, 2, "{words}: {out} {err}");
-        assert!(err.contains(words) && err.contains("bad.toml") && err.contains("line "), "{words}: {err}");
+        assert!(err.contains(words) && err.matches("bad.toml").count() == 1, "{words}: {err}");
+        let place = err.split_once("bad.toml:").unwrap().1.split_once(": ").unwrap().0;
+        assert!(place.parse::<usize>().is_ok_and(|line| line > 0), "{words}: {err}");
+        // The same in fields.
+        let path = world.path("bad.toml");
+        let (code, out, _) = world.run(&["policy", "check", "--json", path.to_str().unwrap()]);
+        let found: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}"));
+        let (one, all) = (&found[0], found.as_array().unwrap().len());
+        assert_eq!((code, all, &one["severity"]), (2, 1, &json!("error")), "{found}");
+        assert_eq!((&one["file"], one["line"].to_string()), (&json!(path), place.to_owned()), "{found}");
+        assert!(one["column"].is_u64() && one["key"].is_string(), "{found}");
+        assert!(err.contains(one["reason"].as_str().unwrap()), "{found} {err}");
     }
     assert_eq!(check("good.toml", trusted).0, 0);
     let dead = format!(
@@ -189,11 +216,63 @@ fn a_malformed_policy_is_told_by_file_line_and_key_and_a_dead_rule_is_a_warning(
     );
     let (code, out, err) = check("dead.toml", &dead);
     assert_eq!(code, 0, "{err}");
-    assert!(out.contains("warning") && out.contains("rule[0] can never fit"), "{out}");
+    assert!(out.contains("warning: ") && out.contains(": rule[0]: can never fit"), "{out}");
+    let path = world.path("dead.toml");
+    let (code, out, _) = world.run(&["policy", "check", "--json", path.to_str().unwrap()]);
+    let found: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(
+        (code, &found[0]["severity"], &found[0]["key"]),
+        (0, &json!("warning"), &json!("rule[0]")),
+        "{found}"
+    );
+    let good = world.path("good.toml");
+    let (code, out, _) = world.run(&["policy", "check", "--json", good.to_str().unwrap()]);
+    assert_eq!((code, out.trim()), (0, "[]"));
     let (code, out, _) = world.run(&["policy", "explain", "--policy", "trusted", "--cost", "21"]);
     assert_eq!(code, 1, "{out}");
     assert!(out.contains("denied by limits.cost_usd"), "{out}");
     let (code, out, _) =
         world.run(&["policy", "explain", "--policy", "untrusted", "--model", "claude-opus-4-8"]);
     assert_eq!(code, 1, "{out}");
+}
+
+#[test]
+fn a_policy_that_is_edited_counts_from_the_next_submit_and_a_broken_one_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("mine.toml");
+    let world = World::with(EVERYTHING, &format!("policy_dirs = [{:?}]", dir.path()));
+    let trusted = include_str!("../../policies/trusted.toml");
+    let write = |usd: &str| {
+        std::fs::write(&file, trusted.replace("cost_usd = 20.0", &format!("cost_usd = {usd}"))).unwrap();
+    };
+    let refused = || {
+        let spec = json!({ "prompt": "x", "policy": "mine", "limits": { "cost_usd": 99 } });
+        let answer = world.call("POST", "/v1/jobs", &spec.to_string());
+        assert!(matches!(answer.status, 400 | 403), "{}", answer.body);
+        answer.json()["error"]["message"].as_str().unwrap().to_owned()
+    };
+    let whoami = || world.call("GET", "/v1/whoami", "").json()["policies"].to_string().contains("\"mine\"");
+    assert!(refused().contains("there is no policy \"mine\"") && !whoami());
+    write("3.0");
+    assert!(refused().contains("(at most 3)") && whoami());
+    write("12.5");
+    assert!(refused().contains("(at most 12.5)"));
+    assert_eq!(world.run(&["policy", "ls"]).0, 0);
+
+    std::fs::write(&file, "descripton = 'x'").unwrap();
+    assert!(refused().contains("(at most 12.5)"), "the last good one stays");
+    let (code, out, err) = world.run(&["policy", "ls"]);
+    assert!(code == 2 && out.contains("trusted") && err.contains("mine.toml:1: descripton: "), "{out} {err}");
+    let health = world.call("GET", "/healthz", "").json();
+    assert!(health["problems"][0].as_str().unwrap().contains("mine.toml:1: "), "{health}");
+    let (code, _, err) = world.run(&["policy", "show", "mine"]);
+    assert!(code == 2 && err.contains("mine.toml:1: descripton: "), "{err}");
+    assert_eq!(world.run(&["policy", "show", "trusted"]).0, 0);
+
+    write("7.0");
+    assert!(refused().contains("(at most 7)"));
+    assert_eq!(world.call("GET", "/healthz", "").json()["problems"], json!([]));
+    std::fs::remove_file(&file).unwrap();
+    assert!(refused().contains("there is no policy"));
+    world.end();
 }

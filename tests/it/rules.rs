@@ -134,15 +134,18 @@ fn a_hook_is_asked_as_the_submitter_and_every_failure_of_one_denies() {
     let log = seen.join("log").display().to_string();
     let deny = r#"{"hookSpecificOutput":{"hookEventName":"PreToolUse","permissionDecision":"deny","permissionDecisionReason":"the hook says no"}}"#;
     let other = r#"{"hookSpecificOutput":{"hookEventName":"PreToolUse","permissionDecision":"allow","updatedInput":{"command":"touch other"}}}"#;
+    // Out of its group and its session, deaf to what can be ignored, its pipes closed.
+    let mark = format!("{}.25", 7_100_000 + std::process::id());
+    let escape = format!("trap '' TERM HUP; setsid sh -c '(setsid sleep {mark} <&- >&- 2>&- &)'");
     let bodies = [
         format!("id -u >> {log}; cat >> {log}; echo '{deny}'"),
         format!("cat > /dev/null; echo '{other}'"),
         "exit 1".to_owned(),
-        "sleep 600".to_owned(),
+        format!("{escape}; sleep {mark}"),
         "echo hello".to_owned(),
         String::new(),
         "yes".to_owned(),
-        "exit 0".to_owned(),
+        format!("{escape}; exit 0"),
     ];
     let mut rules = String::new();
     for (name, body) in names.iter().zip(&bodies) {
@@ -177,6 +180,10 @@ fn a_hook_is_asked_as_the_submitter_and_every_failure_of_one_denies() {
         let wanted = ("Bash".to_owned(), "deny".to_owned(), name.to_owned());
         assert!(decisions(&events).contains(&wanted), "{name}: {:?}", decisions(&events));
     }
+    let left = std::fs::read_dir("/proc").unwrap().flatten().filter(|process| {
+        std::fs::read_to_string(process.path().join("cmdline")).is_ok_and(|line| line.contains(&mark))
+    });
+    assert_eq!(left.count(), 0, "what a hook started goes with it");
     drop((policies, base));
     world.end();
 }

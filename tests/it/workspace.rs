@@ -442,13 +442,15 @@ fn a_directory_that_was_replaced_since_submit_is_moved() {
 #[test]
 fn swapping_the_path_never_mounts_another_directory() {
     use std::sync::atomic::{AtomicBool, Ordering};
-    const ATTEMPTS: usize = 2000;
+    const ATTEMPTS: usize = 10_000;
     let bench = Bench::new();
-    let work = bench.workspace("work", USER, 0o755);
-    let ino = fs::metadata(&work).expect("meta").ino();
+    let own = bench.workspace("own", USER, 0o755);
     let secret = bench.workspace("secret", 0, 0o755);
-    let link = bench.root.path().join("link");
+    let (work, link) = (own.join("work"), own.join("link"));
+    fs::create_dir(&work).expect("mkdir");
+    chown(&work, Some(USER), Some(USER)).expect("chown");
     symlink(&secret, &link).expect("symlink");
+    let ino = fs::metadata(&work).expect("meta").ino();
     let (_, cell) = bench.cell(1);
     let who = person(USER);
     let (_, record) = open_as(&who, &work, Access::Write, &bench.guard()).expect("opens");
@@ -456,6 +458,12 @@ fn swapping_the_path_never_mounts_another_directory() {
     let (mut mounted, mut refused) = (0, 0);
     std::thread::scope(|scope| {
         let swapper = scope.spawn(|| {
+            // The submitter does it: this thread's rights are theirs.
+            // SAFETY: raw system calls without memory; they change this thread only.
+            unsafe {
+                libc::syscall(libc::SYS_setfsgid, USER);
+                libc::syscall(libc::SYS_setfsuid, USER);
+            }
             let mut swaps = 0_u64;
             while !done.load(Ordering::Relaxed) {
                 let flags = rustix::fs::RenameFlags::EXCHANGE;
@@ -465,7 +473,11 @@ fn swapping_the_path_never_mounts_another_directory() {
             }
             swaps
         });
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ATTEMPTS {
+            // As at submit: whatever is opened, it is never what the link leads to.
+            if let Ok((_, record)) = open_as(&who, &work, Access::Read, &bench.guard()) {
+                assert_eq!(record.ino, ino);
+            }
             let dir = match reopen_as(&who, &record, &bench.guard()) {
                 Ok(dir) => dir,
                 Err(WorkspaceError::Moved { .. } | WorkspaceError::Io { .. }) => {
@@ -474,7 +486,8 @@ fn swapping_the_path_never_mounts_another_directory() {
                 }
                 Err(other) => panic!("{other}"),
             };
-            let staged = stage(&dir, &record, &ids(&who), Mode::Bind, &cell.join("ws")).expect("stages");
+            let mode = if attempt % 2 == 0 { Mode::Bind } else { Mode::ReadOnly };
+            let staged = stage(&dir, &record, &ids(&who), mode, &cell.join("ws")).expect("stages");
             assert_eq!(fs::metadata(staged.path()).expect("meta").ino(), ino);
             staged.destroy().expect("gone");
             mounted += 1;

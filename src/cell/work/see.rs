@@ -10,6 +10,7 @@ use crate::change::hide::HideRules;
 use crate::changes::listing::What;
 use crate::changes::{self, JobShelf, ListLimits};
 use crate::git::config::{self, CONFIG_BYTES_MAX};
+use crate::git::head::head_of;
 use crate::job::Identity;
 use crate::workspace::{
     self, GUARDS_MAX, Guarded, HIDDEN_MAX, Hidden, Kind, LookLimits, Mask, Mode, Protection, Replaced,
@@ -83,7 +84,13 @@ impl Sight<'_> {
             (Err(_), false) => Guarded::default(),
             (Err(count), true) => {
                 let hint = "use the copy mode";
-                return Err(WorkspaceError::TooMany { path: path(), count, what: "protected", max: GUARDS_MAX, hint });
+                return Err(WorkspaceError::TooMany {
+                    path: path(),
+                    count,
+                    what: "protected",
+                    max: GUARDS_MAX,
+                    hint,
+                });
             }
         };
         let guards = if in_place { guards(&looked, self.mode, &hidden, &replaced) } else { Vec::new() };
@@ -91,7 +98,11 @@ impl Sight<'_> {
             notes.extend(without_links(&looked, &mut hidden));
         }
         if !hidden.is_empty() {
-            notes.push(format!("{} paths of the workspace are hidden from the agent: {}", hidden.len(), names(&hidden)));
+            notes.push(format!(
+                "{} paths of the workspace are hidden from the agent: {}",
+                hidden.len(),
+                names(&hidden)
+            ));
         }
         Ok(Looked { mask: Mask { hidden, replaced }, guards, guarded, notes })
     }
@@ -112,13 +123,16 @@ fn listed(
     let limits = ListLimits::default();
     let dir = fd.try_clone().map_err(|source| io(record, source))?;
     let wait_max = limits.time_max + Duration::from_secs(10);
-    let listing = workspace::as_submitter(identity, &record.path, wait_max, move || {
-        Ok::<_, WorkspaceError>(changes::list(dir.as_fd(), &limits))
+    let (listing, head) = workspace::as_submitter(identity, &record.path, wait_max, move || {
+        Ok::<_, WorkspaceError>((changes::list(dir.as_fd(), &limits), head_of(dir.as_fd())))
     })?;
     let listing = listing.map_err(|error| too_large(&error))?;
     let kept = shelf.base().and_then(|base| match base {
         Some(_) => Ok(()),
-        None => shelf.create().and_then(|()| shelf.put_base(&listing.encode())),
+        None => shelf
+            .create()
+            .and_then(|()| shelf.put_origin(&head.unwrap_or_default()))
+            .and_then(|()| shelf.put_base(&listing.encode())),
     });
     kept.map_err(|error| io(record, std::io::Error::other(error)))?;
     let kind = |what: &What| match what {
@@ -127,7 +141,8 @@ fn listed(
         What::Symlink { .. } => Kind::Link,
         What::Special { .. } => Kind::Special,
     };
-    let found = listing.iter().map(|(path, seen)| workspace::Found { path: path.clone(), kind: kind(&seen.what) });
+    let found =
+        listing.iter().map(|(path, seen)| workspace::Found { path: path.clone(), kind: kind(&seen.what) });
     Ok(workspace::Looked { found: found.collect(), complete: true })
 }
 
@@ -199,7 +214,9 @@ fn guards(
 ) -> Vec<(PathBuf, bool)> {
     let writable = |path: &TreePath| match mode {
         Mode::Bind => true,
-        Mode::Partly(parts) => parts.iter().any(|part| path.as_path().starts_with(part) && path.as_path() != part),
+        Mode::Partly(parts) => {
+            parts.iter().any(|part| path.as_path().starts_with(part) && path.as_path() != part)
+        }
         Mode::ReadOnly => false,
     };
     let covered = |path: &TreePath| {
@@ -222,8 +239,9 @@ fn without_links(looked: &workspace::Looked, hidden: &mut Vec<Hidden>) -> Option
     let others = looked.found.iter().filter(|f| !plain(f.kind)).map(|f| f.path.as_bytes());
     let others: std::collections::HashSet<&[u8]> = others.collect();
     let links: Vec<Hidden> = hidden.extract_if(.., |h| others.contains(h.path.as_bytes())).collect();
-    (!links.is_empty())
-        .then(|| format!("links cannot be hidden in place, and neither can what they lead to: {}", names(&links)))
+    (!links.is_empty()).then(|| {
+        format!("links cannot be hidden in place, and neither can what they lead to: {}", names(&links))
+    })
 }
 
 fn names(hidden: &[Hidden]) -> String {

@@ -1,3 +1,5 @@
+//! Branches in real repositories.
+
 use super::*;
 use crate::change::{ChangeSet, Verdict};
 use crate::changes::choose::Include;
@@ -34,12 +36,12 @@ fn branch(
         now_s: 1_700_000_000,
         temporary: &temporary,
     };
-    create("work/of-agent", &wanted)
+    create("agent/made", &wanted)
 }
 
 /// What can be different in a repository.
 fn state(place: &Place, path: &Path) -> String {
-    place.sh(path, "find . -type f -not -path './.git/objects/*' -not -path './.git/refs/heads/work/*' | sort | xargs -d '\\n' sha256sum; git status --porcelain")
+    place.sh(path, "find . -type f -not -path './.git/objects/*' -not -path './.git/refs/heads/agent/*' | sort | xargs -d '\\n' sha256sum; git status --porcelain")
 }
 
 #[test]
@@ -54,14 +56,14 @@ fn a_branch_holds_what_the_agent_left_and_nothing_else_is_touched() {
         let before = state(&place, &path);
         let made = branch(&place, &path, &shelf, &changes, Include::Plain).expect("made");
         assert_eq!(state(&place, &path), before, "work tree, index, HEAD, configuration");
-        assert_eq!(place.git(&path, &["rev-parse", "work/of-agent"]), made.commit);
-        assert_eq!(place.git(&path, &["rev-parse", "work/of-agent^"]), commit);
-        let log = place.git(&path, &["log", "-1", "--format=%an %ae %ct %B", "work/of-agent"]);
+        assert_eq!(place.git(&path, &["rev-parse", "agent/made"]), made.commit);
+        assert_eq!(place.git(&path, &["rev-parse", "agent/made^"]), commit);
+        let log = place.git(&path, &["log", "-1", "--format=%an %ae %ct %B", "agent/made"]);
         assert!(log.starts_with("Ann Lee ann@example.com 1700000000 "), "{log}");
         assert!(log.contains(&format!("Hotcell-Job: {}", JobId::new(1, 1))), "{log}");
         place.git(&path, &["fsck", "--strict"]);
         place.sh(&path, "test -z \"$(find .git/objects .git/refs -not -user $(id -u))\"; test -z \"$(find .git -name 'tmp_*')\"");
-        place.git(&path, &["clone", "-q", "-b", "work/of-agent", ".", &format!("../out-{name}")]);
+        place.git(&path, &["clone", "-q", "-b", "agent/made", ".", &format!("../out-{name}")]);
         assert_eq!(tree(&shelf, &place.path(&format!("out-{name}"))), tree(&shelf, &place.path("after")));
         let again = branch(&place, &path, &shelf, &changes, Include::Plain);
         assert!(matches!(again, Err(BranchError::Ref(RefError::Exists { .. }))), "{again:?}");
@@ -78,7 +80,7 @@ fn work_trees_and_directories_below_the_top_work() {
     let changes =
         set(vec![entry("b.txt", new(b"b\n"), new(b"B\n")), entry("new/c", None, new(b"c"))], Some(&commit));
     branch(&place, &place.path("tree/dir"), &shelf, &changes, Include::Plain).expect("made");
-    let names = place.git(&path, &["diff", "--name-status", "main", "work/of-agent"]);
+    let names = place.git(&path, &["diff", "--name-status", "main", "agent/made"]);
     assert_eq!(names, "M\tdir/b.txt\nA\tdir/new/c");
 }
 
@@ -124,7 +126,7 @@ fn submodules_stay_what_they_are() {
         set(vec![entry("sub/a.txt", new(b"1"), new(b"2")), entry("x", None, new(b"x"))], Some(&commit));
     let made = branch(&place, &path, &shelf, &changes, Include::Plain).expect("made");
     assert!(made.notes.iter().any(|note| note.contains("submodules")), "{made:?}");
-    assert_eq!(place.git(&path, &["diff", "--name-only", "main", "work/of-agent"]), "x");
+    assert_eq!(place.git(&path, &["diff", "--name-only", "main", "agent/made"]), "x");
 }
 
 #[test]
@@ -152,10 +154,10 @@ fn the_agents_own_commits_come_along_unless_they_touch_what_is_kept_out() {
     changes.commits = Some(commits.clone());
     let made = branch(&place, &path, &shelf, &changes, Include::Plain).expect("made");
     assert!(made.notes.is_empty(), "{made:?}");
-    let log = place.git(&path, &["log", "--format=%s", "main..work/of-agent"]);
+    let log = place.git(&path, &["log", "--format=%s", "main..agent/made"]);
     assert_eq!(log, "What the agent left without a commit\nthree\ntwo");
-    assert_eq!(place.git(&path, &["rev-parse", "work/of-agent~1"]), commits.tip);
-    place.git(&path, &["branch", "-D", "-q", "work/of-agent"]);
+    assert_eq!(place.git(&path, &["rev-parse", "agent/made~1"]), commits.tip);
+    place.git(&path, &["branch", "-D", "-q", "agent/made"]);
     changes
         .entries
         .iter_mut()
@@ -163,6 +165,6 @@ fn the_agents_own_commits_come_along_unless_they_touch_what_is_kept_out() {
         .for_each(|e| e.verdict = Verdict::Flagged);
     let made = branch(&place, &path, &shelf, &changes, Include::Plain).expect("made");
     assert!(made.notes.iter().any(|note| note.contains("ci.yml")), "{made:?}");
-    assert_eq!(place.git(&path, &["log", "--format=%s", "main..work/of-agent"]), "Work of an agent");
-    assert_eq!(place.git(&path, &["diff", "--name-only", "main", "work/of-agent"]), "a.txt");
+    assert_eq!(place.git(&path, &["log", "--format=%s", "main..agent/made"]), "Work of an agent");
+    assert_eq!(place.git(&path, &["diff", "--name-only", "main", "agent/made"]), "a.txt");
 }

@@ -1,3 +1,5 @@
+//! Bundles, good and forged.
+
 use super::*;
 use crate::changes::testing::shelf;
 use crate::git::testing::Place;

@@ -1,3 +1,5 @@
+//! Archives and bundles, read by tar and git.
+
 use super::*;
 use crate::changes::testing::{between, entry, file, set, shelf, tree};
 use crate::git::identity::GitIdentity;

@@ -31,11 +31,8 @@ pub(super) struct Contents<'a> {
     old_left_out: u64,
 }
 
-/// A content that was kept, or why it was not.
-enum Kept {
-    Yes(BlobId, Vec<u8>),
-    TooLong,
-}
+/// A content on the shelf: its name, and its first bytes.
+type Kept = (BlobId, Vec<u8>);
 
 impl<'a> Contents<'a> {
     pub(super) fn new(
@@ -99,11 +96,9 @@ impl<'a> Contents<'a> {
             Some(seen) => self.keep_old(&candidate.path, seen, &mut base_changed)?,
             None => None,
         };
-        let name = |kept: &Option<(BlobId, Vec<u8>)>| kept.as_ref().map(|(id, _)| id.clone());
+        let name = |kept: &Option<Kept>| kept.as_ref().map(|(id, _)| id.clone());
         let (before, after) = (before.map(|s| s.node(name(&old))), after.map(|s| s.node(name(&new))));
-        let head = |kept: &'_ Option<(BlobId, Vec<u8>)>| {
-            kept.as_ref().map_or_else(Vec::new, |(_, head)| head.clone())
-        };
+        let head = |kept: &'_ Option<Kept>| kept.as_ref().map_or_else(Vec::new, |(_, head)| head.clone());
         let flags = flags(&Facts {
             path: &candidate.path,
             before: before.as_ref(),
@@ -155,33 +150,26 @@ impl<'a> Contents<'a> {
         &mut self,
         path: &TreePath,
         after: Option<&Seen>,
-    ) -> Result<(Option<(BlobId, Vec<u8>)>, Verdict), ExtractError> {
+    ) -> Result<(Option<Kept>, Verdict), ExtractError> {
         let Some(seen) = after.filter(|seen| seen.what == What::File) else {
             return Ok((None, Verdict::Plain));
         };
         let bytes_max = self.bytes_left.min(self.from.limits.blob_bytes_max);
-        let kept = if seen.bytes > bytes_max {
-            Kept::TooLong
-        } else {
-            let mut file = self.open(path, seen)?;
-            let kept = self.from.shelf.put_blob(&mut file, seen.bytes, HEAD_BYTES_MAX)?;
-            still(&file, path, seen)?;
-            match kept {
-                Some((id, bytes, head)) if bytes == seen.bytes => Kept::Yes(id, head),
-                Some(_) | None => {
-                    let what = "its length is another one than it says";
-                    return Err(ExtractError::Corrupt { path: path.to_string(), what });
-                }
-            }
-        };
+        if seen.bytes > bytes_max {
+            self.left_out.push(path.to_string());
+            return Ok((None, Verdict::Refused));
+        }
+        let mut file = self.open(path, seen)?;
+        let kept = self.from.shelf.put_blob(&mut file, seen.bytes, HEAD_BYTES_MAX)?;
+        still(&file, path, seen)?;
         match kept {
-            Kept::Yes(id, head) => {
-                self.bytes_left -= seen.bytes;
+            Some((id, bytes, head)) if bytes == seen.bytes => {
+                self.bytes_left -= bytes;
                 Ok((Some((id, head)), Verdict::Plain))
             }
-            Kept::TooLong => {
-                self.left_out.push(path.to_string());
-                Ok((None, Verdict::Refused))
+            Some(_) | None => {
+                let what = "its length is another one than it says";
+                Err(ExtractError::Corrupt { path: path.to_string(), what })
             }
         }
     }
@@ -192,7 +180,7 @@ impl<'a> Contents<'a> {
         path: &TreePath,
         seen: &Seen,
         base_changed: &mut bool,
-    ) -> Result<Option<(BlobId, Vec<u8>)>, ExtractError> {
+    ) -> Result<Option<Kept>, ExtractError> {
         if !self.original.is_there() {
             *base_changed = true;
             return Ok(None);

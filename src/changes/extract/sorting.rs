@@ -110,29 +110,7 @@ pub(super) fn sort(
     let mut tops: BTreeSet<TreePath> = BTreeSet::new();
     let mut index: Option<HashSet<Vec<u8>>> = None;
     for candidate in candidates {
-        match git_place(&candidate.path) {
-            GitPlace::Top => {
-                let dir = |seen: &Option<Seen>| seen.as_ref().is_some_and(Seen::is_dir);
-                if !(dir(&candidate.before) && dir(&candidate.after)) {
-                    sorted.entries.push(candidate.clone());
-                }
-                sorted.git_state.push(candidate);
-                continue;
-            }
-            GitPlace::Runs => {
-                sorted.entries.push(candidate.clone());
-                sorted.git_state.push(candidate);
-                continue;
-            }
-            GitPlace::Inside => {
-                if candidate.after.as_ref().is_some_and(|seen| matches!(seen.what, What::Symlink { .. })) {
-                    sorted.entries.push(candidate.clone());
-                }
-                sorted.git_state.push(candidate);
-                continue;
-            }
-            GitPlace::Outside | GitPlace::Disguised => {}
-        }
+        let Some(candidate) = outside_git(candidate, &mut sorted) else { continue };
         let is_dir = |seen: &Option<Seen>| seen.as_ref().is_some_and(Seen::is_dir);
         let top = if candidate.before.is_some() {
             let mut load = |path: &TreePath| load_base(from.listing, contents, path);
@@ -172,6 +150,25 @@ pub(super) fn sort(
     }
     sorted.ignored.paths = tops.into_iter().collect();
     Ok(sorted)
+}
+
+/// Gives back what is in no `.git`. The inside of one is git's own state; what runs there, leads elsewhere, or makes a
+/// directory a repository is an entry as well, so that somebody sees it.
+fn outside_git(candidate: Candidate, sorted: &mut Sorted) -> Option<Candidate> {
+    let is_dir = |seen: &Option<Seen>| seen.as_ref().is_some_and(Seen::is_dir);
+    let shown = match git_place(&candidate.path) {
+        GitPlace::Outside | GitPlace::Disguised => return Some(candidate),
+        GitPlace::Top => !(is_dir(&candidate.before) && is_dir(&candidate.after)),
+        GitPlace::Runs => true,
+        GitPlace::Inside => {
+            candidate.after.as_ref().is_some_and(|seen| matches!(seen.what, What::Symlink { .. }))
+        }
+    };
+    if shown {
+        sorted.entries.push(candidate.clone());
+    }
+    sorted.git_state.push(candidate);
+    None
 }
 
 /// What the repository at the top tracks; nothing where that is not known.

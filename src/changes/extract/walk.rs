@@ -12,7 +12,6 @@ use super::ExtractError;
 use crate::change::{Special, TreePath};
 
 const BUFFER_BYTES: usize = 64 << 10;
-const CLOCK_EVERY: usize = 512;
 
 /// What was found.
 #[derive(Default)]
@@ -45,10 +44,7 @@ pub(super) fn walk(
                 walked.opaque.push(path.clone());
             }
         }
-        enter(&dir, path.as_ref(), overlay, &mut walked, &mut dirs)?;
-        if walked.found.len() + walked.gone.len() > paths_max {
-            return Err(ExtractError::TooMany { limit: paths_max });
-        }
+        enter(&dir, path.as_ref(), overlay, paths_max, &mut walked, &mut dirs)?;
         if Instant::now() > until {
             return Err(ExtractError::TooSlow);
         }
@@ -61,12 +57,12 @@ fn enter(
     dir: &OwnedFd,
     path: Option<&TreePath>,
     overlay: bool,
+    paths_max: usize,
     walked: &mut Walked,
     dirs: &mut Vec<Option<TreePath>>,
 ) -> Result<(), ExtractError> {
     let mut buffer = Vec::with_capacity(BUFFER_BYTES);
     let mut names = RawDir::new(dir, buffer.spare_capacity_mut());
-    let mut seen_here = 0;
     while let Some(entry) = names.next() {
         let entry = entry.map_err(|errno| at("list", path, errno))?;
         let name = entry.file_name();
@@ -78,9 +74,8 @@ fn enter(
             walked.too_long += 1;
             continue;
         };
-        seen_here += 1;
-        if seen_here % CLOCK_EVERY == 0 && walked.found.len() > super::WALK_ABSOLUTE_MAX {
-            return Err(ExtractError::TooMany { limit: super::WALK_ABSOLUTE_MAX });
+        if walked.found.len() + walked.gone.len() >= paths_max {
+            return Err(ExtractError::TooMany { limit: paths_max });
         }
         let seen = look(dir.as_fd(), name).map_err(|errno| at("look at", Some(&full), errno))?;
         let Some((seen, mount)) = seen else {

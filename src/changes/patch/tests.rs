@@ -1,3 +1,5 @@
+//! Patches, applied by plain git.
+
 use super::*;
 use crate::change::{Special, Verdict};
 use crate::changes::testing::{between, entry, file, set, shelf, tree};

@@ -74,7 +74,7 @@ const POISONS: [(&str, &str, &str); 24] = [
     (
         "transport",
         "git config core.sshCommand $mark; git config core.gitProxy $mark; git remote add origin ssh://x/y; git config remote.origin.uploadpack $mark; git config remote.origin.receivepack $mark; git config uploadpack.packObjectsHook $mark",
-        "git fetch origin",
+        "sed -i /cat/d $mark; git fetch origin",
     ),
     (
         "include",
@@ -114,7 +114,7 @@ const POISONS: [(&str, &str, &str); 24] = [
     (
         "partial clone",
         "git config core.repositoryformatversion 1; git config extensions.partialClone origin; git config remote.origin.url ext::$mark; git config remote.origin.promisor true; git config protocol.ext.allow always",
-        "git cat-file -p 7777777777777777777777777777777777777777",
+        "sed -i /cat/d $mark; git cat-file -p 7777777777777777777777777777777777777777",
     ),
 ];
 const HOOKS: &str = "applypatch-msg pre-applypatch post-applypatch pre-commit pre-merge-commit prepare-commit-msg \

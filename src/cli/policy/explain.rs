@@ -1,5 +1,5 @@
-//! `hotcell policy check` and `hotcell policy explain`: what a file says, and what it would say to one question. Asks
-//! the functions that decide while a job runs, so that what is explained is what happens.
+//! `hotcell policy explain`: what a policy would say to one question. Asks the functions that decide while a job
+//! runs, so that what is explained is what happens.
 
 use std::path::{Path, PathBuf};
 
@@ -10,27 +10,14 @@ use super::super::Context;
 use super::super::args;
 use super::super::fail::{CliError, ExitCode};
 use super::super::render::{Style, Text};
-use super::super::serve::ConfigFlags;
-use crate::config::{Config, policy_sources, read_policy_text};
+use super::super::serve::{Concerns, ConfigFlags};
+use crate::config::{Config, PolicyListing, read_policy_text};
 use crate::job::JobSpec;
 use crate::money::MicroUsd;
 use crate::policy::egress::{Terms, decide_url};
 use crate::policy::judge::{Call, Findings, Judgement, Need, Step, judge_traced};
 use crate::policy::{Ask, Defaults, Narrowing, Plan, Policy, decide, narrow};
 use crate::workspace::View;
-
-#[derive(Debug, Args)]
-pub(super) struct CheckArgs {
-    /// The file
-    #[arg(value_name = "FILE")]
-    file: PathBuf,
-    /// It is a user's own file, which only narrows a policy
-    #[arg(long)]
-    narrow: bool,
-    /// Print one JSON object
-    #[arg(long)]
-    pub(super) json: bool,
-}
 
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("question").required(true).args(["tool", "url", "model", "cost"]))]
@@ -60,43 +47,26 @@ pub(super) struct ExplainArgs {
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
     /// May a job spend this much?
-    #[arg(long, value_name = "USD", value_parser = args::usd)]
+    #[arg(long, value_name = "USD", value_parser = args::usd, allow_hyphen_values = true)]
     cost: Option<f64>,
     /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]
-    pub(super) config: ConfigFlags,
+    config: ConfigFlags<PolicyDefaults>,
 }
 
-/// Checks a file: errors with file, line and key, and what can have no effect.
-pub(super) fn check(args: &CheckArgs, context: &mut Context) -> Result<ExitCode, CliError> {
-    let text = read_policy_text(&args.file)?;
-    let name = args.file.file_stem().and_then(|s| s.to_str()).unwrap_or("policy").to_owned();
-    let shown = args.file.display();
-    let wrong = |error: crate::policy::PolicyError| CliError::usage(format!("{shown}: {error}"));
-    let warnings = if args.narrow {
-        Narrowing::parse(&name, &text).map_err(wrong)?.warnings()
-    } else {
-        Policy::parse(&name, &text).map_err(wrong)?.warnings()
-    };
-    let lined: Vec<(Option<usize>, String, String)> =
-        warnings.into_iter().map(|(key, words)| (Policy::line_of(&text, &key), key, words)).collect();
-    if args.json {
-        let warnings: Vec<Value> = lined
-            .iter()
-            .map(|(line, key, words)| json!({ "line": line, "key": key, "message": words }))
-            .collect();
-        context.out.json(&json!({ "file": args.file, "valid": true, "warnings": warnings }))?;
-        return Ok(ExitCode::Succeeded);
+/// Which settings say what policies there are, and what a job gets that names nothing.
+#[derive(Debug, Clone)]
+struct PolicyDefaults;
+
+impl Concerns for PolicyDefaults {
+    fn has(key: &str) -> bool {
+        matches!(
+            key,
+            "policy_dirs" | "defaults.policy" | "defaults.model" | "defaults.image" | "defaults.provider"
+        )
     }
-    let mut out = Text::new(context.out.paint);
-    for (line, key, words) in &lined {
-        let line = line.map(|line| format!(":{line}")).unwrap_or_default();
-        out = out.add(Style::Warn, "warning").plain(&format!(": {shown}{line}: {key} {words}")).end();
-    }
-    context.out.print(&out.add(Style::Good, "valid").plain(&format!(": {shown}")).end())?;
-    Ok(ExitCode::Succeeded)
 }
 
 /// Answers one question; exit code 0 for yes and 1 for no.
@@ -106,11 +76,7 @@ pub(super) fn explain(args: &ExplainArgs, context: &mut Context) -> Result<ExitC
         Some(path) => parse_file(path, Policy::parse)?,
         None => {
             let name = args.policy.as_deref().unwrap_or(&config.defaults.policy);
-            let mut all = policy_sources(&config.policy_dirs)?;
-            let names = all.keys().cloned().collect::<Vec<_>>().join(", ");
-            let found = all.remove(name).ok_or_else(|| {
-                CliError::usage_hint(format!("there is no policy {name}"), format!("there are: {names}"))
-            })?;
+            let found = super::find(PolicyListing::read(&config.policy_dirs), name)?;
             found.policy
         }
     };
@@ -239,5 +205,5 @@ fn parse_file<T>(
 ) -> Result<T, CliError> {
     let text = read_policy_text(path)?;
     let name = path.file_stem().and_then(|s| s.to_str()).unwrap_or("policy");
-    parse(name, &text).map_err(|error| CliError::usage(format!("{}: {error}", path.display())))
+    parse(name, &text).map_err(|error| CliError::usage(error.in_file(path.display()).to_string()))
 }

@@ -28,7 +28,8 @@ pub(crate) fn table(paint: Paint, report: &CostReport) -> Text {
         ]
     };
     let key = |row: &CostRow| {
-        row.key.as_deref().map_or(NONE.to_owned(), |key| one_line(&escape::neutralise(key), 60))
+        let shown = row.user.as_deref().or(row.key.as_deref());
+        shown.map_or(NONE.to_owned(), |key| one_line(&escape::neutralise(key), 60))
     };
     let mut rows: Vec<Vec<String>> = report.rows.iter().map(|row| cells(key(row), row)).collect();
     rows.push(cells("total".to_owned(), &report.total));
@@ -55,16 +56,20 @@ pub(crate) fn table(paint: Paint, report: &CostReport) -> Text {
 /// `hotcell cost --csv`: one line a row, no total; figures without rounding.
 pub(crate) fn csv(paint: Paint, report: &CostReport) -> Text {
     let mut text = Text::new(Paint { color: false, ..paint });
+    // Names are for people and may be given anew: the id stands beside them.
+    let users = report.by == "user";
     let head = format!(
-        "{},cost_usd,share,requests,input,output,cache_read,cache_write_5m,cache_write_1h,web_searches\r\n",
-        field(report.label.as_deref().unwrap_or(&report.by))
+        "{}{},cost_usd,share,requests,input,output,cache_read,cache_write_5m,cache_write_1h,web_searches\r\n",
+        field(report.label.as_deref().unwrap_or(&report.by)),
+        if users { ",uid" } else { "" }
     );
     text.safe.push_str(&head);
     for row in &report.rows {
         let usage = &row.usage;
         text.safe.push_str(&format!(
-            "{},{},{:.6},{},{},{},{},{},{},{}\r\n",
-            field(row.key.as_deref().unwrap_or("")),
+            "{}{},{},{:.6},{},{},{},{},{},{},{}\r\n",
+            field(row.user.as_deref().or(row.key.as_deref()).unwrap_or("")),
+            row.uid.filter(|_| users).map(|uid| format!(",{uid}")).unwrap_or_default(),
             crate::money::MicroUsd(row.cost_micro_usd),
             row.share,
             row.requests,
@@ -97,6 +102,8 @@ mod tests {
     fn row(key: Option<&str>, cost_micro_usd: u64) -> CostRow {
         CostRow {
             key: key.map(str::to_owned),
+            uid: None,
+            user: None,
             cost_usd: cost_micro_usd as f64 / 1e6,
             cost_micro_usd,
             share: cost_micro_usd as f64 / 2_000_000.0,
@@ -138,5 +145,21 @@ mod tests {
              \"a,\"\"b\"\"\",1.500000,0.750000,3,12345,7,0,0,9,0\r\n\
              ,0.000002,0.000001,3,12345,7,0,0,9,0\r\n"
         );
+    }
+
+    #[test]
+    fn users_are_shown_by_name_and_told_by_id_too() {
+        let mut rows = vec![row(Some("1001"), 1_500_000), row(Some("4242"), 2)];
+        (rows[0].uid, rows[0].user, rows[1].uid) = (Some(1001), Some("ann".into()), Some(4242));
+        let mut report = report(rows);
+        (report.by, report.label) = ("user".into(), None);
+        let text = table(Paint::default(), &report);
+        let firsts: Vec<&str> =
+            text.as_str().lines().filter_map(|line| line.split_whitespace().next()).collect();
+        assert_eq!(firsts, ["USER", "ann", "4242", "total"]);
+        let text = csv(Paint::default(), &report);
+        let lines: Vec<&str> = text.as_str().lines().collect();
+        assert!(lines[0].starts_with("user,uid,cost_usd,"), "{lines:?}");
+        assert!(lines[1].starts_with("ann,1001,1.5") && lines[2].starts_with("4242,4242,0.0"), "{lines:?}");
     }
 }

@@ -7,9 +7,9 @@ use super::escape::Neutraliser;
 use super::words;
 use super::{LINE_CHARS_MAX, Paint, Style, Text, one_line};
 use crate::api::wire::JobView;
-use crate::event::{Body, Decision, Stream, Totals};
+use crate::event::{Body, Decision, Refusal, Stream, Totals};
 use crate::job::spec::Runtime;
-use crate::job::{Outcome, State};
+use crate::job::{Outcome, State, StopReason};
 use crate::money::MicroUsd;
 use crate::money::budget::Scope;
 
@@ -33,6 +33,8 @@ pub(crate) struct StreamView {
     last_text: String,
     last_tool: String,
     denied: Vec<String>,
+    /// Budgets whose end was told since the job last began to run.
+    exhausted: Vec<Scope>,
     outputs: [Piece; 2],
     outcome: Option<Outcome>,
 }
@@ -62,6 +64,7 @@ impl StreamView {
             last_text: String::new(),
             last_tool: String::new(),
             denied: Vec::new(),
+            exhausted: Vec::new(),
             outputs: Default::default(),
             outcome: None,
         }
@@ -121,9 +124,12 @@ impl StreamView {
                 self.requests += 1;
                 self.text()
             }
+            // The budget's own event says it, with its figures.
+            Body::Refused { why, .. } if why == Refusal::Budget.as_str() => self.text(),
             Body::Refused { status, why } => {
                 self.remark(Style::Warn, &format!("! the gateway refused a request ({status}): {why}"))
             }
+            Body::Stop { reason: StopReason::Budget, .. } if !self.exhausted.is_empty() => self.text(),
             Body::Stop { reason, detail } => {
                 let why = words::stop(reason);
                 self.remark(Style::Warn, &format!("■ stopping: {why} ({detail})"))
@@ -152,6 +158,11 @@ impl StreamView {
             }
             Body::Budget { scope, spent_micro_usd, limit_micro_usd, .. } => {
                 let name = Scope::ALL.into_iter().find(|known| known.as_str() == scope);
+                // Each request that finds no room has its event.
+                if name.is_some_and(|name| self.exhausted.contains(&name)) {
+                    return self.text();
+                }
+                self.exhausted.extend(name);
                 let name = name.map_or(scope.as_str(), |known| known.words());
                 let (limit, spent) = (words::usd(limit_micro_usd), words::usd(spent_micro_usd));
                 self.remark(Style::Warn, &format!("! the {name} of {limit} has no room ({spent} spent)"))
@@ -169,6 +180,9 @@ impl StreamView {
 
     fn state(&mut self, state: &State) -> Text {
         self.state = state.name().to_owned();
+        if matches!(state, State::Running) {
+            self.exhausted.clear();
+        }
         if let State::Parked { parked } = state {
             return self.remark(Style::Warn, &format!("‖ {}; it goes on by itself", words::parked(parked)));
         }
@@ -409,7 +423,7 @@ fn blocks(content: &Value) -> &[Value] {
 fn telling_argument(tool: &str, input: &Value) -> String {
     let key = match tool {
         "Bash" | "PowerShell" => "command",
-        "Read" | "Write" | "Edit" | "MultiEdit" => "file_path",
+        "Read" | "Write" | "Edit" => "file_path",
         "NotebookEdit" | "NotebookRead" => "notebook_path",
         "Glob" | "Grep" => "pattern",
         "WebFetch" => "url",

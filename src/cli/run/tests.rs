@@ -23,6 +23,31 @@ fn a_prompt_is_enough() {
 }
 
 #[test]
+fn an_address_is_fetched_and_a_directory_is_worked_on_unless_a_ref_is_named() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().canonicalize().expect("path");
+    let path = path.to_str().expect("UTF-8");
+    let workspace = |args: &[&str]| spec_of(&[args, &["go"]].concat()).map(|spec| spec["workspace"].clone());
+    let url = "git@example.org:team/app.git";
+    assert_eq!(workspace(&["-w", url]), Ok(json!({"git": {"url": url}})));
+    let both = json!({"git": {"url": url, "ref": "v1"}, "mode": "read-only"});
+    assert_eq!(workspace(&["-w", url, "--ref", "v1", "--mode", "read-only"]), Ok(both));
+    assert_eq!(workspace(&["-w", path]), Ok(json!({"path": path})));
+    assert_eq!(workspace(&["-w", path, "--ref", "v1"]), Ok(json!({"git": {"url": path, "ref": "v1"}})));
+    for (args, words) in [
+        (&["-w", "no-such-directory"][..], "or the address of a git repository"),
+        (&["-w", "ext::sh -c id"][..], "workspace.git.url"),
+        (&["-w", "https://u:p@example.org/app"][..], "holds a password"),
+        (&["-w", url, "--ref", "a..b"][..], "workspace.git.ref"),
+        (&["-w", url, "--mode", "bind"][..], "workspace.mode: bind is for a directory"),
+        (&["--ref", "v1"][..], "--workspace"),
+    ] {
+        let error = workspace(args).expect_err("refused");
+        assert!(error.contains(words), "{args:?}: {error}");
+    }
+}
+
+#[test]
 fn every_flag_has_its_key() {
     let dir = tempfile::tempdir().expect("dir");
     let path = dir.path().canonicalize().expect("path");
@@ -142,5 +167,26 @@ fn what_cannot_be_meant_is_refused_before_anything_is_sent() {
     ] {
         let error = spec_of(args).expect_err("must be refused");
         assert!(error.contains(words), "{args:?}: {error}");
+    }
+}
+
+#[test]
+fn an_amount_below_zero_is_told_with_its_flag() {
+    for (flag, value) in [
+        ("--cost", "-1"),
+        ("--batch-cost-usd", "-0.5"),
+        ("--max-turns", "-1"),
+        ("--time", "-5m"),
+        ("--silence", "-1"),
+        ("--cpus", "-2"),
+        ("--memory", "-4g"),
+        ("--pids", "-1"),
+        ("--disk", "-1g"),
+    ] {
+        let (mut context, _, stderr) = crate::cli::fake::context();
+        let args = ["hotcell", "run", "x", "--batch", "b", flag, value].map(Into::into);
+        assert_eq!(crate::cli::run_args(&args, &mut context), ExitCode::Usage);
+        let said = stderr.text();
+        assert!(said.contains("must be positive") && said.contains(flag), "{flag}: {said}");
     }
 }

@@ -409,7 +409,7 @@ impl<'de> Visitor<'de> for Block<'_, 'de> {
             return Err(A::Error::custom("blocks stand too deep in blocks"));
         }
         let (mut names, mut piece) = (Names::default(), Piece::new());
-        let (mut kind, mut data_bytes) = (None, 0);
+        let (mut kind, mut data_bytes, mut bytes, mut cited) = (None, 0, 0, false);
         let before = self.top.media;
         while let Some(Text(key)) = map.next_key::<Text<'de>>()? {
             names.add(key.clone())?;
@@ -422,7 +422,13 @@ impl<'de> Visitor<'de> for Block<'_, 'de> {
             if self.of != Of::Block {
                 piece.add(&key);
                 piece.add(raw.get());
+                if key == "input" {
+                    // What is no object has no parameters; the provider refuses it.
+                    let Entries(parameters) = inner::<Entries, A::Error>(raw).unwrap_or(Entries(0));
+                    piece.is_call(raw.get(), parameters);
+                }
             }
+            bytes += raw.get().len() as u64;
             match key.as_ref() {
                 "type" => kind = Some(inner::<Text<'de>, A::Error>(raw)?.0),
                 // Text needs no second look.
@@ -432,10 +438,15 @@ impl<'de> Visitor<'de> for Block<'_, 'de> {
                 }
                 "source" => data_bytes = seeded(raw, Source { top: &mut *self.top, depth: self.depth })?,
                 "file_id" => self.file(raw)?,
+                // Of a text it is a list of what was cited.
+                "citations" => cited = raw.get().starts_with('{') && raw.get().contains("true"),
                 _ => {}
             }
         }
         let media = &mut self.top.media;
+        if cited {
+            media.cited += bytes - data_bytes;
+        }
         match kind.as_deref() {
             Some("image") => {
                 media.images += 1;
@@ -452,9 +463,35 @@ impl<'de> Visitor<'de> for Block<'_, 'de> {
             images: media.images - before.images,
             documents: media.documents - before.documents,
             bytes: media.bytes - before.bytes,
+            cited: media.cited - before.cited,
         };
         Parts::done(self.top, self.of, piece, own);
         Ok(())
+    }
+}
+
+/// How many fields an object has; nothing else has any.
+struct Entries(u64);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Count;
+        impl<'de> Visitor<'de> for Count {
+            type Value = Entries;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                let mut count = 0;
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {
+                    count += 1;
+                }
+                Ok(Entries(count))
+            }
+        }
+        from.deserialize_map(Count)
     }
 }
 

@@ -2,8 +2,16 @@
 //! and system prompt, then block by block), and how many tokens each part can have at the most. Pure.
 //!
 //! Why a chain is enough: the provider's tokens for a beginning of a conversation do not change by what follows
-//! it, so what a beginning was billed for bounds it in every later request, and a token is at least one byte, so
-//! bytes bound what is new.
+//! it, so what a beginning was billed for bounds it in every later request.
+//!
+//! Why bytes bound what is new, and what that takes for granted: the provider's tokenizer is not known. Those that are
+//! known fall back to bytes, so that a token has at least one byte of what the tokenizer is given. That may be more
+//! than stands in the request: `expand` allows for letters taken apart, JSON written anew and the words around a
+//! parameter; constants here for the words around messages, tools and the provider's own prompt; multiples for
+//! images, documents and citations, whose bytes say nothing. Of these the sizes of media are the provider's own limits;
+//! the others are what it documents or was seen, rounded up, and no promise of its. What it fetches by itself (pages of
+//! a search, tools of MCP servers) no bound on a request covers. What is above a bound is charged all the same: then
+//! a budget is passed by so much, once, and what was billed is what the next bound is made of.
 //!
 //! Why a fast hash is enough: two beginnings with one hash would make a bound too low, no more. Its two keys are
 //! random and of this process, and no hash leaves it, so that a cell can neither compute nor compare any; by
@@ -16,23 +24,31 @@ use std::sync::LazyLock;
 use foldhash::SharedSeed;
 use foldhash::quality::{FoldHasher, SeedableRandomState};
 
-/// Tokens that the provider adds for tools and the like.
+use super::expand;
+
+/// Tokens that the provider adds for tools and the like (its prompts for the use of tools, of a computer, and of a
+/// format for the answer: up to about 900 in all).
 const BASE_TOKENS: u64 = 1_024;
-/// Tokens of the definition of a tool that is the provider's own (bash, text editor, computer: 245 to 735).
-const TYPED_TOOL_TOKENS: u64 = 1_024;
+/// Tokens of the definition of a tool that is the provider's own (bash, text editor, computer: 245 to 735; it does
+/// not say how many those have that it runs itself).
+const TYPED_TOOL_TOKENS: u64 = 4_096;
 /// Tokens that lie between a known beginning and what follows it.
 const JOINT_TOKENS: u64 = 64;
 /// Tokens around a message.
 const MESSAGE_TOKENS: u64 = 16;
 /// Most that one image costs, in tokens; its base64 text is not what is billed.
 const IMAGE_TOKENS_MAX: u64 = 5_000;
-/// Most that one document costs, in tokens: a PDF has at most 100 pages, each billed as text and image. Its bytes
-/// are compressed and bound nothing.
-const DOCUMENT_TOKENS_MAX: u64 = 500_000;
+/// Most that one document costs, in tokens: the largest context that a model has; a request with more is refused. A
+/// PDF's bytes are compressed and bound nothing.
+const DOCUMENT_TOKENS_MAX: u64 = 1_000_000;
+/// A text that is to be cited is cut into its sentences, each with marks around it: so many tokens for a byte.
+const CITED_TOKENS_PER_BYTE: u64 = 8;
 /// System blocks with fewer bytes are counted, but are no part of the chain: the CLI's first one differs from
 /// conversation to conversation.
 const SYSTEM_BYTES_MIN: u64 = 256;
 
+/// Links of a conversation's beginning that are remembered for all: one request must not drive out what others know.
+const OPENING_LINKS_MAX: usize = 16;
 /// Places of what the head holds besides the model; see [`ShapeBuilder::setting`].
 const HEAD_PLACES: usize = 8;
 
@@ -116,6 +132,14 @@ impl Shape {
         best.filter(|best| best.tokens <= all.tokens).unwrap_or(all)
     }
 
+    /// What a count of it tells others of: the head (tools, system prompt, model) where the rest has at most
+    /// `rest_max` tokens, so that it is the head that is counted; else this very request.
+    pub fn counted_with(&self, rest_max: u64) -> Option<u64> {
+        let (head, rest) = self.links.split_first()?;
+        let rest_tokens = rest.iter().fold(self.loose, |sum, link| sum.saturating_add(link.tokens_max));
+        Some(if rest_tokens <= rest_max { head.chain } else { rest.last().unwrap_or(head).chain })
+    }
+
     /// Whether the conversation has only begun.
     pub fn is_opening(&self) -> bool {
         self.opening == self.links.len()
@@ -130,7 +154,7 @@ impl Shape {
 
     /// The same for every beginning of it that other conversations may share: a part has no more than the whole.
     pub fn learn_opening(&self, tokens: u64, known: &mut Known) {
-        for link in self.links.iter().take(self.opening) {
+        for link in self.links.iter().take(self.opening.min(OPENING_LINKS_MAX)) {
             known.put(link.chain, tokens);
         }
     }
@@ -178,6 +202,17 @@ impl Piece {
         self.hasher.write_usize(text.len());
         self.hasher.write(text.as_bytes());
         self.count(text.len());
+        self.bytes = self.bytes.saturating_add(expand::of_text(text));
+    }
+
+    /// What the value of a field may be longer when it is written anew; it was added before.
+    pub(super) fn is_json(&mut self, raw: &str) {
+        self.bytes = self.bytes.saturating_add(expand::of_json(raw));
+    }
+
+    /// The same of the input of a tool's call.
+    pub(super) fn is_call(&mut self, raw: &str, parameters: u64) {
+        self.bytes = self.bytes.saturating_add(expand::of_call(raw, parameters));
     }
 
     /// Bytes that count and are the same in every piece of this kind.
@@ -192,12 +227,16 @@ pub(super) struct Media {
     pub(super) images: u64,
     pub(super) documents: u64,
     pub(super) bytes: u64,
+    /// Bytes of texts that are to be cited; they count as text besides.
+    pub(super) cited: u64,
 }
 
 impl Media {
     fn tokens(self) -> u64 {
         let images = self.images.saturating_mul(IMAGE_TOKENS_MAX);
-        images.saturating_add(self.documents.saturating_mul(DOCUMENT_TOKENS_MAX))
+        let documents = self.documents.saturating_mul(DOCUMENT_TOKENS_MAX);
+        let marks = self.cited.saturating_mul(CITED_TOKENS_PER_BYTE - 1);
+        images.saturating_add(documents).saturating_add(marks)
     }
 }
 

@@ -309,6 +309,105 @@ proptest! {
     }
 }
 
+/// JSON as a provider may write it before the model is shown it: spaces, escapes, numbers in full.
+fn written_anew(value: &serde_json::Value) -> String {
+    use serde_json::Value;
+    match value {
+        Value::String(text) => {
+            let units = text.encode_utf16().map(|unit| match u8::try_from(unit) {
+                Ok(byte @ 0x20..=0x7e) if byte != b'"' && byte != b'\\' => char::from(byte).to_string(),
+                _ => format!("\\u{unit:04x}"),
+            });
+            format!("\"{}\"", units.collect::<String>())
+        }
+        Value::Number(number) => format!("{:.1}", number.as_f64().unwrap()),
+        Value::Array(all) => format!("[{}]", all.iter().map(written_anew).collect::<Vec<_>>().join(", ")),
+        Value::Object(all) => {
+            let field = |(key, value): (&String, &Value)| {
+                format!("{}: {}", written_anew(&Value::String(key.clone())), written_anew(value))
+            };
+            format!("{{{}}}", all.iter().map(field).collect::<Vec<_>>().join(", "))
+        }
+        Value::Null | Value::Bool(_) => value.to_string(),
+    }
+}
+
+/// Letters of all kinds, those that are longest when taken apart among them; no control characters, which no escape
+/// of fewer bytes stands for.
+fn strange() -> impl Strategy<Value = String> {
+    let letter = prop_oneof![
+        prop::char::range(' ', '~'),
+        prop::char::range('\u{a1}', '\u{ffff}'),
+        prop::char::range('\u{10000}', '\u{2ffff}'),
+        prop::sample::select(vec!['\u{fdfa}', '\u{3316}', '\u{1d1c0}', '\u{cca}', 'é', '漢', '한']),
+    ];
+    prop::collection::vec(letter, 0..40).prop_map(|letters| letters.into_iter().collect())
+}
+
+proptest! {
+    /// The shape of the bound, whatever the tokenizer is given: one token for each byte of it.
+    #[test]
+    fn the_bound_has_a_token_for_each_byte_that_a_tokenizer_may_be_given(
+        text in strange(), name in strange(), (digit, exponent) in (1u8..10, 0u8..20), fields in 0usize..40,
+        escaped in any::<bool>()
+    ) {
+        let forms = icu_normalizer::DecomposingNormalizerBorrowed::new_nfkd();
+        // Hangul stays together in the forms that tokenizers use.
+        let composed = icu_normalizer::ComposingNormalizerBorrowed::new_nfkc();
+        let longest = |text: &str| {
+            let apart: String = text.chars().filter(|c| !('\u{ac00}'..='\u{d7a3}').contains(c)).collect();
+            let hangul = text.len() - apart.len();
+            (forms.normalize(&apart).len() + hangul).max(composed.normalize(text).len())
+        };
+        let quoted = |text: &str| {
+            let quoted = serde_json::to_string(text).unwrap();
+            match escaped {
+                true => quoted.chars().map(|c| if c.is_ascii() { c.to_string() } else {
+                    c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect()
+                }).collect(),
+                false => quoted,
+            }
+        };
+        let (text_json, name_json) = (quoted(&text), quoted(&name));
+        let inputs: String = (0..fields).map(|i| format!(",\"p{i}\":{digit}e{exponent}")).collect();
+        let input = format!("{{{name_json}:{text_json}{inputs}}}");
+        let tool = format!(r#"{{"name":"t","description":{text_json},"input_schema":{{"enum":[{digit}E{exponent}],"x":{name_json}}}}}"#);
+        let body = format!(
+            r#"{{"model":"m","max_tokens":1,"tools":[{tool}],"messages":[{{"role":"user","content":{text_json}}},
+            {{"role":"assistant","content":[{{"type":"tool_use","id":"i","name":"t","input":{input}}}]}}]}}"#
+        );
+        let bound = read(&body).unwrap().shape.bound(&[]).tokens;
+        let value = |json: &str| serde_json::from_str::<serde_json::Value>(json).unwrap();
+        let call: usize = value(&input).as_object().unwrap().iter()
+            .map(|(key, value)| 20 + longest(key) + written_anew(value).len().max(longest(&value.to_string())))
+            .sum();
+        let tool = written_anew(&value(&tool)).len().max(longest(&value(&tool).to_string()));
+        let given = longest(&text) + call + tool + 900;
+        prop_assert!(bound >= given as u64, "{bound} for {given}: {body}");
+    }
+}
+
+#[test]
+fn texts_to_be_cited_and_documents_count_more_than_their_bytes() {
+    let bound = |block: &str| {
+        let body =
+            format!(r#"{{"model":"m","max_tokens":1,"messages":[{{"role":"user","content":[{block}]}}]}}"#);
+        read(&body).unwrap().shape.bound(&[]).tokens
+    };
+    let text = "a. ".repeat(1_000);
+    let document = |citations: &str| {
+        let source = format!(r#"{{"type":"text","media_type":"text/plain","data":"{text}"}}"#);
+        bound(&format!(r#"{{"type":"document","source":{source},"citations":{citations}}}"#))
+    };
+    let (plain, cited) = (document(r#"{"enabled":false}"#), document(r#"{"enabled":true}"#));
+    assert!(plain < 6_000 && cited > plain + 7 * text.len() as u64, "{plain} {cited}");
+    let inside = r#"{"type":"tool_result","content":[{"type":"search_result","citations":{"enabled":true},"content":[]}]}"#;
+    assert!(bound(inside) > bound(&inside.replace("true", "false")) + 7 * 30);
+    let pdf =
+        r#"{"type":"document","source":{"type":"base64","media_type":"application/pdf","data":"AAAA"}}"#;
+    assert!(bound(pdf) >= 1_000_000);
+}
+
 #[test]
 fn what_is_known_is_bounded_and_the_new_outlives_the_old() {
     let mut known = Known::new(16);

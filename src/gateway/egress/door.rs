@@ -107,16 +107,18 @@ impl Door {
         self.shared.tasks.close();
         if tokio::time::timeout(CLOSE_WAIT, self.shared.tasks.wait()).await.is_err() {
             tracing::error!(cell = %self.shared.cell, open = self.shared.tasks.len(), "connections do not end");
+        } else {
+            self.shared.settle().await;
         }
         std::iter::from_fn(|| self.events.try_recv().ok()).collect()
     }
 }
 
 impl Shared {
-    /// Hands an event over. A cell that floods us with refused requests loses some of their events; one that
-    /// floods us with others waits.
+    /// Hands an event over. A cell that floods us with requests that are refused at once loses some of their events;
+    /// one that floods us with others waits.
     pub(super) async fn record(&self, event: EgressRecord) {
-        if !event.allowed {
+        if !event.allowed && (event.bytes_up, event.bytes_down) == (0, 0) {
             if self.events.capacity() >= EVENTS_MAX / 2 {
                 let _ = self.events.try_send(event);
             }
@@ -133,7 +135,22 @@ impl Shared {
 
     pub(super) fn account(&self, terms: &Terms) -> Arc<Account> {
         let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(accounts.entry(terms.account.clone()).or_default())
+        let made = || Arc::new(Account::new(&terms.account, &self.spec.tally));
+        Arc::clone(accounts.entry(terms.account.clone()).or_insert_with(made))
+    }
+
+    /// Notes the exact sums, once no connection is left.
+    async fn settle(self: &Arc<Self>) {
+        let shared = Arc::clone(self);
+        let settled = tokio::task::spawn_blocking(move || {
+            let accounts = shared.accounts.lock().unwrap_or_else(PoisonError::into_inner);
+            let sums = accounts.iter().map(|(name, account)| (name.clone(), account.used()));
+            shared.spec.tally.settle(sums)
+        });
+        // What is noted stays, which is a little more.
+        if let Ok(Err(error)) = settled.await {
+            tracing::warn!(%error, cell = %self.cell, "cannot note what was used of the way out");
+        }
     }
 
     /// A place under the rule's limits.

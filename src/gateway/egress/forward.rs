@@ -22,6 +22,7 @@ use tokio_rustls::TlsConnector;
 use super::EgressRecord;
 use super::door::{Body, BrokenOff, Refused, Shared, elapsed_ms, shown};
 use super::route::{Stream, Way};
+use super::telling::Telling;
 use super::wire::{Counted, Meter};
 use crate::gateway::censor::Censor;
 use crate::gateway::credentials::Injected;
@@ -235,7 +236,11 @@ async fn send(
         status: StatusCode::GATEWAY_TIMEOUT,
         ..Refused::failed(&rule, "the host does not answer")
     };
-    let response = timeout(limits.first_byte_wait, exchange).await.map_err(late)??;
+    let exchanged = timeout(limits.first_byte_wait, exchange).await.map_err(late).flatten();
+    // What left before it failed has left.
+    let (up, down) = meter.bytes();
+    (event.bytes_up, event.bytes_down) = (up - before.0, down - before.1);
+    let response = exchanged?;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return Err(Refused::failed(&rule, "the host changes its protocol without being asked"));
     }
@@ -383,20 +388,17 @@ impl Sent {
         let pump = Pump { pieces, complete: Arc::clone(&complete), censor: Censor::new(self.secrets) };
         let (task_shared, meter, before) = (Arc::clone(shared), self.meter, self.before);
         shared.tasks.spawn(async move {
-            let mut event = event;
+            let mut telling = Telling::new(event, before, began);
             let reason = tokio::select! {
                 reason = pump.run(body, &task_shared) => reason,
                 () = task_shared.revoked.cancelled() => Some("the job was stopped".to_owned()),
+                never = telling.while_open(&task_shared, &meter) => match never {},
             };
-            event.reason = match (reason, meter.exceeded()) {
+            let reason = match (reason, meter.exceeded()) {
                 (Some(_), Some(key)) => Some(format!("{key} is reached")),
                 (reason, _) => reason,
             };
-            let (up, down) = meter.bytes();
-            (event.bytes_up, event.bytes_down) = (up - before.0, down - before.1);
-            event.duration_ms = elapsed_ms(began);
-            drop(meter);
-            task_shared.record(event).await;
+            telling.end(&task_shared, meter, reason).await;
         });
         let mut response = Response::new(streamed(receiver, complete));
         *response.status_mut() = head.status;

@@ -19,6 +19,7 @@ use tokio::time::timeout;
 use tower_service::Service;
 
 use super::address::{own_addresses, refused};
+use super::names::SystemResolver;
 use crate::policy::Host;
 
 /// Longest look-up of a name.
@@ -48,20 +49,6 @@ pub trait Resolve: Send + Sync {
 pub trait Dial: Send + Sync {
     /// Connects to exactly this address.
     fn dial(&self, to: SocketAddr) -> Later<'_, io::Result<Box<dyn Stream>>>;
-}
-
-/// The machine's own resolver.
-#[derive(Debug, Clone, Copy)]
-pub struct SystemResolver;
-
-impl Resolve for SystemResolver {
-    fn resolve<'a>(&'a self, name: &'a str) -> Later<'a, io::Result<Vec<IpAddr>>> {
-        Box::pin(async move {
-            // With its final dot, or the machine's search domains would make another name of it.
-            let found = tokio::net::lookup_host((format!("{name}."), 0)).await?;
-            Ok(found.map(|address| address.ip()).collect())
-        })
-    }
 }
 
 /// TCP.
@@ -120,7 +107,7 @@ impl fmt::Debug for Network {
 
 impl Default for Network {
     fn default() -> Self {
-        Self { resolver: Arc::new(SystemResolver), dialer: Arc::new(TcpDialer), proxy: None }
+        Self { resolver: Arc::new(SystemResolver::default()), dialer: Arc::new(TcpDialer), proxy: None }
     }
 }
 

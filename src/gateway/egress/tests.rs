@@ -3,6 +3,7 @@
 
 mod git;
 mod smuggling;
+mod sums;
 
 use hyper::header::HeaderValue;
 
@@ -104,6 +105,7 @@ struct Cell {
     dir: tempfile::TempDir,
     tasks: JoinSet<()>,
     internet: Arc<rcgen::CertifiedIssuer<'static, rcgen::KeyPair>>,
+    spec: EgressSpec,
 }
 
 impl Cell {
@@ -121,15 +123,16 @@ impl Cell {
             Network { resolver: Arc::new(Fake(world.clone())), dialer: Arc::new(Fake(world.clone())), proxy };
         let egress = Egress::new(network, limits, Some(&internet.pem())).unwrap();
         let ca = Arc::new(CellCa::generate().unwrap());
+        let dir = tempfile::tempdir().unwrap();
         let spec = EgressSpec {
             egress: Arc::new(egress),
             ca: Some(ca.clone()),
             credentials: Arc::new(OneCredential),
+            tally: Arc::new(Tally::open(&dir.path().join("sums")).unwrap()),
         };
-        let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join(SOCKET)).unwrap();
-        let door = Door::open(listener, spec, plan(rules), CellId::new(1));
-        Self { world, door, ca, dir, tasks: JoinSet::new(), internet }
+        let door = Door::open(listener, spec.clone(), plan(rules), CellId::new(1));
+        Self { world, door, ca, dir, tasks: JoinSet::new(), internet, spec }
     }
 
     fn name(&self, name: &str, answers: &[&[&str]]) {

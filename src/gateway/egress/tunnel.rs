@@ -13,9 +13,10 @@ use tokio::io::AsyncWriteExt;
 use tokio_rustls::TlsAcceptor;
 
 use super::EgressRecord;
-use super::door::{Admitted, Shared, elapsed_ms};
+use super::door::{Admitted, Shared};
 use super::forward::{self, Origin};
 use super::route::Stream;
+use super::telling::Telling;
 use super::wire::{self, Prefixed};
 
 /// A fatal TLS alert, `unrecognized_name`: what a client shows as its reason.
@@ -39,11 +40,13 @@ pub(super) async fn pass(shared: Arc<Shared>, upgrade: OnUpgrade, admitted: Admi
             }
         }
     };
+    let mut telling = telling(&admitted);
     let (allowed, reason) = tokio::select! {
         ended = work => ended,
         () = shared.revoked.cancelled() => (true, Some("the job was stopped".to_owned())),
+        never = telling.while_open(&shared, &admitted.meter) => match never {},
     };
-    finish(&shared, admitted, allowed, reason).await;
+    finish(&shared, admitted, telling, allowed, reason).await;
 }
 
 /// Ends TLS here, with the cell's own authority, and judges each request in it.
@@ -81,7 +84,10 @@ pub(super) async fn inspect(
     };
     let stream = match begun {
         Ok(stream) => stream,
-        Err((allowed, reason)) => return finish(&shared, admitted, allowed, Some(reason)).await,
+        Err((allowed, reason)) => {
+            let telling = telling(&admitted);
+            return finish(&shared, admitted, telling, allowed, Some(reason)).await;
+        }
     };
     let Admitted { host, port, way, meter, .. } = admitted;
     // Each request has its own event; the tunnel itself has none.
@@ -104,21 +110,26 @@ pub(super) async fn inspect(
     }
 }
 
-async fn finish(shared: &Shared, admitted: Admitted, allowed: bool, reason: Option<String>) {
-    let (bytes_up, bytes_down) = admitted.meter.bytes();
-    let rule = if allowed { admitted.terms.permit.rule().to_owned() } else { "egress.tls".to_owned() };
+fn telling(admitted: &Admitted) -> Telling {
     let event = EgressRecord {
         host: admitted.host.to_string(),
         port: admitted.port,
-        allowed,
-        rule,
-        reason,
-        bytes_up,
-        bytes_down,
-        duration_ms: elapsed_ms(admitted.began),
+        allowed: true,
+        rule: admitted.terms.permit.rule().to_owned(),
         ..EgressRecord::default()
     };
-    // The rule's place is free before its event can be read.
-    drop(admitted.meter);
-    shared.record(event).await;
+    Telling::new(event, (0, 0), admitted.began)
+}
+
+async fn finish(
+    shared: &Shared,
+    admitted: Admitted,
+    mut telling: Telling,
+    allowed: bool,
+    reason: Option<String>,
+) {
+    if !allowed {
+        telling.refused("egress.tls");
+    }
+    telling.end(shared, admitted.meter, reason).await;
 }

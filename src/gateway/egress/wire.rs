@@ -12,24 +12,87 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::time::timeout;
 
 use super::hello::{HELLO_BYTES_MAX, HelloError, Peek, peek};
+use super::tally::{Tally, Used, ahead};
 use crate::policy::Host;
 use crate::policy::egress::Terms;
 
-/// What was used of one rule by one cell, since its lease was opened.
-#[derive(Debug, Default)]
+/// What was used of one rule by one job, since it began.
+#[derive(Debug)]
 pub(super) struct Account {
-    up: AtomicU64,
-    down: AtomicU64,
+    name: String,
+    tally: Arc<Tally>,
+    up: Sum,
+    down: Sum,
     connections: AtomicU32,
 }
 
+/// Bytes in one direction.
+#[derive(Debug, Default)]
+struct Sum {
+    used: AtomicU64,
+    /// What the tally says of it; never less, but for what is under way at this moment.
+    noted: AtomicU64,
+}
+
+impl Sum {
+    fn new(used: u64) -> Self {
+        Self { used: AtomicU64::new(used), noted: AtomicU64::new(used) }
+    }
+
+    fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, count: u64) {
+        self.used.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// How far to note so that `more` bytes may go on; `None` where that is noted already.
+    fn to_note(&self, more: u64, limit: u64) -> Option<u64> {
+        let used = self.used().saturating_add(more);
+        (used > self.noted.load(Ordering::Acquire)).then(|| ahead(used, limit))
+    }
+}
+
 impl Account {
+    pub(super) fn new(name: &str, tally: &Arc<Tally>) -> Self {
+        let used = tally.used(name);
+        Self {
+            name: name.to_owned(),
+            tally: Arc::clone(tally),
+            up: Sum::new(used.bytes_up),
+            down: Sum::new(used.bytes_down),
+            connections: AtomicU32::new(0),
+        }
+    }
+
+    fn note_up(&self, more: u64, limit: u64) -> io::Result<()> {
+        if let Some(most) = self.up.to_note(more, limit) {
+            self.tally.note(&self.name, |used| used.bytes_up = used.bytes_up.max(most))?;
+            self.up.noted.fetch_max(most, Ordering::AcqRel);
+        }
+        Ok(())
+    }
+
+    fn note_down(&self, limit: u64) -> io::Result<()> {
+        if let Some(most) = self.down.to_note(0, limit) {
+            self.tally.note(&self.name, |used| used.bytes_down = used.bytes_down.max(most))?;
+            self.down.noted.fetch_max(most, Ordering::AcqRel);
+        }
+        Ok(())
+    }
+
+    /// The exact sums, once no connection is left.
+    pub(super) fn used(&self) -> Used {
+        Used { bytes_up: self.up.used(), bytes_down: self.down.used() }
+    }
+
     /// A place among the rule's connections; the key of the limit that is reached otherwise.
     pub(super) fn enter(self: &Arc<Self>, terms: &Terms) -> Result<Entered, &'static str> {
-        if self.up.load(Ordering::Relaxed) >= terms.bytes_up_max {
+        if self.up.used() >= terms.bytes_up_max {
             return Err("bytes_up_max");
         }
-        if self.down.load(Ordering::Relaxed) >= terms.bytes_down_max {
+        if self.down.used() >= terms.bytes_down_max {
             return Err("bytes_down_max");
         }
         let free = |n: u32| (n < terms.connections_max).then_some(n + 1);
@@ -88,10 +151,10 @@ impl Meter {
     /// The limit that is reached, if any.
     pub(super) fn exceeded(&self) -> Option<&'static str> {
         let account = &self.place.account;
-        if account.up.load(Ordering::Relaxed) >= self.up_max {
+        if account.up.used() >= self.up_max {
             return Some("bytes_up_max");
         }
-        (account.down.load(Ordering::Relaxed) >= self.down_max).then_some("bytes_down_max")
+        (account.down.used() >= self.down_max).then_some("bytes_down_max")
     }
 
     fn touch(&self) {
@@ -140,23 +203,26 @@ impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
         ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
         let count = (buf.filled().len() - before) as u64;
         self.meter.down.fetch_add(count, Ordering::Relaxed);
-        self.meter.place.account.down.fetch_add(count, Ordering::Relaxed);
+        let account = &self.meter.place.account;
+        account.down.add(count);
         self.meter.touch();
-        Poll::Ready(Ok(()))
+        // Before the cell has them.
+        Poll::Ready(account.note_down(self.meter.down_max))
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let used = self.meter.place.account.up.load(Ordering::Relaxed);
+        let used = self.meter.place.account.up.used();
         let left = self.meter.up_max.saturating_sub(used);
         if left == 0 && !buf.is_empty() {
             return Poll::Ready(Err(limit()));
         }
         let buf = &buf[..buf.len().min(usize::try_from(left).unwrap_or(usize::MAX))];
+        self.meter.place.account.note_up(buf.len() as u64, self.meter.up_max)?;
         let count = ready!(Pin::new(&mut self.inner).poll_write(cx, buf))?;
         self.meter.up.fetch_add(count as u64, Ordering::Relaxed);
-        self.meter.place.account.up.fetch_add(count as u64, Ordering::Relaxed);
+        self.meter.place.account.up.add(count as u64);
         self.meter.touch();
         Poll::Ready(Ok(count))
     }

@@ -10,7 +10,7 @@ const WEB_SEARCH: &str = "web_search_20250305";
 
 impl World {
     /// Another lease on the same credential, with a plan of its own.
-    async fn another(&self, dir: &tempfile::TempDir, plan: Arc<Plan>, limit: Option<u64>) -> Lease {
+    pub(super) async fn another(&self, dir: &tempfile::TempDir, plan: Arc<Plan>, limit: Option<u64>) -> Lease {
         let spec = LeaseSpec {
             job: JobId::new(1, 9),
             cell: CellId::new(9),
@@ -46,7 +46,7 @@ fn with_requests(section: &str) -> Arc<Plan> {
 
 const DEFAULT: &str = include_str!("../../../policies/default.toml");
 
-async fn post_to(dir: &tempfile::TempDir, headers: &[(&str, &str)], body: &Value) -> Answer {
+pub(super) async fn post_to(dir: &tempfile::TempDir, headers: &[(&str, &str)], body: &Value) -> Answer {
     let stream = UnixStream::connect(dir.path().join("api.sock")).await.unwrap();
     let mut all = vec![("x-api-key", TOKEN)];
     all.extend_from_slice(headers);
@@ -312,7 +312,7 @@ async fn a_search_that_broke_off_is_charged_with_all_that_was_set_aside_for_it()
     raw.task.abort();
 }
 
-fn large(prompt: &str) -> Value {
+pub(super) fn large(prompt: &str) -> Value {
     let mut body = ask(prompt, true);
     body["tools"] = json!([{ "name": "Bash", "description": "d".repeat(80_000), "input_schema": {} }]);
     body["system"] = json!([{ "type": "text", "text": format!("for {prompt}") }, { "type": "text", "text": "s".repeat(30_000) }]);

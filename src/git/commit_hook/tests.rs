@@ -1,3 +1,5 @@
+//! The hooks and variables of a cell, with real git.
+
 use std::path::Path;
 
 use super::*;

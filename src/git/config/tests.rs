@@ -1,3 +1,5 @@
+//! Configurations with odd syntax and with credentials.
+
 use super::*;
 
 fn clean(text: &str) -> String {

@@ -1,3 +1,5 @@
+//! Repositories that git made, and others.
+
 use super::*;
 use crate::git::testing::Place;
 

@@ -1,3 +1,5 @@
+//! Names and new branches, beside what git says.
+
 use std::path::Path;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Git in a repository of ours.
+
 use super::*;
 use crate::git::testing::somebody;
 

@@ -130,7 +130,10 @@ fn fits_part(glob: &str, part: &str) -> bool {
 
 /// What is wrong with a glob of a policy.
 pub(super) fn check_glob(glob: &str) -> Result<(), &'static str> {
-    if !glob.starts_with('/') || glob.len() > PATH_BYTES_MAX {
+    if glob.len() > PATH_BYTES_MAX {
+        return Err("is longer than any path that passes");
+    }
+    if !glob.starts_with('/') {
         return Err("must begin with '/'");
     }
     let mixed = |part: &str| part != "**" && part.contains("**");

@@ -271,3 +271,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn lists_of_one_host_are_bounded() {
+    let with = |count: usize| {
+        let paths: Vec<String> = (0..count).map(|n| format!("/{n}")).collect();
+        let text = format!("[[egress.host]]\nname = 'a.example.com'\ninspect = true\npaths = {paths:?}");
+        crate::policy::Narrowing::parse("n", &text).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(with(HOST_ENTRIES_MAX), Ok(()));
+    let error = with(HOST_ENTRIES_MAX + 1).expect_err("too many");
+    assert!(error.starts_with("n:4: egress.host[0].paths: has 257 entries; at most 256"), "{error}");
+}

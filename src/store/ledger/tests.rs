@@ -150,11 +150,14 @@ impl World {
                 let charge = if seen { billed } else { amount };
                 self.unseen += if seen { 0 } else { amount };
                 let usage = Usage { input: billed, ..Usage::default() };
-                live.settle(reserved, usage, MicroUsd(charge), self.now_ms).await.unwrap();
-                assert!(
-                    live.settle(reserved, usage, MicroUsd(charge), self.now_ms).await.is_err(),
-                    "only once"
-                );
+                // Every other one as the gateway does it.
+                let (charged, now_ms) = (MicroUsd(charge), self.now_ms);
+                if reserved.get() % 2 == 0 {
+                    live.settle_soon(reserved, usage, charged, now_ms).await.unwrap();
+                } else {
+                    live.settle(reserved, usage, charged, now_ms).await.unwrap();
+                }
+                assert!(live.settle(reserved, usage, charged, now_ms).await.is_err(), "only once");
                 self.billed += billed;
                 self.charged += charge;
             }
@@ -316,6 +319,60 @@ async fn a_budget_day_never_goes_back() {
     let days: Vec<_> =
         report(&store, By::Day).await.rows.into_iter().map(|(k, s)| (k.unwrap(), s.charged.0)).collect();
     assert_eq!(days, [("2026-03-01".to_owned(), 90), ("2026-03-02".to_owned(), 20)]);
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_settlement_that_waits_for_the_next_request_is_done_with_it_or_without() {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    store.submit(new_job(1, 1000, None)).await.unwrap();
+    let (job, cell) = (JobId::new(1, 0), CellId::new(1));
+    let ask = || reservation(&job, &cell, "m", 10, 10, job_limit(Some(30)), START_MS);
+    let settle = |id| store.settle_soon(id, Usage::default(), MicroUsd(10), START_MS);
+    // Nothing else is asked for.
+    let first = store.reserve(ask()).await.unwrap();
+    assert_eq!(settle(first.id).await.unwrap().spent, MicroUsd(10));
+    assert_eq!(settle(first.id).await, Err(StoreError::NotReserved(first.id)));
+    // The next request takes it along, and finds the room that it made.
+    let (second, third) = (store.reserve(ask()).await.unwrap(), store.reserve(ask()).await.unwrap());
+    let free = store.settle_soon(second.id, Usage::default(), MicroUsd::ZERO, START_MS);
+    let (freed, fourth) = tokio::join!(free, store.reserve(ask()));
+    assert_eq!((freed.unwrap().spent, fourth.unwrap().amount), (MicroUsd(10), MicroUsd(10)));
+    // Who asked for it goes away at once.
+    {
+        let mut left = std::pin::pin!(settle(third.id));
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(left.as_mut().poll(&mut context).is_pending());
+    }
+    assert_eq!(settle(third.id).await, Err(StoreError::NotReserved(third.id)));
+    assert_eq!(store.spend(&job).await.unwrap().charged, MicroUsd(20));
+    let late = store.clone();
+    store.close().await.unwrap();
+    let closed = late.settle_soon(first.id, Usage::default(), MicroUsd(10), START_MS).await;
+    assert_eq!(closed, Err(StoreError::Closed));
+}
+
+#[tokio::test]
+async fn the_log_stays_bounded_while_requests_never_pause() {
+    const LOG_BYTES_MAX: u64 = 32 << 20;
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    store.submit(new_job(1, 1000, None)).await.unwrap();
+    let (job, cell) = (JobId::new(1, 0), CellId::new(1));
+    let mut written = 0;
+    // Some 8 pages each: several times what the log may hold.
+    for n in 0..4_000 {
+        let reserved = store.reserve(reservation(&job, &cell, "m", 1, 1, job_limit(None), n)).await.unwrap();
+        store.settle(reserved.id, Usage::default(), MicroUsd(1), n).await.unwrap();
+        written += 1;
+    }
+    let log = std::fs::metadata(dir.path().join(format!("{FILE_NAME}-wal"))).unwrap().len();
+    assert!(log <= LOG_BYTES_MAX, "{log} bytes after {written} requests");
+    assert_eq!(store.spend(&job).await.unwrap().charged, MicroUsd(written));
+    store.close().await.unwrap();
+    let store = open(&dir).await;
+    assert_eq!(store.spend(&job).await.unwrap().charged, MicroUsd(written));
     store.close().await.unwrap();
 }
 

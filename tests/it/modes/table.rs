@@ -16,7 +16,8 @@ pub(super) const PROMPT: &str = "the calls of the table";
 
 const MODES: [&str; 5] = ["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions"];
 
-/// The built-in tools there are: Glob and Grep are offered only to who asks for them.
+/// Built-in tools: Glob and Grep are offered only to who asks for them, and TodoWrite is one that the CLI no longer has,
+/// so that a call of it is answered in the same words with and without a cell.
 const TOOLS: [&str; 11] = [
     "Bash",
     "Read",

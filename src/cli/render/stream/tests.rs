@@ -45,6 +45,22 @@ fn each_end_says_what_happened_whose_fault_and_what_next() {
 }
 
 #[test]
+fn the_end_of_a_budget_is_told_once_in_the_stream() {
+    let budget = |scope: &str| json!({"type": "budget", "scope": scope, "spent_micro_usd": 480_000, "limit_micro_usd": 500_000});
+    let refused = json!({"type": "refused", "status": 403, "why": "budget"});
+    let stop = json!({"type": "stop", "reason": "budget", "detail": "the job's budget is exhausted"});
+    let running = json!({"type": "state", "state": "running"});
+    let shown = |events: Vec<Value>| read(&fake::numbered(events), Paint::default(), false);
+    let once = shown(vec![refused.clone(), budget("job"), refused.clone(), budget("job"), stop.clone()]);
+    assert_eq!(once, "! the cost limit of $0.5000 has no room ($0.4800 spent)\n");
+    let two = shown(vec![budget("job"), budget("batch"), stop.clone()]);
+    assert_eq!(two.lines().count(), 2, "{two}");
+    let again = shown(vec![budget("day"), running, budget("day")]);
+    assert_eq!(again.lines().count(), 2, "after the pause it is news: {again}");
+    assert!(shown(vec![stop]).starts_with("■ stopping: "), "where nothing else said why, the stop does");
+}
+
+#[test]
 fn the_status_line_says_where_it_stands() {
     let mut view = view(Paint::default(), false);
     let events = fake::events_of_a_job();

@@ -1,0 +1,151 @@
+//! The agent's own commits: taken out of a copy by running git where the agent ran it, in a second cell with the same
+//! copy and nothing else, and checked on the host before they are kept. Nothing in the copy is ever given to git on
+//! the host. A job without commits of its agent's costs no cell.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{CWD, Mode, OFlags};
+use tokio::sync::watch;
+
+use super::prepare::{self, Names, PrepareError, failed};
+use super::record::Record;
+use super::rooms::Tenant;
+use super::{Parts, runtime};
+use crate::change::Commits;
+use crate::changes::JobShelf;
+use crate::changes::commits::{BundleLimits, bundle_command, import_bundle};
+use crate::changes::export::temporary;
+use crate::git::head::head_of;
+use crate::job::FailReason;
+use crate::job::spec::WorkspaceMode;
+use crate::link::{Link, Resume};
+use crate::workspace::{self, Scratch};
+
+/// Longest run of the second cell.
+const WALL_MS: u64 = 120_000;
+/// Longest wait for it.
+const WAIT_MAX: Duration = Duration::from_secs(150);
+/// Its disk: twice the longest bundle, in bytes.
+const DISK_BYTES: u64 = 1 << 30;
+/// Longest bundle, in bytes.
+const BUNDLE_BYTES_MAX: u64 = 512 << 20;
+/// What it is called in the cell's /tmp.
+const FILE: &str = "hotcell.bundle";
+
+/// The commits beyond `base` that are checked out in the copy which the cell in `cell_dir` saw at `seen`; none where
+/// there are none. What goes wrong is told in words: the files are not lost by it.
+pub(super) async fn commits(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    shelf: &JobShelf,
+    seen: &Path,
+    base: Option<&str>,
+) -> Result<Option<Commits>, String> {
+    if !moved(seen, base) {
+        return Ok(None);
+    }
+    let made = second_cell(parts, record, seen, base).await;
+    let bundle = match made {
+        Ok(bundle) => bundle,
+        Err(PrepareError::Failed(failure)) => return Err(failure.message),
+        Err(PrepareError::Stopped(_, detail)) => return Err(detail),
+        Err(PrepareError::Record(error)) => return Err(error.to_string()),
+    };
+    let Some(mut file) = bundle else { return Ok(None) };
+    let path = record.accepted.workspace.as_ref().map(|workspace| workspace.path.clone());
+    let path = path.ok_or("the job had no workspace")?;
+    let (shelf, identity, base) = (shelf.clone(), record.identity.clone(), base.map(str::to_owned));
+    let limits = BundleLimits { bytes_max: BUNDLE_BYTES_MAX, ..BundleLimits::default() };
+    let import = move || {
+        import_bundle(&mut file, &shelf, &path, &identity, base.as_deref(), temporary(), &limits)
+    };
+    let taken = tokio::task::spawn_blocking(import).await.map_err(|e| e.to_string())?;
+    taken.map_err(|e| e.to_string())
+}
+
+/// Whether something else is checked out than when the job began. Looked at without git.
+fn moved(seen: &Path, base: Option<&str>) -> bool {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let Ok(dir) = rustix::fs::openat(CWD, seen, flags, Mode::empty()) else { return false };
+    let commit = head_of(dir.as_fd()).and_then(|head| head.commit);
+    commit.is_some_and(|commit| Some(commit.as_str()) != base)
+}
+
+/// Runs git in a cell of its own, and gives what it wrote.
+async fn second_cell(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    seen: &Path,
+    base: Option<&str>,
+) -> Result<Option<std::fs::File>, PrepareError> {
+    let (_nobody, mut not_stopped) = watch::channel(None);
+    let former = parts.store.cell_of(&record.job).await?;
+    let image = prepare::find_image(parts, record, &mut not_stopped).await?;
+    let chosen = runtime::choose(parts, record, &image, &mut not_stopped).await?;
+    let names = Names::new(former.as_ref(), &record.job)?;
+    parts.store.put_cell(names.row(record, None)).await?;
+    let mut accepted = record.accepted.clone();
+    (accepted.workspace, accepted.from) = (None, None);
+    accepted.others.clear();
+    accepted.plan.workspace_mode = WorkspaceMode::None;
+    accepted.plan.limits.disk_bytes = DISK_BYTES;
+    let tenant = Tenant { uid: names.uid, runtime: chosen.runtime, claude: image.claude.clone() };
+    let made = prepare::make_rooms(parts, record, &names, tenant, accepted, None).await?;
+    let (mut dirs, who) = (made.dirs, made.who);
+    dirs.workspace = seen.to_owned();
+    let mut spec = prepare::cell_spec(parts, record, &names.cell, &image, &dirs, &who);
+    spec.runtime = chosen.engine_name;
+    let at = record.accepted.plan.workspace_at.clone();
+    let argv = bundle_command(&at, base, &format!("/tmp/{FILE}"), BUNDLE_BYTES_MAX);
+    let settings = safe_directory();
+    let boot = prepare::boot_with(parts, record, &names, &image, WALL_MS, (argv, &settings))?;
+    let mut link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), who.owner())
+        .await
+        .map_err(|e| failed(FailReason::Internal, e))?;
+    let started = prepare::start(parts, &names.cell, &spec, &boot, &not_stopped).await;
+    let ended = match started {
+        Ok(container) => {
+            let ended = parts.engine.wait(&container);
+            let listened = tokio::time::timeout(WAIT_MAX, runtime::listen(&mut link, ended)).await;
+            // Whatever it does by now: what it wrote is read when it cannot write any more.
+            let killed = parts.engine.remove(&container).await;
+            killed.map_err(|e| prepare::engine_failure(FailReason::Internal, &e))?;
+            listened.unwrap_or_else(|_| Err(format!("git did not end within {} s", WAIT_MAX.as_secs())))
+        }
+        Err(error) => {
+            prepare::leave_link(record, link).await;
+            return Err(error);
+        }
+    };
+    prepare::leave_link(record, link).await;
+    let dir = parts.settings.cells_dir().join(names.cell.as_str());
+    match (opened(&dir), ended) {
+        (Ok(Some(file)), _) => Ok(Some(file)),
+        // Git has nothing to pack where HEAD is none of its commits' children.
+        (Ok(None), Ok(())) => Ok(None),
+        (Ok(None), Err(why)) => {
+            Err(failed(FailReason::Internal, format!("the agent's commits were not packed: {why}")))
+        }
+        (Err(why), _) => Err(failed(FailReason::Internal, why)),
+    }
+}
+
+/// The bundle that the cell in `dir` left; none where git had nothing to pack.
+fn opened(dir: &Path) -> Result<Option<std::fs::File>, String> {
+    let scratch = Scratch::adopt(dir).map_err(|e| e.to_string())?.ok_or("its scratch space is gone")?;
+    match workspace::open_file(&scratch.tmp(), &PathBuf::from(FILE)) {
+        Ok(file) => Ok(Some(file)),
+        Err(workspace::TakeError::Missing) => Ok(None),
+        Err(error) => Err(format!("the agent's commits cannot be read: {error}")),
+    }
+}
+
+/// The workspace may belong to another id than the one git runs as.
+fn safe_directory() -> Vec<(String, String)> {
+    [("GIT_CONFIG_COUNT", "1"), ("GIT_CONFIG_KEY_0", "safe.directory"), ("GIT_CONFIG_VALUE_0", "*")]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into()
+}
