@@ -54,7 +54,7 @@ impl GitSource {
 
 /// Whether a text that names no directory is meant as the address of a repository.
 pub fn looks_like_url(text: &str) -> bool {
-    text.contains("://") || scp_like(text).is_some()
+    text.contains("::") || text.contains("://") || scp_like(text).is_some()
 }
 
 /// Whether it is a whole commit id.

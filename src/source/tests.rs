@@ -130,7 +130,6 @@ async fn what_is_missing_is_named_and_nothing_is_left() {
         (text(&bench.place.path("")), None, "no git repository that you can read"),
         (text(&bench.place.path("empty.git")), None, "no commit yet"),
         (format!("http://{closed}/app.git"), None, "cannot be reached"),
-        (format!("ssh://git@127.0.0.1:{}/app.git", closed.port()), None, "cannot be reached"),
     ] {
         let error = bench.fetch(&url, name).await.expect_err(&url).to_string();
         assert!(error.contains(words), "{url}: {error}");
@@ -233,10 +232,11 @@ async fn nothing_of_a_poisoned_repository_runs() {
     let run = format!("touch {}", mark.display());
     bench.place.sh(
         &work,
-        "printf '* filter=evil ident text working-tree-encoding=UTF-16 diff=evil merge=evil\\n' >.gitattributes; git add .gitattributes; \
-         printf '[submodule \"s\"]\\n\\tpath = s\\n\\turl = ext::sh -c touch%% marker\\n\\tupdate = !touch marker\\n' >.gitmodules; \
-         git add -f .gitmodules; git update-index --add --cacheinfo 160000,$(git rev-parse HEAD),s; git commit -qm poison; \
-         git push -q ../app.git main",
+        "a=$(printf '* filter=evil ident text working-tree-encoding=UTF-16 diff=evil merge=evil\\n' | git hash-object -w --stdin); \
+         m=$(printf '[submodule \"s\"]\\n\\tpath = s\\n\\turl = https://127.0.0.1:1/s\\n\\tupdate = checkout\\n' | git hash-object -w --stdin); \
+         git update-index --add --cacheinfo 100644,$a,.gitattributes --cacheinfo 100644,$m,.gitmodules \
+         --cacheinfo 160000,$(git rev-parse HEAD),s; \
+         git push -q ../app.git $(git commit-tree -p HEAD -m poison $(git write-tree)):main",
     );
     let script = format!("#!/bin/sh\n{run}\ncat\n");
     for hook in ["post-checkout", "post-update", "pre-receive", "reference-transaction", "post-index-change", "fsmonitor-watchman"] {
@@ -268,6 +268,24 @@ async fn nothing_of_a_poisoned_repository_runs() {
     }
     assert_eq!(bench.place.git(&fetched.tree, &["status", "--porcelain"]), "");
     assert!(!mark.exists(), "something ran");
+}
+
+#[tokio::test]
+async fn objects_that_git_would_not_make_are_refused() {
+    let bench = Bench::new();
+    let (bare, _) = bench.bare();
+    let line = "c=$(printf 'tree %s\\n\\nno author' $(git rev-parse 'main^{tree}') | \
+                git hash-object -w -t commit --stdin --literally); git update-ref refs/heads/main $c";
+    bench.place.sh(&bare, line);
+    let error = bench.fetch(&text(&bare), None).await.expect_err("damaged");
+    assert!(matches!(error, SourceError::Damaged { .. }), "{error}");
+    // What tries to write into `.git` by another spelling of it.
+    let line = "b=$(echo evil | git hash-object -w --stdin); t=$(printf '100644 blob %s\\tpost-checkout\\n' $b | git mktree); \
+                t=$(printf '040000 tree %s\\t.GIT\\n' $t | git mktree); \
+                git update-ref refs/heads/main $(git commit-tree -m x $t)";
+    bench.place.sh(&bare, line);
+    let error = bench.fetch(&text(&bare), None).await.expect_err("damaged");
+    assert!(matches!(error, SourceError::Damaged { .. }), "{error}");
 }
 
 #[tokio::test]
@@ -322,6 +340,7 @@ async fn lfs_files_are_refused_by_name_or_brought_by_the_users_git_lfs() {
     assert_eq!(bench.place.git(&fetched.tree, &["status", "--porcelain"]), "");
     assert!(!bench.place.path("filtered").exists());
     // A server that the repository names is not asked.
+    std::fs::remove_file(bench.place.path(".gitconfig")).expect("removed");
     bench.place.sh(&work, "printf '[lfs]\\n\\turl = http://127.0.0.1:1/\\n' >.lfsconfig; git add .; git commit -qm c; git push -q ../app.git main");
     let error = bench.fetch_for(&url, None, &job(2)).await.expect_err("redirected").to_string();
     assert!(error.contains(".lfsconfig"), "{error}");

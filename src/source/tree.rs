@@ -111,11 +111,11 @@ pub(super) async fn make(
     .await?;
     let git = |command| run.git(Config::None, command).args([OsString::from("-C"), tree.as_os_str().to_owned()]);
     git("config").args(["config", "remote.origin.url", run.url]).text().await?;
-    let checkout = git("checkout").args(["checkout", "--quiet", "--force", "--no-track"]);
+    let checkout = git("checkout").args(["checkout", "--quiet", "--force"]);
     let Some(branch) = &wanted.branch else {
         return checkout.args(["--detach", commit]).text().await.map(|_| ());
     };
-    checkout.args(["-B", branch.as_str(), commit]).text().await?;
+    checkout.args(["--no-track", "-B", branch.as_str(), commit]).text().await?;
     for (key, value) in [("remote", "origin".to_owned()), ("merge", format!("refs/heads/{branch}"))] {
         git("config").args(["config", &format!("branch.{branch}.{key}"), &value]).text().await?;
     }

@@ -17,8 +17,10 @@ pub(super) fn judge(
     let said = String::from_utf8_lossy(stderr);
     let has = |words: &[&str]| words.iter().any(|word| said.contains(word));
     let (url, words) = (url.to_owned(), plain(&said));
+    // A packer that the limit killed says nothing, and its caller nothing but this.
+    let silent = has(&["invalid index-pack output"]) && !has(&["fsck error", "error: "]);
     if let Some(max) = file_bytes_max
-        && (code == 128 + libc::SIGXFSZ || has(&["File too large", "died of signal 25"]))
+        && (code == 128 + libc::SIGXFSZ || silent || has(&["File too large", "died of signal 25"]))
     {
         return SourceError::TooLarge { what: format!("{url} is larger"), max: format!("{max} bytes") };
     }
@@ -28,7 +30,12 @@ pub(super) fn judge(
     if has(&["Host key verification failed", "REMOTE HOST IDENTIFICATION HAS CHANGED"]) {
         return SourceError::HostKey { url };
     }
-    if has(&["could not read Username", "could not read Password", "terminal prompts disabled"]) {
+    if has(&["No user exists for uid"]) {
+        let missing = "ssh works only for users whom the machine's user file names";
+        return SourceError::Credentials { url, missing: missing.to_owned() };
+    }
+    let asked = ["could not read Username", "could not read Password", "unable to get password", "unable to get username"];
+    if has(&asked) || has(&["terminal prompts disabled"]) {
         let missing = "your git has no credential for it; set a credential helper up (`git config --global \
                        credential.helper …`) and fetch once by hand, or use ssh with a key that needs no passphrase";
         return SourceError::Credentials { url, missing: missing.to_owned() };
@@ -45,7 +52,7 @@ pub(super) fn judge(
     if has(&["Could not resolve host", "Name or service not known", "Temporary failure in name resolution"]) {
         return SourceError::NoHost { url, words };
     }
-    if has(&["fsck error", "index-pack failed", "unable to parse", "corrupt"]) && command == "fetch" {
+    if has(&["fsck error", "index-pack", "unable to parse", "corrupt"]) && command == "fetch" {
         return SourceError::Damaged { url, words };
     }
     if has(&["does not appear to be a git repository", "not found", "No such file or directory", "does not exist"]) {
@@ -89,7 +96,7 @@ mod tests {
     fn what_is_missing_is_named() {
         use SourceError as E;
         type Is = fn(&SourceError) -> bool;
-        let cases: [(&str, Is); 10] = [
+        let cases: [(&str, Is); 12] = [
             ("fatal: could not read Username for 'https://x': terminal prompts disabled", |e| matches!(e, E::Credentials { .. })),
             ("remote: x\nfatal: Authentication failed for 'https://x/'", |e| matches!(e, E::Credentials { .. })),
             ("git@x: Permission denied (publickey).\nfatal: Could not read from remote", |e| matches!(e, E::Credentials { .. })),
@@ -98,6 +105,8 @@ mod tests {
             ("ssh: connect to host x port 22: Connection refused", |e| matches!(e, E::Unreachable { .. })),
             ("fatal: detected dubious ownership in repository at '/r'", |e| matches!(e, E::Owner { .. })),
             ("fatal: '/r' does not appear to be a git repository", |e| matches!(e, E::NotThere { .. })),
+            ("fatal: fetch-pack: invalid index-pack output", |e| matches!(e, E::TooLarge { .. })),
+            ("No user exists for uid 4242", |e| matches!(e, E::Credentials { .. })),
             ("fatal: write error: File too large", |e| matches!(e, E::TooLarge { .. })),
             ("error: object x: fsck error in packed object\nfatal: index-pack failed", |e| matches!(e, E::Damaged { .. })),
         ];
