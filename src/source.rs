@@ -110,7 +110,9 @@ pub enum SourceError {
         missing: String,
     },
     /// The host's key is not known, or another one.
-    #[error("{url}: its host's key is not in your known_hosts, or is another one: connect once with ssh by hand")]
+    #[error(
+        "{url}: its host's key is not in your known_hosts, or is another one: connect once with ssh by hand"
+    )]
     HostKey {
         /// The address.
         url: String,
@@ -218,8 +220,14 @@ impl SourceError {
     pub fn key(&self) -> &'static str {
         match self {
             Self::UnknownRef { .. } | Self::Ambiguous { .. } | Self::NotACommit { .. } => "ref",
-            Self::NoGit | Self::Busy { .. } | Self::Late { .. } | Self::NoHost { .. } | Self::Unreachable { .. } => "url",
-            Self::Credentials { .. } | Self::HostKey { .. } | Self::NotThere { .. } | Self::Owner { .. } => "url",
+            Self::NoGit
+            | Self::Busy { .. }
+            | Self::Late { .. }
+            | Self::NoHost { .. }
+            | Self::Unreachable { .. } => "url",
+            Self::Credentials { .. } | Self::HostKey { .. } | Self::NotThere { .. } | Self::Owner { .. } => {
+                "url"
+            }
             Self::Empty { .. } | Self::TooLarge { .. } | Self::Damaged { .. } | Self::Lfs { .. } => "url",
             Self::Git { .. } | Self::Place { .. } | Self::Run(_) | Self::Workspace(_) => "url",
         }
@@ -231,7 +239,8 @@ fn near_words(near: &[String]) -> String {
 }
 
 fn lfs_words(files: &[String], count: usize) -> String {
-    let (verb, more) = (if count == 1 { "file is" } else { "files are" }, if count > files.len() { ", …" } else { "" });
+    let (verb, more) =
+        (if count == 1 { "file is" } else { "files are" }, if count > files.len() { ", …" } else { "" });
     format!("{count} {verb} in Git LFS ({}{more})", files.join(", "))
 }
 
@@ -303,7 +312,12 @@ impl Sources {
     ///
     /// # Errors
     /// [`SourceError`].
-    pub async fn fetch(&self, who: &Identity, source: &GitSource, job: &JobId) -> Result<Kept<'_>, SourceError> {
+    pub async fn fetch(
+        &self,
+        who: &Identity,
+        source: &GitSource,
+        job: &JobId,
+    ) -> Result<Kept<'_>, SourceError> {
         let place = self.place(who.uid, job)?;
         let room = room::make(&self.dir, who, job).await?;
         let run = Run {
@@ -345,17 +359,16 @@ impl Sources {
         tree::make(run, &mirror, &room.tree, &wanted, &commit).await?;
         let mut notes = lfs::complete(run, &room.tree, &commit, &listed).await?;
         if listed.submodules > 0 {
-            notes.push(format!("{} submodules are not fetched: their directories are empty", listed.submodules));
+            notes.push(format!(
+                "{} submodules are not fetched: their directories are empty",
+                listed.submodules
+            ));
         }
         let at = wanted.branch.as_ref().map_or(String::new(), |branch| format!(", branch {branch}"));
         let (seconds, how) = (begun.elapsed().as_secs_f64(), if had { "was up to date" } else { "fetched" });
         notes.insert(0, format!("{}: {how} in {seconds:.1} s, commit {commit}{at}", source.url));
-        let checkout = GitCheckout {
-            url: source.url.clone(),
-            name: source.name.clone(),
-            commit,
-            branch: wanted.branch,
-        };
+        let checkout =
+            GitCheckout { url: source.url.clone(), name: source.name.clone(), commit, branch: wanted.branch };
         Ok(Fetched { tree: room.tree.clone(), checkout, notes })
     }
 
@@ -404,7 +417,9 @@ impl Sources {
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         let (mine, all) = (under_way.users.get(&uid).copied().unwrap_or(0), under_way.jobs.len());
         if mine >= self.limits.per_user_max || all >= self.limits.all_max {
-            return Err(SourceError::Busy { count: if mine >= self.limits.per_user_max { mine } else { all } });
+            return Err(SourceError::Busy {
+                count: if mine >= self.limits.per_user_max { mine } else { all },
+            });
         }
         *under_way.users.entry(uid).or_default() += 1;
         under_way.jobs.insert(job.clone());

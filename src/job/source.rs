@@ -80,7 +80,9 @@ fn check_url(url: &str) -> Result<(), String> {
                 _ => Err("http:// proves nobody's identity: use https://, or ssh://".to_owned()),
             },
             "file" => check_path(rest),
-            _ => Err(format!("{scheme}:// is not fetched: use https://, ssh://, git@host:path or an absolute path")),
+            _ => Err(format!(
+                "{scheme}:// is not fetched: use https://, ssh://, git@host:path or an absolute path"
+            )),
         };
     }
     if url.contains("::") {
@@ -103,7 +105,8 @@ fn scp_like(text: &str) -> Option<(&str, &str)> {
 fn check_authority<'a>(scheme: &str, rest: &'a str) -> Result<&'a str, String> {
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
     let (user, host_port) = authority.rsplit_once('@').map_or((None, authority), |(u, h)| (Some(u), h));
-    if user.is_some_and(|user| user.contains(':')) || (scheme != "ssh" && user.is_some_and(looks_like_token)) {
+    if user.is_some_and(|user| user.contains(':')) || (scheme != "ssh" && user.is_some_and(looks_like_token))
+    {
         let words = "holds a password: leave it out, git asks your own credential helper for it";
         return Err(words.to_owned());
     }
@@ -235,12 +238,36 @@ mod tests {
 
     #[test]
     fn names_follow_the_rules_of_git() {
-        for name in ["main", "feature/x-1", "v1.0", "refs/heads/main", "refs/pull/1/head", &"a".repeat(40), "ä"] {
+        for name in
+            ["main", "feature/x-1", "v1.0", "refs/heads/main", "refs/pull/1/head", &"a".repeat(40), "ä"]
+        {
             assert_eq!(source("/r", Some(name)).check(), Ok(()), "{name}");
         }
         for name in [
-            "", "-x", "--upload-pack=x", "/x", "x/", "x.", "a..b", "a//b", "a@{1}", "@", "a b", "a~1", "a^", "a:b", "a?", "a*",
-            "a[", "a\\b", "a\nb", ".a", "a/.b", "a.lock", "a.lock/b", &"a".repeat(256),
+            "",
+            "-x",
+            "--upload-pack=x",
+            "/x",
+            "x/",
+            "x.",
+            "a..b",
+            "a//b",
+            "a@{1}",
+            "@",
+            "a b",
+            "a~1",
+            "a^",
+            "a:b",
+            "a?",
+            "a*",
+            "a[",
+            "a\\b",
+            "a\nb",
+            ".a",
+            "a/.b",
+            "a.lock",
+            "a.lock/b",
+            &"a".repeat(256),
         ] {
             assert!(source("/r", Some(name)).check().is_err_and(|(key, _)| key == "ref"), "{name:?}");
         }

@@ -116,7 +116,8 @@ impl Git<'_> {
             return Err(self.run.late());
         }
         let mut argv = vec![PathBuf::from("git")];
-        let settings = ALWAYS.iter().chain(if self.config == Config::None { ALONE.iter() } else { [].iter() });
+        let settings =
+            ALWAYS.iter().chain(if self.config == Config::None { ALONE.iter() } else { [].iter() });
         argv.extend(settings.flat_map(|setting| [PathBuf::from("-c"), PathBuf::from(setting)]));
         argv.extend(self.args.iter().map(PathBuf::from));
         // What is said here wins: nothing may make it ask or use another transport.
@@ -135,7 +136,9 @@ impl Git<'_> {
                 what: format!("`git {}` says more than can be read", self.command),
                 max: format!("{bytes_max} bytes"),
             }),
-            Err(error @ (RunError::NotRoot { .. } | RunError::Start { .. } | RunError::Left { .. })) => Err(error.into()),
+            Err(error @ (RunError::NotRoot { .. } | RunError::Start { .. } | RunError::Left { .. })) => {
+                Err(error.into())
+            }
         }
     }
 
@@ -178,7 +181,13 @@ fn environment(config: Config) -> Vec<(String, OsString)> {
 
 /// The user's own ssh command, told to ask nothing.
 pub(super) async fn ssh(run: &Run<'_>) -> Result<OsString, SourceError> {
-    let own = run.git(Config::Users, "config").args(["config", "--global", "--includes", "--get", "core.sshCommand"]);
+    let own = run.git(Config::Users, "config").args([
+        "config",
+        "--global",
+        "--includes",
+        "--get",
+        "core.sshCommand",
+    ]);
     let own = own.output().await?;
     let own = String::from_utf8_lossy(&own.stdout).trim().to_owned();
     let program = own.split_whitespace().next().unwrap_or("ssh");

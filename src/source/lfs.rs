@@ -6,10 +6,10 @@ use std::ffi::OsString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use super::SourceError;
 use super::git::{Config, Run};
 use super::room::{as_user, place};
 use super::tree::{Listed, POINTER_BYTES_MAX};
-use super::SourceError;
 
 /// Files that are named.
 const NAMED_MAX: usize = 5;
@@ -31,7 +31,8 @@ pub(super) async fn complete(
         let files = pointers.iter().take(NAMED_MAX).map(|path| path.display().to_string()).collect();
         SourceError::Lfs { files, count: pointers.len(), missing: missing.to_owned() }
     };
-    let git = |config, command| run.git(config, command).args([OsString::from("-C"), tree.as_os_str().to_owned()]);
+    let git =
+        |config, command| run.git(config, command).args([OsString::from("-C"), tree.as_os_str().to_owned()]);
     if git(Config::Users, "lfs").args(["lfs", "version"]).output().await?.code != 0 {
         return Err(refused("install git-lfs on this machine, or clone it yourself and give the directory"));
     }
@@ -49,7 +50,8 @@ pub(super) async fn complete(
         return Err(refused("git-lfs did not bring all of them"));
     }
     // Git in the cell has no filter for them: it must not take the contents for a change.
-    let update = git(Config::None, "update-index").args(["update-index", "--assume-unchanged", "-z", "--stdin"]);
+    let update =
+        git(Config::None, "update-index").args(["update-index", "--assume-unchanged", "-z", "--stdin"]);
     let names: Vec<u8> = pointers
         .iter()
         .flat_map(|path| [std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str()), b"\0"].concat())
@@ -100,7 +102,12 @@ mod tests {
     fn a_pointer_is_told_from_a_text_about_pointers() {
         let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n";
         assert!(is_pointer(pointer.as_bytes()));
-        for text in ["", "oid sha256:4d7a\n", "# version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "version https://git-lfs.github.com/spec/v1\n"] {
+        for text in [
+            "",
+            "oid sha256:4d7a\n",
+            "# version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "version https://git-lfs.github.com/spec/v1\n",
+        ] {
             assert!(!is_pointer(text.as_bytes()), "{text}");
         }
     }

@@ -37,9 +37,11 @@ pub(super) async fn update(
         if wanted.full.is_none() && !has(run, mirror, &wanted.id).await? {
             let spec = vec![format!("+{id}:refs/hotcell/{id}", id = wanted.id)];
             fetch(run, mirror, &spec, bytes).await.map_err(|error| match error {
-                SourceError::Git { .. } | SourceError::NotThere { .. } => {
-                    SourceError::UnknownRef { url: run.url.to_owned(), name: wanted.name.clone(), near: Vec::new() }
-                }
+                SourceError::Git { .. } | SourceError::NotThere { .. } => SourceError::UnknownRef {
+                    url: run.url.to_owned(),
+                    name: wanted.name.clone(),
+                    near: Vec::new(),
+                },
                 other => other,
             })?;
         }
@@ -57,7 +59,8 @@ pub(super) async fn update(
 pub(super) async fn commit(run: &Run<'_>, mirror: &Path, wanted: &Wanted) -> Result<String, SourceError> {
     let git = run.git(Config::None, "rev-parse").args([in_dir(mirror)]);
     let object = format!("{}^{{commit}}", wanted.id);
-    let output = git.args(["rev-parse", "--verify", "--quiet", "--end-of-options", object.as_str()]).output().await?;
+    let output =
+        git.args(["rev-parse", "--verify", "--quiet", "--end-of-options", object.as_str()]).output().await?;
     let commit = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     if output.code == 0 && crate::job::source::is_commit_id(&commit) {
         return Ok(commit);

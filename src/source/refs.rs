@@ -37,7 +37,8 @@ pub(super) struct Wanted {
 /// Asks the repository.
 pub(super) async fn ask(run: &Run<'_>) -> Result<Heads, SourceError> {
     let git = run.git(Config::Users, "ls-remote").args(["ls-remote", "--symref", "--", run.url]);
-    let text = git.env("GIT_SSH_COMMAND", git::ssh(run).await?).output_bytes_max(LIST_BYTES_MAX).text().await?;
+    let text =
+        git.env("GIT_SSH_COMMAND", git::ssh(run).await?).output_bytes_max(LIST_BYTES_MAX).text().await?;
     Ok(Heads::parse(&String::from_utf8_lossy(&text)))
 }
 
@@ -105,7 +106,11 @@ impl Heads {
         }
     }
 
-    fn checked_out(&self, url: &str, at: impl Fn(&str, String, &str) -> Wanted) -> Result<Wanted, SourceError> {
+    fn checked_out(
+        &self,
+        url: &str,
+        at: impl Fn(&str, String, &str) -> Wanted,
+    ) -> Result<Wanted, SourceError> {
         if let Some(full) = &self.default
             && let Some(id) = self.ids.get(full)
         {
@@ -183,7 +188,8 @@ mod tests {
 
     #[test]
     fn a_name_that_is_not_there_is_told_with_those_that_are_near() {
-        for (name, near) in [("mian", "main"), ("Main", "main"), ("v1.O", "v1.0"), ("refs/heads/mai", "main")] {
+        for (name, near) in [("mian", "main"), ("Main", "main"), ("v1.O", "v1.0"), ("refs/heads/mai", "main")]
+        {
             let error = heads().resolve("u", Some(name)).unwrap_err();
             assert!(error.to_string().contains(near) && error.key() == "ref", "{name}: {error}");
         }

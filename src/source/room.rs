@@ -161,13 +161,18 @@ fn names(dir: &Path) -> Result<Vec<String>, SourceError> {
 }
 
 /// The mirrors of a user that have to go.
-pub(super) async fn too_many(dir: &Path, who: &Identity, limits: &Limits) -> Result<Vec<String>, SourceError> {
+pub(super) async fn too_many(
+    dir: &Path,
+    who: &Identity,
+    limits: &Limits,
+) -> Result<Vec<String>, SourceError> {
     let (mirrors, limits) = (dir.join(who.uid.to_string()).join("mirrors"), *limits);
     as_user(who, &mirrors.clone(), move || {
         let mut found = Vec::new();
         for name in names(&mirrors)?.into_iter().filter(|name| name.ends_with(".git")) {
             let mirror = mirrors.join(&name);
-            let used = std::fs::symlink_metadata(mirror.join(USED)).or_else(|_| std::fs::symlink_metadata(&mirror));
+            let used =
+                std::fs::symlink_metadata(mirror.join(USED)).or_else(|_| std::fs::symlink_metadata(&mirror));
             let Ok(used) = used.and_then(|found| found.modified()) else { continue };
             found.push((used, name, packs_bytes(&mirror)));
         }
@@ -205,11 +210,8 @@ mod tests {
     fn old_mirrors_go_and_then_the_ones_unused_longest() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
         let at = |ago: u64, name: &str, bytes| (now - Duration::from_secs(ago), name.to_owned(), bytes);
-        let limits = Limits {
-            mirror_age_max: Duration::from_secs(1000),
-            mirrors_bytes_max: 100,
-            ..Limits::default()
-        };
+        let limits =
+            Limits { mirror_age_max: Duration::from_secs(1000), mirrors_bytes_max: 100, ..Limits::default() };
         let found = vec![at(10, "new", 60), at(500, "middle", 50), at(2000, "old", 500), at(20, "other", 30)];
         assert_eq!(excess(found, now, &limits), ["old", "middle"]);
         assert_eq!(excess(vec![at(10, "new", 100)], now, &limits), Vec::<String>::new());

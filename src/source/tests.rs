@@ -76,7 +76,10 @@ async fn a_branch_a_tag_and_a_commit_are_checked_out_as_the_user() {
     ];
     for (n, (name, branch, commit)) in cases.into_iter().enumerate() {
         let fetched = bench.fetch_for(&url, name, &job(n as u64)).await.expect("fetched");
-        assert_eq!((&fetched.checkout.commit, fetched.checkout.branch.as_deref().unwrap_or("")), (commit, branch));
+        assert_eq!(
+            (&fetched.checkout.commit, fetched.checkout.branch.as_deref().unwrap_or("")),
+            (commit, branch)
+        );
         let tree = &fetched.tree;
         assert_eq!(std::fs::read_to_string(tree.join("a.txt")).expect("a file"), "one\ntwo\nthree\n");
         assert_eq!(bench.place.git(tree, &["status", "--porcelain"]), "");
@@ -102,7 +105,10 @@ async fn what_is_new_and_what_is_gone_come_with_the_next_fetch() {
     let (bare, work) = bench.bare();
     let url = text(&bare);
     bench.fetch_for(&url, None, &job(1)).await.expect("fetched");
-    bench.place.sh(&work, "git commit -q --amend -m other; git push -qf ../app.git main; git push -q ../app.git :feature/x");
+    bench.place.sh(
+        &work,
+        "git commit -q --amend -m other; git push -qf ../app.git main; git push -q ../app.git :feature/x",
+    );
     // What a fetch that was killed left is no obstacle.
     let mirror = bench.own().join("mirrors").join(room::mirror_name(&url));
     for name in ["packed-refs.lock", "refs/heads/main.lock", "objects/pack/tmp_pack_x"] {
@@ -110,7 +116,10 @@ async fn what_is_new_and_what_is_gone_come_with_the_next_fetch() {
     }
     let fetched = bench.fetch_for(&url, Some("main"), &job(2)).await.expect("fetched");
     assert_eq!(fetched.checkout.commit, bench.place.git(&work, &["rev-parse", "main"]));
-    assert!(matches!(bench.fetch_for(&url, Some("feature/x"), &job(3)).await, Err(SourceError::UnknownRef { .. })));
+    assert!(matches!(
+        bench.fetch_for(&url, Some("feature/x"), &job(3)).await,
+        Err(SourceError::UnknownRef { .. })
+    ));
     assert!(!mirror.join("objects/pack/tmp_pack_x").exists());
     assert_eq!(bench.trees(), 2);
 }
@@ -149,7 +158,9 @@ async fn another_users_repository_is_not_read_without_their_leave_nor_without_th
     let bench = Bench::new();
     let (bare, _) = bench.bare();
     let url = text(&bare);
-    assert!(std::process::Command::new("chown").args(["-R", "4545", &url]).status().expect("chown").success());
+    assert!(
+        std::process::Command::new("chown").args(["-R", "4545", &url]).status().expect("chown").success()
+    );
     let error = bench.fetch(&url, None).await.expect_err("another user's");
     assert!(matches!(error, SourceError::Owner { .. }), "{error}");
     bench.place.git(&bench.place.path(""), &["config", "--global", "safe.directory", &url]);
@@ -158,7 +169,8 @@ async fn another_users_repository_is_not_read_without_their_leave_nor_without_th
     let error = bench.fetch_for(&url, None, &job(2)).await.expect_err("closed");
     assert!(matches!(error, SourceError::NotThere { .. }), "{error}");
     // A directory that somebody else made where a user's belongs is not used.
-    let (other, theirs) = (Identity { uid: 4646, gid: 4646, groups: Vec::new() }, bench.sources.dir().join("4646"));
+    let (other, theirs) =
+        (Identity { uid: 4646, gid: 4646, groups: Vec::new() }, bench.sources.dir().join("4646"));
     std::fs::create_dir(&theirs).expect("made");
     let source = GitSource { url, name: None };
     let error = bench.sources.fetch(&other, &source, &job(3)).await.map(|_| ()).expect_err("not theirs");
@@ -187,7 +199,9 @@ fn server(answer: &'static str) -> String {
 
 #[tokio::test]
 async fn a_server_that_asks_or_hangs_is_told_and_nobody_is_prompted() {
-    let url = server("HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic realm=\"x\"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    let url = server(
+        "HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic realm=\"x\"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+    );
     let bench = Bench::new();
     let error = bench.fetch(&url, None).await.expect_err("a password is wanted");
     assert!(matches!(error, SourceError::Credentials { .. }), "{error}");
@@ -198,7 +212,8 @@ async fn a_server_that_asks_or_hangs_is_told_and_nobody_is_prompted() {
     let error = bench.fetch(&url, None).await.expect_err("a wrong password");
     assert!(matches!(error, SourceError::Credentials { .. }), "{error}");
     assert!(bench.place.path("asked").exists() && !error.to_string().contains("hunter2"), "{error}");
-    let bench = Bench::with(Limits { wall: Duration::from_millis(700), reserve_bytes: 0, ..Limits::default() });
+    let bench =
+        Bench::with(Limits { wall: Duration::from_millis(700), reserve_bytes: 0, ..Limits::default() });
     let error = bench.fetch(&server(""), None).await.expect_err("it hangs");
     assert!(matches!(error, SourceError::Late { .. }), "{error}");
     assert_eq!(bench.trees(), 0);
@@ -239,7 +254,14 @@ async fn nothing_of_a_poisoned_repository_runs() {
          git push -q ../app.git $(git commit-tree -p HEAD -m poison $(git write-tree)):main",
     );
     let script = format!("#!/bin/sh\n{run}\ncat\n");
-    for hook in ["post-checkout", "post-update", "pre-receive", "reference-transaction", "post-index-change", "fsmonitor-watchman"] {
+    for hook in [
+        "post-checkout",
+        "post-update",
+        "pre-receive",
+        "reference-transaction",
+        "post-index-change",
+        "fsmonitor-watchman",
+    ] {
         let path = bare.join("hooks").join(hook);
         std::fs::create_dir_all(bare.join("hooks")).expect("made");
         std::fs::write(&path, &script).expect("written");
@@ -260,7 +282,11 @@ async fn nothing_of_a_poisoned_repository_runs() {
     std::fs::write(bare.join("objects/info/alternates"), "/nonexistent\n").expect("written");
     let fetched = bench.fetch(&text(&bare), Some("main")).await.expect("fetched");
     assert!(!mark.exists() && !fetched.tree.join("marker").exists(), "something ran");
-    assert!(fetched.notes.iter().any(|note| note.contains("1 submodules are not fetched")), "{:?}", fetched.notes);
+    assert!(
+        fetched.notes.iter().any(|note| note.contains("1 submodules are not fetched")),
+        "{:?}",
+        fetched.notes
+    );
     assert_eq!(std::fs::read_to_string(fetched.tree.join("a.txt")).expect("raw"), "one\ntwo\nthree\n");
     let own = std::fs::read_to_string(fetched.tree.join(".git/config")).expect("config");
     for word in ["evil", "ext::", "touch", "submodule"] {
@@ -293,13 +319,19 @@ async fn what_is_too_large_is_stopped() {
     let limits = Limits { reserve_bytes: 0, pack_bytes_max: 100_000, ..Limits::default() };
     let bench = Bench::with(limits);
     let (bare, work) = bench.bare();
-    bench.place.sh(&work, "head -c 300000 /dev/urandom >big; git add big; git commit -qm big; git push -q ../app.git main");
+    bench.place.sh(
+        &work,
+        "head -c 300000 /dev/urandom >big; git add big; git commit -qm big; git push -q ../app.git main",
+    );
     let error = bench.fetch(&text(&bare), None).await.expect_err("too large a pack");
     assert!(matches!(error, SourceError::TooLarge { .. }), "{error}");
     assert_eq!(bench.trees(), 0);
     let bench = Bench::with(Limits { tree_bytes_max: 299_999, reserve_bytes: 0, ..Limits::default() });
     let (bare, work) = bench.bare();
-    bench.place.sh(&work, "head -c 300000 /dev/zero >big; git add big; git commit -qm big; git push -q ../app.git main");
+    bench.place.sh(
+        &work,
+        "head -c 300000 /dev/zero >big; git add big; git commit -qm big; git push -q ../app.git main",
+    );
     let error = bench.fetch(&text(&bare), None).await.expect_err("too large a checkout");
     assert!(error.to_string().contains("the checkout has 3000"), "{error}");
     let bench = Bench::with(Limits { per_user_max: 0, ..Limits::default() });
@@ -319,7 +351,10 @@ async fn lfs_files_are_refused_by_name_or_brought_by_the_users_git_lfs() {
     );
     let url = text(&bare);
     let error = bench.fetch(&url, None).await.expect_err("no git-lfs").to_string();
-    assert!(error.contains("2 files are in Git LFS (a.bin, dir/b.bin)") && error.contains("install git-lfs"), "{error}");
+    assert!(
+        error.contains("2 files are in Git LFS (a.bin, dir/b.bin)") && error.contains("install git-lfs"),
+        "{error}"
+    );
     assert_eq!(bench.trees(), 0);
     // With a git-lfs: by explicit command, never as the filter that the user's configuration may name.
     let programs = bench.place.path("bin");
@@ -359,7 +394,10 @@ async fn a_directory_that_its_user_bends_hurts_nobody_else() {
     let line = format!("rm -rf trees/*; ln -s {} trees/{}; ls -d trees/*", victim.display(), job(1));
     bench.place.sh(&bench.own(), &line);
     bench.sources.remove(&bench.place.who, &job(1)).await.expect("the link alone");
-    bench.place.sh(&bench.own(), &format!("rm -rf trees; ln -s {} trees", victim.parent().expect("parent").display()));
+    bench.place.sh(
+        &bench.own(),
+        &format!("rm -rf trees; ln -s {} trees", victim.parent().expect("parent").display()),
+    );
     std::fs::create_dir(bench.dir.path().join(job(1).as_str())).expect("made");
     std::fs::write(bench.dir.path().join(job(1).as_str()).join("file"), "kept").expect("written");
     if rustix::process::geteuid().is_root() {

@@ -109,7 +109,8 @@ pub(super) async fn make(
         std::fs::write(&attributes, ATTRIBUTES).map_err(place("write", &attributes))
     })
     .await?;
-    let git = |command| run.git(Config::None, command).args([OsString::from("-C"), tree.as_os_str().to_owned()]);
+    let git =
+        |command| run.git(Config::None, command).args([OsString::from("-C"), tree.as_os_str().to_owned()]);
     git("config").args(["config", "remote.origin.url", run.url]).text().await?;
     let checkout = git("checkout").args(["checkout", "--quiet", "--force"]);
     let Some(branch) = &wanted.branch else {

@@ -34,13 +34,22 @@ pub(super) fn judge(
         let missing = "ssh works only for users whom the machine's user file names";
         return SourceError::Credentials { url, missing: missing.to_owned() };
     }
-    let asked = ["could not read Username", "could not read Password", "unable to get password", "unable to get username"];
+    let asked = [
+        "could not read Username",
+        "could not read Password",
+        "unable to get password",
+        "unable to get username",
+    ];
     if has(&asked) || has(&["terminal prompts disabled"]) {
         let missing = "your git has no credential for it; set a credential helper up (`git config --global \
                        credential.helper …`) and fetch once by hand, or use ssh with a key that needs no passphrase";
         return SourceError::Credentials { url, missing: missing.to_owned() };
     }
-    if has(&["Authentication failed", "The requested URL returned error: 401", "The requested URL returned error: 403"]) {
+    if has(&[
+        "Authentication failed",
+        "The requested URL returned error: 401",
+        "The requested URL returned error: 403",
+    ]) {
         let missing = "what your credential helper gave is refused; renew it, and fetch once by hand";
         return SourceError::Credentials { url, missing: missing.to_owned() };
     }
@@ -55,7 +64,12 @@ pub(super) fn judge(
     if has(&["fsck error", "index-pack", "unable to parse", "corrupt"]) && command == "fetch" {
         return SourceError::Damaged { url, words };
     }
-    if has(&["does not appear to be a git repository", "not found", "No such file or directory", "does not exist"]) {
+    if has(&[
+        "does not appear to be a git repository",
+        "not found",
+        "No such file or directory",
+        "does not exist",
+    ]) {
         return SourceError::NotThere { url, words };
     }
     let away = ["Connection refused", "Failed to connect", "timed out", "No route to host", "unreachable"];
@@ -73,7 +87,10 @@ fn plain(said: &str) -> String {
     let lines = said.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("hint:"));
     let line = lines.collect::<Vec<_>>().join("; ");
     let line: String = line.chars().filter(|c| !c.is_control()).take(WORDS_CHARS_MAX).collect();
-    line.split("://").enumerate().map(|(n, part)| if n == 0 { part.to_owned() } else { nobody(part) }).collect()
+    line.split("://")
+        .enumerate()
+        .map(|(n, part)| if n == 0 { part.to_owned() } else { nobody(part) })
+        .collect()
 }
 
 /// An address behind its scheme, without who is named in it.
@@ -97,18 +114,28 @@ mod tests {
         use SourceError as E;
         type Is = fn(&SourceError) -> bool;
         let cases: [(&str, Is); 12] = [
-            ("fatal: could not read Username for 'https://x': terminal prompts disabled", |e| matches!(e, E::Credentials { .. })),
-            ("remote: x\nfatal: Authentication failed for 'https://x/'", |e| matches!(e, E::Credentials { .. })),
-            ("git@x: Permission denied (publickey).\nfatal: Could not read from remote", |e| matches!(e, E::Credentials { .. })),
+            ("fatal: could not read Username for 'https://x': terminal prompts disabled", |e| {
+                matches!(e, E::Credentials { .. })
+            }),
+            ("remote: x\nfatal: Authentication failed for 'https://x/'", |e| {
+                matches!(e, E::Credentials { .. })
+            }),
+            ("git@x: Permission denied (publickey).\nfatal: Could not read from remote", |e| {
+                matches!(e, E::Credentials { .. })
+            }),
             ("Host key verification failed.", |e| matches!(e, E::HostKey { .. })),
-            ("fatal: unable to access 'https://x/': Could not resolve host: x", |e| matches!(e, E::NoHost { .. })),
+            ("fatal: unable to access 'https://x/': Could not resolve host: x", |e| {
+                matches!(e, E::NoHost { .. })
+            }),
             ("ssh: connect to host x port 22: Connection refused", |e| matches!(e, E::Unreachable { .. })),
             ("fatal: detected dubious ownership in repository at '/r'", |e| matches!(e, E::Owner { .. })),
             ("fatal: '/r' does not appear to be a git repository", |e| matches!(e, E::NotThere { .. })),
             ("fatal: fetch-pack: invalid index-pack output", |e| matches!(e, E::TooLarge { .. })),
             ("No user exists for uid 4242", |e| matches!(e, E::Credentials { .. })),
             ("fatal: write error: File too large", |e| matches!(e, E::TooLarge { .. })),
-            ("error: object x: fsck error in packed object\nfatal: index-pack failed", |e| matches!(e, E::Damaged { .. })),
+            ("error: object x: fsck error in packed object\nfatal: index-pack failed", |e| {
+                matches!(e, E::Damaged { .. })
+            }),
         ];
         for (said, is) in cases {
             let error = error(said);
@@ -120,6 +147,9 @@ mod tests {
     #[test]
     fn words_hold_no_password_and_no_escapes() {
         let error = error("fatal: x 'https://ann:secret@host/app': \x1b[2Jnope").to_string();
-        assert!(error.contains("https://host/app") && !error.contains("secret") && !error.contains('\x1b'), "{error}");
+        assert!(
+            error.contains("https://host/app") && !error.contains("secret") && !error.contains('\x1b'),
+            "{error}"
+        );
     }
 }
