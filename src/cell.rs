@@ -10,6 +10,7 @@
 
 mod bundle;
 pub mod changes;
+mod committer;
 mod errands;
 mod lines;
 pub mod live;
@@ -101,6 +102,11 @@ impl Settings {
     /// Where the jobs' change sets are.
     pub fn changes_dir(&self) -> PathBuf {
         self.state_dir.join("changes")
+    }
+
+    /// Where what is kept of parked jobs is mounted to be read.
+    pub fn reading_dir(&self) -> PathBuf {
+        self.state_dir.join("reading")
     }
 
     /// Where the scratch spaces of parked jobs are; on the file system of the cells' directories.
@@ -349,12 +355,13 @@ async fn replayed(record: &mut Record) -> Result<Ended, RecordError> {
 /// From the end of the cell's processes to `Done`.
 async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Result<(), RecordError> {
     let begun = Instant::now();
-    if !matches!(record.state(), State::Collecting { .. }) {
+    let again = matches!(record.state(), State::Collecting { .. });
+    if !again {
         record.step(parts, Input::CellEnded).await?;
     }
     // Before the cell's scratch space is gone.
     let report_bytes = report::collect(parts, record).await?;
-    let changed = changes::collect(parts, record).await?;
+    let changed = changes::collect(parts, record, again).await?;
     destroy(parts, &record.job).await;
     park::forget_work(parts, &record.job).await;
     quarantine(parts, record).await?;

@@ -121,6 +121,7 @@ pub async fn run(
     parts.metrics.engine_up.set(1);
     let access = Access { rules: config.access.clone(), admin_uids: config.admin_uids.clone() };
     slot_limits(&parts, &access, &mut driver).await?;
+    sweeper::put_right(&parts).await.context("cannot put right what an earlier daemon was writing")?;
     driver.recover().await.context("cannot take up what an earlier daemon left")?;
     sweeper::once(&parts).await.context("cannot clean up what an earlier daemon left")?;
 

@@ -5,7 +5,8 @@
 //! A **job** is one task for an agent, from submit to outcome. A **cell** is the container one job runs in,
 //! once. A **policy** is the ceiling of what a job may do and spend; the **plan** is a job's spec narrowed to
 //! it, in **layers** that must all allow a thing. The **gateway** is the only way out of a cell: the model's API on one
-//! socket, a proxy for the hosts that the policy names on another. The **ledger** holds reservations and charges under
+//! socket, a proxy for the hosts that the policy names on another. A **change set** is what a job changed in its private
+//! copy of a workspace, kept until a person decides. The **ledger** holds reservations and charges under
 //! nested **budgets**. An **event** is a numbered fact about a job; the **journal** keeps them, and the **audit** is a
 //! reading of it.
 //!
@@ -14,9 +15,9 @@
 //! faces     main, cli, config, daemon, api, selftest
 //! doing     cell (one cell's life), driver (the one loop), sweeper
 //! deciding  scheduler (+ recover), session                    pure: no IO, no clock, no chance
-//! hands     store, journal, engine, link, workspace, gateway, cell_image, agent_bundle, npm, run_as,
-//!           source, model, metrics
-//! facts     job, policy, agent, event, audit, money, pricing, clock  pure types
+//! hands     store, journal, engine, link, workspace, changes, git, source, gateway, cell_image, agent_bundle, npm,
+//!           run_as, model, metrics
+//! facts     job, policy, agent, change, event, audit, money, pricing, clock  pure types
 //! ```
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
 //!
@@ -33,7 +34,9 @@
 //! 5. [`gateway`]: authorise → inspect → wait for a turn → bound → reserve → inject the credential → forward → meter →
 //!    settle; [`gateway::egress`]: decide → resolve and check → dial the checked address → count.
 //! 6. A stop is stored, then the lease is revoked, then the CLI is interrupted, terminated, killed.
-//! 7. `collect` in [`cell`]: container, mounts and directory proven gone, totals, `Done`.
+//! 7. `collect` in [`cell`]: what the agent changed in its copy becomes a change set ([`cell::changes`], [`changes`]);
+//!    container, mounts and directory proven gone, totals, `Done`. What becomes of a change set is its submitter's word
+//!    ([`api::changes`]) and done with their rights.
 //! 8. After a crash [`scheduler::recover`] says what becomes of each row and each container.
 //!
 //! # What must never happen
@@ -43,6 +46,8 @@
 //! - A request that was not reserved before, or a charge that is forgotten.
 //! - An address dialled that was not checked, or a host that no rule names.
 //! - A path mounted by name: workspaces are staged from the descriptor that was checked.
+//! - A file of a person's changed that they did not accept, or half a change set applied.
+//! - Git run in a directory that an agent wrote, or with a repository's own configuration, hooks or filters.
 //! - A resource counted as free because it was asked to go.
 #![cfg(feature = "daemon")]
 

@@ -68,6 +68,24 @@ pub enum SweepError {
     Directory(#[from] std::io::Error),
 }
 
+/// The first thing of all, before anybody can ask for anything: applications of change sets that a dead daemon left
+/// half done are put right, and what it had mounted to read it is taken down.
+///
+/// # Errors
+/// [`SweepError`].
+pub async fn put_right(parts: &Arc<Parts>) -> Result<(), SweepError> {
+    let (dir, reading) = (parts.settings.changes_dir(), parts.settings.reading_dir());
+    let listed = tokio::task::spawn_blocking(move || names::<JobId>(&dir, "")).await;
+    for job in listed.unwrap_or_else(|e| Err(std::io::Error::other(e)))? {
+        cell::changes::recover(parts, &job).await;
+    }
+    let swept = tokio::task::spawn_blocking(move || workspace::sweep(&reading, &|_| false)).await;
+    for left in swept.unwrap_or_else(|e| Err(std::io::Error::other(e)))?.left {
+        tracing::warn!(path = %left.path.display(), why = left.why, "something of a parked job is left mounted");
+    }
+    Ok(())
+}
+
 /// One sweep: cells of jobs that are over first, then containers, then directories.
 ///
 /// # Errors

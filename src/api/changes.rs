@@ -212,7 +212,7 @@ fn refusal(job: &Job, error: ChangesError) -> ApiError {
         | C::Export(ExportError::Shelf(_) | ExportError::Write(_))
         | C::Extract(_)
         | C::Corrupt(_)
-        | C::Shelf(_) | C::Died(_) | C::Apply(A::Stuck { .. } | A::Shelf(_)) => {
+        | C::Shelf(_) | C::Kept(_) | C::Died(_) | C::Apply(A::Stuck { .. } | A::Shelf(_)) => {
             (ErrorCode::Internal, "the daemon's log says more".to_owned())
         }
     };

@@ -2,9 +2,12 @@
 //! and applied with the submitter's rights alone. It must never let a job be called done before its change set is on
 //! the disk or its loss is told, and never touch a person's files without being asked to.
 
+mod kept;
+
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use super::committer::committer;
 use super::record::{Record, RecordError};
 use super::{Accepted, Parts, bundle, park};
 use crate::change::decision::{
@@ -21,12 +24,16 @@ use crate::changes::{
 use crate::clock;
 use crate::event::Body;
 use crate::git::head::Head;
-use crate::git::identity::{GitIdentity, submitter_identity};
+use crate::git::identity::GitIdentity;
 use crate::job::spec::WorkspaceMode;
 use crate::job::{Identity, JobId};
 use crate::store::Job;
 use crate::workspace::{self, Access, CopyParts, Guard, WorkspaceError, WorkspaceRecord};
 
+pub(super) use self::kept::collect_kept;
+
+/// A copy that could not be read, beside the change set that there is none of.
+const IMAGE: &str = "copy.img";
 /// Columns of the figures per file.
 const STAT_COLUMNS: u16 = 100;
 /// Longest change set as text, in bytes.
@@ -85,6 +92,9 @@ pub enum ChangesError {
     /// What is kept cannot be read.
     #[error(transparent)]
     Shelf(#[from] ShelfError),
+    /// What was kept of a parked job cannot be mounted.
+    #[error("what is kept of the job cannot be read: {0}")]
+    Kept(String),
     /// The work died.
     #[error("the work on the change set ended early: {0}")]
     Died(String),
@@ -214,7 +224,7 @@ impl Commit {
         let path = accepted(job)?.workspace.map(|record| record.path);
         // Asked for only where there can be commits: it runs git as the submitter.
         let author = match kept.set.base.commit {
-            Some(_) => submitter_identity(&identity).await,
+            Some(_) => committer(&identity, path.as_deref()).await,
             None => GitIdentity::new("", "", "hotcell", "localhost"),
         };
         let (shelf, job) = (shelf(parts, &job.row.id), job.row.id.clone());
@@ -358,15 +368,17 @@ pub async fn recover(parts: &Parts, job: &JobId) {
 }
 
 /// Takes out what a job changed in its copy, whose cell has ended and is not destroyed yet: its figures, or none where
-/// there is no copy. What goes wrong is told in a note; the copy is kept then, so that nothing is lost.
+/// there is no copy. What goes wrong is told in a note; the copy is kept then, so that nothing is lost. `again`: an
+/// earlier daemon was at it already; what it has finished is not done anew, since its copy may be half removed.
 ///
 /// # Errors
 /// [`RecordError`] where the event about it cannot be journaled.
 pub(super) async fn collect(
     parts: &Arc<Parts>,
     record: &mut Record,
+    again: bool,
 ) -> Result<Option<Summary>, RecordError> {
-    if record.accepted.plan.workspace_mode != WorkspaceMode::Copy || record.accepted.workspace.is_none() {
+    if !has_copy(record) {
         return Ok(None);
     }
     let shelf = shelf(parts, &record.job);
@@ -374,8 +386,14 @@ pub(super) async fn collect(
     let cell = cells.into_iter().find(|row| row.job == record.job && row.runtime.is_some());
     let dir = cell.map(|row| parts.settings.cells_dir().join(row.cell.as_str()));
     let copy = dir.as_ref().and_then(|dir| Some((dir, workspace::parts_of(dir, None)?)));
-    let taken = match copy {
-        Some((dir, copy)) => {
+    let before = match again {
+        true => taken_before(&shelf).await,
+        false => Ok(None),
+    };
+    let taken = match (before, copy) {
+        (Ok(Some(summary)), _) => Ok(Some(summary)),
+        (Err(error), _) => Err(error),
+        (Ok(None), Some((dir, copy))) => {
             let seen = match copy.form {
                 workspace::Form::Overlay => workspace::view_of(dir, None),
                 workspace::Form::Whole => copy.dir.clone(),
@@ -387,27 +405,58 @@ pub(super) async fn collect(
             let found = Found { copy, base, commits };
             blocking(move || take(&accepted, &identity, found, &shelf, &state_dir)).await.map(Some)
         }
-        // An earlier daemon has taken it, or no cell ever had one.
-        None => blocking(move || Ok(shelf.changes()?.map(|(set, hash)| set.summary(hash)))).await,
+        // No cell ever had one.
+        (Ok(None), None) => Ok(None),
     };
     match taken {
-        Ok(Some(summary)) => {
-            record.push(&Body::Changes { summary: summary.clone() })?;
-            Ok(Some(summary))
-        }
+        Ok(Some(summary)) => tell(record, summary).map(Some),
         Ok(None) => Ok(None),
         Err(why) => {
             tracing::error!(job = %record.job, %why, "what a job changed cannot be taken out of its copy");
-            let kept = match park::keep_work(parts, record).await {
-                Ok(true) => format!("its copy is kept in {}", parts.settings.kept(&record.job).display()),
-                Ok(false) => "its copy is lost with its cell".to_owned(),
-                Err(error) => format!("its copy cannot be kept either: {error}"),
-            };
+            let kept = put_away(parts, record).await;
             let text = format!("what the job changed cannot be taken out of its copy: {why}; {kept}");
             record.push(&Body::Note { text })?;
             Ok(None)
         }
     }
+}
+
+async fn taken_before(shelf: &JobShelf) -> Result<Option<Summary>, ChangesError> {
+    let shelf = shelf.clone();
+    blocking(move || Ok(shelf.changes()?.map(|(set, hash)| set.summary(hash)))).await
+}
+
+/// Keeps the copy itself, beside what else is kept of the job, for as long as that: what became of it, in words.
+async fn put_away(parts: &Arc<Parts>, record: &Record) -> String {
+    let (from, shelf) = (parts.settings.kept(&record.job), shelf(parts, &record.job));
+    let image = shelf.dir().join(IMAGE);
+    let moved = match park::keep_work(parts, record).await {
+        Ok(true) => {
+            let to = image.clone();
+            blocking(move || {
+                shelf.create()?;
+                std::fs::rename(&from, &to).map_err(|e| ChangesError::Kept(e.to_string()))
+            })
+            .await
+            .map_err(|error| error.to_string())
+        }
+        Ok(false) => return "its copy is lost with its cell".to_owned(),
+        Err(error) => Err(error.to_string()),
+    };
+    match moved {
+        Ok(()) => format!("the file system with its copy is kept in {}", image.display()),
+        Err(error) => format!("its copy cannot be kept either: {error}"),
+    }
+}
+
+/// Whether what the job changes is taken out of a copy.
+fn has_copy(record: &Record) -> bool {
+    record.accepted.plan.workspace_mode == WorkspaceMode::Copy && record.accepted.workspace.is_some()
+}
+
+fn tell(record: &mut Record, summary: Summary) -> Result<Summary, RecordError> {
+    record.push(&Body::Changes { summary: summary.clone() })?;
+    Ok(summary)
 }
 
 /// What is known of a copy before it is taken.
@@ -436,6 +485,7 @@ fn take(
     let record = accepted.workspace.as_ref().ok_or(ChangesError::None("the job had no workspace"))?;
     let listing = shelf.base()?.ok_or(ChangesError::None("there is no listing of the workspace before the job"))?;
     let listing = Listing::decode(&listing).map_err(|e| ChangesError::Corrupt(e.to_string()))?;
+    shelf.tidy()?;
     let guard = Guard::for_user(state_dir, identity.uid);
     // Moved or gone meanwhile: what it was is not known any more, what the job made of it is.
     let original = workspace::reopen_as(identity, record, &guard).ok();

@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::record::{Record, RecordError};
-use super::{Ended, Parts, StopWish};
+use super::{Ended, Parts, StopWish, changes};
 use crate::clock;
 use crate::engine::{ContainerId, container_name};
 use crate::event::{Body, Totals};
@@ -366,7 +366,8 @@ pub(super) async fn forget_work(parts: &Parts, job: &JobId) {
     }
 }
 
-/// Ends a job that has no cell: it is queued or parked. What is kept of it is removed.
+/// Ends a job that has no cell: it is queued or parked. What it changed is taken out of what is kept of it, and that
+/// is removed.
 ///
 /// # Errors
 /// [`RecordError`].
@@ -377,12 +378,15 @@ pub async fn end_waiting(
     detail: String,
 ) -> Result<(), RecordError> {
     record.push(&Body::Stop { reason, detail })?;
-    forget_work(parts, &record.job).await;
+    let changed = changes::collect_kept(parts, record).await?;
     let ended = Ended { session: None, exit: None, failure: None, trouble: None, seen: Seen::default() };
-    let totals = super::totals(parts, record, &ended).await?;
+    let mut totals = super::totals(parts, record, &ended).await?;
+    totals.changes = changed;
     let Totals { charged_micro_usd, cli_micro_usd, .. } = totals;
     let outcome = Outcome::Stopped { reason };
     record.done(parts, outcome.clone(), totals, None).await?;
+    // Not before: until then a daemon that dies leaves a parked job, which goes on with it.
+    forget_work(parts, &record.job).await;
     parts.metrics.ended(&outcome, None, charged_micro_usd, cli_micro_usd);
     Ok(())
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::live::CELL_BUFFER_BYTES_MAX;
+use super::committer::committer;
 use super::record::{Record, RecordError};
 use super::rooms::{self, Dirs, Kept, Made, Tenant, Who};
 use super::{Accepted, Parts, StopWish, runtime, way_out};
@@ -22,7 +23,6 @@ use crate::event::Body;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::job::outcome::Failure;
 use crate::git::commit_hook;
-use crate::git::identity::submitter_identity;
 use crate::job::spec::{Runtime, WorkspaceMode};
 use crate::job::{CellId, FailReason, JobId, Pause, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
@@ -539,6 +539,7 @@ fn cores_milli() -> u32 {
 /// runs git as the submitter.
 fn commit_environment(record: &Record) -> impl Future<Output = Vec<(String, String)>> + use<> {
     let identity = record.identity.clone();
+    let path = record.accepted.workspace.as_ref().map(|workspace| workspace.path.clone());
     let wanted = match record.accepted.plan.workspace_mode {
         WorkspaceMode::Copy | WorkspaceMode::Bind => true,
         WorkspaceMode::ReadOnly | WorkspaceMode::None => false,
@@ -547,7 +548,7 @@ fn commit_environment(record: &Record) -> impl Future<Output = Vec<(String, Stri
         if !wanted {
             return Vec::new();
         }
-        commit_hook::cell_environment(&submitter_identity(&identity).await, options::GIT_HOOKS)
+        commit_hook::cell_environment(&committer(&identity, path.as_deref()).await, options::GIT_HOOKS)
     }
 }
 

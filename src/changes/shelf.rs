@@ -19,6 +19,8 @@ const BASE: &str = "base";
 const ORIGIN: &str = "origin.json";
 const CHANGES: &str = "changes.json";
 const BLOBS: &str = "blobs";
+/// What the name of a content begins with that is not whole yet.
+const FRESH: &str = ".new-";
 /// Longest stored change set, in bytes.
 const CHANGES_BYTES_MAX: u64 = 512 << 20;
 const COPY_BYTES: usize = 128 << 10;
@@ -91,6 +93,21 @@ impl JobShelf {
         for (dir, mode) in [(self.dir.as_path(), 0o700), (&self.blobs(), 0o711)] {
             DirBuilder::new().recursive(true).mode(mode).create(dir).map_err(at("make", dir))?;
             std::fs::set_permissions(dir, Permissions::from_mode(mode)).map_err(at("restrict", dir))?;
+        }
+        Ok(())
+    }
+
+    /// Removes contents that a dead process was just writing. Nobody may be writing one.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn tidy(&self) -> Result<(), ShelfError> {
+        let dir = self.blobs();
+        for entry in std::fs::read_dir(&dir).map_err(at("list", &dir))? {
+            let entry = entry.map_err(at("list", &dir))?;
+            if entry.file_name().as_encoded_bytes().starts_with(FRESH.as_bytes()) {
+                std::fs::remove_file(entry.path()).map_err(at("remove", &entry.path()))?;
+            }
         }
         Ok(())
     }
@@ -174,7 +191,7 @@ impl JobShelf {
     ) -> Result<Option<(BlobId, u64, Vec<u8>)>, ShelfError> {
         let dir = self.blobs();
         let mut file = tempfile::Builder::new()
-            .prefix(".new-")
+            .prefix(FRESH)
             .permissions(Permissions::from_mode(0o644))
             .tempfile_in(&dir)
             .map_err(at("write in", &dir))?;

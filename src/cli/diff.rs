@@ -67,7 +67,8 @@ pub(super) async fn diff(args: &DiffArgs, context: &mut Context) -> Result<ExitC
     Ok(ExitCode::Succeeded)
 }
 
-/// Shows a change set: to a terminal painted and paged, to a program as it is.
+/// Shows a change set: to a terminal painted and paged, to a program as it is. With the figures stands what needs a
+/// word of the person's, whoever reads them.
 pub(super) async fn show(
     client: &Client,
     id: &JobId,
@@ -77,7 +78,7 @@ pub(super) async fn show(
     context: &mut Context,
 ) -> Result<(), CliError> {
     let bytes = client.diff(id, form, only).await?;
-    if !context.out.is_terminal() {
+    if !context.out.is_terminal() && form != Form::Stat {
         return context.out.bytes(&bytes);
     }
     let text = String::from_utf8_lossy(&bytes);

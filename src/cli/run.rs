@@ -356,7 +356,11 @@ fn job_spec(args: &RunArgs, context: &Context) -> Result<Bytes, CliError> {
         put(&mut spec, "batch", Some(batch));
     }
     let bytes = serde_json::to_vec(&spec).map_err(|e| CliError::usage(e.to_string()))?;
-    JobSpec::parse(&bytes).map_err(spec_error)?;
+    let checked = JobSpec::parse(&bytes).map_err(spec_error)?;
+    if args.apply && checked.workspace.is_some_and(|workspace| workspace.git.is_some()) {
+        let hint = "without it, `hotcell apply JOB --to DIR [--branch NAME]` says which clone of yours it is for";
+        return Err(CliError::usage_hint("--apply is for a directory of yours, and this one is fetched", hint));
+    }
     Ok(bytes.into())
 }
 

@@ -150,7 +150,7 @@ fn distance(a: &str, b: &str) -> usize {
         let mut corner = row[0];
         row[0] = i + 1;
         for (j, y) in b.iter().enumerate() {
-            let here = corner + usize::from(x.to_ascii_lowercase() != y.to_ascii_lowercase());
+            let here = corner + usize::from(!x.eq_ignore_ascii_case(y));
             corner = row[j + 1];
             row[j + 1] = here.min(row[j] + 1).min(corner + 1);
         }

@@ -129,9 +129,17 @@ mod tests {
 
     #[test]
     fn a_listing_tells_sizes_submodules_and_what_may_be_a_pointer() {
-        let text = b"100644 blob aa     120\ta\0100755 blob bb 2000\tdir/b\n\0120000 blob cc 5\tlink\0160000 commit dd       -\tsub\0\
-                     100644 blob ee 30\tdir/.gitattributes\0120000 blob ff 3\t.gitattributes\0100644 blob gg 9\t.lfsconfig\0";
-        let listed = Listed::parse(text);
+        let lines = [
+            "100644 blob aa     120\ta",
+            "100755 blob bb 2000\tdir/b\n",
+            "120000 blob cc 5\tlink",
+            "160000 commit dd       -\tsub",
+            "100644 blob ee 30\tdir/.gitattributes",
+            "120000 blob ff 3\t.gitattributes",
+            "100644 blob gg 9\t.lfsconfig",
+        ];
+        let text = lines.join("\0");
+        let listed = Listed::parse(text.as_bytes());
         assert_eq!((listed.files, listed.bytes, listed.submodules), (6, 2167, 1));
         assert_eq!(listed.attributes, [Path::new("dir/.gitattributes")]);
         assert_eq!(listed.short.len(), 3);

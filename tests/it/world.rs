@@ -217,6 +217,26 @@ impl World {
         assert!(cells.is_empty(), "cells are left: {cells:?}");
         let kept: Vec<_> = std::fs::read_dir(state.join("kept")).into_iter().flatten().flatten().collect();
         assert!(kept.is_empty(), "kept scratch spaces are left: {kept:?}");
+        let read: Vec<_> = std::fs::read_dir(state.join("reading")).into_iter().flatten().flatten().collect();
+        assert!(read.is_empty(), "scratch spaces that were read are left: {read:?}");
+        self.change_sets_are_whole(&state);
+    }
+
+    /// Beside each job that has one: its listing, its change set, its contents, what was decided; nothing half done,
+    /// and nothing of jobs that are gone.
+    fn change_sets_are_whole(&self, state: &Path) {
+        let list = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten().collect::<Vec<_>>();
+        for shelf in list(&state.join("changes")) {
+            let job = shelf.file_name().to_string_lossy().into_owned();
+            assert_eq!(self.sql(&format!("SELECT count(*) FROM jobs WHERE id = '{job}'")), "1", "{job} is gone");
+            let contents = list(&shelf.path().join("blobs"));
+            for entry in list(&shelf.path()).into_iter().chain(contents) {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let known = ["base", "changes.json", "blobs", "applied.json", "discarded.json", "copy.img"].contains(&name.as_str())
+                    || (name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit()));
+                assert!(known, "{} is left", entry.path().display());
+            }
+        }
     }
 
     fn remove_containers(&self) {

@@ -39,6 +39,7 @@ fn an_address_is_fetched_and_a_directory_is_worked_on_unless_a_ref_is_named() {
         (&["-w", "ext::sh -c id"][..], "workspace.git.url"),
         (&["-w", "https://u:p@example.org/app"][..], "holds a password"),
         (&["-w", url, "--ref", "a..b"][..], "workspace.git.ref"),
+        (&["-w", url, "--apply"][..], "--apply is for a directory of yours"),
         (&["-w", url, "--mode", "bind"][..], "workspace.mode: bind is for a directory"),
         (&["--ref", "v1"][..], "--workspace"),
     ] {

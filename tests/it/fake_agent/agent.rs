@@ -3,7 +3,7 @@
 //!
 //! `print N BYTES [PAUSE_US]` numbered lines; `flood` without end; `sleep S`; `ask N` tool calls, each waits for its
 //! answer; `empty N` empty lines; `partial` a line without an end; `long BYTES` one line; `deaf` to interrupt, SIGINT
-//! and SIGTERM; `forge` lines that look like the daemon's own, on both streams; `linger` after the result; `exit CODE`
+//! and SIGTERM; `write NAME TEXT` adds a line to a file of the workspace, and says so; `fill N` makes N files there; `forge` lines that look like the daemon's own, on both streams; `linger` after the result; `exit CODE`
 //! at once, without a result; `keep TEXT` adds a line to a file in HOME, `kept` prints it; `model PROMPT` asks the model
 //! once, and any status but 200 ends the task with an error. Then comes the result. What was not done of a task stands in
 //! HOME where the CLI has its conversations, and is gone on with after `--resume`.
@@ -208,6 +208,16 @@ fn act(command: &str, answered: &Receiver<String>) {
             let path = format!("{}/kept", std::env::var("HOME").unwrap());
             let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
             writeln!(file, "{}", words[1]).unwrap();
+        }
+        "write" => {
+            let mut file = std::fs::OpenOptions::new().create(true).append(true).open(words[1]).unwrap();
+            writeln!(file, "{}", words[2]).unwrap();
+            say(&format!("{{\"type\":\"system\",\"subtype\":\"wrote\",\"wrote\":\"{}\"}}", words[1]));
+        }
+        "fill" => {
+            for n in 0..number(1) {
+                std::fs::write(format!("filled-{n}"), format!("{n}\n")).unwrap();
+            }
         }
         "kept" => {
             let path = format!("{}/kept", std::env::var("HOME").unwrap());
