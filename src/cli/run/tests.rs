@@ -35,7 +35,7 @@ fn an_address_is_fetched_and_a_directory_is_worked_on_unless_a_ref_is_named() {
     assert_eq!(workspace(&["-w", path]), Ok(json!({"path": path})));
     assert_eq!(workspace(&["-w", path, "--ref", "v1"]), Ok(json!({"git": {"url": path, "ref": "v1"}})));
     for (args, words) in [
-        (&["-w", "no-such-directory"][..], "or the address of a git repository"),
+        (&["-w", "no-such-directory"][..], "no-such-directory cannot be used"),
         (&["-w", "ext::sh -c id"][..], "workspace.git.url"),
         (&["-w", "https://u:p@example.org/app"][..], "holds a password"),
         (&["-w", url, "--ref", "a..b"][..], "workspace.git.ref"),
