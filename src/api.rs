@@ -12,6 +12,7 @@ mod kept;
 pub mod openapi;
 pub mod peer;
 pub mod report;
+mod sources;
 pub mod submit;
 pub mod whoami;
 pub mod wire;

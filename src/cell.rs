@@ -37,6 +37,7 @@ use crate::engine::{ContainerId, Engine, EngineError, Exit, container_name};
 use crate::event::{Body, Totals};
 use crate::gateway::{Egress, Gateway};
 use crate::job::outcome::Failure;
+use crate::job::source::GitCheckout;
 use crate::job::spec::WorkspaceMode;
 use crate::job::{CellId, FailReason, Input, JobId, Outcome, Phase, State, StopReason};
 use crate::journal;
@@ -45,6 +46,7 @@ use crate::money::{Calendar, Caps, MicroUsd};
 use crate::policy::Plan;
 use crate::scheduler::Ticket;
 use crate::session::{AgentExit, Session, Trouble};
+use crate::source::Sources;
 use crate::store::Store;
 use crate::workspace::{self, WorkspaceRecord};
 
@@ -90,6 +92,13 @@ impl Settings {
         self.state_dir.join("jobs").join(job.as_str())
     }
 
+    /// Where what is fetched for users is: beside the state directory, which nobody but the daemon may enter.
+    pub fn sources_dir(&self) -> PathBuf {
+        let mut name = self.state_dir.file_name().unwrap_or_default().to_owned();
+        name.push("-sources");
+        self.state_dir.with_file_name(name)
+    }
+
     /// Where the jobs' change sets are.
     pub fn changes_dir(&self) -> PathBuf {
         self.state_dir.join("changes")
@@ -133,6 +142,8 @@ pub struct Parts {
     pub space: Arc<Space>,
     /// Runtimes that were tried.
     pub runtimes: runtime::Tried,
+    /// Repositories that are fetched for jobs.
+    pub sources: Arc<Sources>,
     /// Who may keep a queued job from starting; asked in this order.
     pub admission: Vec<Arc<dyn Admission>>,
     /// The one of them that knows which credentials the provider limits.
@@ -159,6 +170,9 @@ pub struct Accepted {
     /// The job whose changes it goes on with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<JobId>,
+    /// What was fetched for it: its workspace is a checkout of that then, and goes with the job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<GitCheckout>,
     /// Further directories that its cell sees.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub others: Vec<OtherWorkspace>,

@@ -34,6 +34,7 @@ use crate::money::Calendar;
 use crate::policy::{Access, Defaults};
 use crate::pricing::Prices;
 use crate::store::{Filter, Store};
+use crate::source;
 use crate::sweeper;
 
 /// Longest wait for `initialize`: a cold disk reads 245 MB first.
@@ -274,6 +275,9 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
         calendar: Calendar::new(config.budgets.time_zone.as_deref())?,
     };
     let runtimes = Tried::load(&settings.state_dir);
+    let source_limits =
+        source::Limits { reserve_bytes: settings.disk_reserve_bytes, ..source::Limits::default() };
+    let sources = Arc::new(source::Sources::new(settings.sources_dir(), source_limits));
     let (feeds, pauses) = (Feeds::default(), Arc::new(Pauses::default()));
     let (caps, calendar) = (settings.caps, settings.calendar.clone());
     let budgets = Arc::new(Budgets { store: store.clone(), caps, calendar });
@@ -289,6 +293,7 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
         feeds,
         runtimes,
         space: Arc::default(),
+        sources,
         admission,
         pauses,
     };

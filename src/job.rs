@@ -7,6 +7,7 @@
 pub mod id;
 pub mod outcome;
 pub mod park;
+pub mod source;
 pub mod spec;
 pub mod state;
 

@@ -15,8 +15,8 @@
 //! faces     main, cli, config, daemon, api, selftest
 //! doing     cell (one cell's life), driver (the one loop), sweeper
 //! deciding  scheduler (+ recover), session                    pure: no IO, no clock, no chance
-//! hands     store, journal, engine, link, workspace, changes, git, gateway, cell_image, agent_bundle, npm, run_as,
-//!           model, metrics
+//! hands     store, journal, engine, link, workspace, changes, git, source, gateway, cell_image, agent_bundle, npm,
+//!           run_as, model, metrics
 //! facts     job, policy, agent, change, event, audit, money, pricing, clock  pure types
 //! ```
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
@@ -77,6 +77,7 @@ pub mod metrics;
 pub mod model;
 pub mod npm;
 pub mod run_as;
+pub mod source;
 pub mod store;
 pub mod workspace;
 // doing

@@ -5,6 +5,7 @@
 
 mod keeper;
 
+use std::ffi::OsString;
 use std::io::{PipeWriter, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -29,6 +30,15 @@ pub struct Bounds {
     pub wall: Duration,
     /// Most bytes of its standard output, and as many of its standard error.
     pub output_bytes_max: usize,
+}
+
+/// What a program gets beside its arguments.
+#[derive(Debug, Clone, Default)]
+pub struct Surroundings {
+    /// Variables, over those that every program gets.
+    pub env: Vec<(String, OsString)>,
+    /// Longest file that it and what it starts may write.
+    pub file_bytes_max: Option<u64>,
 }
 
 /// What a program gave.
@@ -94,10 +104,35 @@ pub async fn run(argv: &[PathBuf], who: &Identity, stdin: &[u8], bounds: Bounds)
     run_in(argv, who, stdin, bounds, rustix::process::geteuid().is_root()).await
 }
 
+/// The same with more than every program gets.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_with(
+    argv: &[PathBuf],
+    who: &Identity,
+    surroundings: &Surroundings,
+    stdin: &[u8],
+    bounds: Bounds,
+) -> Result<Output, RunError> {
+    run_kept(argv, who, surroundings, stdin, bounds, rustix::process::geteuid().is_root()).await
+}
+
 /// The same; `namespace`: in a pid namespace of its own, where one can be made.
 async fn run_in(
     argv: &[PathBuf],
     who: &Identity,
+    stdin: &[u8],
+    bounds: Bounds,
+    namespace: bool,
+) -> Result<Output, RunError> {
+    run_kept(argv, who, &Surroundings::default(), stdin, bounds, namespace).await
+}
+
+async fn run_kept(
+    argv: &[PathBuf],
+    who: &Identity,
+    surroundings: &Surroundings,
     stdin: &[u8],
     bounds: Bounds,
     namespace: bool,
@@ -107,7 +142,7 @@ async fn run_in(
     let deadline = Instant::now() + bounds.wall;
     let late = || RunError::Late { program: program.clone(), seconds: bounds.wall.as_secs() };
     let (hears, lifeline) = std::io::pipe().map_err(failed)?;
-    let mut command = command(argv, who, [hears.as_raw_fd(), lifeline.as_raw_fd()], namespace)?;
+    let mut command = command(argv, who, surroundings, [hears.as_raw_fd(), lifeline.as_raw_fd()], namespace)?;
     // The start waits for the file system that the program is on, which may be the user's own: on a thread that
     // nobody else needs. The keeper is there by then, and kills what does not come out of its start.
     let mut starting = tokio::task::spawn_blocking(move || {
@@ -182,6 +217,7 @@ async fn gone(child: &mut Child, program: &Path) -> Result<(), RunError> {
 fn command(
     argv: &[PathBuf],
     who: &Identity,
+    surroundings: &Surroundings,
     [hears, speaks]: [RawFd; 2],
     namespace: bool,
 ) -> Result<Command, RunError> {
@@ -204,12 +240,14 @@ fn command(
     if let Some((name, home)) = home_of(who.uid) {
         command.env("USER", name).env("HOME", home);
     }
+    command.envs(surroundings.env.iter().map(|(name, value)| (name, value)));
     let user = own.is_root().then(|| User {
         uid: Uid::from_raw(who.uid),
         gid: Gid::from_raw(who.gid),
         groups: who.groups.iter().map(|group| Gid::from_raw(*group)).collect(),
     });
-    let keeper = Keeper { hears, speaks, user, namespace };
+    let file_bytes_max = surroundings.file_bytes_max;
+    let keeper = Keeper { hears, speaks, user, namespace, file_bytes_max };
     // SAFETY: between fork and exec, with system calls only, on values that were made before.
     unsafe { command.pre_exec(move || keeper.enter()) };
     Ok(command)

@@ -126,7 +126,34 @@ pub async fn once(parts: &Arc<Parts>) -> Result<(), SweepError> {
         tracing::warn!(path = %left.path.display(), why = left.why, "something is left in the directory of cells");
     }
     kept(parts).await?;
-    changes(parts).await
+    changes(parts).await?;
+    sources(parts).await
+}
+
+/// What was fetched for a job goes with its row; mirrors go when they are old.
+async fn sources(parts: &Arc<Parts>) -> Result<(), SweepError> {
+    let listed = match parts.sources.jobs().await {
+        Ok(listed) => listed,
+        Err(error) => {
+            tracing::warn!(%error, "what was fetched for jobs cannot be listed");
+            return Ok(());
+        }
+    };
+    for (who, job) in listed {
+        if parts.store.job(&job).await?.is_some() {
+            continue;
+        }
+        match parts.sources.remove(&who, &job).await {
+            Ok(()) => parts.metrics.reaped(Orphan::Directory, 1),
+            Err(error) => tracing::warn!(%job, %error, "what was fetched for a job that is gone is left"),
+        }
+    }
+    match parts.sources.evict().await {
+        Ok(0) => {}
+        Ok(gone) => tracing::info!(gone, "mirrors of repositories that nobody used were removed"),
+        Err(error) => tracing::warn!(%error, "old mirrors of repositories are left"),
+    }
+    Ok(())
 }
 
 /// What is kept of a job goes with it; here what a dead daemon did not come to.

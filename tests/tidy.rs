@@ -24,6 +24,7 @@ const LAYERS: [(&str, &[&str]); 5] = [
             "model",
             "npm",
             "run_as",
+            "source",
             "store",
             "workspace",
         ],
@@ -33,12 +34,13 @@ const LAYERS: [(&str, &[&str]); 5] = [
 ];
 
 /// What hands may use of each other: everything else goes through the layer above.
-const BETWEEN_HANDS: [(&str, &[&str]); 5] = [
+const BETWEEN_HANDS: [(&str, &[&str]); 6] = [
     ("agent_bundle", &["npm"]),
     ("cell_image", &["agent_bundle", "engine", "npm"]),
     ("changes", &["git", "workspace"]),
     ("gateway", &["run_as", "store"]),
     ("git", &["run_as", "workspace"]),
+    ("source", &["git", "run_as", "workspace"]),
 ];
 
 /// Deciding may use facts; doing and faces may use what is below and their own layer.

@@ -179,6 +179,10 @@ fn refusal(job: &Job, error: ChangesError) -> ApiError {
     let (code, hint) = match &error {
         C::NotDone => (ErrorCode::NotDone, format!("`hotcell logs -f {id}` waits for its end")),
         C::None(_) => (ErrorCode::NotFound, format!("`hotcell show {id}` says how the job ended")),
+        C::NoPlace => (
+            ErrorCode::InvalidRequest,
+            format!("`hotcell apply {id} --to DIR [--branch NAME]`, or `hotcell export {id} --format bundle`"),
+        ),
         C::Discarded => (ErrorCode::NotFound, format!("`hotcell diff {id}` still shows it")),
         C::Workspace(_) | C::Apply(A::Workspace(_) | A::TargetMoved { .. }) => {
             (ErrorCode::Workspace, format!("`hotcell apply {id} --to DIR` names another directory"))

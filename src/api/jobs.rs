@@ -79,6 +79,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
         prompt_sha256: sha256(spec.prompt.as_bytes()),
         policy_sha256: sha256(&serde_json::to_vec(&accepted.plan).unwrap_or_default()),
         from: spec.from,
+        source: accepted.source,
         totals,
         result: job.result_text.clone(),
         warnings: Vec::new(),
@@ -257,7 +258,8 @@ pub async fn delete(
     id: JobPath,
 ) -> Result<StatusCode, ApiError> {
     let one_at_a_time = REMOVING.lock().await;
-    let row = api.own_job(&peer, path_text(&id)).await?.row;
+    let job = api.own_job(&peer, path_text(&id)).await?;
+    let (row, fetched) = (job.row, job.plan_json);
     let id = &row.id;
     let not_done = |state: &str| {
         let words = format!("{id} is {state}; only a job that is over can be deleted");
@@ -279,6 +281,9 @@ pub async fn delete(
     let gone = tokio::task::spawn_blocking(move || shelf.remove()).await;
     if let Ok(Err(error)) = gone {
         tracing::warn!(job = %id, %error, "the change set of a deleted job is left; the sweeper goes on");
+    }
+    if serde_json::from_str::<Accepted>(&fetched).is_ok_and(|accepted| accepted.source.is_some()) {
+        super::sources::forget(&api, &row.identity, id).await;
     }
     let dir = api.parts.settings.journal_dir(id);
     match tokio::fs::remove_dir_all(&dir).await {

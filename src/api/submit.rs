@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::jobs::view;
 use super::peer::Peer;
+use super::sources;
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
 use crate::agent_bundle::{PINNED_VERSION, Version};
@@ -28,6 +29,7 @@ use crate::journal::Journal;
 use crate::money::MicroUsd;
 use crate::policy::{Grant, Narrowing, Plan, Policy, narrow};
 use crate::scheduler::Ticket;
+use crate::source::Fetched;
 use crate::store::{Batch, NewJob, StoreError, Submitted};
 use crate::workspace::{self, Access, Guard, LookLimits, WorkspaceError, WorkspaceRecord};
 
@@ -76,6 +78,9 @@ pub async fn submit(
         ApiError::new(code, error).hint("`hotcell schema` prints the JSON Schema of a job spec")
     })?;
     let from = from_job(&api, &peer, &mut spec).await?;
+    if let Some(workspace) = spec.workspace.as_mut().filter(|workspace| workspace.git.is_some()) {
+        workspace.mode.get_or_insert(WorkspaceMode::Copy);
+    }
     let granted = api.granted(&identity)?;
     let policies = api.policies().await?;
     let plan = plan(&api, &policies, &spec, &granted, &identity)?;
@@ -85,12 +90,15 @@ pub async fn submit(
             .hint("start it (`make engine`) and submit again"));
     }
     room(&api).await?;
-    let Opened { workspace, others, warnings } = open_workspaces(&api, &identity, &spec, &plan).await?;
-    let keep_ignored = spec.workspace.as_ref().is_some_and(|workspace| workspace.keep_ignored);
-    let user_day_micro_usd = granted.day_usd;
-    let accepted = Accepted { plan, workspace, keep_ignored, from, others, user_day_micro_usd };
-    same_workspace(&api, &accepted).await?;
-    let (id, fresh) = store(&api, &identity, &spec, &accepted, (&body, &warnings), idem).await?;
+    let id = new_id()?;
+    let source = sources::fetch(&api, &identity, &mut spec, &plan, &id).await?;
+    let wish = Wish { spec: &spec, body: &body, identity: &identity, plan, from, day_usd: granted.day_usd };
+    let accepting = accept(&api, wish, source.as_ref().map(|kept| &kept.fetched), id.clone(), idem).await;
+    if source.is_some() && !accepting.as_ref().is_ok_and(|accepted| accepted.fresh) {
+        sources::forget(&api, &identity, &id).await;
+    }
+    let Stored { id, fresh, accepted, warnings } = accepting?;
+    drop(source);
     let job = api
         .parts
         .store
@@ -109,6 +117,50 @@ pub async fn submit(
     let mut view = view(&api, &job).await?;
     view.warnings = warnings;
     Ok((status, axum::Json(view)).into_response())
+}
+
+/// What is to be a job.
+struct Wish<'a> {
+    spec: &'a JobSpec,
+    body: &'a [u8],
+    identity: &'a Identity,
+    plan: Plan,
+    from: Option<JobId>,
+    day_usd: Option<MicroUsd>,
+}
+
+/// What became one.
+struct Stored {
+    id: JobId,
+    /// False: it was one before.
+    fresh: bool,
+    accepted: Accepted,
+    warnings: Vec<String>,
+}
+
+/// Opens the workspaces and writes the row.
+async fn accept(
+    api: &Api,
+    wish: Wish<'_>,
+    source: Option<&Fetched>,
+    id: JobId,
+    idem: Option<(String, [u8; 32])>,
+) -> Result<Stored, ApiError> {
+    let Wish { spec, body, identity, plan, from, day_usd } = wish;
+    let Opened { workspace, others, warnings: more } = open_workspaces(api, identity, spec, &plan).await?;
+    let warnings = source.into_iter().flat_map(|fetched| fetched.notes.clone()).chain(more).collect::<Vec<_>>();
+    let keep_ignored = spec.workspace.as_ref().is_some_and(|workspace| workspace.keep_ignored);
+    let source = source.map(|fetched| fetched.checkout.clone());
+    let accepted = Accepted { plan, workspace, keep_ignored, from, source, others, user_day_micro_usd: day_usd };
+    same_workspace(api, &accepted).await?;
+    let (id, fresh) = store(api, id, identity, spec, &accepted, (body, &warnings), idem).await?;
+    Ok(Stored { id, fresh, accepted, warnings })
+}
+
+fn new_id() -> Result<JobId, ApiError> {
+    let mut random = [0u8; 8];
+    getrandom::fill(&mut random).map_err(|e| ApiError::new(ErrorCode::Internal, e))?;
+    Ok(JobId::new(clock::wall_ms(), u64::from_le_bytes(random)))
 }
 
 /// Who asks.
@@ -230,15 +282,17 @@ async fn open_workspaces(
         WorkspaceMode::None => return Ok(Opened::default()),
     };
     let Some(workspace) = spec.workspace.clone() else { return Ok(Opened::default()) };
+    // Of what was fetched, it is the checkout.
+    let Some(path) = workspace.path else { return Ok(Opened::default()) };
     let (identity, hide) = (identity.clone(), plan.hide.clone());
     let state_dir = api.parts.settings.state_dir.clone();
     let opened = tokio::task::spawn_blocking(move || {
         let guard = Guard::for_user(&state_dir, identity.uid);
         let at =
             |key: String| move |e: WorkspaceError| ApiError::new(ErrorCode::Workspace, format!("{key}: {e}"));
-        let (dir, record) = workspace::open_as(&identity, &workspace.path, need, &guard)
+        let (dir, record) = workspace::open_as(&identity, &path, need, &guard)
             .map_err(at("workspace.path".to_owned()))?;
-        let warnings = secrets(&identity, &workspace.path, dir, &hide);
+        let warnings = secrets(&identity, &path, dir, &hide);
         let mut others = Vec::new();
         for (index, other) in workspace.others.into_iter().enumerate() {
             let opened = workspace::open_as(&identity, &other.path, Access::Read, &guard);
@@ -278,6 +332,13 @@ async fn from_job(api: &Api, peer: &Peer, spec: &mut JobSpec) -> Result<Option<J
         let former: JobSpec =
             serde_json::from_str(&job.spec_json).map_err(|e| ApiError::new(ErrorCode::Internal, e))?;
         spec.workspace = former.workspace;
+        let accepted: Accepted =
+            serde_json::from_str(&job.plan_json).map_err(|e| ApiError::new(ErrorCode::Internal, e))?;
+        let git = spec.workspace.as_mut().and_then(|workspace| workspace.git.as_mut());
+        if let (Some(git), Some(source)) = (git, accepted.source) {
+            // The very commit: its branch may have moved on.
+            git.name = Some(source.commit);
+        }
     }
     if let Some(workspace) = &mut spec.workspace {
         workspace.mode.get_or_insert(WorkspaceMode::Copy);
@@ -294,6 +355,10 @@ async fn same_workspace(api: &Api, accepted: &Accepted) -> Result<(), ApiError> 
     }
     let job = api.parts.store.job(from).await?;
     let former: Option<Accepted> = job.and_then(|job| serde_json::from_str(&job.plan_json).ok());
+    if let (Some(now), Some(then)) = (&accepted.source, former.as_ref().and_then(|former| former.source.as_ref())) {
+        let same = (&now.url, &now.commit) == (&then.url, &then.commit);
+        return if same { Ok(()) } else { bad("it worked on another commit, or on another repository") };
+    }
     let place = |record: &WorkspaceRecord| (record.dev, record.ino);
     let there = former.and_then(|former| former.workspace).as_ref().map(place);
     if there.is_some() && there == accepted.workspace.as_ref().map(place) {
@@ -304,6 +369,7 @@ async fn same_workspace(api: &Api, accepted: &Accepted) -> Result<(), ApiError> 
 
 async fn store(
     api: &Api,
+    id: JobId,
     identity: &Identity,
     spec: &JobSpec,
     accepted: &Accepted,
@@ -311,10 +377,7 @@ async fn store(
     idem: Option<(String, [u8; 32])>,
 ) -> Result<(JobId, bool), ApiError> {
     let internal = |e: &dyn std::fmt::Display| ApiError::new(ErrorCode::Internal, e);
-    let mut random = [0u8; 8];
-    getrandom::fill(&mut random).map_err(|e| internal(&e))?;
     let now = clock::wall_ms();
-    let id = JobId::new(now, u64::from_le_bytes(random));
     let job = NewJob {
         id: id.clone(),
         identity: identity.clone(),

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::event::Totals;
+use crate::job::source::GitCheckout;
 use crate::job::spec::Runtime;
 use crate::job::{Blame, JobId, Outcome, State};
 
@@ -76,6 +77,9 @@ pub struct JobView {
     /// The job whose changes it goes on with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<String>,
+    /// What was fetched for it: its workspace is a checkout of that, and goes with the job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<GitCheckout>,
     /// In the answer to a submit only: what its submitter should know, such as files that look like secrets.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,

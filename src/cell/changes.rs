@@ -62,6 +62,9 @@ pub enum ChangesError {
     /// There is no change set.
     #[error("there is no change set: {0}")]
     None(&'static str),
+    /// Nobody's files are where the job worked.
+    #[error("the job worked on what was fetched for it, where no files of yours are: say which clone of yours it is for")]
+    NoPlace,
     /// It was thrown away.
     #[error("the change set was discarded")]
     Discarded,
@@ -254,7 +257,13 @@ async fn make_branch(
 ) -> Result<ApplyAnswer, ChangesError> {
     let kept = wanted(parts, job).await?;
     let include = if request.include_flagged { Include::Flagged } else { Include::Plain };
-    let work = Commit::of(parts, job, &kept, request.only, include).await?;
+    let mut work = Commit::of(parts, job, &kept, request.only, include).await?;
+    if let Some(to) = request.to {
+        let guard = Guard::for_user(&parts.settings.state_dir, work.identity.uid);
+        let (identity, at) = (work.identity.clone(), to.clone());
+        blocking(move || Ok(workspace::open_as(&identity, &at, Access::Write, &guard).map(|_| ())?)).await?;
+        work.path = Some(to);
+    }
     blocking(move || {
         let made = branch::create(&name, &work.build(&kept.set)?)?;
         let branch = Some(BranchMade { name: made.branch, commit: made.commit, notes: made.notes });
@@ -268,6 +277,9 @@ async fn make_branch(
 /// # Errors
 /// [`ChangesError`]; nothing was written then, as far as the error does not say otherwise.
 pub async fn apply(parts: &Parts, job: &Job, mut request: ApplyRequest) -> Result<ApplyAnswer, ChangesError> {
+    if request.to.is_none() && accepted(job)?.source.is_some() {
+        return Err(ChangesError::NoPlace);
+    }
     if let Some(name) = request.branch.take() {
         return make_branch(parts, job, request, name).await;
     }

@@ -14,7 +14,8 @@ use crate::change::decision::ApplyRequest;
 #[command(after_help = "\
 All or nothing: where a file is not what it was when the job began, its name is told and nothing is written.
 What is flagged (`hotcell diff --stat` says why) is left out until --include-flagged; what is refused always is.
-With --branch your files stay as they are: the change becomes a commit on a new branch of your repository.")]
+With --branch your files stay as they are: the change becomes a commit on a new branch of your repository.
+Where the job worked on a repository that was fetched, --to names the clone of yours that it is for.")]
 pub(super) struct ApplyArgs {
     /// The job's id, or the beginning of it
     #[arg(value_name = "JOB")]
@@ -32,7 +33,7 @@ pub(super) struct ApplyArgs {
     #[arg(long)]
     check: bool,
     /// Make a branch of this name instead of changing files
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["to", "three_way", "check"])]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["three_way", "check"])]
     branch: Option<String>,
     /// Apply to this directory instead of the one that the job worked on
     #[arg(long, value_name = "DIR")]

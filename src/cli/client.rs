@@ -24,6 +24,8 @@ use crate::job::JobId;
 const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// How long the daemon may take to answer a request.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
+/// The same for a submit, for which a repository may have to be fetched.
+const SUBMIT_MAX: Duration = Duration::from_secs(20 * 60);
 /// Largest answer that is no stream of events, in bytes.
 const BODY_BYTES_MAX: usize = 64 << 20;
 /// Longest event, in bytes.
@@ -65,7 +67,9 @@ impl Client {
         let request = Request::post("/v1/jobs")
             .header("content-type", "application/json")
             .header("idempotency-key", idempotency_key);
-        self.read(request.body(Full::new(spec))).await
+        let answer = self.send_for(request.body(Full::new(spec)), SUBMIT_MAX).await?;
+        let bytes = self.whole(answer).await?;
+        serde_json::from_slice(&bytes).map_err(|e| CliError::Protocol { what: e.to_string() })
     }
 
     /// One page of jobs, newest first.
@@ -247,6 +251,14 @@ impl Client {
     }
 
     async fn send(&self, request: hyper::http::Result<Request<Full<Bytes>>>) -> Result<Answer, CliError> {
+        self.send_for(request, ANSWER_MAX).await
+    }
+
+    async fn send_for(
+        &self,
+        request: hyper::http::Result<Request<Full<Bytes>>>,
+        wait_max: Duration,
+    ) -> Result<Answer, CliError> {
         // The parts that come from outside are encoded: what is left cannot be wrong in a header or path.
         let mut request = request.map_err(|e| CliError::usage(format!("cannot be sent: {e}")))?;
         request.headers_mut().insert("host", hyper::header::HeaderValue::from_static("hotcell"));
@@ -258,11 +270,11 @@ impl Client {
             // The error of a connection reaches whoever waits for its answer or body.
             let _ = connection.await;
         }));
-        match tokio::time::timeout(ANSWER_MAX, sender.send_request(request)).await {
+        match tokio::time::timeout(wait_max, sender.send_request(request)).await {
             Ok(Ok(response)) => Ok(Answer { response, connection }),
             Ok(Err(e)) => Err(lost(e)),
             Err(_) => {
-                Err(CliError::ConnectionLost { what: format!("no answer within {} s", ANSWER_MAX.as_secs()) })
+                Err(CliError::ConnectionLost { what: format!("no answer within {} s", wait_max.as_secs()) })
             }
         }
     }

@@ -17,6 +17,7 @@ use super::render::stream::StreamView;
 use super::render::{Style, Text, one_line};
 use super::{Connection, Context, args, wait};
 use crate::api::wire::JobView;
+use crate::job::source::looks_like_url;
 use crate::job::spec::{JobSpec, NARROW_BYTES_MAX, PROMPT_BYTES_MAX, SPEC_BYTES_MAX, SpecError};
 use crate::job::Outcome;
 use crate::policy::Narrowing;
@@ -36,9 +37,13 @@ pub(super) struct RunArgs {
     /// What the agent shall do; `-` reads it from standard input
     #[arg(value_name = "PROMPT", required_unless_present = "spec")]
     prompt: Option<String>,
-    /// Directory the agent works on [default: an empty one that is thrown away]
-    #[arg(short, long, value_name = "DIR")]
+    /// Directory the agent works on, or a git repository to fetch: https://…, ssh://…, git@host:path
+    /// [default: an empty one that is thrown away]
+    #[arg(short, long, value_name = "DIR|URL")]
     workspace: Option<PathBuf>,
+    /// Fetch this branch, tag or commit of the repository -w, which may be a bare one here
+    #[arg(long = "ref", value_name = "REF", requires = "workspace")]
+    name: Option<String>,
     /// How the directory is mounted [default: the policy's first mode]
     #[arg(long, value_enum, value_name = "MODE")]
     mode: Option<Mode>,
@@ -203,6 +208,11 @@ pub(super) async fn submit_and_follow(
 ) -> Result<ExitCode, CliError> {
     let key = args.job.idempotency_key.clone().map_or_else(random_key, Ok)?;
     let mut interrupted = false;
+    let fetched = JobSpec::parse(&spec).ok().and_then(|spec| spec.workspace?.git);
+    if let Some(git) = fetched.filter(|_| !args.json) {
+        let name = git.name.map(|name| format!(" ({name})")).unwrap_or_default();
+        context.out.notice(&one_line(&format!("hotcell: fetching {}{name} …", git.url), 300))?;
+    }
     let job = {
         let mut submitting = std::pin::pin!(submit(client, spec, &key));
         loop {
@@ -296,9 +306,10 @@ fn detached(job: &JobView, json: bool, context: &mut Context) -> Result<ExitCode
 }
 
 fn headline(job: &JobView, context: &Context) -> Text {
-    let place = match &job.workspace {
-        Some(path) => format!("{path} ({})", job.workspace_mode.as_str()),
-        None => "no workspace".to_owned(),
+    let place = match (&job.source, &job.workspace) {
+        (Some(source), _) => format!("{} ({})", source.url, job.workspace_mode.as_str()),
+        (None, Some(path)) => format!("{path} ({})", job.workspace_mode.as_str()),
+        (None, None) => "no workspace".to_owned(),
     };
     let rest = format!("{} · {} · {} · {place}", job.policy, job.model, job.image);
     Text::new(context.out.paint)
@@ -345,7 +356,11 @@ fn job_spec(args: &RunArgs, context: &Context) -> Result<Bytes, CliError> {
         put(&mut spec, "batch", Some(batch));
     }
     let bytes = serde_json::to_vec(&spec).map_err(|e| CliError::usage(e.to_string()))?;
-    JobSpec::parse(&bytes).map_err(spec_error)?;
+    let checked = JobSpec::parse(&bytes).map_err(spec_error)?;
+    if args.apply && checked.workspace.is_some_and(|workspace| workspace.git.is_some()) {
+        let hint = "without it, `hotcell apply JOB --to DIR [--branch NAME]` says which clone of yours it is for";
+        return Err(CliError::usage_hint("--apply is for a directory of yours, and this one is fetched", hint));
+    }
     Ok(bytes.into())
 }
 
@@ -388,11 +403,19 @@ fn read_text(what: &str, path: &Path, bytes_max: usize) -> Result<String, CliErr
 }
 
 fn workspace(args: &RunArgs, spec: &mut Map<String, Value>) -> Result<(), CliError> {
-    if let Some(dir) = &args.workspace {
+    let source = args.workspace.as_deref().and_then(|given| source(given, args.name.is_some()));
+    if let Some(url) = source {
+        let mut git = Map::new();
+        put(&mut git, "url", Some(url));
+        put(&mut git, "ref", args.name.as_ref());
+        object(spec, "workspace").remove("path");
+        put(object(spec, "workspace"), "git", Some(git));
+    } else if let Some(dir) = &args.workspace {
+        object(spec, "workspace").remove("git");
         let path = dir.canonicalize().map_err(|e| {
             CliError::usage_hint(
                 format!("the workspace {} cannot be used: {e}", dir.display()),
-                "-w takes a directory that exists",
+                "-w takes a directory that exists, or the address of a git repository",
             )
         })?;
         if !path.is_dir() {
@@ -412,6 +435,15 @@ fn workspace(args: &RunArgs, spec: &mut Map<String, Value>) -> Result<(), CliErr
         Some(_) | None => {}
     }
     Ok(())
+}
+
+/// The address of a repository to fetch, where `given` is one: with a name of what to fetch, a directory is one too.
+fn source(given: &Path, named: bool) -> Option<String> {
+    let text = given.to_str()?;
+    match given.canonicalize() {
+        Ok(path) if path.is_dir() => path.to_str().filter(|_| named).map(str::to_owned),
+        _ => (named || looks_like_url(text)).then(|| text.to_owned()),
+    }
 }
 
 fn agent(flags: &AgentFlags, context: &Context, spec: &mut Map<String, Value>) -> Result<(), CliError> {

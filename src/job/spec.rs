@@ -462,6 +462,18 @@ mod tests {
         assert!(error_of(r#"{"prompt":"x","env":{"A B":"1"}}"#).contains("env.A B"));
         assert!(error_of(r#"{"prompt":"x","workspace":{"path":"a/../b"}}"#).contains("workspace.path"));
         assert!(error_of(r#"{"prompt":"x","permission_mode":"auto"}"#).contains("auto"));
+        for (workspace, words) in [
+            (r#"{}"#, "workspace: needs a path, or a git repository"),
+            (r#"{"path":"/a","git":{"url":"/r"}}"#, "workspace.git: cannot be given beside"),
+            (r#"{"git":{"url":"ext::sh"}}"#, "workspace.git.url: names a program"),
+            (r#"{"git":{"url":"/r","ref":"-x"}}"#, "workspace.git.ref: begins or ends"),
+            (r#"{"git":{"url":"/r"},"mode":"bind"}"#, "workspace.mode: bind is for a directory"),
+            (r#"{"git":{"url":"/r"},"mount":"same-path"}"#, "workspace.mount: same-path is for"),
+            (r#"{"git":{"uri":"/r"}}"#, "unknown field `uri`"),
+        ] {
+            let error = error_of(&format!(r#"{{"prompt":"x","workspace":{workspace}}}"#));
+            assert!(error.contains(words), "{workspace}: {error}");
+        }
         let long = format!(r#"{{"prompt":"{}"}}"#, "x".repeat(PROMPT_BYTES_MAX + 1));
         assert!(error_of(&long).contains("prompt: has 1048577 bytes"));
     }

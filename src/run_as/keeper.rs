@@ -38,6 +38,8 @@ pub(super) struct Keeper {
     pub(super) user: Option<User>,
     /// Try a pid namespace first.
     pub(super) namespace: bool,
+    /// Longest file that the program may write.
+    pub(super) file_bytes_max: Option<u64>,
 }
 
 /// Ids and groups.
@@ -91,6 +93,9 @@ impl Keeper {
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         lower(Resource::Core, 0)?;
         lower(Resource::Nofile, DESCRIPTORS_MAX)?;
+        if let Some(bytes) = self.file_bytes_max {
+            lower(Resource::Fsize, bytes)?;
+        }
         // What is not there cannot be lent: a kernel without keyrings, a file system without this file.
         // SAFETY: a system call without memory.
         unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, 0) };

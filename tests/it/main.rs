@@ -31,6 +31,7 @@ mod road;
 mod rules;
 mod runtime;
 mod scripted_engine;
+mod sources;
 mod walls;
 mod workspace;
 mod world;

@@ -53,7 +53,8 @@ pub(super) async fn end(
     diff::show(client, &job.id, Form::Stat, &[], false, context).await?;
     match wish {
         Wish::Apply => apply(client, job, false, context).await,
-        Wish::Ask if context.out.is_terminal() && std::io::stdin().is_terminal() => {
+        // Nobody's files are where a job worked that fetched its repository: it is kept until a clone is named.
+        Wish::Ask if job.source.is_none() && context.out.is_terminal() && std::io::stdin().is_terminal() => {
             ask(client, job, summary, context).await
         }
         Wish::Ask => hints(job, context),
@@ -112,7 +113,8 @@ fn read_answer(input: &mut dyn BufRead) -> Option<Answer> {
 
 fn hints(job: &JobView, context: &mut Context) -> Result<(), CliError> {
     let id = &job.id;
-    let words = format!("kept: `hotcell diff {id}` shows it, `hotcell apply {id}` applies it, `hotcell discard {id}` throws it away");
+    let to = if job.source.is_some() { " --to DIR [--branch NAME]" } else { "" };
+    let words = format!("kept: `hotcell diff {id}` shows it, `hotcell apply {id}{to}` applies it, `hotcell discard {id}` throws it away");
     context.out.print(&Text::new(context.out.paint).add(Style::Dim, &words).end())
 }
 

@@ -23,6 +23,32 @@ fn a_prompt_is_enough() {
 }
 
 #[test]
+fn an_address_is_fetched_and_a_directory_is_worked_on_unless_a_ref_is_named() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().canonicalize().expect("path");
+    let path = path.to_str().expect("UTF-8");
+    let workspace = |args: &[&str]| spec_of(&[args, &["go"]].concat()).map(|spec| spec["workspace"].clone());
+    let url = "git@example.org:team/app.git";
+    assert_eq!(workspace(&["-w", url]), Ok(json!({"git": {"url": url}})));
+    let both = json!({"git": {"url": url, "ref": "v1"}, "mode": "read-only"});
+    assert_eq!(workspace(&["-w", url, "--ref", "v1", "--mode", "read-only"]), Ok(both));
+    assert_eq!(workspace(&["-w", path]), Ok(json!({"path": path})));
+    assert_eq!(workspace(&["-w", path, "--ref", "v1"]), Ok(json!({"git": {"url": path, "ref": "v1"}})));
+    for (args, words) in [
+        (&["-w", "no-such-directory"][..], "no-such-directory cannot be used"),
+        (&["-w", "ext::sh -c id"][..], "workspace.git.url"),
+        (&["-w", "https://u:p@example.org/app"][..], "holds a password"),
+        (&["-w", url, "--ref", "a..b"][..], "workspace.git.ref"),
+        (&["-w", url, "--apply"][..], "--apply is for a directory of yours"),
+        (&["-w", url, "--mode", "bind"][..], "workspace.mode: bind is for a directory"),
+        (&["--ref", "v1"][..], "--workspace"),
+    ] {
+        let error = workspace(args).expect_err("refused");
+        assert!(error.contains(words), "{args:?}: {error}");
+    }
+}
+
+#[test]
 fn every_flag_has_its_key() {
     let dir = tempfile::tempdir().expect("dir");
     let path = dir.path().canonicalize().expect("path");

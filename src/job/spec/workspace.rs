@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{SpecError, WorkspaceMode, field, text};
+use crate::job::source::GitSource;
 
 /// Where a cell sees its workspace.
 pub const WORKSPACE: &str = "/workspace";
@@ -48,9 +49,13 @@ const TAKEN: [&str; 26] = [
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct WorkspaceSpec {
-    /// Absolute path on the host, without symbolic links.
-    pub path: PathBuf,
-    /// How it is mounted; the policy's first mode where absent.
+    /// Absolute path on the host, without symbolic links; absent where `git` is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// A repository that is fetched when the job is submitted, instead of a path: it is worked on as a copy, or read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub git: Option<GitSource>,
+    /// How it is mounted; the policy's first mode where absent, `copy` for a repository that is fetched.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<WorkspaceMode>,
     /// Where the cell sees it.
@@ -70,10 +75,22 @@ pub struct WorkspaceSpec {
 impl WorkspaceSpec {
     /// Where the cell sees it.
     pub fn seen_at(&self) -> String {
-        match self.mount {
-            MountAt::Workspace => WORKSPACE.to_owned(),
-            MountAt::SamePath => self.path.display().to_string(),
+        match (self.mount, &self.path) {
+            (MountAt::SamePath, Some(path)) => path.display().to_string(),
+            (MountAt::Workspace | MountAt::SamePath, _) => WORKSPACE.to_owned(),
         }
+    }
+
+    fn check_git(&self, git: &GitSource) -> Result<(), SpecError> {
+        git.check().map_err(|(key, problem)| field(&format!("workspace.git.{key}"), &problem))?;
+        if self.mode == Some(WorkspaceMode::Bind) {
+            let problem = "bind is for a directory of yours: what is fetched is worked on as a copy, or read-only";
+            return Err(field("workspace.mode", problem));
+        }
+        if self.mount == MountAt::SamePath {
+            return Err(field("workspace.mount", "same-path is for a directory of yours, and this one is fetched"));
+        }
+        Ok(())
     }
 }
 
@@ -143,8 +160,18 @@ impl OtherMode {
 
 impl WorkspaceSpec {
     pub(super) fn check(&self) -> Result<(), SpecError> {
-        check_path("workspace.path", &self.path)?;
-        check_place("workspace.mount", self.mount, &self.path)?;
+        match (&self.path, &self.git) {
+            (Some(path), None) => {
+                check_path("workspace.path", path)?;
+                check_place("workspace.mount", self.mount, path)?;
+            }
+            (None, Some(git)) => self.check_git(git)?,
+            (None, None) => return Err(field("workspace", "needs a path, or a git repository to fetch")),
+            (Some(_), Some(_)) => {
+                let problem = "cannot be given beside workspace.path: one of them is the workspace";
+                return Err(field("workspace.git", problem));
+            }
+        }
         hide_rules(&self.hide)?;
         if self.others.len() > OTHERS_MAX {
             let problem = format!("has {} entries; at most {OTHERS_MAX} are allowed", self.others.len());
