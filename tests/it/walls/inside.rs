@@ -122,6 +122,7 @@ fn what_it_sees(seen: &Seen) {
         "/tmp",
         "/home/agent",
         "/.hotcell",
+        "/.hotcell-git",
         "/.hotcell-init",
         "/.hotcell-agent/claude",
         "/etc/passwd",
