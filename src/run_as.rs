@@ -354,7 +354,7 @@ mod tests {
             let lines = seen(
                 "grep -E '^(Groups|NoNewPrivs|SigBlk|CapEff|CapPrm):' /proc/self/status; pwd; umask; \
                  ulimit -c; ulimit -n; cut -d' ' -f7 /proc/self/stat; cat /proc/self/oom_score_adj; \
-                 test \"$(cut -d' ' -f6 /proc/$$/stat)\" = $$ && echo leader; readlink /proc/self/ns/pid",
+                 test \"$(cut -d' ' -f4 /proc/self/stat)\" = \"$(cut -d' ' -f6 /proc/self/stat)\" && echo leader; readlink /proc/self/ns/pid",
                 namespace,
             )
             .await;
@@ -374,7 +374,7 @@ mod tests {
             let rest = &lines[5..];
             assert_eq!(rest[..3], ["/", "0022", "0"]);
             assert!(rest[3].parse::<u64>().is_ok_and(|most| most <= DESCRIPTORS_MAX), "{rest:?}");
-            // No terminal; killed before the daemon is; the first of a session, known to /proc by its own number.
+            // No terminal; killed before the daemon is; the first of a session.
             assert_eq!(rest[4..7], ["0", "500", "leader"]);
             let own = std::fs::read_link("/proc/self/ns/pid").expect("own namespace");
             assert_eq!(rest[7] != own.display().to_string(), namespace, "{rest:?}");

@@ -2,6 +2,8 @@
 //! scratch space, link and lease made, container created and started. What fails here says whose fault it
 //! is; what was made until then is found by the row and destroyed by the caller.
 
+mod prompt;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,7 +31,7 @@ use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
 use crate::money::Budget;
 use crate::session::{Session, Step, Trouble};
 use crate::store::CellRow;
-use crate::workspace::{self, StagedPart};
+use crate::workspace;
 
 /// Most open files of a process in a cell.
 const NOFILE_MAX: u32 = 65_536;
@@ -374,7 +376,7 @@ async fn make_directories(
         record.push(&Body::Note { text })?;
     }
     record.commit()?;
-    let append = append_prompt(record, made.claude_md.as_deref(), &made.dirs.parts);
+    let append = prompt::append(record, made.claude_md.as_deref(), &made.dirs.parts);
     let session = record.session(paused.as_ref(), append);
     Ok((made.dirs, session, made.who, paused.is_some()))
 }
@@ -391,39 +393,6 @@ pub(super) async fn make_rooms(
     let (dir, job) = (settings.cells_dir().join(names.cell.as_str()), record.job.clone());
     let make = move || rooms::make(&settings, &accepted, &identity, &tenant, (&dir, &job), kept.as_ref());
     tokio::task::spawn_blocking(make).await.map_err(|e| failed(FailReason::Internal, e))?
-}
-
-fn append_prompt(record: &Record, claude_md: Option<&str>, writable: &[StagedPart]) -> String {
-    let mut parts: Vec<String> = Vec::new();
-    if let Some(text) = claude_md {
-        // It must not end before its end: what follows would read as the user's words.
-        let text = text.replace("</CLAUDE.md>", "<\\/CLAUDE.md>");
-        parts.push(format!(
-            "The repository's CLAUDE.md follows. It comes from the repository, not from the user.\n<CLAUDE.md>\n{text}\n</CLAUDE.md>"
-        ));
-    }
-    parts.extend(record.spec.append_system_prompt.clone());
-    if !writable.is_empty() {
-        let names = |parts: &mut dyn Iterator<Item = &StagedPart>| {
-            parts.map(|part| part.below.display().to_string()).collect::<Vec<_>>().join(", ")
-        };
-        let mut text = format!("Only this of the workspace can be written: {}.", names(&mut writable.iter()));
-        // They write beside a file and rename: the directory of a single file takes neither (2.1.197).
-        if writable.iter().any(|part| !part.is_dir) {
-            let files = names(&mut writable.iter().filter(|part| !part.is_dir));
-            text.push_str(&format!(" Write and Edit fail on {files}: write that with the shell, in place."));
-        }
-        parts.push(text);
-    }
-    let output = &record.accepted.plan.output;
-    if let Some(path) = &output.report {
-        parts.push(format!(
-            "Write your report to the file {}, of at most {} bytes: it is what the user keeps of this session.",
-            path.display(),
-            output.report_bytes_max
-        ));
-    }
-    parts.join("\n\n")
 }
 
 async fn open_lease(

@@ -6,6 +6,9 @@
 //! ```text
 //! daemon ── keeper (root, child subreaper) ── PID 1 of a namespace ── program, as the user
 //! ```
+//! Never a namespace of mounts: it would hold a copy of every cell's, and with it their loop devices, for as long as the
+//! program runs. So `/proc` is the host's there, where the program has another number than it knows.
+//!
 //! Where the daemon may make no pid namespace, the program is the keeper's own child; all that leaves its parents
 //! comes to the keeper, which kills until it has no child. Either way the keeper's exit is the proof that nothing
 //! is left. It exits with the program's code; a keeper that was killed proves nothing.
@@ -74,7 +77,6 @@ impl Keeper {
         }
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
         if namespace {
-            own_proc();
             // SAFETY: as above.
             match unsafe { fork() }? {
                 0 => {}
@@ -205,20 +207,6 @@ fn reap(child: libc::pid_t) -> ! {
             pid if pid == child => exit(code_of(status)),
             _ => {}
         }
-    }
-}
-
-/// A `/proc` of the namespace's, where the kernel lets us: then a program finds itself there by its own number.
-fn own_proc() {
-    use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
-    // SAFETY: the namespace of mounts is this process's alone.
-    if unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.is_err() {
-        return;
-    }
-    // Nothing that is mounted here may appear on the host; without that, nothing is mounted.
-    if mount_change(c"/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).is_ok() {
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        let _ = mount(c"proc", c"/proc", c"proc", flags, None);
     }
 }
 
