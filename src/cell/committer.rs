@@ -4,9 +4,13 @@
 use std::path::Path;
 use std::time::Duration;
 
+use super::record::Record;
+use crate::agent::options;
+use crate::git::commit_hook;
 use crate::git::head::Repository;
 use crate::git::identity::{GitIdentity, submitter_identity};
 use crate::job::Identity;
+use crate::job::spec::WorkspaceMode;
 use crate::workspace::{WorkspaceError, as_submitter};
 
 /// Longest look at the repository.
@@ -25,6 +29,23 @@ pub(super) async fn committer(who: &Identity, path: Option<&Path>) -> GitIdentit
         &own.name,
         "localhost",
     )
+}
+
+/// Whose commits are made in the cell, where there is something to commit to: found out beside the rest, since it
+/// runs git as the submitter.
+pub(super) fn commit_environment(record: &Record) -> impl Future<Output = Vec<(String, String)>> + use<> {
+    let identity = record.identity.clone();
+    let path = record.accepted.workspace.as_ref().map(|workspace| workspace.path.clone());
+    let wanted = match record.accepted.plan.workspace_mode {
+        WorkspaceMode::Copy | WorkspaceMode::Bind => true,
+        WorkspaceMode::ReadOnly | WorkspaceMode::None => false,
+    };
+    async move {
+        if !wanted {
+            return Vec::new();
+        }
+        commit_hook::cell_environment(&committer(&identity, path.as_deref()).await, options::GIT_HOOKS)
+    }
 }
 
 async fn configured(who: &Identity, path: &Path) -> (Option<String>, Option<String>) {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::live::CELL_BUFFER_BYTES_MAX;
-use super::committer::committer;
+use super::committer::commit_environment;
 use super::record::{Record, RecordError};
 use super::rooms::{self, Dirs, Kept, Made, Tenant, Who};
 use super::{Accepted, Parts, StopWish, runtime, way_out};
@@ -24,8 +24,7 @@ use crate::engine::{BindMount, CellLimits, CellSpec, ContainerId, EngineError};
 use crate::event::Body;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::job::outcome::Failure;
-use crate::git::commit_hook;
-use crate::job::spec::{Runtime, WorkspaceMode};
+use crate::job::spec::Runtime;
 use crate::job::{CellId, FailReason, JobId, Pause, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
 use crate::money::Budget;
@@ -33,8 +32,6 @@ use crate::session::{Session, Step, Trouble};
 use crate::store::CellRow;
 use crate::workspace;
 
-/// Most open files of a process in a cell.
-const NOFILE_MAX: u32 = 65_536;
 /// How long init lets the agent live without a daemon, in milliseconds.
 const DEAD_MAN_MS: u64 = 15 * 60 * 1000;
 /// What init adds to the wall limit, so that the daemon's own deadline comes first, in milliseconds.
@@ -482,42 +479,15 @@ pub(super) fn cell_spec(
         limits: CellLimits {
             memory_bytes: limits.memory_bytes,
             // A policy may name more cores than this machine has; the engine would refuse that.
-            cpus_milli: limits.cpus_milli.min(cores_milli()),
+            cpus_milli: limits.cpus_milli.min(rooms::cores_milli()),
             pids_max: limits.pids_max,
-            nofile_max: nofile_max(),
+            nofile_max: rooms::nofile_max(),
         },
         mounts,
         runtime: None,
         working_dir: workspace.to_owned(),
         argv: vec!["/.hotcell-init".to_owned()],
         env: Vec::new(),
-    }
-}
-
-/// An engine cannot give more than it has itself, and on one machine it mostly has what we have.
-fn nofile_max() -> u32 {
-    let own = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
-    own.and_then(|n| u32::try_from(n).ok()).map_or(NOFILE_MAX, |n| n.min(NOFILE_MAX))
-}
-
-fn cores_milli() -> u32 {
-    std::thread::available_parallelism().map_or(1000, |n| u32::try_from(n.get() * 1000).unwrap_or(u32::MAX))
-}
-
-/// Whose commits are made in the cell, where there is something to commit to: found out beside the rest, since it
-/// runs git as the submitter.
-fn commit_environment(record: &Record) -> impl Future<Output = Vec<(String, String)>> + use<> {
-    let identity = record.identity.clone();
-    let path = record.accepted.workspace.as_ref().map(|workspace| workspace.path.clone());
-    let wanted = match record.accepted.plan.workspace_mode {
-        WorkspaceMode::Copy | WorkspaceMode::Bind => true,
-        WorkspaceMode::ReadOnly | WorkspaceMode::None => false,
-    };
-    async move {
-        if !wanted {
-            return Vec::new();
-        }
-        commit_hook::cell_environment(&committer(&identity, path.as_deref()).await, options::GIT_HOOKS)
     }
 }
 

@@ -32,6 +32,9 @@ const START_FILES: [&str; 11] = [
     ".config/git/config",
 ];
 
+/// Most open files of a process in a cell.
+const NOFILE_MAX: u32 = 65_536;
+
 /// Where the cell's parts lie on the host.
 pub(super) struct Dirs {
     pub(super) run: PathBuf,
@@ -72,6 +75,17 @@ impl Who {
     pub(super) fn owner(&self) -> (u32, u32) {
         (self.uid, self.gid)
     }
+}
+
+/// An engine cannot give more than it has itself, and on one machine it mostly has what we have.
+pub(super) fn nofile_max() -> u32 {
+    let own = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    own.and_then(|n| u32::try_from(n).ok()).map_or(NOFILE_MAX, |n| n.min(NOFILE_MAX))
+}
+
+/// What this machine has, in thousandths of a core.
+pub(super) fn cores_milli() -> u32 {
+    std::thread::available_parallelism().map_or(1000, |n| u32::try_from(n.get() * 1000).unwrap_or(u32::MAX))
 }
 
 /// How many files and directories a scratch space of `bytes` can hold.
