@@ -19,11 +19,11 @@ mod shelf;
 mod sparse;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 mod tracked;
 #[cfg(test)]
 pub(crate) mod trees;
-#[cfg(test)]
-mod tests;
 
 pub use choose::Include;
 pub use extract::{ExtractError, ExtractLimits, Extraction, Tree, extract};

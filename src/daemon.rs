@@ -33,8 +33,8 @@ use crate::metrics::Metrics;
 use crate::money::Calendar;
 use crate::policy::{Access, Defaults};
 use crate::pricing::Prices;
-use crate::store::{Filter, Store};
 use crate::source;
+use crate::store::{Filter, Store};
 use crate::sweeper;
 
 /// Longest wait for `initialize`: a cold disk reads 245 MB first.

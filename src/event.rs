@@ -295,7 +295,7 @@ pub enum Body {
         #[serde(flatten)]
         outcome: Outcome,
         /// Totals as the daemon measured them.
-        totals: Totals,
+        totals: Box<Totals>,
         /// The agent's final answer, where it gave one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         result: Option<String>,

@@ -34,8 +34,8 @@ use std::path::{Path, PathBuf};
 pub use copy::{Copied, CopyParts, Form, copy, copy_filled, form_here, lower_of, masked, parts_of, view_of};
 pub use follow::View;
 pub use idmap::{CELL_IDS, MapError};
-pub use mask::{Covers, HIDDEN_MAX, Hidden, Mask, Replaced};
 pub use look::{Found, Kind, LookLimits, Looked, look};
+pub use mask::{Covers, HIDDEN_MAX, Hidden, Mask, Replaced};
 pub use peer::{WorkspaceRecord, as_submitter, may_write, open_as, read_text, read_texts, reopen_as};
 pub use protect::{GUARDS_MAX, Guarded, Protection, guard_of, set_aside};
 pub use rules::Guard;
@@ -201,7 +201,9 @@ pub enum WorkspaceError {
         why: &'static str,
     },
     /// Too much of it is hidden or protected path by path.
-    #[error("{count} paths of the workspace {path:?} would have to be {what} one by one, at most {max} can be: {hint}")]
+    #[error(
+        "{count} paths of the workspace {path:?} would have to be {what} one by one, at most {max} can be: {hint}"
+    )]
     TooMany {
         /// The workspace.
         path: PathBuf,
@@ -215,7 +217,9 @@ pub enum WorkspaceError {
         hint: &'static str,
     },
     /// It is too large to be looked through.
-    #[error("the workspace {path:?} cannot be looked through for what is to be hidden ({limit}): use a directory below")]
+    #[error(
+        "the workspace {path:?} cannot be looked through for what is to be hidden ({limit}): use a directory below"
+    )]
     TooLarge {
         /// The workspace.
         path: PathBuf,

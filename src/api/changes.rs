@@ -18,11 +18,13 @@ use super::submit::identity;
 use super::wire::{ErrorCode, JobView};
 use super::{Api, ApiError};
 use crate::cell::changes::{self, ChangesError};
+use crate::change::decision::{
+    ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest, ExportFormat, Form, Standing,
+};
+use crate::change::{ChangeSet, Summary};
 use crate::changes::apply::ApplyError;
 use crate::changes::export::ExportError;
 use crate::changes::patch::RenderError;
-use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest, ExportFormat, Form, Standing};
-use crate::change::{ChangeSet, Summary};
 use crate::store::Job;
 
 /// Most patterns of one request.
@@ -154,7 +156,8 @@ impl Api {
         if job.row.identity.uid == who.uid {
             return Ok(job);
         }
-        let words = format!("{} is the job of uid {}: only they decide about it", job.row.id, job.row.identity.uid);
+        let words =
+            format!("{} is the job of uid {}: only they decide about it", job.row.id, job.row.identity.uid);
         Err(ApiError::new(ErrorCode::NotYours, words))
     }
 }
@@ -181,7 +184,9 @@ fn refusal(job: &Job, error: ChangesError) -> ApiError {
         C::None(_) => (ErrorCode::NotFound, format!("`hotcell show {id}` says how the job ended")),
         C::NoPlace => (
             ErrorCode::InvalidRequest,
-            format!("`hotcell apply {id} --to DIR [--branch NAME]`, or `hotcell export {id} --format bundle`"),
+            format!(
+                "`hotcell apply {id} --to DIR [--branch NAME]`, or `hotcell export {id} --format bundle`"
+            ),
         ),
         C::Discarded => (ErrorCode::NotFound, format!("`hotcell diff {id}` still shows it")),
         C::Workspace(_) | C::Apply(A::Workspace(_) | A::TargetMoved { .. }) => {
@@ -204,7 +209,9 @@ fn refusal(job: &Job, error: ChangesError) -> ApiError {
         C::Render(RenderError::Pattern(_)) | C::Export(ExportError::Pattern(_)) => {
             (ErrorCode::InvalidRequest, "change the pattern".to_owned())
         }
-        C::Render(RenderError::TooLong { .. }) => (ErrorCode::TooLarge, format!("`hotcell export {id} --format tar`")),
+        C::Render(RenderError::TooLong { .. }) => {
+            (ErrorCode::TooLarge, format!("`hotcell export {id} --format tar`"))
+        }
         C::Branch(_) | C::Export(ExportError::Commits(_)) => {
             (ErrorCode::Conflict, format!("`hotcell apply {id}` applies it to the files instead"))
         }
@@ -212,7 +219,10 @@ fn refusal(job: &Job, error: ChangesError) -> ApiError {
         | C::Export(ExportError::Shelf(_) | ExportError::Write(_))
         | C::Extract(_)
         | C::Corrupt(_)
-        | C::Shelf(_) | C::Kept(_) | C::Died(_) | C::Apply(A::Stuck { .. } | A::Shelf(_)) => {
+        | C::Shelf(_)
+        | C::Kept(_)
+        | C::Died(_)
+        | C::Apply(A::Stuck { .. } | A::Shelf(_)) => {
             (ErrorCode::Internal, "the daemon's log says more".to_owned())
         }
     };

@@ -181,7 +181,8 @@ fn one_job() -> Value {
 /// What a job did and left.
 /// What a job changed, and what becomes of it.
 fn changes_of_jobs() -> Value {
-    let bytes = |kind: &str| json!({ "200": { "description": "It", "content": { kind: {} } }, "default": error() });
+    let bytes =
+        |kind: &str| json!({ "200": { "description": "It", "content": { kind: {} } }, "default": error() });
     let post = |operation: &str, summary: &str, asks: Option<&str>, gives: &str| {
         let mut of = json!({
             "operationId": operation, "summary": summary, "parameters": [id()],

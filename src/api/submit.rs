@@ -148,10 +148,12 @@ async fn accept(
 ) -> Result<Stored, ApiError> {
     let Wish { spec, body, identity, plan, from, day_usd } = wish;
     let Opened { workspace, others, warnings: more } = open_workspaces(api, identity, spec, &plan).await?;
-    let warnings = source.into_iter().flat_map(|fetched| fetched.notes.clone()).chain(more).collect::<Vec<_>>();
+    let warnings =
+        source.into_iter().flat_map(|fetched| fetched.notes.clone()).chain(more).collect::<Vec<_>>();
     let keep_ignored = spec.workspace.as_ref().is_some_and(|workspace| workspace.keep_ignored);
     let source = source.map(|fetched| fetched.checkout.clone());
-    let accepted = Accepted { plan, workspace, keep_ignored, from, source, others, user_day_micro_usd: day_usd };
+    let accepted =
+        Accepted { plan, workspace, keep_ignored, from, source, others, user_day_micro_usd: day_usd };
     same_workspace(api, &accepted).await?;
     let (id, fresh) = store(api, id, identity, spec, &accepted, (body, &warnings), idem).await?;
     Ok(Stored { id, fresh, accepted, warnings })
@@ -290,8 +292,8 @@ async fn open_workspaces(
         let guard = Guard::for_user(&state_dir, identity.uid);
         let at =
             |key: String| move |e: WorkspaceError| ApiError::new(ErrorCode::Workspace, format!("{key}: {e}"));
-        let (dir, record) = workspace::open_as(&identity, &path, need, &guard)
-            .map_err(at("workspace.path".to_owned()))?;
+        let (dir, record) =
+            workspace::open_as(&identity, &path, need, &guard).map_err(at("workspace.path".to_owned()))?;
         let warnings = secrets(&identity, &path, dir, &hide);
         let mut others = Vec::new();
         for (index, other) in workspace.others.into_iter().enumerate() {
@@ -355,7 +357,9 @@ async fn same_workspace(api: &Api, accepted: &Accepted) -> Result<(), ApiError> 
     }
     let job = api.parts.store.job(from).await?;
     let former: Option<Accepted> = job.and_then(|job| serde_json::from_str(&job.plan_json).ok());
-    if let (Some(now), Some(then)) = (&accepted.source, former.as_ref().and_then(|former| former.source.as_ref())) {
+    if let (Some(now), Some(then)) =
+        (&accepted.source, former.as_ref().and_then(|former| former.source.as_ref()))
+    {
         let same = (&now.url, &now.commit) == (&then.url, &then.commit);
         return if same { Ok(()) } else { bad("it worked on another commit, or on another repository") };
     }

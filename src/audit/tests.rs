@@ -90,7 +90,7 @@ fn each_decision_is_one_record_with_the_number_and_origin_of_its_event() {
     );
     let end = Body::Summary {
         outcome: Outcome::Stopped { reason: StopReason::Budget },
-        totals: Totals { tool_calls: 2, tool_denials: 1, ..Totals::default() },
+        totals: Box::new(Totals { tool_calls: 2, tool_denials: 1, ..Totals::default() }),
         result: Some("long words".into()),
     };
     let fields = json!({ "outcome": "stopped", "reason": "budget", "charged_micro_usd": 0, "tool_calls": 2, "tool_denials": 1 });

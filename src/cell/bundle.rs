@@ -59,9 +59,8 @@ pub(super) async fn commits(
     let path = path.ok_or("the job had no workspace")?;
     let (shelf, identity, base) = (shelf.clone(), record.identity.clone(), base.map(str::to_owned));
     let limits = BundleLimits { bytes_max: BUNDLE_BYTES_MAX, ..BundleLimits::default() };
-    let import = move || {
-        import_bundle(&mut file, &shelf, &path, &identity, base.as_deref(), temporary(), &limits)
-    };
+    let import =
+        move || import_bundle(&mut file, &shelf, &path, &identity, base.as_deref(), temporary(), &limits);
     let taken = tokio::task::spawn_blocking(import).await.map_err(|e| e.to_string())?;
     taken.map_err(|e| e.to_string())
 }

@@ -63,7 +63,9 @@ pub enum ChangesError {
     #[error("there is no change set: {0}")]
     None(&'static str),
     /// Nobody's files are where the job worked.
-    #[error("the job worked on what was fetched for it, where no files of yours are: say which clone of yours it is for")]
+    #[error(
+        "the job worked on what was fetched for it, where no files of yours are: say which clone of yours it is for"
+    )]
     NoPlace,
     /// It was thrown away.
     #[error("the change set was discarded")]
@@ -126,7 +128,9 @@ pub async fn read(parts: &Parts, job: &Job) -> Result<Kept, ChangesError> {
 
 fn why_none(accepted: &Accepted) -> &'static str {
     match (accepted.plan.workspace_mode, &accepted.workspace) {
-        (WorkspaceMode::Copy, Some(_)) => "the job ended before it had a copy, or what it wrote could not be read",
+        (WorkspaceMode::Copy, Some(_)) => {
+            "the job ended before it had a copy, or what it wrote could not be read"
+        }
         (WorkspaceMode::Bind, Some(_)) => "the job worked on the directory itself",
         (WorkspaceMode::ReadOnly, Some(_)) => "the job could not write to its workspace",
         (WorkspaceMode::None, _) | (_, None) => "the job had no workspace",
@@ -384,6 +388,10 @@ pub(super) async fn collect(
     let shelf = shelf(parts, &record.job);
     let cells = parts.store.live_cells().await?;
     let cell = cells.into_iter().find(|row| row.job == record.job && row.runtime.is_some());
+    if let Some(row) = &cell {
+        // Nobody writes while it is read.
+        park::container_gone(parts, row).await;
+    }
     let dir = cell.map(|row| parts.settings.cells_dir().join(row.cell.as_str()));
     let copy = dir.as_ref().and_then(|dir| Some((dir, workspace::parts_of(dir, None)?)));
     let before = match again {
@@ -483,7 +491,8 @@ fn take(
     state_dir: &std::path::Path,
 ) -> Result<Summary, ChangesError> {
     let record = accepted.workspace.as_ref().ok_or(ChangesError::None("the job had no workspace"))?;
-    let listing = shelf.base()?.ok_or(ChangesError::None("there is no listing of the workspace before the job"))?;
+    let listing =
+        shelf.base()?.ok_or(ChangesError::None("there is no listing of the workspace before the job"))?;
     let listing = Listing::decode(&listing).map_err(|e| ChangesError::Corrupt(e.to_string()))?;
     shelf.tidy()?;
     let guard = Guard::for_user(state_dir, identity.uid);

@@ -14,13 +14,13 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::errands::{Errands, Found, Place};
-use super::work;
 use super::lines::{LINE_BYTES_MAX, Lines};
 use super::park::{self, Seen};
 use super::prepare::Prepared;
 use super::record::{ExitFigures, Record, RecordError};
 use super::rooms::inodes_max;
 use super::space::{Bounds, Watch};
+use super::work;
 use super::{Ended, Parts, StopWish, agent_exit, wait};
 use crate::agent::frames;
 use crate::clock;

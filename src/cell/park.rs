@@ -21,7 +21,7 @@ use crate::gateway::GatewayEvent;
 use crate::job::{FailReason, Input, JobId, Outcome, ParkReason, Parked, Pause, State, StopReason};
 use crate::money::{Calendar, Caps, MicroUsd, Scope};
 use crate::session::Trouble;
-use crate::store::{Payer, Store};
+use crate::store::{CellRow, Payer, Store};
 use crate::workspace::{self, Scratch, ScratchError};
 
 /// A job is never parked for less, so that a moment that has just passed makes no hot loop.
@@ -325,19 +325,24 @@ pub(super) async fn keep_work(parts: &Arc<Parts>, record: &Record) -> Result<boo
     };
     let mut kept = parts.settings.kept(&record.job).is_file();
     for row in cells.into_iter().filter(|row| row.job == record.job && row.attempt == record.attempt) {
-        let container = match &row.container {
-            Some(id) => ContainerId::new(id.clone()),
-            None => container_name(parts.store.instance(), &row.cell),
-        };
-        // Never given up: while it may be alive it holds the mounts, and the job its slot.
-        while let Err(error) = parts.engine.remove(&container).await {
-            tracing::warn!(job = %record.job, %error, "the cell of a job that is parked is left; trying again");
-            tokio::time::sleep(REMOVE_PAUSE).await;
-        }
+        container_gone(parts, &row).await;
         let dir = parts.settings.cells_dir().join(row.cell.as_str());
         kept = keep(dir, parts.settings.kept(&record.job)).await?;
     }
     Ok(kept)
+}
+
+/// Returns when the container of a cell is gone. Never given up: while it may be alive it writes, holds the mounts, and
+/// the job its slot.
+pub(super) async fn container_gone(parts: &Parts, row: &CellRow) {
+    let container = match &row.container {
+        Some(id) => ContainerId::new(id.clone()),
+        None => container_name(parts.store.instance(), &row.cell),
+    };
+    while let Err(error) = parts.engine.remove(&container).await {
+        tracing::warn!(job = %row.job, %error, "the container of a cell is left; trying again");
+        tokio::time::sleep(REMOVE_PAUSE).await;
+    }
 }
 
 async fn keep(dir: PathBuf, kept: PathBuf) -> Result<bool, ScratchError> {

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::live::CELL_BUFFER_BYTES_MAX;
 use super::committer::commit_environment;
+use super::live::CELL_BUFFER_BYTES_MAX;
 use super::record::{Record, RecordError};
 use super::rooms::{self, Dirs, Kept, Made, Tenant, Who};
 use super::{Accepted, Parts, StopWish, runtime, way_out};
@@ -104,7 +104,8 @@ pub async fn prepare(
     let names = Names::new(former.as_ref(), &record.job)?;
     parts.store.put_cell(names.row(record, Some(chosen.runtime))).await?;
     let (cell, runtime, instead) = (names.cell.clone(), chosen.runtime, chosen.instead.clone());
-    let agent = found.claude.parent().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    let agent =
+        found.claude.parent().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
     let image = Some(found.id.clone());
     record.push(&Body::Cell { cell, runtime, instead, image, agent })?;
     let tenant = Tenant { uid: names.uid, runtime, claude: found.claude.clone() };

@@ -230,8 +230,11 @@ impl Record {
         answer: Option<String>,
     ) -> Result<(), RecordError> {
         self.totals = totals.clone();
-        let summary =
-            Body::Summary { outcome: outcome.clone(), totals: totals.clone(), result: answer.clone() };
+        let summary = Body::Summary {
+            outcome: outcome.clone(),
+            totals: Box::new(totals.clone()),
+            result: answer.clone(),
+        };
         self.push(&summary)?;
         self.commit()?;
         self.journal.sync().await?;
@@ -253,7 +256,7 @@ impl Record {
         self.totals = totals.clone();
         let mut last = Vec::new();
         if let (State::Done(outcome), false) = (&self.state, was_done) {
-            last.push(Body::Summary { outcome: outcome.clone(), totals, result: None });
+            last.push(Body::Summary { outcome: outcome.clone(), totals: Box::new(totals), result: None });
         }
         last.push(Body::State { state: self.state.clone() });
         let pushed = last.iter().try_for_each(|body| self.journal.push(body, now).map(|_| ()));

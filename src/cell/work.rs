@@ -23,8 +23,8 @@ use crate::job::spec::{Runtime, WorkspaceMode};
 use crate::job::{FailReason, Identity, JobId};
 use crate::policy::PlanLimits;
 use crate::workspace::{
-    self, CellIds, CopyLimits, CopyParts, Covers, Form, Guard, Mask, Mode, Replaced, Scratch, StagedIds, StagedPart,
-    WorkspaceError, WorkspaceRecord,
+    self, CellIds, CopyLimits, CopyParts, Covers, Form, Guard, Mask, Mode, Replaced, Scratch, StagedIds,
+    StagedPart, WorkspaceError, WorkspaceRecord,
 };
 
 pub(super) use aside::set_aside;

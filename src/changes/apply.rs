@@ -34,11 +34,11 @@ use crate::changes::{JobShelf, ShelfError};
 use crate::job::Identity;
 use crate::workspace::WorkspaceError;
 
+pub use crate::changes::{BadGlob, Only};
 pub use accept::{Accepted, Decision, Discarded, decision, discard};
 pub use carry::{materialise, materialise_plain};
 pub use checkout::{CheckedOut, Checkout, checkout};
 pub use journal::Pending;
-pub use crate::changes::{BadGlob, Only};
 pub use run::{Recovered, apply, give_up, pending, recover};
 
 /// Longest application; its thread goes on alone then.

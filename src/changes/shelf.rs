@@ -143,10 +143,8 @@ impl JobShelf {
     /// [`ShelfError`].
     pub fn origin(&self) -> Result<Head, ShelfError> {
         let Some(json) = self.get(ORIGIN)? else { return Ok(Head::default()) };
-        let corrupt = |e: serde_json::Error| ShelfError::Corrupt {
-            path: self.dir.join(ORIGIN),
-            detail: e.to_string(),
-        };
+        let corrupt =
+            |e: serde_json::Error| ShelfError::Corrupt { path: self.dir.join(ORIGIN), detail: e.to_string() };
         serde_json::from_slice(&json).map_err(corrupt)
     }
 

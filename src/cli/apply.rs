@@ -67,7 +67,6 @@ pub(super) async fn apply(args: &ApplyArgs, context: &mut Context) -> Result<Exi
 
 /// The path without links, as the daemon wants it.
 pub(super) fn real(path: &Path) -> Result<PathBuf, CliError> {
-    path.canonicalize().map_err(|e| {
-        CliError::usage_hint(format!("{}: {e}", path.display()), "name a directory that exists")
-    })
+    path.canonicalize()
+        .map_err(|e| CliError::usage_hint(format!("{}: {e}", path.display()), "name a directory that exists"))
 }

@@ -17,7 +17,9 @@ use super::fail::{ApiError, CliError};
 use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
 use crate::api::wire::{Health, JobList, JobView, WhoAmI};
-use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest, ExportFormat, Form};
+use crate::change::decision::{
+    ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest, ExportFormat, Form,
+};
 use crate::job::JobId;
 
 /// How long connecting may take.

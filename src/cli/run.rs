@@ -17,9 +17,9 @@ use super::render::stream::StreamView;
 use super::render::{Style, Text, one_line};
 use super::{Connection, Context, args, wait};
 use crate::api::wire::JobView;
+use crate::job::Outcome;
 use crate::job::source::looks_like_url;
 use crate::job::spec::{JobSpec, NARROW_BYTES_MAX, PROMPT_BYTES_MAX, SPEC_BYTES_MAX, SpecError};
-use crate::job::Outcome;
 use crate::policy::Narrowing;
 use ending::Wish;
 
@@ -358,8 +358,12 @@ fn job_spec(args: &RunArgs, context: &Context) -> Result<Bytes, CliError> {
     let bytes = serde_json::to_vec(&spec).map_err(|e| CliError::usage(e.to_string()))?;
     let checked = JobSpec::parse(&bytes).map_err(spec_error)?;
     if args.apply && checked.workspace.is_some_and(|workspace| workspace.git.is_some()) {
-        let hint = "without it, `hotcell apply JOB --to DIR [--branch NAME]` says which clone of yours it is for";
-        return Err(CliError::usage_hint("--apply is for a directory of yours, and this one is fetched", hint));
+        let hint =
+            "without it, `hotcell apply JOB --to DIR [--branch NAME]` says which clone of yours it is for";
+        return Err(CliError::usage_hint(
+            "--apply is for a directory of yours, and this one is fetched",
+            hint,
+        ));
     }
     Ok(bytes.into())
 }

@@ -396,18 +396,21 @@ mod tests {
         let end = STREAM.find("event: message_delta").unwrap();
         let reading = read([&STREAM[..end]]);
         assert!(!reading.complete && reading.output_bytes >= 2);
-        let output = |reading: &Reading, to_its_end| {
-            reading.billable(9_000, to_its_end).map(|usage| usage.output)
-        };
+        let output =
+            |reading: &Reading, to_its_end| reading.billable(9_000, to_its_end).map(|usage| usage.output);
         assert_eq!((output(&reading, false), output(&reading, true)), (Some(9_000), Some(9_000)));
         // Nothing comes after an error of the provider's.
         let failed = Reading { error: Some("overloaded_error".to_owned()), ..reading.clone() };
-        assert_eq!((output(&failed, false), output(&failed, true)), (Some(9_000), Some(reading.output_bytes)));
+        assert_eq!(
+            (output(&failed, false), output(&failed, true)),
+            (Some(9_000), Some(reading.output_bytes))
+        );
         let thinking = Reading { thinking: true, ..failed };
         assert_eq!(output(&thinking, true), Some(9_000));
         assert_eq!(read(["event: ping\ndata: {}\n\n"]).billable(9, true), None);
         // A stop without a figure is no final usage.
-        let stop = "data: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{}}\n\n";
+        let stop =
+            "data: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{}}\n\n";
         assert_eq!(output(&read([&STREAM[..end], stop]), true), Some(9_000));
     }
 

@@ -178,7 +178,10 @@ impl Repository {
 
     /// Who commits here by its own configuration: name and address. What it includes from elsewhere is not read.
     pub fn committer(&self) -> (Option<String>, Option<String>) {
-        let text = file_of(self.common.as_fd(), "config", config::CONFIG_BYTES_MAX).ok().flatten().unwrap_or_default();
+        let text = file_of(self.common.as_fd(), "config", config::CONFIG_BYTES_MAX)
+            .ok()
+            .flatten()
+            .unwrap_or_default();
         let all = config::read(&String::from_utf8_lossy(&text)).unwrap_or_default();
         let last = |key: &str| {
             let of = |v: &&config::Variable| v.section == "user" && v.subsection.is_none() && v.key == key;

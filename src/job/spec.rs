@@ -4,9 +4,9 @@
 
 mod workspace;
 
-use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 pub use workspace::{MountAt, OTHERS_MAX, OtherMode, OtherSpec, WORKSPACE, WorkspaceSpec};
 

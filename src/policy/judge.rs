@@ -469,14 +469,20 @@ mod tests {
 
     #[test]
     fn a_pattern_that_leads_elsewhere_is_a_path_too() {
-        assert_eq!(named_paths("Glob", &json!({ "pattern": "/etc/*.conf" }), WORKSPACE), ["/workspace", "/etc/"]);
+        assert_eq!(
+            named_paths("Glob", &json!({ "pattern": "/etc/*.conf" }), WORKSPACE),
+            ["/workspace", "/etc/"]
+        );
         assert_eq!(
             named_paths("Glob", &json!({ "pattern": "../../x*" }), WORKSPACE),
             ["/workspace", "/workspace/../../x"]
         );
         assert_eq!(named_paths("Grep", &json!({ "pattern": "/etc" }), WORKSPACE), ["/workspace"]);
         assert_eq!(named_paths("Read", &json!({ "file_path": "~/x" }), WORKSPACE), ["/home/agent/x"]);
-        assert_eq!(named_paths("Read", &json!({ "file_path": "../x" }), "/home/ann/app"), ["/home/ann/app/../x"]);
+        assert_eq!(
+            named_paths("Read", &json!({ "file_path": "../x" }), "/home/ann/app"),
+            ["/home/ann/app/../x"]
+        );
         assert_eq!(named_paths("Grep", &json!({ "pattern": "x" }), "/home/ann/app"), ["/home/ann/app"]);
     }
 

@@ -252,7 +252,8 @@ mod tests {
         let of = |flag| (own.of(flag), policy.changes.of(flag));
         assert_eq!(of(Flag::Ci).0, Verdict::Refused);
         assert_eq!(of(Flag::Hidden).0, of(Flag::Hidden).1);
-        let error = Narrowing::parse("narrow", "[changes]\nplain = ['special']").expect_err("special").to_string();
+        let error =
+            Narrowing::parse("narrow", "[changes]\nplain = ['special']").expect_err("special").to_string();
         assert!(error.contains("changes.plain[0]"), "{error}");
     }
 

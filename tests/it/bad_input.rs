@@ -182,7 +182,11 @@ fn a_workspace_that_cannot_be_used_names_its_path() {
     let case = |path: &Path, words: &[&str]| {
         let mut words = says(words);
         words.push(path.display().to_string());
-        (json!({ "prompt": "x", "policy": "trusted", "workspace": { "path": path, "mode": "bind" } }), words, "workspace")
+        (
+            json!({ "prompt": "x", "policy": "trusted", "workspace": { "path": path, "mode": "bind" } }),
+            words,
+            "workspace",
+        )
     };
     let mut cases = vec![
         case(&base.join("missing"), &["does not exist"]),

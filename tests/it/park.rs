@@ -377,7 +377,8 @@ text = "done"
         std::fs::write(repo.join(name), "original").unwrap();
     }
     let at = repo.to_str().unwrap();
-    let (code, out, err) = world.run(&["run", "--agent", crate::provider::IMPATIENT.0, "-w", at, "remember this"]);
+    let (code, out, err) =
+        world.run(&["run", "--agent", crate::provider::IMPATIENT.0, "-w", at, "remember this"]);
     let job = world.sql("SELECT id FROM jobs");
     let (events, view) = done(&mut world, &job);
     assert_eq!(code, 0, "{out}{err}\n{view}");

@@ -13,8 +13,7 @@ fn a_job_edits_a_file_in_place_as_its_submitter() {
     let workspace = world.workspace("repo", uid);
     std::fs::write(workspace.join("greeting.txt"), "hello\n").unwrap();
     std::os::unix::fs::chown(workspace.join("greeting.txt"), Some(uid), Some(uid)).unwrap();
-    let spec =
-        json!({ "prompt": "improve the greeting", "policy": "trusted", "workspace": { "path": workspace, "mode": "bind" } });
+    let spec = json!({ "prompt": "improve the greeting", "policy": "trusted", "workspace": { "path": workspace, "mode": "bind" } });
     let submitted = world.curl("POST", "/v1/jobs", &spec.to_string(), &[], Some(uid)).unwrap();
     assert_eq!(submitted.status, 201, "{}", submitted.body);
     let id = submitted.json()["id"].as_str().unwrap().to_owned();

@@ -210,7 +210,11 @@ impl World {
         assert!(mine.is_empty(), "mounts are left: {mine:#?}");
         for entry in std::fs::read_dir("/sys/block").unwrap().flatten() {
             let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
-            assert!(!file.starts_with(&*state.to_string_lossy()), "a loop device is left: {file}\n{}", self.log());
+            assert!(
+                !file.starts_with(&*state.to_string_lossy()),
+                "a loop device is left: {file}\n{}",
+                self.log()
+            );
         }
         let cells: Vec<_> =
             std::fs::read_dir(state.join("cells")).unwrap().flatten().map(|e| e.path()).collect();
@@ -228,11 +232,24 @@ impl World {
         let list = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten().collect::<Vec<_>>();
         for shelf in list(&state.join("changes")) {
             let job = shelf.file_name().to_string_lossy().into_owned();
-            assert_eq!(self.sql(&format!("SELECT count(*) FROM jobs WHERE id = '{job}'")), "1", "{job} is gone");
+            assert_eq!(
+                self.sql(&format!("SELECT count(*) FROM jobs WHERE id = '{job}'")),
+                "1",
+                "{job} is gone"
+            );
             let contents = list(&shelf.path().join("blobs"));
             for entry in list(&shelf.path()).into_iter().chain(contents) {
                 let name = entry.file_name().to_string_lossy().into_owned();
-                let known = ["base", "changes.json", "blobs", "origin.json", "applied.json", "discarded.json", "copy.img"].contains(&name.as_str())
+                let known = [
+                    "base",
+                    "changes.json",
+                    "blobs",
+                    "origin.json",
+                    "applied.json",
+                    "discarded.json",
+                    "copy.img",
+                ]
+                .contains(&name.as_str())
                     || (name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit()));
                 assert!(known, "{} is left", entry.path().display());
             }

@@ -132,7 +132,8 @@ pub(crate) fn applied(paint: Paint, answer: &ApplyAnswer) -> Text {
         text = text.plain(&format!("{n} merged with what was changed meanwhile")).end();
     }
     for dir in answer.kept_dirs.iter().take(NAMED_MAX) {
-        let words = format!("{} stays: there is something in it that the job never saw", shown(&dir.to_string()));
+        let words =
+            format!("{} stays: there is something in it that the job never saw", shown(&dir.to_string()));
         text = text.add(Style::Dim, &words).end();
     }
     more(text, answer.kept_dirs.len())
@@ -140,8 +141,7 @@ pub(crate) fn applied(paint: Paint, answer: &ApplyAnswer) -> Text {
 
 /// What a checkout wrote.
 pub(crate) fn checked_out(paint: Paint, answer: &CheckoutAnswer) -> Text {
-    let (copied, changed) =
-        (words::plural(answer.copied, "path"), words::plural(answer.changed, "change"));
+    let (copied, changed) = (words::plural(answer.copied, "path"), words::plural(answer.changed, "change"));
     let text = Text::new(paint).add(Style::Good, &format!("{copied} copied, {changed} of the job's written"));
     left_out(text.end(), &answer.left_out)
 }
@@ -196,7 +196,8 @@ mod tests {
 
     #[test]
     fn figures_are_one_line() {
-        let full = Summary { entries: 4, added: 1, modified: 2, deleted: 1, flagged: 1, ..Summary::default() };
+        let full =
+            Summary { entries: 4, added: 1, modified: 2, deleted: 1, flagged: 1, ..Summary::default() };
         assert_eq!(summary(&full), "1 added, 2 modified, 1 deleted, 1 flagged");
         assert_eq!(summary(&Summary::default()), "no changes");
         assert_eq!(summary(&Summary { commits: 2, ..Summary::default() }), "2 commits");

@@ -113,7 +113,12 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
     let mode = job.workspace_mode.as_str();
     row("workspace", &job.workspace.as_ref().map_or(mode.to_owned(), |path| format!("{path} ({mode})")));
     if let Some(source) = &job.source {
-        let name = source.name.as_ref().or(source.branch.as_ref()).map(|name| format!(", {name}")).unwrap_or_default();
+        let name = source
+            .name
+            .as_ref()
+            .or(source.branch.as_ref())
+            .map(|name| format!(", {name}"))
+            .unwrap_or_default();
         row("fetched from", &format!("{}{name}, commit {}", source.url, source.commit));
     }
     if !job.labels.is_empty() {

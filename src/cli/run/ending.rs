@@ -114,7 +114,9 @@ fn read_answer(input: &mut dyn BufRead) -> Option<Answer> {
 fn hints(job: &JobView, context: &mut Context) -> Result<(), CliError> {
     let id = &job.id;
     let to = if job.source.is_some() { " --to DIR [--branch NAME]" } else { "" };
-    let words = format!("kept: `hotcell diff {id}` shows it, `hotcell apply {id}{to}` applies it, `hotcell discard {id}` throws it away");
+    let words = format!(
+        "kept: `hotcell diff {id}` shows it, `hotcell apply {id}{to}` applies it, `hotcell discard {id}` throws it away"
+    );
     context.out.print(&Text::new(context.out.paint).add(Style::Dim, &words).end())
 }
 

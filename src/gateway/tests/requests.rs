@@ -10,7 +10,12 @@ const WEB_SEARCH: &str = "web_search_20250305";
 
 impl World {
     /// Another lease on the same credential, with a plan of its own.
-    pub(super) async fn another(&self, dir: &tempfile::TempDir, plan: Arc<Plan>, limit: Option<u64>) -> Lease {
+    pub(super) async fn another(
+        &self,
+        dir: &tempfile::TempDir,
+        plan: Arc<Plan>,
+        limit: Option<u64>,
+    ) -> Lease {
         let spec = LeaseSpec {
             job: JobId::new(1, 9),
             cell: CellId::new(9),

@@ -84,11 +84,15 @@ impl WorkspaceSpec {
     fn check_git(&self, git: &GitSource) -> Result<(), SpecError> {
         git.check().map_err(|(key, problem)| field(&format!("workspace.git.{key}"), &problem))?;
         if self.mode == Some(WorkspaceMode::Bind) {
-            let problem = "bind is for a directory of yours: what is fetched is worked on as a copy, or read-only";
+            let problem =
+                "bind is for a directory of yours: what is fetched is worked on as a copy, or read-only";
             return Err(field("workspace.mode", problem));
         }
         if self.mount == MountAt::SamePath {
-            return Err(field("workspace.mount", "same-path is for a directory of yours, and this one is fetched"));
+            return Err(field(
+                "workspace.mount",
+                "same-path is for a directory of yours, and this one is fetched",
+            ));
         }
         Ok(())
     }

@@ -47,7 +47,7 @@ fn script() -> String {
 }
 
 /// The hook: it is told its fate as its argument, and the job's mode on its standard input. `restarted` and `away` are
-/// asked twice: first they wait for the test, and then say yes to a daemon that is gone.
+/// asked twice: the first time they wait for the test, and would say yes if they outlived their daemon.
 fn hook(seen: &Path) -> String {
     let deny = r#"{"hookSpecificOutput":{"hookEventName":"PreToolUse","permissionDecision":"deny","permissionDecisionReason":"the hook says no"}}"#;
     format!(
@@ -95,6 +95,18 @@ fn process_of(log: &Path) -> Option<rustix::process::Pid> {
     pids.find(has).and_then(rustix::process::Pid::from_raw)
 }
 
+/// Whether a hook of this fate runs.
+fn runs(hook: &Path, fate: &str) -> bool {
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let mut commands = entries.map(|entry| std::fs::read(entry.path().join("cmdline")).unwrap_or_default());
+    let called = |command: Vec<u8>| {
+        let mut words = command.split(|byte| *byte == 0);
+        words.any(|word| word == hook.as_os_str().as_encoded_bytes())
+            && words.any(|word| word == fate.as_bytes())
+    };
+    commands.any(called)
+}
+
 fn lines(path: &Path) -> usize {
     std::fs::read_to_string(path).map_or(0, |text| text.lines().count())
 }
@@ -128,8 +140,8 @@ fn a_call_that_waits_for_a_hook_runs_in_no_mode_before_the_hook_has_said_yes() {
     let all = |name: &str| MODES.map(|mode| seen.join(name.replace("MODE", mode)));
 
     // kill -9 of each hook.
-    let runs = all("killed-MODE-runs");
-    world.wait_for("every mode's second hook runs", |_| runs.iter().all(|path| path.exists()));
+    let begun = all("killed-MODE-runs");
+    world.wait_for("every mode's second hook runs", |_| begun.iter().all(|path| path.exists()));
     undecided("killed");
     for log in all("killed-MODE") {
         world.wait_for("the hook is found", |_| process_of(&log).is_some());
@@ -147,12 +159,13 @@ fn a_call_that_waits_for_a_hook_runs_in_no_mode_before_the_hook_has_said_yes() {
     undecided("restarted");
     std::fs::write(seen.join("restarted-go"), "").unwrap();
 
-    // The daemon stays away: the hooks say yes, and nobody hears it.
+    // The daemon stays away: its hooks go with it, and have said nothing.
     let (asked, said) = (all("away-MODE"), all("away-MODE-said"));
     world.wait_for("the hooks are asked", |_| asked.iter().all(|path| lines(path) == 1));
     world.kill();
+    world.wait_for("the hooks are gone", |_| !runs(&program, "away"));
     std::fs::write(seen.join("away-go"), "").unwrap();
-    world.wait_for("the hooks have said yes to nobody", |_| said.iter().all(|path| path.exists()));
+    assert!(said.iter().all(|path| !path.exists()), "a hook outlived its daemon");
     undecided("away");
     world.start();
 
@@ -162,8 +175,7 @@ fn a_call_that_waits_for_a_hook_runs_in_no_mode_before_the_hook_has_said_yes() {
         assert_eq!(job["outcome"], "succeeded", "{mode}: {job}");
         check(mode, &events, dir);
     }
-    let yes = all("restarted-MODE-said");
-    world.wait_for("the last hooks have ended", |_| yes.iter().all(|path| path.exists()));
+    assert!(FATES.iter().all(|(fate, _)| !runs(&program, fate)), "a hook is left");
     drop(policies);
     world.end();
 }

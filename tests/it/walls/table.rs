@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::zoo;
 
 /// Rows of the table of threats that must be there.
-const ROWS: [std::ops::RangeInclusive<u32>; 5] = [1..=16, 25..=26, 30..=33, 37..=39, 43..=45];
+const ROWS: [std::ops::RangeInclusive<u32>; 5] = [1..=26, 30..=33, 35..=35, 37..=40, 43..=45];
 
 /// What stands between backquotes.
 fn quoted(text: &str) -> impl Iterator<Item = &str> {
@@ -61,7 +61,8 @@ fn every_row_names_tests_that_exist_and_every_resident_is_named() {
             let file = agent.split(' ').next().unwrap();
             assert!(zoo(file).exists(), "row {row}: there is no {file}");
         }
-        assert!(quoted(who).count() > 0, "row {row}: nobody tries it");
+        let somebody = quoted(who).count() > 0 || who == "the test's own lines";
+        assert!(somebody, "row {row}: nobody tries it");
         for test in quoted(tests) {
             let parts: Vec<&str> = test.split("::").collect();
             let (name, path) = parts.split_last().unwrap();
