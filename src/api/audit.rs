@@ -1,6 +1,6 @@
 //! `GET /v1/jobs/{id}/audit` and `GET /v1/audit`: the decisions in the journals as NDJSON, of one job or of all
 //! that the peer may see, over or still running. A projection while it is read: nothing is stored for it as long as
-//! the job is there (of removed jobs [`super::kept`] has it), and a slow reader holds one chunk of one journal per
+//! the job is there (of removed jobs `kept` has it), and a slow reader holds one chunk of one journal per
 //! running job in memory, and nobody back.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};

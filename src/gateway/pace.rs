@@ -9,7 +9,7 @@
 //! Whose limit it is: one job's requests may be limited for what they are (too large for the account, not allowed to
 //! it), again and again, while all others are served. Two rules keep that the job's own affair. A job that is limited
 //! again, when since the last time others were served and none of them was limited, only pauses itself. And who was
-//! served after each of the last [`SPARED_FROM`] pauses without being limited waits for no other's limit any more,
+//! served after each of the last `SPARED_FROM` pauses without being limited waits for no other's limit any more,
 //! until it is limited itself.
 
 pub(super) mod pacer;

@@ -58,7 +58,7 @@ pub(super) fn looks_secret(path: &TreePath, kind: Kind) -> bool {
     env || key || NAMES.contains(&name.as_str()) || ENDINGS.iter().any(|end| name.ends_with(end))
 }
 
-/// Warnings about what looks secret and is not hidden, one a path and at most [`NAMED_MAX`], with a last one where
+/// Warnings about what looks secret and is not hidden, one a path and at most `NAMED_MAX`, with a last one where
 /// there are more or not everything was looked at. Pure.
 pub fn warnings(looked: &Looked, rules: &HideRules) -> Vec<String> {
     let mut paths: Vec<&TreePath> = Vec::new();

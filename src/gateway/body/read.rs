@@ -59,7 +59,7 @@ pub(super) struct Top<'a> {
     pub(super) context: Option<&'a RawValue>,
     pub(super) stream: bool,
     pub(super) long_cache: bool,
-    /// A tool of [`TOOLSET`] is there.
+    /// A tool of `TOOLSET` is there.
     pub(super) toolsets: bool,
     pub(super) web_searches: Vec<SearchTool<'a>>,
     pub(super) wanted: Vec<Wanted>,
