@@ -6,6 +6,7 @@ mod kept;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::committer::committer;
 use super::record::{Record, RecordError};
@@ -14,7 +15,7 @@ use crate::change::decision::{
     ApplyAnswer, ApplyRequest, BranchMade, CheckoutAnswer, ExportFormat, Form, LeftOut, Standing,
 };
 use crate::change::{ChangeSet, Commits, HideRules, Summary};
-use crate::changes::apply::{self, Applied, Apply, ApplyError, Checkout, Wish};
+use crate::changes::apply::{self, Applied, Apply, ApplyError, Checkout, Pending, Wish};
 use crate::changes::branch::{self, BranchError, Build};
 use crate::changes::export::{self, ExportError};
 use crate::changes::patch::{self, Render, RenderError};
@@ -39,6 +40,9 @@ const STAT_COLUMNS: u16 = 100;
 /// Longest change set as text, in bytes.
 const TEXT_BYTES_MAX: u64 = 256 << 20;
 
+/// Longest wait for a dead daemon to let go of an application, and between two looks.
+const LET_GO_MAX: Duration = Duration::from_secs(10);
+const LET_GO_POLL: Duration = Duration::from_millis(50);
 /// Files above so many bytes that are no text are told apart.
 const LARGE_BYTES: u64 = 1 << 20;
 
@@ -359,7 +363,7 @@ pub async fn discard(parts: &Parts, job: &Job) -> Result<(), ChangesError> {
 pub async fn recover(parts: &Parts, job: &JobId) {
     let (shelf, state_dir, id) = (shelf(parts, job), parts.settings.state_dir.clone(), job.clone());
     let put_right = blocking(move || {
-        let Some(pending) = apply::pending(&shelf)? else { return Ok(()) };
+        let Some(pending) = pending_at_last(&shelf)? else { return Ok(()) };
         let guard = Guard::for_user(&state_dir, pending.identity.uid);
         let (target, _) = workspace::open_as(&pending.identity, &pending.path, Access::Write, &guard)?;
         let became = apply::recover(&shelf, &target)?;
@@ -368,6 +372,17 @@ pub async fn recover(parts: &Parts, job: &JobId) {
     });
     if let Err(error) = put_right.await {
         tracing::error!(%job, %error, "an interrupted application cannot be put right now");
+    }
+}
+
+/// What is pending, once the dead daemon has let go of it: a thread of its may still be in the kernel.
+fn pending_at_last(shelf: &JobShelf) -> Result<Option<Pending>, ApplyError> {
+    let until = Instant::now() + LET_GO_MAX;
+    loop {
+        match apply::pending(shelf) {
+            Err(ApplyError::Busy) if Instant::now() < until => std::thread::sleep(LET_GO_POLL),
+            known => return known,
+        }
     }
 }
 

@@ -48,6 +48,7 @@ const TAKEN: [&str; 26] = [
 /// The directory a job works on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{ "required": ["path"] }, { "required": ["git"] }]))]
 pub struct WorkspaceSpec {
     /// Absolute path on the host, without symbolic links; absent where `git` is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
