@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::cell::{self, Parts};
+use crate::git;
 use crate::job::{CellId, JobId};
 use crate::metrics::Orphan;
 use crate::workspace;
@@ -78,6 +79,11 @@ pub async fn put_right(parts: &Arc<Parts>) -> Result<(), SweepError> {
     let listed = tokio::task::spawn_blocking(move || names::<JobId>(&dir, "")).await;
     for job in listed.unwrap_or_else(|e| Err(std::io::Error::other(e)))? {
         cell::changes::recover(parts, &job).await;
+    }
+    match tokio::task::spawn_blocking(|| git::sweep(&git::temporary())).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "repositories of a dead daemon's are left"),
+        Err(error) => tracing::error!(%error, "repositories of a dead daemon's are left"),
     }
     let swept = tokio::task::spawn_blocking(move || workspace::sweep(&reading, &|_| false)).await;
     for left in swept.unwrap_or_else(|e| Err(std::io::Error::other(e)))?.left {

@@ -35,7 +35,7 @@ const BUNDLE_BYTES_MAX: u64 = 512 << 20;
 /// What it is called in the cell's /tmp.
 const FILE: &str = "hotcell.bundle";
 
-/// The commits beyond `base` that are checked out in the copy which the cell in `cell_dir` saw at `seen`; none where
+/// The commits beyond `base` that are checked out in the copy which the cell saw at `seen`; none where
 /// there are none. What goes wrong is told in words: the files are not lost by it.
 pub(super) async fn commits(
     parts: &Arc<Parts>,

@@ -161,6 +161,16 @@ pub async fn render(
     form: Form,
     only: Vec<String>,
 ) -> Result<Vec<u8>, ChangesError> {
+    rendered(parts, job, form, only, Include::All).await
+}
+
+async fn rendered(
+    parts: &Parts,
+    job: &Job,
+    form: Form,
+    only: Vec<String>,
+    include: Include,
+) -> Result<Vec<u8>, ChangesError> {
     let kept = read(parts, job).await?;
     let shelf = shelf(parts, &job.row.id);
     let form = match form {
@@ -172,7 +182,7 @@ pub async fn render(
         let render = Render {
             form,
             only: &only,
-            include: Include::All,
+            include,
             colour: false,
             width: STAT_COLUMNS,
             bytes_max: TEXT_BYTES_MAX,
@@ -183,13 +193,13 @@ pub async fn render(
     .await
 }
 
-/// The change set for other tools. What is refused is not in it, but for a patch, which is read before it is applied.
+/// The change set for other tools; what is refused is not in it.
 ///
 /// # Errors
 /// [`ChangesError`].
 pub async fn export(parts: &Parts, job: &Job, format: ExportFormat) -> Result<Vec<u8>, ChangesError> {
     if format == ExportFormat::Patch {
-        return render(parts, job, Form::Patch, Vec::new()).await;
+        return rendered(parts, job, Form::Patch, Vec::new(), Include::Flagged).await;
     }
     let kept = read(parts, job).await?;
     let work = Commit::of(parts, job, &kept, Vec::new(), Include::Flagged).await?;

@@ -83,7 +83,7 @@ pub enum BundleError {
 /// says so by its exit code; a bundle that became too long is removed.
 pub fn bundle_command(workspace: &str, base: Option<&str>, into: &str, bytes_max: u64) -> Vec<String> {
     // POSIX counts in blocks of 512 bytes.
-    let script = "ulimit -f \"$3\"; cd \"$1\" || exit 1; rm -f -- \"$2\"; shift 0; \
+    let script = "ulimit -f \"$3\"; cd \"$1\" || exit 1; rm -f -- \"$2\"; \
         if [ -n \"$4\" ]; then git bundle create -q \"$2\" HEAD \"^$4\"; else git bundle create -q \"$2\" HEAD; fi; \
         code=$?; [ $code = 0 ] || rm -f -- \"$2\" \"$2.lock\"; exit $code";
     let blocks = (bytes_max / 512 + 1).to_string();

@@ -1,4 +1,4 @@
-//! `hotcell discard`: throws change sets away. The jobs, their events and their costs stay.
+//! `hotcell discard`: marks change sets as not wanted. What is stored of them goes with their jobs (`hotcell rm`).
 
 use clap::Args;
 
@@ -6,7 +6,7 @@ use super::fail::{CliError, ExitCode};
 use super::render::Text;
 use super::{Connection, Context, for_each_job};
 
-/// Throw away what jobs changed; the jobs stay
+/// Mark what jobs changed as not wanted: it can be looked at, no longer applied
 #[derive(Debug, Args)]
 pub(super) struct DiscardArgs {
     /// Ids of jobs, or their beginnings

@@ -175,7 +175,7 @@ impl Default for Tools {
 pub struct Workspaces {
     /// Modes a job may choose; the first is the default for a job that names a directory.
     pub modes: Vec<WorkspaceMode>,
-    /// With `bind`: what can be written, as paths relative to the workspace (files or directories that exist);
+    /// With `bind` and `copy`: what can be written, as paths relative to the workspace (files or directories that exist);
     /// the rest is read-only. Absent: all of it. The CLI's own Write and Edit write beside a file and rename it, so
     /// they need its directory to be listed; a single file is written with the shell.
     #[serde(default)]

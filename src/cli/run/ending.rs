@@ -115,7 +115,7 @@ fn hints(job: &JobView, context: &mut Context) -> Result<(), CliError> {
     let id = &job.id;
     let to = if job.source.is_some() { " --to DIR [--branch NAME]" } else { "" };
     let words = format!(
-        "kept: `hotcell diff {id}` shows it, `hotcell apply {id}{to}` applies it, `hotcell discard {id}` throws it away"
+        "kept: `hotcell diff {id}` shows it, `hotcell apply {id}{to}` applies it, `hotcell discard {id}` says that nobody wants it"
     );
     context.out.print(&Text::new(context.out.paint).add(Style::Dim, &words).end())
 }

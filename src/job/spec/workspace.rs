@@ -16,9 +16,10 @@ const OTHERS: &str = "/workspaces";
 /// Most further directories of a job.
 pub const OTHERS_MAX: usize = 8;
 /// What a cell needs for itself: nothing else can be seen at, above or below these paths.
-const TAKEN: [&str; 26] = [
+const TAKEN: [&str; 27] = [
     "/.hotcell",
     "/.hotcell-agent",
+    "/.hotcell-git",
     "/.hotcell-init",
     "/workspace",
     "/workspace.git",

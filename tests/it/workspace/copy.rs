@@ -42,15 +42,9 @@ fn snapshot(dir: &Path) -> Vec<String> {
 /// As the daemon does it: again while something else (a container that is just made has all mounts for a moment) holds
 /// the scratch space.
 fn swept(bench: &Bench, id: &CellId) {
-    let until = std::time::Instant::now() + Duration::from_secs(30);
-    loop {
-        let report = sweep(&bench.cells(), &|_| false).expect("sweep");
-        if report.removed == [id.clone()] {
-            break;
-        }
-        assert!(std::time::Instant::now() < until, "{report:?}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let report = sweep(&bench.cells(), &|_| false).expect("sweep");
+    assert_eq!((&report.removed, &report.left), (&vec![id.clone()], &vec![]), "{report:?}");
+    assert_eq!(report.detached, 0, "{report:?}");
     bench.nothing_left();
 }
 

@@ -94,7 +94,10 @@ fn perform(root: &Path, edit: &Edit) {
         Edit::Remove(path) => remove(&at(path)),
         Edit::Rename(from, to) => {
             let (from, to) = (at(from), at(to));
-            let apart = !from.starts_with(&to) && !to.starts_with(&from);
+            // Where they really are: a link may lead from one into the other, and a copy into itself has no end.
+            let real = |at: &Path| Some(fs::canonicalize(at.parent()?).ok()?.join(at.file_name()?));
+            let apart =
+                real(&from).zip(real(&to)).is_some_and(|(a, b)| !a.starts_with(&b) && !b.starts_with(&a));
             let ready = to.parent().is_some_and(|dir| dir.is_dir() && !to.exists() && !to.is_symlink());
             if apart && ready && fs::symlink_metadata(&from).is_ok() {
                 // A directory of the layer below cannot be renamed: as mv does.
