@@ -37,7 +37,7 @@ const EVENTS_MAX: usize = 1024;
 /// How long requests may take to settle once they were told to stop.
 const SETTLE_WAIT: Duration = Duration::from_secs(10);
 /// A connection's buffer. It grows to this with a large request and stays while the answer streams.
-const READ_BYTES_MAX: usize = 16 << 10;
+const READ_BYTES_MAX: usize = 12 << 10;
 /// Bodies are counted in pieces of this many bytes.
 pub(super) const BODY_UNIT: usize = 1024;
 
