@@ -28,6 +28,7 @@ use crate::git::head::Head;
 use crate::git::identity::GitIdentity;
 use crate::job::spec::WorkspaceMode;
 use crate::job::{Identity, JobId};
+use crate::metrics::CopyStep;
 use crate::store::Job;
 use crate::workspace::{self, Access, CopyParts, Guard, WorkspaceError, WorkspaceRecord};
 
@@ -436,7 +437,10 @@ pub(super) async fn collect(
             let (accepted, identity) = (record.accepted.clone(), record.identity.clone());
             let state_dir = parts.settings.state_dir.clone();
             let found = Found { copy, base, commits };
-            blocking(move || take(&accepted, &identity, found, &shelf, &state_dir)).await.map(Some)
+            let begun = Instant::now();
+            let taken = blocking(move || take(&accepted, &identity, found, &shelf, &state_dir)).await;
+            parts.metrics.copy_step(CopyStep::Extraction, begun.elapsed());
+            taken.map(Some)
         }
         // No cell ever had one.
         (Ok(None), None) => Ok(None),
