@@ -31,6 +31,7 @@ const REMOVAL_MS_MAX: f64 = 50.0;
 const FILES_PER_DIRECTORY: u64 = 50;
 /// How long files are, as shares of their mean.
 const SHARES: [u64; 8] = [1, 2, 3, 5, 8, 13, 30, 106];
+const KINDS: [&str; 7] = ["rs", "py", "ts", "md", "json", "toml", "h"];
 /// Paths that a job's agent changes.
 const CHANGED: u64 = 20;
 /// As the daemon calls them.
@@ -218,7 +219,8 @@ fn git(tree: &Path) -> Command {
 
 fn file_path(number: u64) -> String {
     let directory = number / FILES_PER_DIRECTORY;
-    format!("part{:02}/module{:02}/file{number:05}.rs", directory / 50, directory % 50)
+    let kind = KINDS[number as usize % KINDS.len()];
+    format!("part{:02}/module{:02}/file{number:05}.{kind}", directory / 50, directory % 50)
 }
 
 /// What the agent runs: edits, new files, files that are gone, files under another name; [`CHANGED`] paths, all over
