@@ -217,7 +217,8 @@ impl Site<'_> {
         let shelf = (is_copy && name.is_none())
             .then(|| Shelf::new(self.settings.state_dir.join("changes")).of(self.job));
         let sight = Sight { hide: &self.accepted.plan.hide, mode, shelf, replaced };
-        let see::Looked { mask, guards, guarded, notes: told, snapshot: took } = sight.look(self.identity, record, &fd)?;
+        let see::Looked { mask, guards, guarded, notes: told, snapshot: took } =
+            sight.look(self.identity, record, &fd)?;
         *snapshot = snapshot.or(took);
         notes.extend(told.into_iter().map(|note| match &name {
             Some(name) => format!("{name}: {note}"),

@@ -128,7 +128,7 @@ impl Ours {
         });
         let before = told(world)?;
         let (events, view) = world.job(&spec);
-        ensure!(view["outcome"]["kind"] == "succeeded", "the job did not succeed: {view}\n{}", world.log());
+        ensure!(view["outcome"] == "succeeded", "the job did not succeed: {view}\n{}", world.log());
         let changes = events.iter().find(|e| e["type"] == "changes").context("no change set")?;
         let changed = changes["entries"].as_u64().context("a change set without a number")?;
         ensure!(changed == CHANGED, "{changed} changes instead of {CHANGED}: {changes}");
