@@ -122,7 +122,7 @@ pub enum CopyStep {
     SetUp,
     /// Making the change set.
     Extraction,
-    /// Taking everything down, and proving it.
+    /// Taking down all of a cell, whatever its workspace, and proving it.
     Removal,
 }
 

@@ -23,6 +23,8 @@ pub(crate) fn shelf() -> (tempfile::TempDir, JobShelf) {
 pub(crate) struct Disk {
     dir: tempfile::TempDir,
     off: Off,
+    /// `/dev/loop…`: the same all the time, as a disk is.
+    device: String,
 }
 
 /// Cuts the power, whatever rights the calling thread has: some that apply have none.
@@ -30,7 +32,7 @@ pub(crate) struct Disk {
 pub(crate) struct Off(SyncSender<SyncSender<()>>);
 
 impl Off {
-    /// From now on nothing is written to the disk any more. Once is enough.
+    /// From now on nothing is written to the disk any more. Can be said twice.
     pub(crate) fn now(&self) {
         let (done, was_done) = sync_channel(1);
         self.0.send(done).expect("asked");
@@ -44,11 +46,12 @@ impl Disk {
         let dir = tempfile::tempdir().expect("tempdir");
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("open for all");
         let image = std::fs::File::create(dir.path().join("image")).expect("made");
-        image.set_len(64 << 20).expect("sized");
-        run("mkfs.ext4", &["-q", "-F", &dir.path().join("image").to_string_lossy()]);
+        image.set_len(32 << 20).expect("sized");
+        let device = run("losetup", &["-f", "--show", &dir.path().join("image").to_string_lossy()]);
+        run("mkfs.ext4", &["-q", "-F", &device]);
         std::fs::create_dir(dir.path().join("disk")).expect("made");
         let (ask, asked) = sync_channel::<SyncSender<()>>(1);
-        let disk = Self { dir, off: Off(ask) };
+        let disk = Self { dir, off: Off(ask), device };
         disk.mount();
         let top = disk.path();
         std::thread::spawn(move || {
@@ -77,24 +80,32 @@ impl Disk {
     pub(crate) fn cut_power(&self) {
         self.off.now();
         run("umount", &[&self.path().to_string_lossy()]);
+        // Another namespace of mounts may hold it for a moment; until then it would be mounted as it is, switched off.
+        let held = Path::new("/sys/fs/ext4").join(Path::new(&self.device).file_name().expect("a name"));
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while held.exists() {
+            assert!(std::time::Instant::now() < until, "{held:?} is still there");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
         self.mount();
     }
 
     fn mount(&self) {
-        let (image, at) = (self.dir.path().join("image"), self.path());
-        run("mount", &["-o", "loop", &image.to_string_lossy(), &at.to_string_lossy()]);
+        run("mount", &[&self.device, &self.path().to_string_lossy()]);
     }
 }
 
 impl Drop for Disk {
     fn drop(&mut self) {
         let _ = std::process::Command::new("umount").arg(self.path()).status();
+        let _ = std::process::Command::new("losetup").args(["-d", &self.device]).status();
     }
 }
 
-fn run(program: &str, args: &[&str]) {
+fn run(program: &str, args: &[&str]) -> String {
     let output = std::process::Command::new(program).args(args).output().expect(program);
     assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
 fn switch_off(top: &Path) {
