@@ -97,7 +97,8 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg(self.path()).status();
+        // Of a test that failed something may be open there still.
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(self.path()).status();
         let _ = std::process::Command::new("losetup").args(["-d", &self.device]).status();
     }
 }
