@@ -41,7 +41,7 @@ use crate::job::source::GitCheckout;
 use crate::job::spec::WorkspaceMode;
 use crate::job::{CellId, FailReason, Input, JobId, Outcome, Phase, State, StopReason};
 use crate::journal;
-use crate::metrics::Metrics;
+use crate::metrics::{CopyStep, Metrics};
 use crate::money::{Calendar, Caps, MicroUsd};
 use crate::policy::Plan;
 use crate::scheduler::Ticket;
@@ -484,7 +484,9 @@ pub async fn destroy_once(parts: &Arc<Parts>, job: &JobId) -> Result<(), LeftOve
             None => container_name(parts.store.instance(), &row.cell),
         };
         parts.engine.remove(&container).await?;
+        let begun = Instant::now();
         sweep_one(parts, &row.cell).await?;
+        parts.metrics.copy_step(CopyStep::Removal, begun.elapsed());
         parts.store.cell_gone(&row.cell, clock::wall_ms()).await?;
     }
     Ok(())

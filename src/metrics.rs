@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use prometheus::{
     CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge,
@@ -57,6 +58,7 @@ struct Jobs {
     duration: Histogram,
     queue_time: Histogram,
     phase_time: HistogramVec,
+    copy_time: HistogramVec,
     turns_total: IntCounter,
     tool_calls_total: IntCounterVec,
 }
@@ -107,6 +109,32 @@ impl Orphan {
             Self::Container => "container",
             Self::Directory => "directory",
             Self::Reservation => "reservation",
+        }
+    }
+}
+
+/// What a private copy of a workspace costs a job in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CopyStep {
+    /// Listing the workspace as it is, and keeping that.
+    Snapshot,
+    /// All else until a cell can see it: staging, masks, scratch space, overlay.
+    SetUp,
+    /// Making the change set.
+    Extraction,
+    /// Taking down all of a cell, whatever its workspace, and proving it.
+    Removal,
+}
+
+impl CopyStep {
+    const ALL: [Self; 4] = [Self::Snapshot, Self::SetUp, Self::Extraction, Self::Removal];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Snapshot => "snapshot",
+            Self::SetUp => "set_up",
+            Self::Extraction => "extraction",
+            Self::Removal => "removal",
         }
     }
 }
@@ -190,6 +218,11 @@ impl Metrics {
     /// A phase of a job took this many seconds.
     pub fn phase(&self, phase: Phase, seconds: f64) {
         self.jobs.phase_time.with_label_values(&[phase.as_str()]).observe(seconds);
+    }
+
+    /// A step of a workspace's copy took this long.
+    pub fn copy_step(&self, step: CopyStep, took: Duration) {
+        self.jobs.copy_time.with_label_values(&[step.as_str()]).observe(took.as_secs_f64());
     }
 
     /// A job is done.
@@ -313,6 +346,7 @@ impl Jobs {
             vec![1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 10800.0, 36000.0];
         let queue = vec![0.01, 0.05, 0.25, 1.0, 5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0];
         let phase = vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 30.0, 120.0, 600.0, 3600.0];
+        let copy = vec![0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
         let counted = |name, help, labels: &[&str]| counters(registry, name, help, labels);
         Ok(Self {
             by_state: gauges(registry, "hotcell_jobs", "Jobs by state.", &["state"])?,
@@ -342,6 +376,13 @@ impl Jobs {
                 &["phase"],
                 phase,
             )?,
+            copy_time: histograms(
+                registry,
+                "hotcell_workspace_copy_seconds",
+                "Time of each step of a workspace's private copy.",
+                &["step"],
+                copy,
+            )?,
             turns_total: counter(
                 registry,
                 "hotcell_turns_total",
@@ -363,6 +404,9 @@ impl Jobs {
             for reason in FailReason::ALL {
                 self.failures_total.with_label_values(&[phase.as_str(), reason.as_str()]);
             }
+        }
+        for step in CopyStep::ALL {
+            self.copy_time.with_label_values(&[step.as_str()]);
         }
         for why in ParkReason::ALL {
             self.parked_total.with_label_values(&[why.as_str()]);
@@ -485,6 +529,7 @@ mod tests {
             "hotcell_tokens_total{model=\"other\",type=\"cache_read\"} 0",
             "hotcell_orphans_reaped_total{kind=\"container\"} 0",
             "hotcell_job_phase_seconds_count{phase=\"collect\"} 0",
+            "hotcell_workspace_copy_seconds_count{step=\"set_up\"} 0",
             "hotcell_budget_spent_usd{scope=\"user_day\"} 0",
             "hotcell_budget_limit_usd{scope=\"month\"} 0",
             "hotcell_gateway_refused_total{reason=\"credential\"} 0",

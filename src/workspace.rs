@@ -31,7 +31,9 @@ mod writable;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use copy::{Copied, CopyParts, Form, copy, copy_filled, form_here, lower_of, masked, parts_of, view_of};
+pub use copy::{
+    Copied, CopyParts, Form, copy, copy_filled, form_here, lower_of, masked, parts_of, unmount_views, view_of,
+};
 pub use follow::View;
 pub use idmap::{CELL_IDS, MapError};
 pub use look::{Found, Kind, LookLimits, Looked, look};

@@ -5,6 +5,7 @@
 mod kept;
 
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,7 @@ use crate::git::head::Head;
 use crate::git::identity::GitIdentity;
 use crate::job::spec::WorkspaceMode;
 use crate::job::{Identity, JobId};
+use crate::metrics::CopyStep;
 use crate::store::Job;
 use crate::workspace::{self, Access, CopyParts, Guard, WorkspaceError, WorkspaceRecord};
 
@@ -426,18 +428,7 @@ pub(super) async fn collect(
     let taken = match (before, copy) {
         (Ok(Some(summary)), _) => Ok(Some(summary)),
         (Err(error), _) => Err(error),
-        (Ok(None), Some((dir, copy))) => {
-            let seen = match copy.form {
-                workspace::Form::Overlay => workspace::view_of(dir, None),
-                workspace::Form::Whole => copy.dir.clone(),
-            };
-            let base = origin(&shelf);
-            let commits = bundle::commits(parts, record, &shelf, &seen, base.commit.as_deref()).await;
-            let (accepted, identity) = (record.accepted.clone(), record.identity.clone());
-            let state_dir = parts.settings.state_dir.clone();
-            let found = Found { copy, base, commits };
-            blocking(move || take(&accepted, &identity, found, &shelf, &state_dir)).await.map(Some)
-        }
+        (Ok(None), Some((dir, copy))) => take_out(parts, record, dir, copy, &shelf).await.map(Some),
         // No cell ever had one.
         (Ok(None), None) => Ok(None),
     };
@@ -452,6 +443,36 @@ pub(super) async fn collect(
             Ok(None)
         }
     }
+}
+
+/// The same of a copy whose cell, in `dir`, is not destroyed yet.
+async fn take_out(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    dir: &Path,
+    copy: CopyParts,
+    shelf: &JobShelf,
+) -> Result<Summary, ChangesError> {
+    let seen = match copy.form {
+        workspace::Form::Overlay => workspace::view_of(dir, None),
+        workspace::Form::Whole => copy.dir.clone(),
+    };
+    let base = origin(shelf);
+    let commits = bundle::commits(parts, record, shelf, &seen, base.commit.as_deref()).await;
+    // Nobody looks through it any more. Where the agent looked at many files that takes a while, and it is waited for
+    // beside the rest.
+    let view = dir.to_owned();
+    let unmounting = tokio::task::spawn_blocking(move || workspace::unmount_views(&view));
+    let (accepted, identity, shelf) = (record.accepted.clone(), record.identity.clone(), shelf.clone());
+    let state_dir = parts.settings.state_dir.clone();
+    let found = Found { copy, base, commits };
+    let begun = Instant::now();
+    let taken = blocking(move || take(&accepted, &identity, found, &shelf, &state_dir)).await;
+    parts.metrics.copy_step(CopyStep::Extraction, begun.elapsed());
+    if let Err(error) = unmounting.await.unwrap_or_else(|e| Err(std::io::Error::other(e))) {
+        tracing::warn!(job = %record.job, %error, "the view of a copy is left to the sweep");
+    }
+    taken
 }
 
 async fn taken_before(shelf: &JobShelf) -> Result<Option<Summary>, ChangesError> {
@@ -513,7 +534,7 @@ fn take(
     identity: &Identity,
     Found { copy, base, commits }: Found,
     shelf: &JobShelf,
-    state_dir: &std::path::Path,
+    state_dir: &Path,
 ) -> Result<Summary, ChangesError> {
     let record = accepted.workspace.as_ref().ok_or(ChangesError::None("the job had no workspace"))?;
     let listing =

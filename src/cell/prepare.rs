@@ -27,6 +27,7 @@ use crate::job::outcome::Failure;
 use crate::job::spec::Runtime;
 use crate::job::{CellId, FailReason, JobId, Pause, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
+use crate::metrics::CopyStep;
 use crate::money::Budget;
 use crate::session::{Session, Step, Trouble};
 use crate::store::CellRow;
@@ -363,6 +364,10 @@ async fn make_directories(
         session: options::session_file(&names.session_id, &record.accepted.plan.workspace_at),
     });
     let mut made = make_rooms(parts, record, names, tenant, record.accepted.clone(), kept).await?;
+    if let (Some(snapshot), set_up) = made.took {
+        parts.metrics.copy_step(CopyStep::Snapshot, snapshot);
+        parts.metrics.copy_step(CopyStep::SetUp, set_up);
+    }
     let paused = was_parked.filter(|_| made.resumed);
     let paused = paused.map(|from_ms| Pause { from_ms, to_ms: clock::wall_ms() });
     record.begin_attempt(&names.cell, paused)?;

@@ -4,6 +4,7 @@
 
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::prepare::{PrepareError, failed};
 use super::work::{self, Over, Seen, Staged};
@@ -101,6 +102,8 @@ pub(super) struct Made {
     pub(super) claude_md: Option<String>,
     /// The conversation of an earlier attempt is there.
     pub(super) resumed: bool,
+    /// How long the listing of the workspace took, where one is kept, and everything else.
+    pub(super) took: (Option<Duration>, Duration),
 }
 
 /// What an earlier attempt of the job may have left.
@@ -127,11 +130,14 @@ pub(super) fn make(
     (dir, job): (&Path, &JobId),
     kept: Option<&Kept>,
 ) -> Result<Made, PrepareError> {
+    let begun = Instant::now();
     make_dir(&settings.cells_dir(), 0o711)?;
     make_dir(dir, 0o711)?;
     let staged = work::stage(settings, accepted, identity, tenant, dir, job)?;
-    let made = finish_directories(settings, &accepted.plan.limits, tenant, dir, staged, kept)?;
+    let snapshot = staged.snapshot;
+    let mut made = finish_directories(settings, &accepted.plan.limits, tenant, dir, staged, kept)?;
     write_hooks(&made.dirs.etc.join("git-hooks"), job)?;
+    made.took = (snapshot, begun.elapsed().saturating_sub(snapshot.unwrap_or_default()));
     Ok(made)
 }
 
@@ -185,7 +191,7 @@ fn finish_directories(
     let claude = readable_program(tenant, &who, dir)?;
     let (home, tmp) = (scratch.home(), scratch.tmp());
     let dirs = Dirs { run, etc, home, tmp, workspace, workspace_read_only, parts, over, claude };
-    Ok(Made { dirs, who, notes, claude_md, resumed })
+    Ok(Made { dirs, who, notes, claude_md, resumed, took: Default::default() })
 }
 
 /// The scratch space of an earlier attempt, and whether its conversation is in it. What cannot be had again is no

@@ -46,6 +46,8 @@ pub(super) struct Staged {
     pub(super) who: Who,
     pub(super) notes: Vec<String>,
     pub(super) claude_md: Option<String>,
+    /// How long it took to list what a change set will be against; none where there is none.
+    pub(super) snapshot: Option<Duration>,
     from: Option<Former>,
 }
 
@@ -164,9 +166,10 @@ impl Site<'_> {
         };
         let replaced = linked.iter().filter_map(|l| see::link_to(REPOSITORY_AT, &l.name)).collect();
         let (mode, at) = (plan.workspace_mode, plan.workspace_at.clone());
+        let mut snapshot = None;
         let primary = Wanted { name: None, at: at.clone(), mode, record, replaced, private: None };
         let claude_md = self.claude_md(record, &fd)?;
-        let (first, ids) = self.place(primary, fd, &mut notes)?;
+        let (first, ids) = self.place(primary, fd, &mut notes, &mut snapshot)?;
         let mut places = vec![first];
         let private = Some(matches!(ids, StagedIds::Private { .. }));
         if let Some(linked) = linked {
@@ -175,14 +178,14 @@ impl Site<'_> {
             let name = Some(REPOSITORY.to_owned());
             let at = REPOSITORY_AT.to_owned();
             let wanted = Wanted { name, at, mode, record: &linked.record, replaced, private };
-            places.push(self.place(wanted, linked.dir, &mut notes)?.0);
+            places.push(self.place(wanted, linked.dir, &mut notes, &mut snapshot)?.0);
         }
         for other in &self.accepted.others {
             let fd = workspace::reopen_as(self.identity, &other.record, &self.guard)?;
             let (name, at) = (Some(other_name(&other.name)), other.at.clone());
             let (mode, record) = (other.mode, &other.record);
             let wanted = Wanted { name, at, mode, record, replaced: Vec::new(), private };
-            places.push(self.place(wanted, fd, &mut notes)?.0);
+            places.push(self.place(wanted, fd, &mut notes, &mut snapshot)?.0);
         }
         let who = match ids {
             StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
@@ -190,7 +193,7 @@ impl Site<'_> {
             }
         };
         let from = self.accepted.from.clone().map(|job| Former::new(self.settings, job));
-        Ok(Staged { places, who, notes, claude_md, from })
+        Ok(Staged { places, who, notes, claude_md, snapshot, from })
     }
 
     fn place(
@@ -198,6 +201,7 @@ impl Site<'_> {
         wanted: Wanted<'_>,
         fd: OwnedFd,
         notes: &mut Vec<String>,
+        snapshot: &mut Option<Duration>,
     ) -> Result<(Placed, StagedIds), WorkspaceError> {
         let Wanted { name, at, mode: asked, record, replaced, private } = wanted;
         let writable = self.accepted.plan.writable.as_deref().filter(|_| name.is_none());
@@ -213,7 +217,9 @@ impl Site<'_> {
         let shelf = (is_copy && name.is_none())
             .then(|| Shelf::new(self.settings.state_dir.join("changes")).of(self.job));
         let sight = Sight { hide: &self.accepted.plan.hide, mode, shelf, replaced };
-        let see::Looked { mask, guards, guarded, notes: told } = sight.look(self.identity, record, &fd)?;
+        let see::Looked { mask, guards, guarded, notes: told, snapshot: took } =
+            sight.look(self.identity, record, &fd)?;
+        *snapshot = snapshot.or(took);
         notes.extend(told.into_iter().map(|note| match &name {
             Some(name) => format!("{name}: {note}"),
             None => note,
@@ -323,7 +329,7 @@ fn empty(tenant: &Tenant) -> Staged {
     let who = Who { uid, gid, groups: Vec::new() };
     let at = options::WORKSPACE.to_owned();
     let place = Placed { name: None, at, view: View::Empty, parts: Vec::new(), over: Vec::new() };
-    Staged { places: vec![place], who, notes: Vec::new(), claude_md: None, from: None }
+    Staged { places: vec![place], who, notes: Vec::new(), claude_md: None, snapshot: None, from: None }
 }
 
 impl Staged {

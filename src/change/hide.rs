@@ -39,7 +39,18 @@ pub enum HideError {
 
 /// The compiled rules. None hides nothing.
 #[derive(Debug, Clone, Default)]
-pub struct HideRules(Option<Gitignore>);
+pub struct HideRules(Option<Compiled>);
+
+#[derive(Debug, Clone)]
+struct Compiled {
+    rules: Gitignore,
+    /// One for each rule.
+    ends: Vec<Ends>,
+    /// Whether a name with this first or last byte can match at all. Most names are told apart by that, without
+    /// the automaton: a workspace has many.
+    first: [bool; 256],
+    last: [bool; 256],
+}
 
 impl HideRules {
     /// Compiles `rules`: a name without a slash counts at any depth, one with a slash at its beginning or in its
@@ -55,15 +66,23 @@ impl HideRules {
         if rules.is_empty() {
             return Ok(Self(None));
         }
+        let (mut ends, mut first, mut last) = (Vec::new(), [false; 256], [false; 256]);
         let mut builder = GitignoreBuilder::new("");
         builder.allow_unclosed_class(false);
         for (index, rule) in rules.iter().enumerate() {
             let bad = |problem: String| HideError::Bad { index, rule: rule.clone(), problem };
             problem(rule).map_or(Ok(()), |words| Err(bad(words.to_owned())))?;
             builder.add_line(None, rule).map_err(|error| bad(error.to_string()))?;
+            let own = Ends::of(rule);
+            match (own.begins.first(), own.ends.last()) {
+                (Some(byte), _) => first[usize::from(*byte)] = true,
+                (None, Some(byte)) => last[usize::from(*byte)] = true,
+                (None, None) => first = [true; 256],
+            }
+            ends.push(own);
         }
-        let compiled = builder.build().map_err(|error| HideError::TooLarge(error.to_string()))?;
-        Ok(Self(Some(compiled)))
+        let rules = builder.build().map_err(|error| HideError::TooLarge(error.to_string()))?;
+        Ok(Self(Some(Compiled { rules, ends, first, last })))
     }
 
     /// No rule at all.
@@ -78,19 +97,49 @@ impl HideRules {
             let bytes = path.as_bytes();
             let above =
                 bytes.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| &bytes[..at]);
-            above.map(|dir| (dir, true)).chain([(bytes, is_dir)]).any(|(part, dir)| matched(rules, part, dir))
+            above.map(|dir| (dir, true)).chain([(bytes, is_dir)]).any(|(part, dir)| rules.matched(part, dir))
         })
     }
 
     /// The same of `path` alone, for a walk that does not enter what is hidden.
     pub fn hides_here(&self, path: &TreePath, is_dir: bool) -> bool {
-        self.0.as_ref().is_some_and(|rules| matched(rules, path.as_bytes(), is_dir))
+        self.0.as_ref().is_some_and(|rules| rules.matched(path.as_bytes(), is_dir))
     }
 }
 
-fn matched(rules: &Gitignore, path: &[u8], is_dir: bool) -> bool {
-    use std::os::unix::ffi::OsStrExt;
-    rules.matched(std::ffi::OsStr::from_bytes(path), is_dir).is_ignore()
+impl Compiled {
+    fn matched(&self, path: &[u8], is_dir: bool) -> bool {
+        use std::os::unix::ffi::OsStrExt;
+        let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or(path);
+        self.may_match(name) && self.rules.matched(std::ffi::OsStr::from_bytes(path), is_dir).is_ignore()
+    }
+
+    /// False only where no rule matches a path with this name.
+    fn may_match(&self, name: &[u8]) -> bool {
+        let (Some(first), Some(last)) = (name.first(), name.last()) else { return true };
+        (self.first[usize::from(*first)] || self.last[usize::from(*last)])
+            && self.ends.iter().any(|ends| name.starts_with(&ends.begins) && name.ends_with(&ends.ends))
+    }
+}
+
+/// How the name of everything that a rule matches begins and ends; empty where nothing is known.
+#[derive(Debug, Clone)]
+struct Ends {
+    begins: Vec<u8>,
+    ends: Vec<u8>,
+}
+
+impl Ends {
+    fn of(rule: &str) -> Self {
+        let body = rule.trim_end_matches('/');
+        let special = |c: char| matches!(c, '*' | '?' | '[' | ']' | '{' | '}' | '\\');
+        // A slash in a class or in an alternative divides no parts.
+        let unclear = body.contains('/') && body.contains(['[', '{']);
+        let name = body.rsplit('/').next().filter(|_| !unclear).unwrap_or("*");
+        let begins = name.split(special).next().unwrap_or("");
+        let ends = name.rsplit(special).next().unwrap_or("");
+        Self { begins: begins.into(), ends: ends.into() }
+    }
 }
 
 /// What is wrong with a rule that would parse.
@@ -129,6 +178,21 @@ mod tests {
 
     fn hides(rule: &str, path: &[u8], is_dir: bool) -> bool {
         rules(&[rule]).expect(rule).hides(&TreePath::new(path).expect("a path"), is_dir)
+    }
+
+    proptest! {
+        #[test]
+        fn no_rule_hides_less_by_being_looked_at_by_its_ends_first(
+            rules in prop::collection::vec("[ab.*?{},/\\\\\\[\\]-]{1,7}", 1..4),
+            path in "[ab.-]{1,4}(/[ab.-]{1,4}){0,2}",
+            is_dir in any::<bool>(),
+        ) {
+            let Ok(compiled) = HideRules::new(&rules) else { return Ok(()) };
+            let Ok(path) = TreePath::new(path) else { return Ok(()) };
+            let whole = compiled.0.as_ref().expect("rules");
+            let plain = whole.rules.matched(path.as_path(), is_dir).is_ignore();
+            prop_assert_eq!(compiled.hides_here(&path, is_dir), plain, "{:?} {:?}", rules, path);
+        }
     }
 
     #[test]

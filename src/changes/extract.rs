@@ -170,6 +170,7 @@ pub fn extract(from: &Extraction<'_>) -> Result<ChangeSet, ExtractError> {
     let sorted = sorting::sort(from, candidates, &walked, &mut contents)?;
     let mut entries = contents.entries(&sorted.entries)?;
     let mut git_state = contents.entries(&sorted.git_state)?;
+    contents.keep()?;
     sorting::finish(from, &mut entries, &mut git_state);
     notes.extend(contents.notes());
     notes.extend(sorting::notes(from.listing, &entries));

@@ -10,7 +10,9 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
+use tempfile::NamedTempFile;
 
+use super::durable::flush_all;
 use crate::change::{BlobId, ChangeSet};
 use crate::git::head::Head;
 use crate::job::JobId;
@@ -24,6 +26,8 @@ const FRESH: &str = ".new-";
 /// Longest stored change set, in bytes.
 const CHANGES_BYTES_MAX: u64 = 512 << 20;
 const COPY_BYTES: usize = 128 << 10;
+/// Most contents that are open and wait for the disk together.
+const BATCH_MAX: usize = 256;
 
 /// Why something is not kept or not found.
 #[derive(Debug, thiserror::Error)]
@@ -112,12 +116,15 @@ impl JobShelf {
         Ok(())
     }
 
-    /// Keeps the listing of the workspace before the job, in its stored form.
+    /// Keeps the workspace before the job: its listing in its stored form, and what was checked out. Where there is a
+    /// listing, the other is there too.
     ///
     /// # Errors
     /// [`ShelfError::Io`].
-    pub fn put_base(&self, listing: &[u8]) -> Result<(), ShelfError> {
-        self.put(BASE, listing)
+    pub fn put_base(&self, listing: &[u8], origin: &Head) -> Result<(), ShelfError> {
+        let json = serde_json::to_vec(origin);
+        let json = json.map_err(|e| at("write", &self.dir.join(ORIGIN))(io::Error::other(e)))?;
+        self.put_all(&[(ORIGIN, &json), (BASE, listing)], None)
     }
 
     /// The listing of the workspace before the job; none where none was kept.
@@ -126,15 +133,6 @@ impl JobShelf {
     /// [`ShelfError::Io`].
     pub fn base(&self) -> Result<Option<Vec<u8>>, ShelfError> {
         self.get(BASE)
-    }
-
-    /// Keeps what was checked out when the job began.
-    ///
-    /// # Errors
-    /// [`ShelfError::Io`].
-    pub fn put_origin(&self, head: &Head) -> Result<(), ShelfError> {
-        let json = serde_json::to_vec(head);
-        self.put(ORIGIN, &json.map_err(|e| at("write", &self.dir.join(ORIGIN))(io::Error::other(e)))?)
     }
 
     /// What was checked out when the job began; nothing where that was no git repository.
@@ -148,7 +146,7 @@ impl JobShelf {
         serde_json::from_slice(&json).map_err(corrupt)
     }
 
-    /// Keeps the change set; its contents must be there. Gives the SHA-256 of its stored form, in hex.
+    /// Keeps the change set; its contents must be there, by [`Batch::keep`] or [`JobShelf::put_blob`]. Gives the SHA-256 of its stored form, in hex.
     ///
     /// # Errors
     /// [`ShelfError::Io`].
@@ -156,8 +154,7 @@ impl JobShelf {
         let json = serde_json::to_vec(changes);
         let json = json.map_err(|e| at("write", &self.dir.join(CHANGES))(io::Error::other(e)))?;
         // The names of contents must be on the disk before what names them.
-        sync_dir(&self.blobs())?;
-        self.put(CHANGES, &json)?;
+        self.put_all(&[(CHANGES, &json)], Some(&self.blobs()))?;
         Ok(hex(Sha256::digest(&json).into()))
     }
 
@@ -175,9 +172,7 @@ impl JobShelf {
         Ok(Some((parsed.map_err(corrupt)?, hex(Sha256::digest(&json).into()))))
     }
 
-    /// Keeps what `content` gives, at most `bytes_max` of it: its name, its length, and its first bytes (as many as
-    /// `head_bytes_max`). None where it is longer; nothing is kept then. Not synced: [`JobShelf::put_changes`]
-    /// relies on `sync_all` of each, done here.
+    /// Keeps one content; see [`Batch::put`].
     ///
     /// # Errors
     /// [`ShelfError::Io`].
@@ -187,34 +182,15 @@ impl JobShelf {
         bytes_max: u64,
         head_bytes_max: usize,
     ) -> Result<Option<(BlobId, u64, Vec<u8>)>, ShelfError> {
-        let dir = self.blobs();
-        let mut file = tempfile::Builder::new()
-            .prefix(FRESH)
-            .permissions(Permissions::from_mode(0o644))
-            .tempfile_in(&dir)
-            .map_err(at("write in", &dir))?;
-        let (mut hash, mut bytes, mut head) = (Sha256::new(), 0u64, Vec::new());
-        let mut buffer = vec![0; COPY_BYTES];
-        loop {
-            let got = match content.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(got) => got,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(at("read a content for", &dir)(error)),
-            };
-            bytes += got as u64;
-            if bytes > bytes_max {
-                return Ok(None);
-            }
-            hash.update(&buffer[..got]);
-            head.extend_from_slice(&buffer[..got.min(head_bytes_max - head.len())]);
-            file.write_all(&buffer[..got]).map_err(at("write", file.path()))?;
-        }
-        let id = BlobId::of_digest(hash.finalize().into());
-        let path = dir.join(id.as_str());
-        file.as_file().sync_all().map_err(at("write", &path))?;
-        file.persist(&path).map_err(|e| at("write", &path)(e.error))?;
-        Ok(Some((id, bytes, head)))
+        let mut batch = self.batch();
+        let kept = batch.put(content, bytes_max, head_bytes_max)?;
+        batch.keep()?;
+        Ok(kept)
+    }
+
+    /// For many contents: they go to the disk together.
+    pub fn batch(&self) -> Batch<'_> {
+        Batch { shelf: self, fresh: Vec::new() }
     }
 
     /// A content, to be read.
@@ -251,13 +227,29 @@ impl JobShelf {
     }
 
     pub(super) fn put(&self, name: &str, bytes: &[u8]) -> Result<(), ShelfError> {
-        let path = self.dir.join(name);
-        let fresh = path.with_extension("new");
-        let mut options = OpenOptions::new();
-        let written = options.write(true).create(true).truncate(true).mode(0o600).open(&fresh);
-        let written = written.and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
-        written.and_then(|()| std::fs::rename(&fresh, &path)).map_err(at("write", &path))?;
-        sync_dir(&self.dir)
+        self.put_all(&[(name, bytes)], None)
+    }
+
+    /// Keeps these files: on the disk first, with all of `before` (a directory) that they speak of; then they get their
+    /// names, one after the other.
+    fn put_all(&self, files: &[(&str, &[u8])], before: Option<&Path>) -> Result<(), ShelfError> {
+        let mut flush = Vec::new();
+        for (name, bytes) in files {
+            let fresh = self.dir.join(name).with_extension("new");
+            let mut options = OpenOptions::new();
+            let written = options.write(true).create(true).truncate(true).mode(0o600).open(&fresh);
+            let written = written.and_then(|mut file| file.write_all(bytes).map(|()| file));
+            flush.push(written.map_err(at("write", &fresh))?);
+        }
+        if let Some(dir) = before {
+            flush.push(File::open(dir).map_err(at("open", dir))?);
+        }
+        flush_all(&flush).map_err(at("write in", &self.dir))?;
+        for (name, _) in files {
+            let path = self.dir.join(name);
+            std::fs::rename(path.with_extension("new"), &path).map_err(at("write", &path))?;
+        }
+        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(at("write", &self.dir))
     }
 
     pub(super) fn get(&self, name: &str) -> Result<Option<Vec<u8>>, ShelfError> {
@@ -271,8 +263,72 @@ impl JobShelf {
     }
 }
 
-fn sync_dir(dir: &Path) -> Result<(), ShelfError> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(at("write", dir))
+/// Contents that are written but have no names yet: what is not kept is gone when this is dropped.
+#[derive(Debug)]
+pub struct Batch<'a> {
+    shelf: &'a JobShelf,
+    fresh: Vec<(BlobId, NamedTempFile)>,
+}
+
+impl Batch<'_> {
+    /// Takes what `content` gives, at most `bytes_max` of it: its name, its length, and its first bytes (as many as
+    /// `head_bytes_max`). None where it is longer; nothing is taken then.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn put(
+        &mut self,
+        content: &mut dyn Read,
+        bytes_max: u64,
+        head_bytes_max: usize,
+    ) -> Result<Option<(BlobId, u64, Vec<u8>)>, ShelfError> {
+        let dir = self.shelf.blobs();
+        let mut file = tempfile::Builder::new()
+            .prefix(FRESH)
+            .permissions(Permissions::from_mode(0o644))
+            .tempfile_in(&dir)
+            .map_err(at("write in", &dir))?;
+        let (mut hash, mut bytes, mut head) = (Sha256::new(), 0u64, Vec::new());
+        let mut buffer = vec![0; COPY_BYTES];
+        loop {
+            let got = match content.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(got) => got,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(at("read a content for", &dir)(error)),
+            };
+            bytes += got as u64;
+            if bytes > bytes_max {
+                return Ok(None);
+            }
+            hash.update(&buffer[..got]);
+            head.extend_from_slice(&buffer[..got.min(head_bytes_max - head.len())]);
+            file.write_all(&buffer[..got]).map_err(at("write", file.path()))?;
+        }
+        let id = BlobId::of_digest(hash.finalize().into());
+        if !self.fresh.iter().any(|(known, _)| *known == id) {
+            self.fresh.push((id.clone(), file));
+        }
+        if self.fresh.len() >= BATCH_MAX {
+            self.keep()?;
+        }
+        Ok(Some((id, bytes, head)))
+    }
+
+    /// Puts all of them on the disk, then gives them their names: a name on the shelf is always a whole content.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`]; some may be kept.
+    pub fn keep(&mut self) -> Result<(), ShelfError> {
+        let dir = self.shelf.blobs();
+        let files: Vec<&File> = self.fresh.iter().map(|(_, file)| file.as_file()).collect();
+        flush_all(&files).map_err(at("write in", &dir))?;
+        for (id, file) in self.fresh.drain(..) {
+            let path = dir.join(id.as_str());
+            file.persist(&path).map_err(|e| at("write", &path)(e.error))?;
+        }
+        Ok(())
+    }
 }
 
 fn hex(digest: [u8; 32]) -> String {
@@ -303,6 +359,57 @@ mod tests {
         assert_eq!(shelf.put_blob(&mut &b"abcd"[..], 3, 2).expect("no fault"), None);
         let left = std::fs::read_dir(shelf.dir().join("blobs")).expect("list").count();
         assert_eq!(left, 1, "nothing half-made stays");
+    }
+
+    #[test]
+    fn a_name_on_the_shelf_is_given_to_whole_contents_only_and_an_abandoned_batch_leaves_none() {
+        let (_dir, shelf) = shelf();
+        let names = || {
+            let list = std::fs::read_dir(shelf.dir().join("blobs")).expect("list");
+            let mut names: Vec<_> =
+                list.map(|e| e.expect("entry").file_name().into_string().expect("text")).collect();
+            names.sort();
+            names
+        };
+        let mut batch = shelf.batch();
+        let (first, ..) = batch.put(&mut &b"one"[..], 9, 0).expect("taken").expect("short");
+        batch.put(&mut &b"one"[..], 9, 0).expect("taken").expect("short");
+        let (second, ..) = batch.put(&mut &b"two"[..], 9, 0).expect("taken").expect("short");
+        assert!(names().iter().all(|name| name.starts_with(FRESH)), "{:?}", names());
+        drop(batch);
+        assert!(names().is_empty(), "{:?}", names());
+        let mut batch = shelf.batch();
+        for text in ["one", "two", "one"] {
+            batch.put(&mut text.as_bytes(), 9, 0).expect("taken").expect("short");
+        }
+        batch.keep().expect("kept");
+        let mut wanted = [first.as_str().to_owned(), second.as_str().to_owned()];
+        wanted.sort();
+        assert_eq!(names(), wanted);
+        for (id, text) in [(&first, "one"), (&second, "two")] {
+            let mut there = String::new();
+            shelf.blob(id).expect("there").read_to_string(&mut there).expect("read");
+            assert_eq!(there, text);
+        }
+    }
+
+    #[test]
+    fn more_contents_than_are_open_at_once_are_all_kept() {
+        let (_dir, shelf) = shelf();
+        let mut batch = shelf.batch();
+        let texts: Vec<String> = (0..BATCH_MAX + 10).map(|n| format!("content {n}")).collect();
+        let put = |text: &String| {
+            let kept = batch.put(&mut text.as_bytes(), 99, 0).expect("taken");
+            assert!(batch.fresh.len() < BATCH_MAX, "too many are open");
+            kept.expect("short").0
+        };
+        let ids: Vec<BlobId> = texts.iter().map(put).collect();
+        batch.keep().expect("kept");
+        for (id, text) in ids.iter().zip(&texts) {
+            let mut there = String::new();
+            shelf.blob(id).expect("there").read_to_string(&mut there).expect("read");
+            assert_eq!(there, *text);
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 use super::shelf::{JobShelf, Shelf};
 use crate::change::{Base, ChangeSet, Entry, Ignored, Node, Raw, Special, TreePath, VERSION, Verdict};
@@ -16,6 +17,107 @@ pub(crate) fn shelf() -> (tempfile::TempDir, JobShelf) {
     let shelf = Shelf::new(dir.path().join("changes")).of(&JobId::new(1, 1));
     shelf.create().expect("made");
     (dir, shelf)
+}
+
+/// A disk of its own, an ext4 image, whose power can be cut. Needs root.
+pub(crate) struct Disk {
+    dir: tempfile::TempDir,
+    off: Off,
+    /// `/dev/loop…`: the same all the time, as a disk is.
+    device: String,
+}
+
+/// Cuts the power, whatever rights the calling thread has: some that apply have none.
+#[derive(Clone)]
+pub(crate) struct Off(SyncSender<SyncSender<()>>);
+
+impl Off {
+    /// From now on nothing is written to the disk any more. Can be said twice.
+    pub(crate) fn now(&self) {
+        let (done, was_done) = sync_channel(1);
+        self.0.send(done).expect("asked");
+        was_done.recv().expect("off");
+    }
+}
+
+impl Disk {
+    pub(crate) fn new() -> Self {
+        assert!(rustix::process::geteuid().is_root(), "this test mounts: run it as root");
+        let dir = tempfile::tempdir().expect("tempdir");
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("open for all");
+        let image = std::fs::File::create(dir.path().join("image")).expect("made");
+        image.set_len(32 << 20).expect("sized");
+        let device = run("losetup", &["-f", "--show", &dir.path().join("image").to_string_lossy()]);
+        run("mkfs.ext4", &["-q", "-F", &device]);
+        std::fs::create_dir(dir.path().join("disk")).expect("made");
+        let (ask, asked) = sync_channel::<SyncSender<()>>(1);
+        let disk = Self { dir, off: Off(ask), device };
+        disk.mount();
+        let top = disk.path();
+        std::thread::spawn(move || {
+            for done in asked {
+                switch_off(&top);
+                done.send(()).expect("told");
+            }
+        });
+        disk
+    }
+
+    pub(crate) fn path(&self) -> std::path::PathBuf {
+        self.dir.path().join("disk")
+    }
+
+    pub(crate) fn off(&self) -> Off {
+        self.off.clone()
+    }
+
+    /// What is there so far stays.
+    pub(crate) fn flush(&self) {
+        rustix::fs::syncfs(std::fs::File::open(self.path()).expect("open")).expect("flushed");
+    }
+
+    /// What the kernel was not told to put on the disk is lost. Nobody may have anything open there.
+    pub(crate) fn cut_power(&self) {
+        self.off.now();
+        run("umount", &[&self.path().to_string_lossy()]);
+        // Another namespace of mounts may hold it for a moment; until then it would be mounted as it is, switched off.
+        let held = Path::new("/sys/fs/ext4").join(Path::new(&self.device).file_name().expect("a name"));
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while held.exists() {
+            assert!(std::time::Instant::now() < until, "{held:?} is still there");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        self.mount();
+    }
+
+    fn mount(&self) {
+        run("mount", &[&self.device, &self.path().to_string_lossy()]);
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Of a test that failed something may be open there still.
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(self.path()).status();
+        let _ = std::process::Command::new("losetup").args(["-d", &self.device]).status();
+    }
+}
+
+fn run(program: &str, args: &[&str]) -> String {
+    let output = std::process::Command::new(program).args(args).output().expect(program);
+    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+fn switch_off(top: &Path) {
+    use std::os::fd::AsRawFd;
+    // linux/fs.h: FS_IOC_SHUTDOWN, and its "drop what is not written, the journal too" argument.
+    const FS_IOC_SHUTDOWN: libc::c_ulong = 0x8004_587d;
+    let drop_all = 2u32;
+    let dir = std::fs::File::open(top).expect("open");
+    // SAFETY: the descriptor is open and the argument is a live u32.
+    let rc = unsafe { libc::ioctl(dir.as_raw_fd(), FS_IOC_SHUTDOWN as _, &raw const drop_all) };
+    assert_eq!(rc, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// A file with this content.

@@ -1,3 +1,4 @@
 //! What lies across several parts of this hand.
 
 mod poison;
+mod power;

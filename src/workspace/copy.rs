@@ -185,6 +185,16 @@ pub fn masked(
     attached(cell_dir, name, &layers)
 }
 
+/// Takes off what the cell in `cell_dir`, whose processes are gone, saw as its copies; what was written stays. The sweep
+/// of the cell does it too, but where the cell looked at many files it takes its time, and this can be done beside
+/// other work. Blocks.
+///
+/// # Errors
+/// The kernel's word; the sweep tries again.
+pub fn unmount_views(cell_dir: &Path) -> io::Result<()> {
+    super::mounts::unmount_overlays(cell_dir)
+}
+
 fn over(
     cell_dir: &Path,
     name: Option<&str>,

@@ -143,7 +143,7 @@ pub(crate) fn table(rows: &[Row]) -> String {
             row.n.to_string(),
             row.baseline.map_or_else(String::new, |(what, _)| what.to_owned()),
             or_empty(row.baseline.map(|(_, value)| value)),
-            row.ratio().map(|ratio| format!("{ratio:.2}")).unwrap_or_default(),
+            row.ratio().map(ratio_text).unwrap_or_default(),
             row.bar_text().unwrap_or_default(),
             mark.to_owned(),
         ]);
@@ -171,6 +171,10 @@ pub(crate) fn table(rows: &[Row]) -> String {
         }
     }
     out
+}
+
+fn ratio_text(ratio: f64) -> String {
+    if ratio < 0.1 { format!("{ratio:.4}") } else { format!("{ratio:.2}") }
 }
 
 /// Three digits that matter, or all of a large whole number.

@@ -3,12 +3,12 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::change::TreePath;
 use crate::change::hide::HideRules;
 use crate::changes::listing::What;
-use crate::changes::{self, JobShelf, ListLimits};
+use crate::changes::{self, JobShelf, ListLimits, Listing};
 use crate::git::config::{self, CONFIG_BYTES_MAX};
 use crate::git::head::head_of;
 use crate::job::Identity;
@@ -42,6 +42,8 @@ pub(super) struct Looked {
     /// What of that kind was there at all.
     pub(super) guarded: Guarded,
     pub(super) notes: Vec<String>,
+    /// How long the listing that is kept took.
+    pub(super) snapshot: Option<Duration>,
 }
 
 impl Sight<'_> {
@@ -55,15 +57,18 @@ impl Sight<'_> {
         let path = || record.path.clone();
         let too_large = |limit: String| WorkspaceError::TooLarge { path: path(), limit };
         let rules = HideRules::new(self.hide).map_err(|e| too_large(format!("`hide`: {e}")))?;
-        let looked = match &self.shelf {
-            Some(shelf) => listed(identity, record, fd, shelf)?,
-            None => everything(identity, record, fd)?,
+        let begun = Instant::now();
+        let listing = self.shelf.as_ref().map(|shelf| listed(identity, record, fd, shelf)).transpose()?;
+        let snapshot = listing.is_some().then(|| begun.elapsed());
+        let names = match listing {
+            Some(listing) => Names::Kept(listing),
+            None => Names::Looked(everything(identity, record, fd)?),
         };
-        if !looked.complete {
+        if !names.complete() {
             let words = format!("more than {} paths, or {} s", LOOK.entries_max, LOOK.time_max.as_secs());
             return Err(too_large(words));
         }
-        let hidden = Mask::hidden_of(looked.entries(), &rules);
+        let hidden = Mask::hidden_of(names.iter().map(|(path, kind)| (path, kind == Kind::Dir)), &rules);
         let mut hidden = hidden.map_err(|count| {
             let hint = "hide whole directories instead";
             WorkspaceError::TooMany { path: path(), count, what: "hidden", max: HIDDEN_MAX, hint }
@@ -71,51 +76,77 @@ impl Sight<'_> {
         let is_hidden = |path: &TreePath| hidden.iter().any(|h| path.is_at_or_below(&h.path));
         let mut replaced = self.replaced;
         let mut notes = Vec::new();
-        let configs: Vec<TreePath> = configs(&looked).filter(|path| !is_hidden(path)).collect();
+        let configs: Vec<TreePath> = configs(&names).into_iter().filter(|path| !is_hidden(path)).collect();
         if configs.len() > CONFIGS_MAX {
             return Err(too_large(format!("more than {CONFIGS_MAX} git configurations")));
         }
         let texts = workspace::read_texts(identity, record, fd, configs, CONFIG_BYTES_MAX)?;
         notes.extend(mask_configs(texts, &mut replaced));
-        let in_place = self.mode != Mode::ReadOnly;
-        let guarded = Guarded::of(&looked);
-        let guarded = match (guarded, in_place) {
-            (Ok(guarded), _) => guarded,
-            (Err(_), false) => Guarded::default(),
-            (Err(count), true) => {
+        let (mut guarded, mut guards) = (Guarded::default(), Vec::new());
+        // What cannot be written in place needs no protection.
+        if let Names::Looked(looked) = &names
+            && self.mode != Mode::ReadOnly
+        {
+            guarded = Guarded::of(looked).map_err(|count| {
                 let hint = "use the copy mode";
-                return Err(WorkspaceError::TooMany {
-                    path: path(),
-                    count,
-                    what: "protected",
-                    max: GUARDS_MAX,
-                    hint,
-                });
-            }
-        };
-        let guards = if in_place { guards(&looked, self.mode, &hidden, &replaced) } else { Vec::new() };
-        if in_place {
-            notes.extend(without_links(&looked, &mut hidden));
+                WorkspaceError::TooMany { path: path(), count, what: "protected", max: GUARDS_MAX, hint }
+            })?;
+            guards = guards_of(looked, self.mode, &hidden, &replaced);
+            notes.extend(without_links(looked, &mut hidden));
         }
         if !hidden.is_empty() {
             notes.push(format!(
                 "{} paths of the workspace are hidden from the agent: {}",
                 hidden.len(),
-                names(&hidden)
+                named(&hidden)
             ));
         }
-        Ok(Looked { mask: Mask { hidden, replaced }, guards, guarded, notes })
+        Ok(Looked { mask: Mask { hidden, replaced }, guards, guarded, notes, snapshot })
     }
 }
 
-/// The same from a whole listing, which is kept as what the job's changes are against. That of an earlier attempt
+/// What is in a workspace.
+enum Names {
+    /// As it is kept.
+    Kept(Listing),
+    /// By names only.
+    Looked(workspace::Looked),
+}
+
+impl Names {
+    fn complete(&self) -> bool {
+        match self {
+            Self::Kept(_) => true,
+            Self::Looked(looked) => looked.complete,
+        }
+    }
+
+    /// A directory always before what is below it.
+    fn iter(&self) -> Box<dyn Iterator<Item = (&TreePath, Kind)> + '_> {
+        match self {
+            Self::Kept(listing) => Box::new(listing.iter().map(|(path, seen)| (path, kind_of(&seen.what)))),
+            Self::Looked(looked) => Box::new(looked.found.iter().map(|found| (&found.path, found.kind))),
+        }
+    }
+}
+
+fn kind_of(what: &What) -> Kind {
+    match what {
+        What::Dir => Kind::Dir,
+        What::File => Kind::File,
+        What::Symlink { .. } => Kind::Link,
+        What::Special { .. } => Kind::Special,
+    }
+}
+
+/// The whole listing, which is kept as what the job's changes are against. That of an earlier attempt
 /// stays: what it changed is in the copy.
 fn listed(
     identity: &Identity,
     record: &WorkspaceRecord,
     fd: &OwnedFd,
     shelf: &JobShelf,
-) -> Result<workspace::Looked, WorkspaceError> {
+) -> Result<Listing, WorkspaceError> {
     let too_large = |error: &dyn std::fmt::Display| WorkspaceError::TooLarge {
         path: record.path.clone(),
         limit: error.to_string(),
@@ -129,21 +160,10 @@ fn listed(
     let listing = listing.map_err(|error| too_large(&error))?;
     let kept = shelf.base().and_then(|base| match base {
         Some(_) => Ok(()),
-        None => shelf
-            .create()
-            .and_then(|()| shelf.put_origin(&head.unwrap_or_default()))
-            .and_then(|()| shelf.put_base(&listing.encode())),
+        None => shelf.create().and_then(|()| shelf.put_base(&listing.encode(), &head.unwrap_or_default())),
     });
     kept.map_err(|error| io(record, std::io::Error::other(error)))?;
-    let kind = |what: &What| match what {
-        What::Dir => Kind::Dir,
-        What::File => Kind::File,
-        What::Symlink { .. } => Kind::Link,
-        What::Special { .. } => Kind::Special,
-    };
-    let found =
-        listing.iter().map(|(path, seen)| workspace::Found { path: path.clone(), kind: kind(&seen.what) });
-    Ok(workspace::Looked { found: found.collect(), complete: true })
+    Ok(listing)
 }
 
 fn io(record: &WorkspaceRecord, source: std::io::Error) -> WorkspaceError {
@@ -168,16 +188,18 @@ pub(super) fn everything(
 }
 
 /// Configurations of repositories: in `.git` directories, and of the workspace itself where it is a repository.
-fn configs(looked: &workspace::Looked) -> impl Iterator<Item = TreePath> + '_ {
-    let has = |name: &[u8], kind| looked.found.iter().any(|f| f.path.as_bytes() == name && f.kind == kind);
+fn configs(names: &Names) -> Vec<TreePath> {
+    let has = |name: &[u8], kind| names.iter().any(|(path, is)| path.as_bytes() == name && is == kind);
     let bare = has(b"HEAD", Kind::File) && has(b"objects", Kind::Dir) && has(b"refs", Kind::Dir);
-    let wanted = move |found: &&workspace::Found| {
-        let named = matches!(found.path.name(), b"config" | b"config.worktree") && found.kind == Kind::File;
-        let parts = found.path.parts().count();
-        let own = bare && (parts == 1 || found.path.as_bytes().starts_with(b"worktrees/") && parts == 3);
-        named && (own || guard_of(&found.path, found.kind) == Some(Protection::ReadOnly))
+    let wanted = |path: &TreePath, kind| {
+        let named = matches!(path.name(), b"config" | b"config.worktree") && kind == Kind::File;
+        let own = || {
+            let parts = path.parts().count();
+            bare && (parts == 1 || path.as_bytes().starts_with(b"worktrees/") && parts == 3)
+        };
+        named && (own() || guard_of(path, kind) == Some(Protection::ReadOnly))
     };
-    looked.found.iter().filter(wanted).map(|found| found.path.clone())
+    names.iter().filter(|(path, kind)| wanted(path, *kind)).map(|(path, _)| path.clone()).collect()
 }
 
 /// What is to be seen instead of configurations with credentials; the words about it.
@@ -206,7 +228,7 @@ fn mask_configs(texts: Vec<(TreePath, Option<String>)>, replaced: &mut Vec<Repla
 }
 
 /// What is protected by a mount of its own: nothing that is covered anyway, and nothing that cannot be written anyway.
-fn guards(
+fn guards_of(
     looked: &workspace::Looked,
     mode: Mode<'_>,
     hidden: &[Hidden],
@@ -240,14 +262,14 @@ fn without_links(looked: &workspace::Looked, hidden: &mut Vec<Hidden>) -> Option
     let others: std::collections::HashSet<&[u8]> = others.collect();
     let links: Vec<Hidden> = hidden.extract_if(.., |h| others.contains(h.path.as_bytes())).collect();
     (!links.is_empty()).then(|| {
-        format!("links cannot be hidden in place, and neither can what they lead to: {}", names(&links))
+        format!("links cannot be hidden in place, and neither can what they lead to: {}", named(&links))
     })
 }
 
-fn names(hidden: &[Hidden]) -> String {
-    let named = hidden.iter().take(NAMED_MAX).map(|h| h.path.as_path().display().to_string());
+fn named(hidden: &[Hidden]) -> String {
+    let shown = hidden.iter().take(NAMED_MAX).map(|h| h.path.as_path().display().to_string());
     let more = if hidden.len() > NAMED_MAX { ", …" } else { "" };
-    format!("{}{more}", named.collect::<Vec<_>>().join(", "))
+    format!("{}{more}", shown.collect::<Vec<_>>().join(", "))
 }
 
 /// The `.git` file of a worktree, as the cell has to see it.

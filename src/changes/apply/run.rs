@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use super::accept::accept;
 use super::journal::{Journal, Pending, Steps, Told, read};
@@ -19,11 +20,12 @@ use super::stage::{NotStaged, Staging, fresh_name};
 use super::{APPLY_TIME_MAX, Accepted, Applied, Apply, ApplyError, Conflict, Step, at};
 use crate::change::TreePath;
 use crate::changes::JobShelf;
+use crate::changes::durable::flush_all;
 use crate::clock;
 use crate::workspace::as_submitter;
 
-/// Above this many directories one flush of the file system is cheaper than one for each.
-const FLUSHES_MAX: usize = 32;
+/// Most directories that are open and wait for the disk together.
+const BATCH_MAX: usize = 256;
 
 /// What became of an application that a dead process left.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -191,22 +193,26 @@ fn all_moves(root: &Root, staging: &Staging, ops: &[Op], step: &Step) -> Result<
     step().map_err(at("change", &root.path))
 }
 
-/// Makes sure that all renames are on the disk.
-fn flush(root: &Root, staging: &OwnedFd, ops: &[Op]) -> rustix::io::Result<()> {
+/// Makes sure that all steps are on the disk. Not by flushing the whole file system: others' files are on it too.
+fn flush(root: &Root, staging: &OwnedFd, ops: &[Op]) -> std::io::Result<()> {
     let dirs: BTreeSet<Option<TreePath>> = ops.iter().map(|op| op.path().parent()).collect();
-    if dirs.len() > FLUSHES_MAX {
-        return rustix::fs::syncfs(staging);
-    }
-    rustix::fs::fsync(staging)?;
-    for dir in dirs {
-        let path = dir.as_ref().map_or(Path::new("."), TreePath::as_path);
-        match root.open(path, OFlags::RDONLY | OFlags::DIRECTORY) {
-            Ok(dir) => rustix::fs::fsync(dir)?,
-            // Gone, or one that its owner cannot read.
-            Err(_) => return rustix::fs::syncfs(staging),
+    let modes = ops.iter().filter(|op| matches!(op, Op::Chmod { .. })).map(|op| op.path().as_path());
+    let dirs = dirs.iter().map(|dir| dir.as_ref().map_or(Path::new("."), TreePath::as_path));
+    let mut open = vec![staging.try_clone()?];
+    for path in dirs.chain(modes) {
+        match root.open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY) {
+            Ok(changed) => open.push(changed),
+            // It moved or was removed by a step of its own, or one above it: what holds that is flushed.
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
+            // Its owner cannot read it.
+            Err(_) => return Ok(rustix::fs::syncfs(staging)?),
+        }
+        if open.len() >= BATCH_MAX {
+            flush_all(&open)?;
+            open.clear();
         }
     }
-    Ok(())
+    flush_all(&open)
 }
 
 /// Takes back all steps that were taken, and removes what was staged. In words, what could not be.

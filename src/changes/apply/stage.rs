@@ -16,11 +16,12 @@ use super::look::{Print, Root, chmod, names, openat2};
 use super::moves::{Op, slot_name};
 use super::plan::Fresh;
 use crate::change::TreePath;
+use crate::changes::durable::flush_all;
 
 /// How its name begins.
 const PREFIX: &str = ".hotcell-apply-";
-/// Above this many new files one flush of the file system is cheaper than one for each.
-const FLUSHES_MAX: usize = 32;
+/// Most new nodes that are open and wait for the disk together.
+const BATCH_MAX: usize = 256;
 /// Written last; its time tells what was written later.
 const MARK: &str = "mark";
 
@@ -80,19 +81,24 @@ impl Staging {
         blobs: &OwnedFd,
         step: &Step,
     ) -> Result<i128, NotStaged> {
-        let files = fresh.iter().filter(|fresh| matches!(fresh.new, New::File { .. })).count();
+        let mut written: Vec<OwnedFd> = Vec::new();
         for node in fresh {
             step().map_err(at("write", Path::new("")))?;
-            self.write(node, blobs, files <= FLUSHES_MAX)?;
+            written.extend(self.write(node, blobs)?);
+            self.flush(&mut written, BATCH_MAX)?;
         }
         for node in fresh.iter().rev() {
             if let New::Dir { mode } = node.new {
                 let path = place(node);
-                let fd = openat2(&self.fd, &path, OFlags::PATH).map_err(at("open", &path))?;
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+                let fd = openat2(&self.fd, &path, flags).map_err(at("open", &path))?;
                 regroup(&fd, node.group);
                 chmod(&fd, mode).map_err(at("set the mode of", &path))?;
+                written.push(fd);
+                self.flush(&mut written, BATCH_MAX)?;
             }
         }
+        self.flush(&mut written, 0)?;
         for op in ops {
             if let Op::In { slot, new_ino, .. } | Op::Swap { slot, new_ino, .. } = op {
                 let name = slot_name(*slot);
@@ -103,27 +109,37 @@ impl Staging {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let mark =
             rustix::fs::openat(&self.fd, MARK, flags, Mode::RUSR).map_err(at("write", Path::new("")))?;
-        let flushed =
-            if files > FLUSHES_MAX { rustix::fs::syncfs(&mark) } else { rustix::fs::fsync(&self.fd) };
-        flushed.map_err(at("flush", Path::new("")))?;
+        rustix::fs::fsync(&self.fd).map_err(at("flush", Path::new("")))?;
         let stat = rustix::fs::fstat(&mark).map_err(at("look at", Path::new("")))?;
         Ok(Print::of(&stat).mtime_ns)
     }
 
-    fn write(&self, node: &Fresh, blobs: &OwnedFd, flush: bool) -> Result<(), NotStaged> {
+    /// Puts what was written on the disk, where it is more than `most`.
+    fn flush(&self, written: &mut Vec<OwnedFd>, most: usize) -> Result<(), NotStaged> {
+        if written.len() > most {
+            flush_all(written).map_err(at("flush", Path::new("")))?;
+            written.clear();
+        }
+        Ok(())
+    }
+
+    /// A file is given back, to be flushed.
+    fn write(&self, node: &Fresh, blobs: &OwnedFd) -> Result<Option<OwnedFd>, NotStaged> {
         let path = place(node);
         let holder = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let dir = openat2(&self.fd, holder, OFlags::PATH | OFlags::DIRECTORY).map_err(at("open", holder))?;
         let name = path.file_name().unwrap_or_default();
         match &node.new {
-            New::Dir { .. } => rustix::fs::mkdirat(&dir, name, Mode::RWXU).map_err(at("write", &path)),
+            New::Dir { .. } => {
+                rustix::fs::mkdirat(&dir, name, Mode::RWXU).map_err(at("write", &path)).map(|()| None)
+            }
             New::Link(target) => {
                 rustix::fs::symlinkat(target.as_path(), &dir, name).map_err(at("write", &path))?;
                 if let Some(gid) = node.group {
                     let group = Some(Gid::from_raw(gid));
                     let _ = rustix::fs::chownat(&dir, name, None, group, AtFlags::SYMLINK_NOFOLLOW);
                 }
-                Ok(())
+                Ok(None)
             }
             New::File { content, mode } => {
                 let flags =
@@ -136,7 +152,7 @@ impl Staging {
                 }
                 let mode = Mode::from_raw_mode(*mode & 0o777);
                 rustix::fs::fchmod(&file, mode).map_err(at("set the mode of", &path))?;
-                if flush { file.sync_all().map_err(at("flush", &path)) } else { Ok(()) }
+                Ok(Some(file.into()))
             }
         }
     }

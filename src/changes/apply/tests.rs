@@ -2,6 +2,7 @@
 
 mod carried;
 mod hostile;
+mod power;
 
 use std::os::fd::OwnedFd;
 

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use super::super::listing::{Seen, What};
+use super::super::shelf::Batch;
 use super::original::Original;
 use super::sorting::same_times;
 use super::walk::{open_file, still};
@@ -23,6 +24,7 @@ pub(super) struct Contents<'a> {
     root: &'a OwnedFd,
     overlay: bool,
     pub(super) original: Original,
+    batch: Batch<'a>,
     until: Instant,
     bytes_left: u64,
     /// Not kept, because they are too long or too many.
@@ -43,7 +45,8 @@ impl<'a> Contents<'a> {
         until: Instant,
     ) -> Self {
         let bytes_left = from.limits.blobs_bytes_max;
-        Self { from, root, overlay, original, until, bytes_left, left_out: Vec::new(), old_left_out: 0 }
+        let (batch, left_out, old_left_out) = (from.shelf.batch(), Vec::new(), 0);
+        Self { from, root, overlay, original, batch, until, bytes_left, left_out, old_left_out }
     }
 
     /// A file that the cell left.
@@ -160,7 +163,7 @@ impl<'a> Contents<'a> {
             return Ok((None, Verdict::Refused));
         }
         let mut file = self.open(path, seen)?;
-        let kept = self.from.shelf.put_blob(&mut file, seen.bytes, HEAD_BYTES_MAX)?;
+        let kept = self.batch.put(&mut file, seen.bytes, HEAD_BYTES_MAX)?;
         still(&file, path, seen)?;
         match kept {
             Some((id, bytes, head)) if bytes == seen.bytes => {
@@ -190,7 +193,7 @@ impl<'a> Contents<'a> {
             return Ok(None);
         }
         let mut stream = self.original.open(path, seen.bytes);
-        let kept = self.from.shelf.put_blob(&mut stream, seen.bytes, HEAD_BYTES_MAX)?;
+        let kept = self.batch.put(&mut stream, seen.bytes, HEAD_BYTES_MAX)?;
         let proven = stream.proves(seen);
         match kept {
             Some((id, bytes, head)) if proven && bytes == seen.bytes => {
@@ -202,6 +205,11 @@ impl<'a> Contents<'a> {
                 Ok(None)
             }
         }
+    }
+
+    /// Puts all contents on the shelf for good.
+    pub(super) fn keep(&mut self) -> Result<(), ExtractError> {
+        Ok(self.batch.keep()?)
     }
 
     /// What was left out, in sentences.

@@ -40,6 +40,11 @@ fn what_an_agent_did_to_a_copy_is_shown_and_applied_as_it_left_it() {
     sh(&clone, &format!("umask 022; git clone -q {} .", dir.display()));
     let (id, events, view) = job(&world, "road", &dir);
     assert_eq!(sh(&dir, ALL), before, "the original is untouched");
+    let metrics = world.call("GET", "/metrics", "").body;
+    for step in ["snapshot", "set_up", "extraction", "removal"] {
+        let once = format!("hotcell_workspace_copy_seconds_count{{step=\"{step}\"}} 1\n");
+        assert!(metrics.contains(&once), "{once}: {metrics}");
+    }
     let said = tool_results(&events);
     let left = said.split("AGENT-LEFT\n").nth(1).and_then(|rest| rest.split("\nAGENT-END").next());
     let left = left.unwrap_or_else(|| panic!("the agent's tree: {said}"));
