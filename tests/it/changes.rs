@@ -8,6 +8,7 @@ mod flags;
 mod input;
 mod kills;
 mod poison;
+mod real;
 mod road;
 mod space;
 
