@@ -63,8 +63,11 @@ for path in take(30):
     write(path, b"\n".join(lines))
 for path in take(5):
     write(path, read(path) + b"\nno line feed at the end")
-for path in take(3):
-    write(path, read(path).replace(b"\n", b"\r\n"))
+# Where the repository says which line ends git writes, git would undo it.
+for path in take(12):
+    attributes = subprocess.run(["git", "check-attr", "text", "eol", "--", path], stdout=subprocess.PIPE, check=True).stdout
+    if attributes.count(b": unspecified") == 2:
+        write(path, read(path).replace(b"\n", b"\r\n"))
 for path in take(2):
     write(path, b"")
 for path in take(20):
