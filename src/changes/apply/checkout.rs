@@ -18,7 +18,7 @@ use super::carry::{Carrier, Kind};
 use super::look::{Now, Root, What, now};
 use super::select::select;
 use super::stage::fresh_name;
-use super::unfinished::{Making, Note, move_up, remove};
+use super::unfinished::{Making, Note, closed_in, move_up, remove};
 use super::{APPLY_TIME_MAX, ApplyError, LeftOut, Step, Wish, at};
 use crate::change::{ChangeSet, Entry, TreePath};
 use crate::changes::JobShelf;
@@ -148,8 +148,9 @@ impl Work {
                 rustix::fs::mkdirat(&here.fd, name, Mode::RWXU).map_err(at("make a directory in", dir))?;
                 self.filled(&here, name, dir, |made, _| {
                     self.step(dir)?;
-                    note.whole().map_err(at("note what is made of", dir))?;
-                    move_up(&here, made, name, &self.step)
+                    let closed = closed_in(made).map_err(at("look at", dir))?;
+                    note.whole(&closed).map_err(at("note what is made of", dir))?;
+                    move_up(&here, made, name, &closed, &self.step)
                 })
             }
             Err(errno) => Err(at("make a directory beside", dir)(errno)),

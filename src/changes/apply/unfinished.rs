@@ -2,10 +2,11 @@
 //! disk before that directory is, so that what a dead daemon half made is removed, or put into its place, by the next
 //! one. It must never name a directory that somebody else writes into: only hidden ones with a name of chance.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -13,15 +14,19 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::look::{Root, names, openat2};
+use super::look::{Root, What, chmod, names, now, openat2};
 use super::stage::empty;
 use super::{APPLY_TIME_MAX, ApplyError, Step, at};
+use crate::change::TreePath;
 use crate::changes::{JobShelf, ShelfError};
 use crate::job::Identity;
 use crate::workspace::as_submitter;
 
 const PREFIX: &str = "checkout-";
 const NOTE_BYTES_MAX: u64 = 1 << 20;
+
+/// Directories at the top that their owner may not write to, and their modes.
+pub(super) type Closed = Vec<(TreePath, u32)>;
 
 /// Who makes which directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,8 +41,9 @@ pub(super) struct Making {
 #[derive(Debug, Serialize, Deserialize)]
 enum Line {
     Making(Making),
-    /// In the directory, all is there; it only has to move up.
-    Whole,
+    /// In the directory, all is there; it only has to move up. Directories that are closed to their owner, and their
+    /// modes: the kernel moves none of those.
+    Whole(Closed),
 }
 
 /// An open note; locked until it is dropped.
@@ -68,8 +74,8 @@ impl Note {
     }
 
     /// From here on it is put into its place, whatever happens.
-    pub(super) fn whole(&mut self) -> io::Result<()> {
-        self.write(&Line::Whole)
+    pub(super) fn whole(&mut self, closed: &Closed) -> io::Result<()> {
+        self.write(&Line::Whole(closed.clone()))
     }
 
     fn write(&mut self, line: &Line) -> io::Result<()> {
@@ -109,7 +115,7 @@ impl Note {
     }
 
     /// What it says: none where it was being written when its daemon died, and nothing was made.
-    fn read(&self) -> Result<Option<(Making, bool)>, ApplyError> {
+    fn read(&self) -> Result<Option<(Making, Option<Closed>)>, ApplyError> {
         let mut text = String::new();
         (&self.file).take(NOTE_BYTES_MAX).read_to_string(&mut text).map_err(at("read", &self.path))?;
         let corrupt =
@@ -117,9 +123,9 @@ impl Note {
         let mut found = None;
         for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
             match (serde_json::from_str(line).map_err(|e| corrupt(e.to_string()))?, &mut found) {
-                (Line::Making(making), None) => found = Some((making, false)),
-                (Line::Whole, Some((_, whole))) => *whole = true,
-                (Line::Making(_) | Line::Whole, _) => {
+                (Line::Making(making), None) => found = Some((making, None)),
+                (Line::Whole(closed), Some((_, whole))) => *whole = Some(closed),
+                (Line::Making(_) | Line::Whole(_), _) => {
                     return Err(corrupt("its lines are mixed up".to_owned()));
                 }
             }
@@ -149,7 +155,7 @@ pub(super) fn recover_stepwise(shelf: &JobShelf, step: &Step) -> Result<usize, A
         let Some(note) = Note::reopen(entry.path())? else { continue };
         if let Some((making, whole)) = note.read()? {
             let (identity, dir, step) = (making.identity.clone(), making.dir.clone(), step.clone());
-            as_submitter(&identity, &dir, APPLY_TIME_MAX, move || put_right(&making, whole, &step))?;
+            as_submitter(&identity, &dir, APPLY_TIME_MAX, move || put_right(&making, whole.as_ref(), &step))?;
         }
         note.end()?;
         recovered += 1;
@@ -158,7 +164,7 @@ pub(super) fn recover_stepwise(shelf: &JobShelf, step: &Step) -> Result<usize, A
 }
 
 /// Runs as the submitter.
-fn put_right(making: &Making, whole: bool, step: &Step) -> Result<(), ApplyError> {
+fn put_right(making: &Making, whole: Option<&Closed>, step: &Step) -> Result<(), ApplyError> {
     let beside = making.dir.parent().map(|above| (above, false));
     for (holder, inside) in beside.into_iter().chain([(making.dir.as_path(), true)]) {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
@@ -174,10 +180,11 @@ fn put_right(making: &Making, whole: bool, step: &Step) -> Result<(), ApplyError
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
             Err(errno) => return Err(at("open", &holder.path)(errno)),
         };
-        if inside && whole {
-            move_up(&holder, &made, &making.name, step)?;
-        } else {
-            remove(&holder, &made, &making.name).map_err(at("remove what was made in", &holder.path))?;
+        match whole.filter(|_| inside) {
+            Some(closed) => move_up(&holder, &made, &making.name, closed, step)?,
+            None => {
+                remove(&holder, &made, &making.name).map_err(at("remove what was made in", &holder.path))?;
+            }
         }
     }
     Ok(())
@@ -189,9 +196,38 @@ pub(super) fn remove(holder: &Root, made: &OwnedFd, name: &str) -> io::Result<()
     Ok(rustix::fs::unlinkat(&holder.fd, name, AtFlags::REMOVEDIR)?)
 }
 
+/// Which directories in `made` their owner may not write to.
+pub(super) fn closed_in(made: &OwnedFd) -> io::Result<Closed> {
+    let mut closed = Closed::new();
+    for name in names(openat2(made, Path::new("."), OFlags::RDONLY | OFlags::DIRECTORY)?)? {
+        let there = now(&openat2(made, Path::new(OsStr::from_bytes(name.to_bytes())), OFlags::PATH)?)?;
+        if there.what == What::Dir && there.mode & 0o200 == 0 {
+            closed.push((TreePath::new(name.to_bytes()).map_err(io::Error::other)?, there.mode));
+        }
+    }
+    Ok(closed)
+}
+
 /// Moves everything in `made`, which is `name` in `holder`, up into `holder`, and removes it. What somebody has made
 /// there meanwhile stays; nothing has moved then.
-pub(super) fn move_up(holder: &Root, made: &OwnedFd, name: &str, step: &Step) -> Result<(), ApplyError> {
+pub(super) fn move_up(
+    holder: &Root,
+    made: &OwnedFd,
+    name: &str,
+    closed: &Closed,
+    step: &Step,
+) -> Result<(), ApplyError> {
+    let chmod_in = |dir: &OwnedFd, more: u32| {
+        for (path, mode) in closed {
+            match openat2(dir, path.as_path(), OFlags::PATH | OFlags::DIRECTORY) {
+                Ok(fd) => chmod(&fd, mode | more)?,
+                Err(Errno::NOENT) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok::<_, io::Error>(())
+    };
+    chmod_in(made, 0o200).map_err(at("open what was made in", &holder.path))?;
     let again = openat2(made, Path::new("."), OFlags::RDONLY | OFlags::DIRECTORY);
     let all: Vec<CString> =
         again.map_err(io::Error::from).and_then(names).map_err(at("list", &holder.path))?;
@@ -211,6 +247,7 @@ pub(super) fn move_up(holder: &Root, made: &OwnedFd, name: &str, step: &Step) ->
             _ => at("write in", &holder.path)(error),
         });
     }
+    chmod_in(&holder.fd, 0).map_err(at("set modes in", &holder.path))?;
     // It is all there; this directory is hidden and empty.
     if let Err(error) = rustix::fs::unlinkat(&holder.fd, name, AtFlags::REMOVEDIR) {
         tracing::warn!(dir = %holder.path.display(), name, %error, "an empty directory is left");
