@@ -18,10 +18,11 @@ use super::carry::{Carrier, Kind};
 use super::look::{Now, Root, What, now};
 use super::select::select;
 use super::stage::fresh_name;
-use super::unfinished::{Making, Note, closed_in, move_up, remove};
+use super::unfinished::{Line, Making, closed_in, move_up, note_name, remove, told};
 use super::{APPLY_TIME_MAX, ApplyError, LeftOut, Step, Wish, at};
 use crate::change::{ChangeSet, Entry, TreePath};
 use crate::changes::JobShelf;
+use crate::changes::note::Note;
 use crate::job::Identity;
 use crate::workspace::as_submitter;
 
@@ -75,7 +76,8 @@ pub(super) fn stepwise(checkout: &Checkout<'_>, step: Step) -> Result<CheckedOut
     let dir = checkout.dir.to_owned();
     let name = fresh_name().map_err(at("name a directory beside", checkout.dir))?;
     let making = Making { identity: checkout.identity.clone(), dir: dir.clone(), name: name.clone() };
-    let mut note = Note::begin(checkout.shelf, &making)?;
+    let line = Line::Making(making.clone());
+    let mut note = Note::begin(checkout.shelf, &note_name(&name), &line).map_err(told)?;
     let work = Work {
         blobs,
         original,
@@ -89,11 +91,11 @@ pub(super) fn stepwise(checkout: &Checkout<'_>, step: Step) -> Result<CheckedOut
     });
     let mut done = match made {
         Ok((note, done)) => {
-            note.end()?;
+            note.end().map_err(told)?;
             done?
         }
         Err(error) => {
-            Note::end_if_free(checkout.shelf, &name)?;
+            Note::end_if_free(checkout.shelf, &note_name(&name)).map_err(told)?;
             return Err(error);
         }
     };
@@ -149,7 +151,7 @@ impl Work {
                 self.filled(&here, name, dir, |made, _| {
                     self.step(dir)?;
                     let closed = closed_in(made).map_err(at("look at", dir))?;
-                    note.whole(&closed).map_err(at("note what is made of", dir))?;
+                    note.add(&Line::Whole(closed.clone())).map_err(at("note what is made of", dir))?;
                     move_up(&here, made, name, &closed, &self.step)
                 })
             }

@@ -3,11 +3,9 @@
 //! one. It must never name a directory that somebody else writes into: only hidden ones with a name of chance.
 
 use std::ffi::{CString, OsStr};
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
@@ -18,12 +16,12 @@ use super::look::{Root, What, chmod, names, now, openat2};
 use super::stage::empty;
 use super::{APPLY_TIME_MAX, ApplyError, Step, at};
 use crate::change::TreePath;
+use crate::changes::note::{NotFree, Note};
 use crate::changes::{JobShelf, ShelfError};
 use crate::job::Identity;
 use crate::workspace::as_submitter;
 
 const PREFIX: &str = "checkout-";
-const NOTE_BYTES_MAX: u64 = 1 << 20;
 
 /// Directories at the top that their owner may not write to, and their modes.
 pub(super) type Closed = Vec<(TreePath, u32)>;
@@ -39,99 +37,37 @@ pub(super) struct Making {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-enum Line {
+pub(super) enum Line {
     Making(Making),
     /// In the directory, all is there; it only has to move up. Directories that are closed to their owner, and their
     /// modes: the kernel moves none of those.
     Whole(Closed),
 }
 
-/// An open note; locked until it is dropped.
-#[derive(Debug)]
-pub(super) struct Note {
-    file: File,
-    path: PathBuf,
+/// The name of the note on the directory `name`.
+pub(super) fn note_name(name: &str) -> String {
+    format!("{PREFIX}{}", name.rsplit('-').next().unwrap_or_default())
 }
 
-impl Note {
-    pub(super) fn begin(shelf: &JobShelf, making: &Making) -> Result<Self, ApplyError> {
-        let chance = making.name.rsplit('-').next().unwrap_or_default();
-        let path = shelf.dir().join(format!("{PREFIX}{chance}"));
-        let mut options = OpenOptions::new();
-        let file =
-            options.append(true).create_new(true).mode(0o600).open(&path).map_err(at("write", &path))?;
-        let mut note = Self { file, path };
-        let begun = match note.file.try_lock() {
-            Ok(()) => note.write(&Line::Making(making.clone())).and_then(|()| sync_dir(&note.path)),
-            Err(error) => Err(error.into()),
-        };
-        if let Err(error) = begun {
-            let error = at("write", &note.path)(error);
-            note.end()?;
-            return Err(error);
-        }
-        Ok(note)
+/// A full disk has its own error.
+pub(super) fn told(error: ShelfError) -> ApplyError {
+    match error {
+        ShelfError::Io { doing, path, source } => at(doing, &path)(source),
+        error @ ShelfError::Corrupt { .. } => ApplyError::Shelf(error),
     }
+}
 
-    /// From here on it is put into its place, whatever happens.
-    pub(super) fn whole(&mut self, closed: &Closed) -> io::Result<()> {
-        self.write(&Line::Whole(closed.clone()))
-    }
-
-    fn write(&mut self, line: &Line) -> io::Result<()> {
-        let mut json = serde_json::to_vec(line).map_err(io::Error::other)?;
-        json.push(b'\n');
-        self.file.write_all(&json)?;
-        self.file.sync_data()
-    }
-
-    /// Removes it: nothing half made is anywhere.
-    pub(super) fn end(self) -> Result<(), ApplyError> {
-        let removed = std::fs::remove_file(&self.path).and_then(|()| sync_dir(&self.path));
-        removed.map_err(at("remove", &self.path))
-    }
-
-    /// Removes that of a thread that never began; one that hangs still holds it.
-    pub(super) fn end_if_free(shelf: &JobShelf, name: &str) -> Result<(), ApplyError> {
-        let chance = name.rsplit('-').next().unwrap_or_default();
-        match Self::reopen(shelf.dir().join(format!("{PREFIX}{chance}"))) {
-            Ok(Some(note)) => note.end(),
-            Ok(None) | Err(ApplyError::Busy) => Ok(()),
-            Err(error) => Err(error),
+/// What a note says.
+fn read(note: &Note) -> Result<Option<(Making, Option<Closed>)>, ShelfError> {
+    let mut found = None;
+    for line in note.lines()? {
+        match (line, &mut found) {
+            (Line::Making(making), None) => found = Some((making, None)),
+            (Line::Whole(closed), Some((_, whole))) => *whole = Some(closed),
+            (Line::Making(_) | Line::Whole(_), _) => return Err(note.corrupt("its lines are mixed up")),
         }
     }
-
-    fn reopen(path: PathBuf) -> Result<Option<Self>, ApplyError> {
-        let file = match OpenOptions::new().read(true).append(true).open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(at("open", &path)(error)),
-        };
-        match file.try_lock() {
-            Ok(()) => Ok(Some(Self { file, path })),
-            Err(TryLockError::WouldBlock) => Err(ApplyError::Busy),
-            Err(TryLockError::Error(error)) => Err(at("lock", &path)(error)),
-        }
-    }
-
-    /// What it says: none where it was being written when its daemon died, and nothing was made.
-    fn read(&self) -> Result<Option<(Making, Option<Closed>)>, ApplyError> {
-        let mut text = String::new();
-        (&self.file).take(NOTE_BYTES_MAX).read_to_string(&mut text).map_err(at("read", &self.path))?;
-        let corrupt =
-            |detail: String| ApplyError::Shelf(ShelfError::Corrupt { path: self.path.clone(), detail });
-        let mut found = None;
-        for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
-            match (serde_json::from_str(line).map_err(|e| corrupt(e.to_string()))?, &mut found) {
-                (Line::Making(making), None) => found = Some((making, None)),
-                (Line::Whole(closed), Some((_, whole))) => *whole = Some(closed),
-                (Line::Making(_) | Line::Whole(_), _) => {
-                    return Err(corrupt("its lines are mixed up".to_owned()));
-                }
-            }
-        }
-        Ok(found)
-    }
+    Ok(found)
 }
 
 /// Removes what a dead process half checked out, or puts it into its place where it was whole. Gives how many there
@@ -144,20 +80,17 @@ pub fn recover_checkouts(shelf: &JobShelf) -> Result<usize, ApplyError> {
 }
 
 pub(super) fn recover_stepwise(shelf: &JobShelf, step: &Step) -> Result<usize, ApplyError> {
-    let listed = match std::fs::read_dir(shelf.dir()) {
-        Ok(listed) => listed.collect::<io::Result<Vec<_>>>(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
-        Err(error) => Err(error),
-    };
-    let listed = listed.map_err(at("list", shelf.dir()))?;
     let mut recovered = 0;
-    for entry in listed.iter().filter(|entry| entry.file_name().to_string_lossy().starts_with(PREFIX)) {
-        let Some(note) = Note::reopen(entry.path())? else { continue };
-        if let Some((making, whole)) = note.read()? {
+    let left = Note::left(shelf, PREFIX).map_err(|error| match error {
+        NotFree::Busy => ApplyError::Busy,
+        NotFree::Shelf(error) => told(error),
+    })?;
+    for note in left {
+        if let Some((making, whole)) = read(&note)? {
             let (identity, dir, step) = (making.identity.clone(), making.dir.clone(), step.clone());
             as_submitter(&identity, &dir, APPLY_TIME_MAX, move || put_right(&making, whole.as_ref(), &step))?;
         }
-        note.end()?;
+        note.end().map_err(told)?;
         recovered += 1;
     }
     Ok(recovered)
@@ -253,8 +186,4 @@ pub(super) fn move_up(
         tracing::warn!(dir = %holder.path.display(), name, %error, "an empty directory is left");
     }
     Ok(())
-}
-
-fn sync_dir(of: &Path) -> io::Result<()> {
-    File::open(of.parent().unwrap_or(of))?.sync_all()
 }

@@ -74,7 +74,7 @@ fn at_a_terminal_the_person_is_asked_and_what_they_say_is_done() {
         let mut terminal = Terminal::open(&world, &args);
         terminal.answer(1, keys);
         let (shown, id) = (terminal.end(), newest(&world));
-        assert!(shown.contains("greeting.txt | 1 +") && shown.contains(&format!("hotcell apply {id}")), "{shown}");
+        assert!(shown.contains("2 files changed, 2 insertions(+)") && shown.contains(&format!("hotcell apply {id}")), "{shown}");
         assert_eq!(ann_json(&world, &["diff", &id, "--json"])["standing"], "open");
         assert_eq!(sh(&dir, ALL), before);
     }
