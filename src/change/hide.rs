@@ -180,21 +180,33 @@ mod tests {
             "src",
             "main.c",
             ".env",
+            "lib",
+            "docs",
             ".env.local",
+            "test",
+            "x",
             ".env.x.local",
             "a.pem",
+            "y",
+            "tool",
             ".aws",
             "credentials",
+            "data",
             ".ssh",
             "id_rsa.pub",
             "keys",
+            "app",
             "server.key",
             "x.key.txt",
+            "core",
             "service-account-1.json",
+            "util",
             "credentials.json",
             ".npmrc",
+            "z",
             "state.tfstate",
             "env",
+            "Makefile",
         ];
         let policy: toml::Value =
             toml::from_str(include_str!("../../policies/trusted.toml")).expect("parses");
@@ -203,7 +215,7 @@ mod tests {
         let paths: Vec<String> = (0..50_000_usize)
             .map(|n| {
                 let part = |by: usize| names[(n / by) % names.len()];
-                format!("d{}/{}/{}/{}-{n}/{}", n % 97, part(1), part(18), n % 7, part(324))
+                format!("d{}/{}/{}/{}-{n}/{}", n % 97, part(1), part(30), n % 7, part(900))
             })
             .collect();
         let begun = std::time::Instant::now();

@@ -265,9 +265,10 @@ fn no_poison_of_a_repository_ever_runs() {
         );
         agents_bundle(&world, &world.place.path("pure"));
         // One that may be written to, and that its person has edited meanwhile.
-        world
-            .place
-            .sh(&world.place.path(""), "cp -a r applied; printf 'one\\n2\\nthree\\nfour\\n' > applied/a.txt");
+        world.place.sh(
+            &world.place.path(""),
+            "cp -a r applied; printf 'zero\\none\\ntwo\\nthree\\n' > applied/a.txt",
+        );
         assert!(!world.marked(), "{name}: before");
         let (_dir, shelf) = shelf();
         for (way, said) in all_ways(&world, &shelf) {

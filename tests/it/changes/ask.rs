@@ -24,8 +24,12 @@ impl Terminal {
         script.args(["-q", "-e", "-c", &line.join(" "), "/dev/null"]).uid(ANN).gid(ANN).current_dir("/");
         script.env_clear().envs(hotcell.get_envs().filter_map(|(name, value)| Some((name, value?))));
         script.env("TERM", "xterm").env("PAGER", "cat").env("SHELL", "/bin/sh");
-        let mut child =
-            script.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("script");
+        let mut child = script
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("script");
         let (keys, mut out) = (child.stdin.take(), child.stdout.take().unwrap());
         let shown = Arc::new(Mutex::new(String::new()));
         let copy = Arc::clone(&shown);
@@ -74,7 +78,11 @@ fn at_a_terminal_the_person_is_asked_and_what_they_say_is_done() {
         let mut terminal = Terminal::open(&world, &args);
         terminal.answer(1, keys);
         let (shown, id) = (terminal.end(), newest(&world));
-        assert!(shown.contains("2 files changed, 2 insertions(+)") && shown.contains(&format!("hotcell apply {id}")), "{shown}");
+        assert!(
+            shown.contains("2 files changed, 2 insertions(+)")
+                && shown.contains(&format!("hotcell apply {id}")),
+            "{shown}"
+        );
         assert_eq!(ann_json(&world, &["diff", &id, "--json"])["standing"], "open");
         assert_eq!(sh(&dir, ALL), before);
     }

@@ -121,7 +121,8 @@ fn an_application_whose_daemon_is_killed_is_done_or_undone_when_the_next_one_ans
 #[test]
 fn a_job_whose_daemon_is_killed_at_any_moment_of_its_preparation_is_done_once_and_whole() {
     let mut world = fake_agent::world("");
-    let dir = repository(&world, "work", "echo base >base; echo SECRET=1 >.env; mkdir deep; echo d >deep/.npmrc");
+    let dir =
+        repository(&world, "work", "echo base >base; echo SECRET=1 >.env; mkdir deep; echo d >deep/.npmrc");
     let before = sh(&dir, ALL);
     for wait_ms in [0, 10, 25, 50, 80, 120, 180, 260, 360, 500] {
         let id = submit(&world, &fake("write a x; write base y", &dir));
