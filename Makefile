@@ -8,7 +8,7 @@ PREFIX ?= /usr/local
 # The engine's address, once `make engine` has found or started one.
 ENGINE  = $(shell .ci/engine address 2>/dev/null)
 
-.PHONY: help tools engine gvisor engine-stop image build init demo test test-full lint bench bench-tools install clean
+.PHONY: help tools engine gvisor engine-stop image build init demo sources test test-full lint bench bench-tools install clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,13 +42,18 @@ image: build engine ## Build the cell image (Node, the Claude Code CLI, git, rip
 demo: image ## Run one real job from start to clean-up and show everything that happens.
 	@HOTCELL_ENGINE=$(ENGINE) tests/demo
 
-test: tools init engine ## Run all tests, those with the real engine and the real CLI too.
+sources: tools ## Fetch the Debian source packages that the tests change, into target/debian-sources, once.
+	@.ci/sources git mercurial perl >/dev/null
+
+test: tools init engine sources ## Run all tests, those with the real engine and the real CLI too.
 	$(CARGO) build --locked --bin hotcell
 	HOTCELL_ENGINE=$(ENGINE) target/debug/hotcell image build
 	@.ci/engine gvisor || echo "hotcell: the tests go on without gVisor: they look at how it is refused" >&2
 	HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --locked --no-fail-fast
 
-test-full: test ## The tests, and the property tests and fuzz targets with many more cases.
+test-full: test ## The tests, a repository of 80,000 files, and the property tests and fuzz targets with many more cases.
+	@.ci/sources linux >/dev/null
+	HOTCELL_ENGINE=$(ENGINE) HOTCELL_TEST_PACKAGES=linux $(CARGO) test --locked --test it changes::real::
 	PROPTEST_CASES=5000 $(CARGO) test --locked --lib
 	HOTCELL_FUZZ_SCALE=20 $(CARGO) test --locked --test fuzz
 
@@ -56,7 +61,7 @@ lint: tools ## Format, clippy, docs, shell scripts: no warning is let through.
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --lib --locked --quiet
-	bash -n .ci/engine && bash -n .ci/tools && bash -n .ci/run && bash -n tests/demo
+	bash -n .ci/engine && bash -n .ci/tools && bash -n .ci/run && bash -n .ci/sources && bash -n tests/demo
 
 # Made anew when the list of versions changes; half made, it is not taken for whole.
 BENCH_TOOLS = target/bench-tools

@@ -14,6 +14,7 @@ pub mod export;
 pub mod extract;
 mod ignore;
 pub mod listing;
+mod note;
 mod only;
 pub mod patch;
 mod shelf;

@@ -69,8 +69,8 @@ pub enum SweepError {
     Directory(#[from] std::io::Error),
 }
 
-/// The first thing of all, before anybody can ask for anything: applications of change sets that a dead daemon left
-/// half done are put right, and what it had mounted to read it is taken down.
+/// The first thing of all, before anybody can ask for anything: what a dead daemon left half done of
+/// change sets (applied, checked out, made a branch) is put right, and what it had mounted to read it is taken down.
 ///
 /// # Errors
 /// [`SweepError`].

@@ -16,7 +16,7 @@ use crate::change::decision::{
     ApplyAnswer, ApplyRequest, BranchMade, CheckoutAnswer, ExportFormat, Form, LeftOut, Standing,
 };
 use crate::change::{ChangeSet, Commits, HideRules, Summary};
-use crate::changes::apply::{self, Applied, Apply, ApplyError, Checkout, Pending, Wish};
+use crate::changes::apply::{self, Applied, Apply, ApplyError, Checkout, Wish};
 use crate::changes::branch::{self, BranchError, Build};
 use crate::changes::export::{self, ExportError};
 use crate::changes::patch::{self, Render, RenderError};
@@ -375,7 +375,12 @@ pub async fn discard(parts: &Parts, job: &Job) -> Result<(), ChangesError> {
 pub async fn recover(parts: &Parts, job: &JobId) {
     let (shelf, state_dir, id) = (shelf(parts, job), parts.settings.state_dir.clone(), job.clone());
     let put_right = blocking(move || {
-        let Some(pending) = pending_at_last(&shelf)? else { return Ok(()) };
+        let checkouts = let_go(|| apply::recover_checkouts(&shelf), |e| matches!(e, ApplyError::Busy))?;
+        let branches = let_go(|| branch::recover(&shelf), |e| matches!(e, BranchError::Busy))?;
+        if checkouts + branches > 0 {
+            tracing::warn!(job = %id, checkouts, branches, "what was interrupted was put right");
+        }
+        let Some(pending) = let_go(|| apply::pending(&shelf), |e| matches!(e, ApplyError::Busy))? else { return Ok(()) };
         let guard = Guard::for_user(&state_dir, pending.identity.uid);
         let (target, _) = workspace::open_as(&pending.identity, &pending.path, Access::Write, &guard)?;
         let became = apply::recover(&shelf, &target)?;
@@ -383,16 +388,16 @@ pub async fn recover(parts: &Parts, job: &JobId) {
         Ok(())
     });
     if let Err(error) = put_right.await {
-        tracing::error!(%job, %error, "an interrupted application cannot be put right now");
+        tracing::error!(%job, %error, "what was interrupted of a change set's application, checkout or branch cannot be put right now");
     }
 }
 
-/// What is pending, once the dead daemon has let go of it: a thread of its may still be in the kernel.
-fn pending_at_last(shelf: &JobShelf) -> Result<Option<Pending>, ApplyError> {
+/// Asks until the dead daemon has let go: a thread of its may still be in the kernel.
+fn let_go<T, E>(mut ask: impl FnMut() -> Result<T, E>, busy: impl Fn(&E) -> bool) -> Result<T, E> {
     let until = Instant::now() + LET_GO_MAX;
     loop {
-        match apply::pending(shelf) {
-            Err(ApplyError::Busy) if Instant::now() < until => std::thread::sleep(LET_GO_POLL),
+        match ask() {
+            Err(error) if busy(&error) && Instant::now() < until => std::thread::sleep(LET_GO_POLL),
             known => return known,
         }
     }

@@ -237,6 +237,83 @@ mod tests {
         assert!(!rules.hides(&path("home/.awsx/credentials"), false));
     }
 
+    /// A tree of fifty thousand paths, and the word of git itself about each; the shipped policies' rules.
+    #[test]
+    fn in_a_large_tree_the_same_is_hidden_that_git_would_ignore_and_soon() {
+        let names = [
+            "src",
+            "main.c",
+            ".env",
+            "lib",
+            "docs",
+            ".env.local",
+            "test",
+            "x",
+            ".env.x.local",
+            "a.pem",
+            "y",
+            "tool",
+            ".aws",
+            "credentials",
+            "data",
+            ".ssh",
+            "id_rsa.pub",
+            "keys",
+            "app",
+            "server.key",
+            "x.key.txt",
+            "core",
+            "service-account-1.json",
+            "util",
+            "credentials.json",
+            ".npmrc",
+            "z",
+            "state.tfstate",
+            "env",
+            "Makefile",
+        ];
+        let policy: toml::Value =
+            toml::from_str(include_str!("../../policies/trusted.toml")).expect("parses");
+        let shipped: Vec<String> = policy["workspace"]["hide"].clone().try_into().expect("a list");
+        let compiled = HideRules::new(&shipped).expect("rules");
+        let paths: Vec<String> = (0..50_000_usize)
+            .map(|n| {
+                let part = |by: usize| names[(n / by) % names.len()];
+                format!("d{}/{}/{}/{}-{n}/{}", n % 97, part(1), part(30), n % 7, part(900))
+            })
+            .collect();
+        let begun = std::time::Instant::now();
+        let hidden: Vec<&String> = paths
+            .iter()
+            .filter(|path| compiled.hides(&TreePath::new(path.as_str()).expect("a path"), false))
+            .collect();
+        let took = begun.elapsed();
+        let dir = tempfile::tempdir().expect("tempdir");
+        let git = |args: &[&str]| {
+            let mut command = std::process::Command::new("git");
+            command.args(args).current_dir(dir.path()).env("GIT_CONFIG_GLOBAL", "/dev/null");
+            command.env("GIT_CONFIG_NOSYSTEM", "1");
+            command
+        };
+        assert!(git(&["init", "-q"]).status().expect("git").success());
+        std::fs::write(dir.path().join(".git/info/exclude"), shipped.join("\n")).expect("written");
+        std::fs::write(dir.path().join("all"), paths.join("\0")).expect("written");
+        let all = std::fs::File::open(dir.path().join("all")).expect("opened");
+        let output = git(&["check-ignore", "--no-index", "--stdin", "-z"]).stdin(all).output().expect("git");
+        let ignored = String::from_utf8(output.stdout).expect("text");
+        let ignored: Vec<&str> = ignored.split_terminator('\0').collect();
+        assert!(
+            hidden.iter().map(|path| path.as_str()).eq(ignored.iter().copied()),
+            "{} {}",
+            hidden.len(),
+            ignored.len()
+        );
+        assert!((10_000..45_000).contains(&hidden.len()), "{}", hidden.len());
+        // Unoptimised and on a busy machine; it is some 50 ms otherwise.
+        assert!(took < std::time::Duration::from_secs(20), "{took:?}");
+        eprintln!("{} of 50,000 paths hidden in {took:?}", hidden.len());
+    }
+
     #[test]
     fn names_of_any_bytes_are_matched() {
         for path in [&b"\xff\xfe.pem"[..], b"a\nb.pem", "ü/ß.pem".as_bytes(), b"x/\xff/y.pem"] {

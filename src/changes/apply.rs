@@ -12,11 +12,11 @@ mod judge;
 mod look;
 mod merge;
 mod moves;
-
 mod plan;
 mod run;
 mod select;
 mod stage;
+mod unfinished;
 #[cfg(test)]
 mod tests;
 
@@ -40,6 +40,7 @@ pub use carry::{materialise, materialise_plain};
 pub use checkout::{CheckedOut, Checkout, checkout};
 pub use journal::Pending;
 pub use run::{Recovered, apply, give_up, pending, recover};
+pub use unfinished::recover_checkouts;
 
 /// Longest application; its thread goes on alone then.
 const APPLY_TIME_MAX: Duration = Duration::from_secs(30 * 60);

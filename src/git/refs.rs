@@ -127,8 +127,26 @@ pub fn is_free(repository: &Repository, name: &str) -> Result<(), RefError> {
 /// # Errors
 /// [`RefError`]; nothing is changed then.
 pub fn create(repository: &Repository, name: &str, commit: &str) -> Result<(), RefError> {
+    let random = getrandom::u64()
+        .map_err(|e| RefError::Io { name: name.to_owned(), source: io::Error::other(e.to_string()) })?;
+    create_marked(repository, name, commit, &format!("{random:016x}"), &|| Ok(()))
+}
+
+/// The same. `mark`, a name of chance, is in the names of what is made on the way: what a process that dies leaves,
+/// [`take_back`] removes. `step` is called before each step; an error stops there.
+///
+/// # Errors
+/// [`RefError`]; there is no branch then.
+pub fn create_marked(
+    repository: &Repository,
+    name: &str,
+    commit: &str,
+    mark: &str,
+    step: &dyn Fn() -> io::Result<()>,
+) -> Result<(), RefError> {
     is_free(repository, name)?;
-    let io = |errno: Errno| RefError::Io { name: name.to_owned(), source: errno.into() };
+    let at = |source: io::Error| RefError::Io { name: name.to_owned(), source };
+    let io = |errno: Errno| at(errno.into());
     let mut dir = below(repository.common(), "refs").map_err(io)?;
     let full = format!("heads/{name}");
     let mut parts: Vec<&str> = full.split('/').collect();
@@ -144,36 +162,79 @@ pub fn create(repository: &Repository, name: &str, commit: &str) -> Result<(), R
             other => io(other),
         })?;
     }
-    let lock = format!("{last}.lock");
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file =
-        rustix::fs::openat(&dir, &lock, flags, Mode::from_raw_mode(0o644)).map_err(|errno| match errno {
-            Errno::EXIST => RefError::Locked { name: name.to_owned() },
-            other => io(other),
-        })?;
-    // Under the lock, so that a git that packs references is not missed.
-    let made =
-        is_free(repository, name).and_then(|()| put(&dir, File::from(file), &lock, last, name, commit));
-    if made.is_err() {
-        let _ = rustix::fs::unlinkat(&dir, &lock, AtFlags::empty());
-    }
-    made
+    let on_the_way = OnTheWay::of(last, mark);
+    // Git takes no name with this end for a branch.
+    let made = on_the_way.write(&dir, commit, step).map_err(at).and_then(|()| {
+        step().map_err(at)?;
+        match rustix::fs::linkat(&dir, &on_the_way.own, &dir, &on_the_way.lock, AtFlags::empty()) {
+            Ok(()) => {}
+            Err(Errno::EXIST) => return Err(RefError::Locked { name: name.to_owned() }),
+            Err(errno) => return Err(io(errno)),
+        }
+        // Under the lock, so that a git that packs references is not missed.
+        is_free(repository, name)?;
+        step().map_err(at)?;
+        place(&dir, &on_the_way.lock, last, name)
+    });
+    let removed = on_the_way.remove(&dir);
+    made.and_then(|()| removed.map_err(io))
 }
 
-fn put(
-    dir: &OwnedFd,
-    mut file: File,
-    lock: &str,
-    last: &str,
-    name: &str,
-    commit: &str,
-) -> Result<(), RefError> {
-    let io = |source: io::Error| RefError::Io { name: name.to_owned(), source };
-    // As open to others as the directory is: repositories that a group shares stay so.
-    let mode = rustix::fs::fstat(dir).map_err(|errno| io(errno.into()))?.st_mode & 0o666;
-    let mode = rustix::fs::fchmod(&file, Mode::from_raw_mode(mode));
-    mode.map_err(|errno| io(errno.into()))?;
-    file.write_all(format!("{commit}\n").as_bytes()).and_then(|()| file.sync_all()).map_err(io)?;
+/// Removes what a process that died left of making the branch `name` with this `mark`.
+///
+/// # Errors
+/// [`RefError::Io`].
+pub fn take_back(repository: &Repository, name: &str, mark: &str) -> Result<(), RefError> {
+    let io = |errno: Errno| RefError::Io { name: name.to_owned(), source: errno.into() };
+    let full = format!("refs/heads/{name}");
+    let (holder, last) = full.rsplit_once('/').unwrap_or(("refs", &full));
+    match below(repository.common(), holder) {
+        Ok(dir) => OnTheWay::of(last, mark).remove(&dir).map_err(io),
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(()),
+        Err(errno) => Err(io(errno)),
+    }
+}
+
+/// Files that are there while a branch is made: git's lock is another name of ours.
+struct OnTheWay {
+    own: String,
+    lock: String,
+}
+
+impl OnTheWay {
+    fn of(last: &str, mark: &str) -> Self {
+        Self { own: format!("hotcell-{mark}.lock"), lock: format!("{last}.lock") }
+    }
+
+    fn write(&self, dir: &OwnedFd, commit: &str, step: &dyn Fn() -> io::Result<()>) -> io::Result<()> {
+        step()?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut file = File::from(rustix::fs::openat(dir, &self.own, flags, Mode::from_raw_mode(0o644))?);
+        // As open to others as the directory is: repositories that a group shares stay so.
+        let mode = rustix::fs::fstat(dir)?.st_mode & 0o666;
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
+        file.write_all(format!("{commit}\n").as_bytes())?;
+        file.sync_all()
+    }
+
+    /// Removes our file, and the lock where it is the same.
+    fn remove(&self, dir: &OwnedFd) -> rustix::io::Result<()> {
+        let look = |name: &str| match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(Some(stat.st_ino)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(errno),
+        };
+        let Some(own) = look(&self.own)? else { return Ok(()) };
+        if look(&self.lock)? == Some(own) {
+            rustix::fs::unlinkat(dir, &self.lock, AtFlags::empty())?;
+        }
+        rustix::fs::unlinkat(dir, &self.own, AtFlags::empty())
+    }
+}
+
+/// Gives the lock the branch's name.
+fn place(dir: &OwnedFd, lock: &str, last: &str, name: &str) -> Result<(), RefError> {
+    let io = |errno: Errno| RefError::Io { name: name.to_owned(), source: errno.into() };
     // Directories that deleted branches left behind.
     remove_empty(dir.as_fd(), last, 0);
     match rustix::fs::renameat_with(dir, lock, dir, last, RenameFlags::NOREPLACE) {
@@ -182,9 +243,9 @@ fn put(
             return Err(RefError::Clash { name: name.to_owned(), other: format!("{name}/…") });
         }
         Err(Errno::EXIST) => return Err(RefError::Exists { name: name.to_owned() }),
-        Err(errno) => return Err(io(errno.into())),
+        Err(errno) => return Err(io(errno)),
     }
-    rustix::fs::fsync(dir).map_err(|errno| io(errno.into()))
+    rustix::fs::fsync(dir).map_err(io)
 }
 
 /// A directory in another, for reading, through no link.

@@ -2,12 +2,15 @@
 //! what an agent did to a copy is shown, set apart, applied, exported and thrown away; whatever ends a job or the
 //! daemon, no change is lost and nothing is left.
 
+mod ask;
 mod decide;
 mod ends;
 mod flags;
+mod former;
 mod input;
 mod kills;
 mod poison;
+mod real;
 mod road;
 mod space;
 

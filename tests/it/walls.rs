@@ -75,8 +75,8 @@ fn world() -> World {
 
 /// The job that runs one command in a copy of the zoo, under the strict policy unless `more` says otherwise.
 pub(crate) fn spec(world: &World, command: &str, more: &Value) -> Value {
-    // What is trusted works in place.
-    let mode = if more["policy"] == "trusted" { "bind" } else { "read-only" };
+    // What is trusted works in place, the rest as it does by itself.
+    let mode = if more["policy"] == "trusted" { "bind" } else { "copy" };
     let mut spec = json!({ "prompt": command, "workspace": { "path": agents(world), "mode": mode } });
     for (key, value) in more.as_object().expect("an object") {
         spec[key] = value.clone();

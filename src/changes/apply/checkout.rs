@@ -7,8 +7,9 @@ use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, Timespec, Timestamps};
+use rustix::fs::{CWD, Mode, OFlags, RenameFlags, Timespec, Timestamps};
 use rustix::io::Errno;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -16,10 +17,12 @@ use serde::{Deserialize, Serialize};
 use super::carry::{Carrier, Kind};
 use super::look::{Now, Root, What, now};
 use super::select::select;
-use super::stage::{empty, fresh_name};
-use super::{APPLY_TIME_MAX, ApplyError, LeftOut, Wish, at};
+use super::stage::fresh_name;
+use super::unfinished::{Line, Making, closed_in, move_up, note_name, remove, told};
+use super::{APPLY_TIME_MAX, ApplyError, LeftOut, Step, Wish, at};
 use crate::change::{ChangeSet, Entry, TreePath};
 use crate::changes::JobShelf;
+use crate::changes::note::Note;
 use crate::job::Identity;
 use crate::workspace::as_submitter;
 
@@ -56,6 +59,10 @@ pub struct CheckedOut {
 /// # Errors
 /// [`ApplyError::Occupied`]; [`ApplyError`]: nothing is there then that was not there before.
 pub fn checkout(checkout: &Checkout<'_>) -> Result<CheckedOut, ApplyError> {
+    stepwise(checkout, Arc::new(|| Ok(())))
+}
+
+pub(super) fn stepwise(checkout: &Checkout<'_>, step: Step) -> Result<CheckedOut, ApplyError> {
     let wish = Wish { include_flagged: true, ..Wish::default() };
     let selection = match select(checkout.changes, &wish) {
         Ok(selection) => selection,
@@ -67,18 +74,34 @@ pub fn checkout(checkout: &Checkout<'_>) -> Result<CheckedOut, ApplyError> {
     let original = original.map_err(at("open", checkout.original_path))?;
     let original = original.map(|fd| Root { fd, path: checkout.original_path.to_owned() });
     let dir = checkout.dir.to_owned();
-    as_submitter(checkout.identity, checkout.dir, APPLY_TIME_MAX, move || {
-        let work = Work {
-            blobs,
-            original,
-            entries: selection.chosen,
-            closed: selection.closed.into_keys().collect(),
-        };
-        let mut done = work.into_place(&dir)?;
-        done.left_out.extend(selection.left_out);
-        done.left_out.sort_by(|a, b| a.path.cmp(&b.path));
-        Ok(done)
-    })
+    let name = fresh_name().map_err(at("name a directory beside", checkout.dir))?;
+    let making = Making { identity: checkout.identity.clone(), dir: dir.clone(), name: name.clone() };
+    let line = Line::Making(making.clone());
+    let mut note = Note::begin(checkout.shelf, &note_name(&name), &line).map_err(told)?;
+    let work = Work {
+        blobs,
+        original,
+        entries: selection.chosen,
+        closed: selection.closed.into_keys().collect(),
+        step,
+    };
+    let made = as_submitter::<_, ApplyError>(checkout.identity, checkout.dir, APPLY_TIME_MAX, move || {
+        let done = work.into_place(&dir, &making.name, &mut note);
+        Ok((note, done))
+    });
+    let mut done = match made {
+        Ok((note, done)) => {
+            note.end().map_err(told)?;
+            done?
+        }
+        Err(error) => {
+            Note::end_if_free(checkout.shelf, &note_name(&name)).map_err(told)?;
+            return Err(error);
+        }
+    };
+    done.left_out.extend(selection.left_out);
+    done.left_out.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(done)
 }
 
 struct Work {
@@ -86,64 +109,78 @@ struct Work {
     original: Option<Root>,
     entries: BTreeMap<TreePath, Entry>,
     closed: Vec<TreePath>,
+    step: Step,
 }
 
 impl Work {
-    fn into_place(self, dir: &Path) -> Result<CheckedOut, ApplyError> {
-        let (Some(above), Some(name)) = (dir.parent(), dir.file_name()) else {
+    /// Fills a directory beside `dir` and renames it. Where the submitter can make none there, and `dir` is an empty
+    /// directory of theirs, one in it, whose entries move up.
+    fn into_place(self, dir: &Path, name: &str, note: &mut Note) -> Result<CheckedOut, ApplyError> {
+        let (Some(above), Some(last)) = (dir.parent(), dir.file_name()) else {
             return Err(ApplyError::Occupied { path: dir.to_owned() });
         };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let above_fd = rustix::fs::openat(CWD, above, flags, Mode::empty()).map_err(at("open", above))?;
-        let holder = Root { fd: above_fd, path: above.to_owned() };
-        let there = existing(&holder, name, dir)?;
-        let beside = fresh_name().map_err(at("name a directory beside", dir))?;
-        match rustix::fs::mkdirat(&holder.fd, &beside, Mode::RWXU) {
-            Ok(()) => {}
-            // An empty directory of the submitter's in one where nothing can be made: it is filled where it is.
+        let above = Root { fd: above_fd, path: above.to_owned() };
+        let there = existing(&above, last, dir)?;
+        self.step(dir)?;
+        match rustix::fs::mkdirat(&above.fd, name, Mode::RWXU) {
+            Ok(()) => self.filled(&above, name, dir, |made, mode| {
+                let mode = there.as_ref().map_or(mode, |there| there.mode);
+                super::look::chmod(made, mode).map_err(at("set the mode of", dir))?;
+                self.step(dir)?;
+                let placed = match there {
+                    Some(_) => rustix::fs::renameat(&above.fd, name, &above.fd, last),
+                    None => {
+                        let flags = RenameFlags::NOREPLACE;
+                        rustix::fs::renameat_with(&above.fd, name, &above.fd, last, flags)
+                    }
+                };
+                placed.map_err(|errno| match errno {
+                    Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR => {
+                        ApplyError::Occupied { path: dir.to_owned() }
+                    }
+                    errno => at("make", dir)(errno),
+                })
+            }),
             Err(Errno::ACCESS | Errno::PERM) if there.is_some() => {
-                let name = name.to_owned();
-                return self.filled(&holder, Path::new(&name), dir).map(|(done, _)| done);
+                let flags = OFlags::PATH | OFlags::DIRECTORY;
+                let fd = above.open(Path::new(last), flags).map_err(at("open", dir))?;
+                let here = Root { fd, path: dir.to_owned() };
+                rustix::fs::mkdirat(&here.fd, name, Mode::RWXU).map_err(at("make a directory in", dir))?;
+                self.filled(&here, name, dir, |made, _| {
+                    self.step(dir)?;
+                    let closed = closed_in(made).map_err(at("look at", dir))?;
+                    note.add(&Line::Whole(closed.clone())).map_err(at("note what is made of", dir))?;
+                    move_up(&here, made, name, &closed, &self.step)
+                })
             }
-            Err(errno) => return Err(at("make a directory beside", dir)(errno)),
+            Err(errno) => Err(at("make a directory beside", dir)(errno)),
         }
-        let filled = self.filled(&holder, Path::new(&beside), dir).and_then(|(done, mode)| {
-            let mode = there.as_ref().map_or(mode, |there| there.mode);
-            let made = holder.open(Path::new(&beside), OFlags::PATH).map_err(at("open", dir))?;
-            super::look::chmod(&made, mode).map_err(at("set the mode of", dir))?;
-            let placed = match there {
-                Some(_) => rustix::fs::renameat(&holder.fd, &beside, &holder.fd, name),
-                None => {
-                    let flags = RenameFlags::NOREPLACE;
-                    rustix::fs::renameat_with(&holder.fd, &beside, &holder.fd, name, flags)
-                }
-            };
-            placed.map_err(|errno| match errno {
-                Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR => {
-                    ApplyError::Occupied { path: dir.to_owned() }
-                }
-                errno => at("make", dir)(errno),
-            })?;
-            Ok(done)
-        });
-        if filled.is_err() {
-            let _ = rustix::fs::unlinkat(&holder.fd, &beside, AtFlags::REMOVEDIR);
-        }
-        filled
     }
 
-    /// Fills the directory `name`, or leaves it empty. Gives the mode that the original has.
-    fn filled(&self, holder: &Root, name: &Path, dir: &Path) -> Result<(CheckedOut, u32), ApplyError> {
+    fn step(&self, dir: &Path) -> Result<(), ApplyError> {
+        (self.step)().map_err(at("write in", dir))
+    }
+
+    /// Fills the directory `name` and has it placed, with the mode that the original has; or removes it.
+    fn filled(
+        &self,
+        holder: &Root,
+        name: &str,
+        dir: &Path,
+        place: impl FnOnce(&OwnedFd, u32) -> Result<(), ApplyError>,
+    ) -> Result<CheckedOut, ApplyError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let fd = holder.open(name, flags).map_err(at("open", dir))?;
+        let fd = holder.open(Path::new(name), flags).map_err(at("open", dir))?;
         let root = Root { fd, path: dir.to_owned() };
-        let done = self.fill(&root);
-        if done.is_err()
-            && let Err(error) = empty(&root.fd, None)
+        let placed = self.fill(&root).and_then(|(done, mode)| place(&root.fd, mode).map(|()| done));
+        if placed.is_err()
+            && let Err(error) = remove(holder, &root.fd, name)
         {
             tracing::warn!(dir = %holder.path.join(name).display(), %error, "a failed checkout is left");
         }
-        done
+        placed
     }
 
     fn fill(&self, root: &Root) -> Result<(CheckedOut, u32), ApplyError> {
@@ -154,7 +191,7 @@ impl Work {
         if let Some(original) = &self.original {
             let own = now(&root.fd).map_err(at("look at", &root.path))?.print.ino;
             mode = now(&original.fd).map_err(at("look at", &original.path))?.mode;
-            done.copied = copy_tree(original, root, own, &mut carrier)?;
+            done.copied = copy_tree(original, root, own, &mut carrier, &self.step)?;
         }
         let carried = carrier.carry(&self.entries).and_then(|()| carrier.finish());
         carried.map_err(|(path, error)| at("write", &path)(error))?;
@@ -180,7 +217,13 @@ fn existing(holder: &Root, name: &OsStr, dir: &Path) -> Result<Option<Now>, Appl
 }
 
 /// Copies everything in `from` but `not` (an inode: the copy itself). Gives how many paths.
-fn copy_tree(from: &Root, to: &Root, not: u64, carrier: &mut Carrier<'_>) -> Result<u64, ApplyError> {
+fn copy_tree(
+    from: &Root,
+    to: &Root,
+    not: u64,
+    carrier: &mut Carrier<'_>,
+    step: &Step,
+) -> Result<u64, ApplyError> {
     let (mut todo, mut copied) = (vec![None::<TreePath>], 0);
     while let Some(below) = todo.pop() {
         let dir = below.as_ref().map_or(Path::new("."), TreePath::as_path);
@@ -203,6 +246,7 @@ fn copy_tree(from: &Root, to: &Root, not: u64, carrier: &mut Carrier<'_>) -> Res
             };
             let long = |error| at("copy", &from.path.join(dir))(io::Error::other(error));
             let path = path.map_err(long)?;
+            step().map_err(at("copy", &from.path.join(path.as_path())))?;
             match copy_one(from, to, &path, not, carrier) {
                 Ok(None) => {}
                 Ok(Some(is_dir)) => {

@@ -233,6 +233,11 @@ fn child_that_dies_while_it_applies() {
         }
         Ok(())
     });
+    if what.starts_with("checkout") {
+        let place = dir.join(if what == "checkout-in" { "closed/out" } else { "open/out" });
+        carried::check_out(&shelf, &changes, &target, &place, step).expect("dies before");
+        return;
+    }
     if what == "recover" {
         recover_stepwise(&shelf, &open(&target), step).expect("dies before");
         return;

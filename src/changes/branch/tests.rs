@@ -21,6 +21,17 @@ fn branch(
     changes: &ChangeSet,
     include: Include,
 ) -> Result<Created, BranchError> {
+    branch_with(place, path, shelf, changes, include, Arc::new(|| Ok(())))
+}
+
+fn branch_with(
+    place: &Place,
+    path: &Path,
+    shelf: &JobShelf,
+    changes: &ChangeSet,
+    include: Include,
+    step: Step,
+) -> Result<Created, BranchError> {
     let (job, author) = (JobId::new(1, 1), author());
     let temporary = crate::git::temporary();
     let wanted = Build {
@@ -36,7 +47,7 @@ fn branch(
         now_s: 1_700_000_000,
         temporary: &temporary,
     };
-    create("agent/made", &wanted)
+    stepwise("agent/made", &wanted, step)
 }
 
 /// What can be different in a repository.
@@ -167,4 +178,101 @@ fn the_agents_own_commits_come_along_unless_they_touch_what_is_kept_out() {
     assert!(made.notes.iter().any(|note| note.contains("ci.yml")), "{made:?}");
     assert_eq!(place.git(&path, &["log", "--format=%s", "main..agent/made"]), "Work of an agent");
     assert_eq!(place.git(&path, &["diff", "--name-only", "main", "agent/made"]), "a.txt");
+}
+
+const DIE: &str = "HOTCELL_TEST_BRANCH_DIES";
+
+/// Not a test of its own: what the next one runs in processes that die.
+#[test]
+fn child_that_dies_while_it_makes_a_branch() {
+    let Ok(order) = std::env::var(DIE) else { return };
+    let (die_at, top) = order.split_once(':').expect("step:dir");
+    let (die_at, top) = (die_at.parse::<u32>().expect("a number"), Path::new(top));
+    let shelf = crate::changes::Shelf::new(top.join("shelf")).of(&JobId::new(1, 1));
+    let (changes, _) = shelf.changes().expect("read").expect("there");
+    let who = crate::git::testing::somebody();
+    let count = std::sync::atomic::AtomicU32::new(0);
+    let step: Step = Arc::new(move || {
+        if count.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == die_at {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        }
+        Ok(())
+    });
+    let (job, author) = (JobId::new(1, 1), author());
+    let wanted = Build {
+        shelf: &shelf,
+        changes: &changes,
+        job: &job,
+        path: &top.join("r"),
+        identity: &who,
+        author: &author,
+        message: None,
+        include: Include::Plain,
+        only: &[],
+        now_s: 1_700_000_000,
+        temporary: &top.join("temporary"),
+    };
+    stepwise("agent/made", &wanted, step).expect("dies before");
+}
+
+#[test]
+fn a_process_killed_at_any_step_leaves_a_branch_or_none_and_no_lock() {
+    let (mut none, mut whole) = (0, 0);
+    for die_at in 0.. {
+        let place = Place::new();
+        let (path, commit) = place.repository("r");
+        let top = place.path("");
+        // Only the submitter's repository is theirs.
+        std::fs::create_dir(top.join("temporary")).expect("made");
+        std::fs::create_dir(top.join("shelf")).expect("made");
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(top.join("temporary"), open).expect("opened");
+        let shelf = crate::changes::Shelf::new(top.join("shelf")).of(&JobId::new(1, 1));
+        shelf.create().expect("made");
+        let new = Some(file(&shelf, b"one\n2\nthree\n", 0o644));
+        let old = Some(file(&shelf, b"one\ntwo\nthree\n", 0o644));
+        let changes = set(vec![entry("a.txt", old, new)], Some(&commit));
+        shelf.put_changes(&changes).expect("kept");
+        let before = state(&place, &path);
+        let child = std::process::Command::new(std::env::current_exe().expect("this program"))
+            .args(["--exact", "changes::branch::tests::child_that_dies_while_it_makes_a_branch"])
+            .env(DIE, format!("{die_at}:{}", top.display()))
+            .output()
+            .expect("ran");
+        let signal = std::os::unix::process::ExitStatusExt::signal(&child.status);
+        assert!(child.status.success() || signal == Some(libc::SIGKILL), "{child:?}");
+        let died = signal.is_some();
+        assert_eq!(recover(&shelf).expect("put right"), usize::from(died), "step {die_at}");
+        let left = place.sh(&path, "find .git -name '*.lock' -o -name 'tmp_*'; for p in .git/objects/pack/*.pack; do [ ! -e $p ] || [ -e ${p%.pack}.idx ] || echo $p; done");
+        assert_eq!(left, "", "step {die_at}");
+        let notes = std::fs::read_dir(shelf.dir()).expect("listed");
+        assert!(notes.flatten().all(|entry| !entry.file_name().to_string_lossy().starts_with(PREFIX)));
+        assert_eq!(state(&place, &path), before, "step {die_at}");
+        match place.git(&path, &["branch", "--list", "agent/made"]).is_empty() {
+            true => {
+                none += 1;
+                branch(&place, &path, &shelf, &changes, Include::Plain).expect("again");
+            }
+            false => whole += 1,
+        }
+        assert_eq!(place.git(&path, &["show", "agent/made:a.txt"]), "one\n2\nthree");
+        place.git(&path, &["fsck", "--strict"]);
+        if !died {
+            break;
+        }
+    }
+    assert!(none > 5 && whole > 0, "{none} {whole}");
+}
+
+#[test]
+fn a_lock_of_somebody_elses_stays() {
+    let place = Place::new();
+    let (path, commit) = place.repository("r");
+    let (_dir, shelf) = shelf();
+    let new = Some(file(&shelf, b"new\n", 0o644));
+    let changes = set(vec![entry("new.txt", None, new)], Some(&commit));
+    place.sh(&path, "mkdir -p .git/refs/heads/agent; echo theirs >.git/refs/heads/agent/made.lock");
+    let made = branch(&place, &path, &shelf, &changes, Include::Plain);
+    assert!(matches!(made, Err(BranchError::Ref(RefError::Locked { .. }))), "{made:?}");
+    assert_eq!(place.sh(&path, "cd .git/refs/heads/agent; ls; cat made.lock"), "made.lock\ntheirs");
 }

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use crate::change::{ChangeSet, Flag, Verdict};
+use crate::changes::apply::{Apply, Checkout, Wish, apply, checkout};
 use crate::changes::branch::{Build, create};
 use crate::changes::choose::Include;
 use crate::changes::commits::{BundleLimits, import_bundle};
@@ -195,6 +196,24 @@ fn all_ways(world: &World, shelf: &JobShelf) -> Vec<(&'static str, Result<(), St
             &Render { form, only, include, colour, width, bytes_max, temporary: &temporary },
         ))
     };
+    let open = |path: &Path| std::os::fd::OwnedFd::from(std::fs::File::open(path).expect("opened"));
+    let applied = |path: &Path, check| {
+        // The hook and the attributes may be there already, with the poison in them.
+        let only = vec!["/a.txt".to_owned(), "/dir".to_owned()];
+        let wish = Wish { include_flagged: true, three_way: true, check, only };
+        let (identity, target) = (&world.place.who, open(path));
+        let done = apply(&Apply { shelf, changes: &changes, target, path, identity, wish: &wish });
+        said(done.map(|done| assert!(!check || done.merged.is_empty())))
+    };
+    let to = world.place.path("checked-out");
+    let out = Checkout {
+        shelf,
+        changes: &changes,
+        original: Some(open(&world.path)),
+        original_path: &world.path,
+        dir: &to,
+        identity: &world.place.who,
+    };
     let dir = std::fs::File::open(&world.path).expect("opened");
     let head = head_of(std::os::fd::AsFd::as_fd(&dir)).and_then(|head| head.commit);
     let mut bundle = std::fs::File::open(world.place.path("b")).expect("made");
@@ -210,6 +229,9 @@ fn all_ways(world: &World, shelf: &JobShelf) -> Vec<(&'static str, Result<(), St
         ),
         ("bundle", said(export::bundle(&wanted, &mut Vec::new()))),
         ("branch", said(create("agent", &wanted))),
+        ("check", applied(&world.path, true)),
+        ("apply", applied(&world.place.path("applied"), false)),
+        ("checkout", said(checkout(&out))),
     ]
 }
 
@@ -244,6 +266,11 @@ fn no_poison_of_a_repository_ever_runs() {
             ),
         );
         agents_bundle(&world, &world.place.path("pure"));
+        // One that may be written to, and that its person has edited meanwhile.
+        world.place.sh(
+            &world.place.path(""),
+            "cp -a r applied; printf 'zero\\none\\ntwo\\nthree\\n' > applied/a.txt",
+        );
         assert!(!world.marked(), "{name}: before");
         let (_dir, shelf) = shelf();
         for (way, said) in all_ways(&world, &shelf) {

@@ -6,9 +6,10 @@ use serde_json::{Value, json};
 
 use super::{Seen, run, world};
 
-fn look(more: &Value) -> Seen {
+fn look(policy: &str, mode: &str) -> Seen {
     let world = world();
-    let seen = run(&world, "python3 look.py", more);
+    let workspace = json!({ "path": super::agents(&world), "mode": mode });
+    let seen = run(&world, "python3 look.py", &json!({ "policy": policy, "workspace": workspace }));
     seen.succeeded();
     world.end();
     seen
@@ -30,7 +31,7 @@ fn mount<'a>(seen: &'a Seen, at: &str) -> (&'a Value, BTreeSet<&'a str>) {
 
 #[test]
 fn a_cell_has_no_rights_no_network_and_nothing_to_write_but_its_own() {
-    let seen = look(&json!({}));
+    let seen = look("default", "read-only");
     who_it_is(&seen);
     what_it_writes(&seen, &["/home/agent/zoo", "/tmp/zoo", "/dev/shm/zoo", "/dev/mqueue/zoo"]);
     whom_it_reaches(&seen);
@@ -42,14 +43,24 @@ fn a_cell_has_no_rights_no_network_and_nothing_to_write_but_its_own() {
 }
 
 #[test]
-fn a_workspace_in_place_is_the_one_thing_more_to_write() {
-    let seen = look(&json!({ "policy": "trusted" }));
-    who_it_is(&seen);
-    what_it_writes(
-        &seen,
-        &["/home/agent/zoo", "/tmp/zoo", "/dev/shm/zoo", "/dev/mqueue/zoo", "/workspace/zoo"],
-    );
-    let (_, options) = mount(&seen, "/workspace");
+fn a_workspace_that_is_a_copy_or_in_place_is_the_one_thing_more_to_write() {
+    for (policy, mode) in [("default", "copy"), ("trusted", "bind")] {
+        let seen = look(policy, mode);
+        who_it_is(&seen);
+        what_it_writes(
+            &seen,
+            &["/home/agent/zoo", "/tmp/zoo", "/dev/shm/zoo", "/dev/mqueue/zoo", "/workspace/zoo"],
+        );
+        whom_it_reaches(&seen);
+        what_it_sees(&seen);
+        in_a_writable_workspace(&seen);
+    }
+}
+
+fn in_a_writable_workspace(seen: &Seen) {
+    let refused = ["EPERM", "EACCES", "EXDEV", "1", "38"];
+    all(seen.get("calls"), &refused);
+    let (_, options) = mount(seen, "/workspace");
     assert!(options.is_superset(&["rw", "nosuid", "nodev"].into()), "{options:?}");
 }
 

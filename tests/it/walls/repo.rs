@@ -171,6 +171,41 @@ fn under_the_trusted_policy_claude_md_and_skills_load_but_nothing_runs_by_itself
     drop(policies);
 }
 
+/// As it is by itself: what ran would stand in the change set.
+#[test]
+fn in_a_copy_nothing_of_a_repository_runs_either() {
+    let world = World::new(OBEY);
+    for prompt in ["zoo:shell", "zoo:skill", "/evilcmd zoo:shell"] {
+        let what = json!({ "prompt": prompt, "policy": "default", "workspace": { "path": zoo_copy(&world), "mode": "copy" } });
+        let (events, job) = world.job(&what);
+        let seen = Seen::new(events, job);
+        every_call_was_judged(&seen, &what);
+        let id = seen.job["id"].as_str().unwrap();
+        let set = world.call("GET", &format!("/v1/jobs/{id}/changes"), "").json();
+        let paths: Vec<&str> = set["entries"]
+            .as_array()
+            .unwrap_or_else(|| panic!("{set}"))
+            .iter()
+            .filter_map(|e| e["path"].as_str())
+            .collect();
+        assert!(!paths.iter().any(|path| path.starts_with("marks")), "{what}: {paths:?} ran");
+        assert_eq!(paths.contains(&"shell-ran"), !prompt.starts_with('/'), "{what}: {paths:?}");
+    }
+    the_provider_is_ours(&world);
+    assert!(
+        !world.path("hostile").join("marks").exists() && !world.path("hostile").join("shell-ran").exists()
+    );
+    world.end();
+}
+
+fn zoo_copy(world: &World) -> PathBuf {
+    let copy = world.path("hostile");
+    if !copy.exists() {
+        copy_tree(&zoo("repos").join("hostile"), &copy);
+    }
+    copy
+}
+
 /// `disableAllHooks` would take the gate of the asking modes away, were it a hook like others.
 #[test]
 fn a_repository_cannot_switch_the_gate_off() {
