@@ -36,6 +36,7 @@ use crate::clock;
 use crate::engine::{ContainerId, Engine, EngineError, Exit, container_name};
 use crate::event::{Body, Totals};
 use crate::gateway::{Egress, Gateway};
+use crate::git::above::Above;
 use crate::job::outcome::Failure;
 use crate::job::source::GitCheckout;
 use crate::job::spec::WorkspaceMode;
@@ -173,6 +174,9 @@ pub struct Accepted {
     /// What was fetched for it: its workspace is a checkout of that then, and goes with the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<GitCheckout>,
+    /// The repository that the directory is a part of, where it is not its top.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub above: Option<Above>,
     /// Further directories that its cell sees.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub others: Vec<OtherWorkspace>,

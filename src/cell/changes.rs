@@ -432,7 +432,7 @@ pub(super) async fn collect(
                 workspace::Form::Whole => copy.dir.clone(),
             };
             let base = origin(&shelf);
-            let commits = bundle::commits(parts, record, &shelf, &seen, base.commit.as_deref()).await;
+            let commits = bundle::commits(parts, record, &shelf, (dir, &seen), base.commit.as_deref()).await;
             let (accepted, identity) = (record.accepted.clone(), record.identity.clone());
             let state_dir = parts.settings.state_dir.clone();
             let found = Found { copy, base, commits };

@@ -454,9 +454,12 @@ pub(super) fn cell_spec(
         bind(&dirs.etc.join("git-hooks"), options::GIT_HOOKS, true),
         bind(&dirs.home, options::HOME, false),
         bind(&dirs.tmp, "/tmp", false),
+    ];
+    mounts.extend(dirs.under.iter().map(|under| bind(&under.source, &under.target, under.read_only)));
+    mounts.push(
         // A read-only one is staged so; asked to do it, the engine would drop nosuid and nodev on the way.
         bind(&dirs.workspace, workspace, dirs.workspace_read_only),
-    ];
+    );
     for part in &dirs.parts {
         mounts.push(bind(&part.path, &format!("{workspace}/{}", part.below.display()), false));
     }

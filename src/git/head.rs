@@ -137,7 +137,14 @@ impl Repository {
     /// # Errors
     /// [`RepositoryError`].
     pub fn at(dir: BorrowedFd<'_>) -> Result<Option<Self>, RepositoryError> {
-        let Some(git) = git_dir(dir)? else { return Ok(None) };
+        git_dir(dir)?.map(Self::of).transpose()
+    }
+
+    /// The repository whose own directory (`.git`, or `worktrees/<name>` in one) this is.
+    ///
+    /// # Errors
+    /// [`RepositoryError`].
+    pub fn of(git: OwnedFd) -> Result<Self, RepositoryError> {
         let common = match small(git.as_fd(), "commondir")? {
             Some(path) => directory(git.as_fd(), path.as_bytes(), "open the shared part")?,
             None => git.try_clone().map_err(|source| RepositoryError::Io { doing: "open", source })?,
@@ -146,7 +153,7 @@ impl Repository {
             return Err(broken("it has no HEAD or no objects"));
         }
         let format = format_of(common.as_fd())?;
-        Ok(Some(Self { git, common, format, prefix: Vec::new() }))
+        Ok(Self { git, common, format, prefix: Vec::new() })
     }
 
     /// The repository that holds `path`, an absolute path without symbolic links: there, or above it on the same

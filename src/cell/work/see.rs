@@ -10,7 +10,7 @@ use crate::change::hide::HideRules;
 use crate::changes::listing::What;
 use crate::changes::{self, JobShelf, ListLimits};
 use crate::git::config::{self, CONFIG_BYTES_MAX};
-use crate::git::head::head_of;
+use crate::git::head::{Repository, head_of};
 use crate::job::Identity;
 use crate::workspace::{
     self, GUARDS_MAX, Guarded, HIDDEN_MAX, Hidden, Kind, LookLimits, Mask, Mode, Protection, Replaced,
@@ -32,6 +32,8 @@ pub(super) struct Sight<'a> {
     pub(super) shelf: Option<JobShelf>,
     /// Files that are replaced whatever is found.
     pub(super) replaced: Vec<Replaced>,
+    /// What is added to the configuration of the repository that the workspace is; empty: nothing.
+    pub(super) settings: &'static str,
 }
 
 /// What was found.
@@ -76,7 +78,7 @@ impl Sight<'_> {
             return Err(too_large(format!("more than {CONFIGS_MAX} git configurations")));
         }
         let texts = workspace::read_texts(identity, record, fd, configs, CONFIG_BYTES_MAX)?;
-        notes.extend(mask_configs(texts, &mut replaced));
+        notes.extend(mask_configs(texts, self.settings, &mut replaced));
         let in_place = self.mode != Mode::ReadOnly;
         let guarded = Guarded::of(&looked);
         let guarded = match (guarded, in_place) {
@@ -123,8 +125,10 @@ fn listed(
     let limits = ListLimits::default();
     let dir = fd.try_clone().map_err(|source| io(record, source))?;
     let wait_max = limits.time_max + Duration::from_secs(10);
+    let (path, uid) = (record.path.clone(), identity.uid);
     let (listing, head) = workspace::as_submitter(identity, &record.path, wait_max, move || {
-        Ok::<_, WorkspaceError>((changes::list(dir.as_fd(), &limits), head_of(dir.as_fd())))
+        let head = head_of(dir.as_fd()).or_else(|| Repository::holding(&path, uid).ok()??.head().ok());
+        Ok::<_, WorkspaceError>((changes::list(dir.as_fd(), &limits), head))
     })?;
     let listing = listing.map_err(|error| too_large(&error))?;
     let kept = shelf.base().and_then(|base| match base {
@@ -181,23 +185,31 @@ fn configs(looked: &workspace::Looked) -> impl Iterator<Item = TreePath> + '_ {
 }
 
 /// What is to be seen instead of configurations with credentials; the words about it.
-fn mask_configs(texts: Vec<(TreePath, Option<String>)>, replaced: &mut Vec<Replaced>) -> Option<String> {
+fn mask_configs(
+    texts: Vec<(TreePath, Option<String>)>,
+    settings: &str,
+    replaced: &mut Vec<Replaced>,
+) -> Option<String> {
     let mut said = Vec::new();
     for (path, text) in texts {
         let shown = path.as_path().display().to_string();
-        let content = match text {
+        let settings = if path.parts().count() == 1 { settings } else { "" };
+        let text = match text {
             Some(text) => {
                 let masked = config::masked(&text);
-                if masked.what.is_empty() {
+                if masked.what.is_empty() && settings.is_empty() {
                     continue;
                 }
-                said.push(format!("{shown} ({})", masked.what.join(", ")));
-                masked.text.into_bytes()
+                if !masked.what.is_empty() {
+                    said.push(format!("{shown} ({})", masked.what.join(", ")));
+                }
+                masked.text
             }
             // Not to be read by its own submitter, too long, or no text: nothing of it is shown.
-            None => Vec::new(),
+            None => String::new(),
         };
-        replaced.push(Replaced { path, content });
+        // Settings that come later win.
+        replaced.push(Replaced { path, content: (text + settings).into_bytes(), made: false });
     }
     let more = said.len().saturating_sub(NAMED_MAX);
     said.truncate(NAMED_MAX);
@@ -261,5 +273,5 @@ pub(super) fn link_back(name: &str, at: &str) -> Option<Replaced> {
 }
 
 fn replaced(path: &str, content: String) -> Option<Replaced> {
-    Some(Replaced { path: TreePath::new(path).ok()?, content: content.into_bytes() })
+    Some(Replaced { path: TreePath::new(path).ok()?, content: content.into_bytes(), made: false })
 }
