@@ -215,7 +215,8 @@ pub struct Entry {
     /// What is there now; none: nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<Node>,
-    /// The original was changed by somebody else while the job ran: what it was is not known any more.
+    /// The original was changed by somebody else while the job ran: a file's content in `before` is known only where
+    /// git's objects still have it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub base_changed: bool,
     /// What there is to say about it.

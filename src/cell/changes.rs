@@ -20,7 +20,7 @@ use crate::changes::branch::{self, BranchError, Build};
 use crate::changes::export::{self, ExportError};
 use crate::changes::patch::{self, Render, RenderError};
 use crate::changes::{
-    self, ExtractError, ExtractLimits, Extraction, Include, JobShelf, Listing, Shelf, ShelfError, Tree,
+    self, Bases, ExtractError, ExtractLimits, Extraction, Include, JobShelf, Listing, Shelf, ShelfError, Tree,
 };
 use crate::clock;
 use crate::event::Body;
@@ -529,6 +529,14 @@ fn take(
         workspace::Form::Overlay => Tree::Upper { upper: &copy.dir },
         workspace::Form::Whole => Tree::Whole { tree: &copy.dir },
     };
+    let index = shelf.index()?;
+    let temporary = export::temporary();
+    let bases = index.as_ref().map(|(index, written_ns)| Bases {
+        index,
+        written_ns: *written_ns,
+        path: &record.path,
+        temporary,
+    });
     let mut set = changes::extract(&Extraction {
         tree,
         original: original.as_ref().map(AsFd::as_fd),
@@ -537,6 +545,7 @@ fn take(
         hide: &hide,
         changes: &accepted.plan.changes,
         keep_ignored: accepted.keep_ignored,
+        bases: bases.as_ref(),
         identity,
         limits: &limits,
     })?;
@@ -546,5 +555,6 @@ fn take(
         Err(why) => set.notes.push(why),
     }
     let hash = shelf.put_changes(&set)?;
+    shelf.forget_index();
     Ok(set.summary(hash))
 }

@@ -197,6 +197,18 @@ impl Repository {
         (last("name"), last("email"))
     }
 
+    /// Its index, and when that was written, in nanoseconds since 1970; none where there is none.
+    ///
+    /// # Errors
+    /// [`RepositoryError`].
+    pub fn index(&self, bytes_max: u64) -> Result<Option<(Vec<u8>, i64)>, RepositoryError> {
+        let Some((found, _)) = look(self.git.as_fd(), "index")? else { return Ok(None) };
+        let stat = rustix::fs::fstat(&found)
+            .map_err(|errno| RepositoryError::Io { doing: "look at the index", source: errno.into() })?;
+        let bytes = file_of(self.git.as_fd(), "index", bytes_max)?;
+        Ok(bytes.map(|bytes| (bytes, stat.st_mtime * 1_000_000_000 + stat.st_mtime_nsec as i64)))
+    }
+
     /// What is checked out.
     ///
     /// # Errors

@@ -10,7 +10,8 @@ use crate::change::hide::HideRules;
 use crate::changes::listing::What;
 use crate::changes::{self, JobShelf, ListLimits};
 use crate::git::config::{self, CONFIG_BYTES_MAX};
-use crate::git::head::{Repository, head_of};
+use crate::git::head::Repository;
+use crate::git::index::INDEX_BYTES_MAX;
 use crate::job::Identity;
 use crate::workspace::{
     self, GUARDS_MAX, Guarded, HIDDEN_MAX, Hidden, Kind, LookLimits, Mask, Mode, Protection, Replaced,
@@ -126,9 +127,13 @@ fn listed(
     let dir = fd.try_clone().map_err(|source| io(record, source))?;
     let wait_max = limits.time_max + Duration::from_secs(10);
     let (path, uid) = (record.path.clone(), identity.uid);
-    let (listing, head) = workspace::as_submitter(identity, &record.path, wait_max, move || {
-        let head = head_of(dir.as_fd()).or_else(|| Repository::holding(&path, uid).ok()??.head().ok());
-        Ok::<_, WorkspaceError>((changes::list(dir.as_fd(), &limits), head))
+    let (listing, head, index) = workspace::as_submitter(identity, &record.path, wait_max, move || {
+        // The index first: what it says of files was so before they are listed.
+        let here = Repository::at(dir.as_fd()).ok().flatten();
+        let repository = here.or_else(|| Repository::holding(&path, uid).ok().flatten());
+        let head = repository.as_ref().and_then(|repository| repository.head().ok());
+        let index = repository.and_then(|repository| repository.index(INDEX_BYTES_MAX).ok().flatten());
+        Ok::<_, WorkspaceError>((changes::list(dir.as_fd(), &limits), head, index))
     })?;
     let listing = listing.map_err(|error| too_large(&error))?;
     let kept = shelf.base().and_then(|base| match base {
@@ -136,6 +141,7 @@ fn listed(
         None => shelf
             .create()
             .and_then(|()| shelf.put_origin(&head.unwrap_or_default()))
+            .and_then(|()| index.map_or(Ok(()), |(index, written_ns)| shelf.put_index(&index, written_ns)))
             .and_then(|()| shelf.put_base(&listing.encode())),
     });
     kept.map_err(|error| io(record, std::io::Error::other(error)))?;

@@ -288,9 +288,16 @@ fn folded(path: &TreePath) -> Vec<u8> {
 /// What a person should know of the whole.
 pub(super) fn notes(listing: &Listing, entries: &[Entry]) -> Vec<String> {
     let mut notes = Vec::new();
-    let moved: Vec<String> = entries.iter().filter(|e| e.base_changed).map(|e| e.path.to_string()).collect();
-    if !moved.is_empty() {
-        notes.push(format!("the original was changed by somebody else meanwhile: {}", some_of(&moved)));
+    let moved = || entries.iter().filter(|e| e.base_changed);
+    let named: Vec<String> = moved().map(|e| e.path.to_string()).collect();
+    if !named.is_empty() {
+        notes.push(format!("the original was changed by somebody else meanwhile: {}", some_of(&named)));
+    }
+    let lost = moved().filter(|e| e.before.as_ref().is_some_and(Node::is_lost) && e.after.is_some());
+    let lost: Vec<String> = lost.map(|e| e.path.to_string()).collect();
+    if !lost.is_empty() {
+        let names = some_of(&lost);
+        notes.push(format!("what these were before is not known, so that --3way cannot merge them: {names}"));
     }
     let blind: Vec<String> =
         listing.unreadable().iter().chain(listing.mounts()).map(ToString::to_string).collect();

@@ -78,6 +78,7 @@ impl World {
             hide: &self.hide,
             changes: &self.changes,
             keep_ignored: self.keep_ignored,
+            bases: None,
             identity,
             limits: &self.limits,
         })
@@ -485,6 +486,62 @@ fn the_original_is_read_with_its_users_rights_and_never_through_what_appeared_th
         let entry = find(&set.entries, name);
         assert!(entry.base_changed && w.text(entry.before.as_ref()).is_none(), "{entry:?}");
     }
+}
+
+#[test]
+fn what_a_tracked_file_was_is_known_from_gits_objects_though_its_user_wrote_it_meanwhile() {
+    let w = World::new();
+    fs::set_permissions(w.dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
+    let place = crate::git::testing::Place::new();
+    let (top, _) = place.repository("app");
+    place.sh(&top, "echo staged >dir/staged; git add dir; git commit -qm more; echo dirty >>dir/staged; echo new >dir/new");
+    // An index that is written in the same moment as a file vouches for nothing.
+    let after = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified()).expect("time");
+    while after(&top.join(".git/index")) <= after(&top.join("dir/b.txt")) {
+        place.sh(&top, "touch -d '1 hour ago' dir/b.txt; git update-index -q --refresh || true; git add dir/b.txt");
+    }
+    for below in ["", "dir"] {
+        let dir = top.join(below);
+        let repository = crate::git::head::Repository::holding(&dir, place.who.uid).expect("read").expect("there");
+        let (index, written_ns) = repository.index(1 << 20).expect("read").expect("there");
+        let listing = list(fs::File::open(&dir).expect("open").as_fd(), &ListLimits::default()).expect("listed");
+        let upper = w.at(&format!("upper-{}", below.len()));
+        for name in ["b.txt", "staged", "new"] {
+            let at = upper.join(if below.is_empty() { "dir" } else { "" }).join(name);
+            fs::create_dir_all(at.parent().expect("parent")).expect("mkdir");
+            fs::write(at, "the agent's").expect("written");
+        }
+        let was = fs::read_to_string(top.join("dir/b.txt")).expect("read");
+        place.sh(&top, "for f in b.txt staged new; do echo mine >>dir/$f; done");
+        let original = fs::File::open(&dir).expect("open");
+        let bases = Bases { index: &index, written_ns, path: &dir, temporary: crate::changes::export::temporary() };
+        let set = extract(&Extraction {
+            tree: Tree::Upper { upper: &upper },
+            original: Some(original.as_fd()),
+            listing: &listing,
+            shelf: &w.shelf,
+            hide: &w.hide,
+            changes: &w.changes,
+            keep_ignored: false,
+            bases: Some(&bases),
+            identity: &place.who,
+            limits: &w.limits,
+        })
+        .expect("extracted");
+        let text = |name: &str| {
+            let path = if below.is_empty() { format!("dir/{name}") } else { name.to_owned() };
+            let entry = find(&set.entries, &path);
+            assert!(entry.base_changed, "{entry:?}");
+            w.text(entry.before.as_ref())
+        };
+        assert_eq!(text("b.txt").as_deref(), Some(&*was), "{:?}", set.notes);
+        // Not as git has it, or not known to git: nobody says what it was.
+        assert_eq!((text("staged"), text("new")), (None, None));
+        let told = set.notes.iter().find(|note| note.contains("--3way cannot merge")).expect("told");
+        assert!(told.contains("staged") && told.contains("new") && !told.contains("b.txt"), "{told}");
+        place.sh(&top, "git checkout -q dir/b.txt; touch -d '2 hours ago' dir/b.txt; sleep 0.02; git add dir/b.txt");
+    }
+    drop(place);
 }
 
 /// A tree as it is: kind, mode, content.
