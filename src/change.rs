@@ -288,6 +288,19 @@ pub struct Commits {
     pub bundle: BlobId,
 }
 
+/// A path that an agent made in a directory of a person's own, and that git or coding agents would obey there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Quarantined {
+    /// Where it appeared.
+    pub path: TreePath,
+    /// What it is called now; none: it could not be set aside, and is still there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved_to: Option<TreePath>,
+    /// Why it could not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
 /// The figures of a change set.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Summary {

@@ -55,6 +55,8 @@ pub struct Kept {
     pub hash: String,
     /// What was decided about it.
     pub standing: Standing,
+    /// The branches that were made of it.
+    pub branches: Vec<String>,
 }
 
 /// Why nothing can be shown, or nothing was done.
@@ -127,7 +129,8 @@ pub async fn read(parts: &Parts, job: &Job) -> Result<Kept, ChangesError> {
         (None, false) => Standing::Applied,
         (None, true) => Standing::Open,
     };
-    if done { Ok(Kept { set, hash, standing }) } else { Err(ChangesError::NotDone) }
+    let branches = decision.branches();
+    if done { Ok(Kept { set, hash, standing, branches }) } else { Err(ChangesError::NotDone) }
 }
 
 fn why_none(accepted: &Accepted) -> &'static str {
@@ -284,8 +287,14 @@ async fn make_branch(
     }
     blocking(move || {
         let made = branch::create(&name, &work.build(&kept.set)?)?;
+        let mut notes = Vec::new();
+        let at = work.path.clone().unwrap_or_default();
+        // It is made: that it cannot be noted is no reason to say that it is not.
+        if let Err(error) = apply::branched(&work.shelf, work.identity.uid, at, made.branch.clone()) {
+            notes.push(format!("it is not noted that there is a branch now: {error}"));
+        }
         let branch = Some(BranchMade { name: made.branch, commit: made.commit, notes: made.notes });
-        Ok(ApplyAnswer { branch, ..ApplyAnswer::default() })
+        Ok(ApplyAnswer { branch, notes, ..ApplyAnswer::default() })
     })
     .await
 }
@@ -317,7 +326,10 @@ pub async fn apply(parts: &Parts, job: &Job, mut request: ApplyRequest) -> Resul
         let wish = Wish { only, include_flagged, three_way, check };
         let (shelf, changes) = (&shelf, &kept.set);
         let request = Apply { shelf, changes, target, path: &path, identity: &identity, wish: &wish };
-        Ok(answer(apply::apply(&request)?, check))
+        let mut answer = answer(apply::apply(&request)?, check);
+        let on = kept.branches.iter().map(|name| format!("the branch {name} was made of it before"));
+        answer.notes.extend(on);
+        Ok(answer)
     })
     .await
 }
@@ -331,7 +343,8 @@ async fn wanted(parts: &Parts, job: &Job) -> Result<Kept, ChangesError> {
 fn answer(applied: Applied, checked: bool) -> ApplyAnswer {
     let Applied { applied, already, merged, left_out, kept_dirs, left_behind } = applied;
     let left_out = left_out.into_iter().map(|left| LeftOut { path: left.path, why: left.why }).collect();
-    ApplyAnswer { checked, applied, already, merged, left_out, kept_dirs, left_behind, branch: None }
+    let (branch, notes) = (None, Vec::new());
+    ApplyAnswer { checked, applied, already, merged, left_out, kept_dirs, left_behind, branch, notes }
 }
 
 /// Writes the workspace as the job left it to a new directory, as its submitter.

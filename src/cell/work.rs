@@ -28,7 +28,7 @@ use crate::workspace::{
     StagedPart, WorkspaceError, WorkspaceRecord,
 };
 
-pub(super) use aside::set_aside;
+pub(super) use aside::{Aside, set_aside};
 
 /// Longest CLAUDE.md that is handed over, in bytes.
 const CLAUDE_MD_BYTES_MAX: u64 = 64 * 1024;

@@ -35,7 +35,9 @@ pub enum Tree<'a> {
         /// The directory.
         upper: &'a Path,
     },
-    /// A copy of the workspace without its hidden paths.
+    /// A copy of the workspace without its hidden paths. Every file of it that is as long as it was is compared by its
+    /// content: an agent can give a file that it wrote its old time again, and the kernel's own time of the copy
+    /// (`ctime`) is that of the copying, so nothing but the content tells whether it was written since.
     Whole {
         /// The directory.
         tree: &'a Path,

@@ -37,7 +37,7 @@ fn git_takes_what_lies_outside_for_not_checked_out_whatever_the_form() {
             assert!(status.is_empty() || status == "A dir/later" || status == " A dir/later", "{version}: {status}");
             let skipped = place.sh(&shown, "git ls-files -t | grep -c '^S' || true");
             assert_eq!(skipped, "10", "{version}");
-            place.sh(&shown, "git fsck --strict && echo more >>dir/b.txt && git commit -qam third");
+            place.sh(&shown, "git fsck --strict && echo more >>dir/b.txt && git add dir/b.txt && git commit -qm third");
             assert_eq!(place.git(&shown, &["show", "--name-only", "--format=", "HEAD"]).trim(), "dir/b.txt");
             if *version == "3" {
                 place.git(&path, &["reset", "-q"]);
