@@ -128,7 +128,8 @@ pub enum Flag {
     /// Definitions of continuous integration.
     Ci,
     /// Hooks, configuration or attributes inside a `.git` directory, a `.git` that was not there or became another
-    /// kind, and names that other systems take for `.git`. Never applied, whatever a policy says.
+    /// kind, names that other systems take for `.git`, and what makes any other directory a repository that git finds
+    /// from inside of it (`HEAD` beside `objects` and `refs`). Never applied, whatever a policy says.
     Git,
     /// What coding agents obey: `.claude/`, `.mcp.json`, CLAUDE.md and their like.
     AgentSettings,

@@ -192,6 +192,10 @@ fn refusal(job: &Job, error: ChangesError) -> ApiError {
                 "`hotcell apply {id} --to DIR [--branch NAME]`, or `hotcell export {id} --format bundle`"
             ),
         ),
+        C::InCopy { mib, .. } => (
+            ErrorCode::Internal,
+            format!("put right what is named and ask again; `hotcell rm {id}` throws the copy away ({mib} MiB)"),
+        ),
         C::Discarded => (ErrorCode::NotFound, format!("`hotcell diff {id}` still shows it")),
         C::Workspace(_) | C::Apply(A::Workspace(_) | A::TargetMoved { .. }) => {
             (ErrorCode::Workspace, format!("`hotcell apply {id} --to DIR` names another directory"))

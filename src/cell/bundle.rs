@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::prepare::{self, Names, PrepareError, failed};
 use super::record::Record;
-use super::rooms::Tenant;
+use super::rooms::{Kept, Tenant};
 use super::work::{self, Again};
 use super::{Parts, runtime};
 use crate::change::Commits;
@@ -51,7 +51,28 @@ pub(super) async fn commits(
     if !moved(seen, again.repository.as_ref().map(|repository| repository.source.as_path()), base) {
         return Ok(None);
     }
-    let made = second_cell(parts, record, (seen, again), base).await;
+    let made = second_cell(parts, record, Source::Seen(seen, again), base).await;
+    taken_in(record, shelf, base, made).await
+}
+
+/// The same of a job that has no cell: what is kept of its last one is `image`. Its cell is left to be destroyed.
+pub(super) async fn commits_kept(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    shelf: &JobShelf,
+    image: &Path,
+    base: Option<&str>,
+) -> Result<Option<Commits>, String> {
+    let made = second_cell(parts, record, Source::Kept(image), base).await;
+    taken_in(record, shelf, base, made).await
+}
+
+async fn taken_in(
+    record: &Record,
+    shelf: &JobShelf,
+    base: Option<&str>,
+    made: Result<Option<std::fs::File>, PrepareError>,
+) -> Result<Option<Commits>, String> {
     let bundle = match made {
         Ok(bundle) => bundle,
         Err(PrepareError::Failed(failure)) => return Err(failure.message),
@@ -108,11 +129,19 @@ fn opened_dir(dir: &Path) -> Option<OwnedFd> {
     rustix::fs::openat(CWD, dir, flags, Mode::empty()).ok()
 }
 
+/// What the second cell is to see.
+enum Source<'a> {
+    /// What an earlier cell that is still mounted saw.
+    Seen(&'a Path, Again),
+    /// What is kept of one that is gone, over the workspace as it was.
+    Kept(&'a Path),
+}
+
 /// Runs git in a cell of its own, and gives what it wrote.
 async fn second_cell(
     parts: &Arc<Parts>,
     record: &mut Record,
-    (seen, again): (&Path, Again),
+    source: Source<'_>,
     base: Option<&str>,
 ) -> Result<Option<std::fs::File>, PrepareError> {
     let (_nobody, mut not_stopped) = watch::channel(None);
@@ -122,16 +151,35 @@ async fn second_cell(
     let names = Names::new(former.as_ref(), &record.job)?;
     parts.store.put_cell(names.row(record, None)).await?;
     let mut accepted = record.accepted.clone();
-    (accepted.workspace, accepted.above, accepted.from) = (None, None, None);
+    accepted.from = None;
     accepted.others.clear();
-    accepted.plan.workspace_mode = WorkspaceMode::None;
-    accepted.plan.limits.disk_bytes = DISK_BYTES;
+    let kept = match &source {
+        Source::Seen(..) => {
+            (accepted.workspace, accepted.above) = (None, None);
+            accepted.plan.workspace_mode = WorkspaceMode::None;
+            accepted.plan.limits.disk_bytes = DISK_BYTES;
+            None
+        }
+        Source::Kept(image) => Some(Kept { image: image.to_path_buf(), session: PathBuf::new() }),
+    };
     let tenant = Tenant { uid: names.uid, runtime: chosen.runtime, claude: image.claude.clone() };
-    let made = prepare::make_rooms(parts, record, &names, tenant, accepted, None).await?;
+    let made = prepare::make_rooms(parts, record, &names, tenant, accepted, kept).await?;
     let (mut dirs, who) = (made.dirs, made.who);
-    dirs.workspace = seen.to_owned();
-    dirs.under = again.under;
-    dirs.over.extend(again.repository);
+    let dir = parts.settings.cells_dir().join(names.cell.as_str());
+    match source {
+        Source::Seen(seen, again) => {
+            dirs.workspace = seen.to_owned();
+            dirs.under = again.under;
+            dirs.over.extend(again.repository);
+        }
+        // It sees all of it already.
+        Source::Kept(_) => {
+            let repository = work::again(&record.accepted, &dir).repository;
+            if !moved(&dirs.workspace, repository.as_ref().map(|r| r.source.as_path()), base) {
+                return Ok(None);
+            }
+        }
+    }
     let mut spec = prepare::cell_spec(parts, record, &names.cell, &image, &dirs, &who);
     spec.runtime = chosen.engine_name;
     let at = record.accepted.plan.workspace_at.clone();
@@ -157,7 +205,6 @@ async fn second_cell(
         }
     };
     prepare::leave_link(record, link).await;
-    let dir = parts.settings.cells_dir().join(names.cell.as_str());
     match (opened(&dir), ended) {
         (Ok(Some(file)), _) => Ok(Some(file)),
         // Git has nothing to pack where HEAD is none of its commits' children.

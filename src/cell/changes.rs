@@ -76,6 +76,14 @@ pub enum ChangesError {
     /// It was thrown away.
     #[error("the change set was discarded")]
     Discarded,
+    /// It could not be made when the job ended, and cannot be made now.
+    #[error("what the job changed is still in its copy, which is kept, and cannot be taken out of it: {why}")]
+    InCopy {
+        /// Why not.
+        why: String,
+        /// What the copy takes of the disk.
+        mib: u64,
+    },
     /// The job's row does not parse.
     #[error("the stored job does not parse: {0}")]
     Corrupt(String),
@@ -120,7 +128,11 @@ pub fn shelf(parts: &Parts, job: &JobId) -> JobShelf {
 pub async fn read(parts: &Parts, job: &Job) -> Result<Kept, ChangesError> {
     let shelf = shelf(parts, &job.row.id);
     let done = job.row.state.is_done();
-    let found = blocking(move || Ok((shelf.changes()?, apply::decision(&shelf)?))).await?;
+    let look = |shelf: JobShelf| blocking(move || Ok((shelf.changes()?, apply::decision(&shelf)?)));
+    let mut found = look(shelf.clone()).await?;
+    if done && found.0.is_none() && kept::retry(parts, job, accepted(job)?).await? {
+        found = look(shelf).await?;
+    }
     let (Some((set, hash)), decision) = found else {
         return Err(if done { ChangesError::None(why_none(&accepted(job)?)) } else { ChangesError::NotDone });
     };
@@ -436,6 +448,7 @@ pub(super) async fn collect(
         true => taken_before(&shelf).await,
         false => Ok(None),
     };
+    let mut known = Ok(None);
     let taken = match (before, copy) {
         (Ok(Some(summary)), _) => Ok(Some(summary)),
         (Err(error), _) => Err(error),
@@ -448,18 +461,21 @@ pub(super) async fn collect(
             let commits = bundle::commits(parts, record, &shelf, (dir, &seen), base.commit.as_deref()).await;
             let (accepted, identity) = (record.accepted.clone(), record.identity.clone());
             let state_dir = parts.settings.state_dir.clone();
-            let found = Found { copy, base, commits };
+            known = commits.clone();
+            let (found, shelf) = (Found { copy, base, commits }, shelf.clone());
             blocking(move || take(&accepted, &identity, found, &shelf, &state_dir)).await.map(Some)
         }
         // No cell ever had one.
         (Ok(None), None) => Ok(None),
     };
     match taken {
-        Ok(Some(summary)) => tell(record, summary).map(Some),
-        Ok(None) => Ok(None),
+        Ok(summary) => {
+            shelf.forget_index();
+            summary.map(|summary| tell(record, summary)).transpose()
+        }
         Err(why) => {
             tracing::error!(job = %record.job, %why, "what a job changed cannot be taken out of its copy");
-            let kept = put_away(parts, record).await;
+            let kept = put_away(parts, record, known).await;
             let text = format!("what the job changed cannot be taken out of its copy: {why}; {kept}");
             record.push(&Body::Note { text })?;
             Ok(None)
@@ -472,25 +488,18 @@ async fn taken_before(shelf: &JobShelf) -> Result<Option<Summary>, ChangesError>
     blocking(move || Ok(shelf.changes()?.map(|(set, hash)| set.summary(hash)))).await
 }
 
-/// Keeps the copy itself, beside what else is kept of the job, for as long as that: what became of it, in words.
-async fn put_away(parts: &Arc<Parts>, record: &Record) -> String {
-    let (from, shelf) = (parts.settings.kept(&record.job), shelf(parts, &record.job));
-    let image = shelf.dir().join(IMAGE);
-    let moved = match park::keep_work(parts, record).await {
+/// Keeps the copy itself: what became of it, in words.
+async fn put_away(
+    parts: &Arc<Parts>,
+    record: &Record,
+    commits: Result<Option<Commits>, String>,
+) -> String {
+    match park::keep_work(parts, record).await {
         Ok(true) => {
-            let to = image.clone();
-            blocking(move || {
-                shelf.create()?;
-                std::fs::rename(&from, &to).map_err(|e| ChangesError::Kept(e.to_string()))
-            })
-            .await
-            .map_err(|error| error.to_string())
+            let (from, shelf) = (parts.settings.kept(&record.job), shelf(parts, &record.job));
+            kept::put_image_away(from, shelf, commits).await
         }
-        Ok(false) => return "its copy is lost with its cell".to_owned(),
-        Err(error) => Err(error.to_string()),
-    };
-    match moved {
-        Ok(()) => format!("the file system with its copy is kept in {}", image.display()),
+        Ok(false) => "its copy is lost with its cell".to_owned(),
         Err(error) => format!("its copy cannot be kept either: {error}"),
     }
 }
@@ -568,6 +577,5 @@ fn take(
         Err(why) => set.notes.push(why),
     }
     let hash = shelf.put_changes(&set)?;
-    shelf.forget_index();
     Ok(set.summary(hash))
 }

@@ -426,6 +426,12 @@ pub(super) fn rooms(accepted: &Accepted, dir: &Path) -> Vec<(String, PathBuf)> {
     all.into_iter().chain(others).filter(|(_, dir)| dir.is_dir()).collect()
 }
 
+/// Whether the cell in `dir` has written to a copy of a repository that lies beside its workspace.
+pub(super) fn has_repository_copy(dir: &Path) -> bool {
+    let copy = workspace::parts_of(dir, Some(REPOSITORY));
+    copy.is_some_and(|copy| std::fs::read_dir(copy.dir).is_ok_and(|mut entries| entries.next().is_some()))
+}
+
 /// What a later cell has to be given to see a workspace as that in `dir` did.
 pub(super) struct Again {
     /// What is bound before it.

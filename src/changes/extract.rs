@@ -36,8 +36,8 @@ pub enum Tree<'a> {
         upper: &'a Path,
     },
     /// A copy of the workspace without its hidden paths. Every file of it that is as long as it was is compared by its
-    /// content: an agent can give a file that it wrote its old time again, and the kernel's own time of the copy
-    /// (`ctime`) is that of the copying, so nothing but the content tells whether it was written since.
+    /// content: an agent can give a file that it wrote its old times again, and the time that nobody can set
+    /// (`ctime`) is in the listing that of the original, not of its copy.
     Whole {
         /// The directory.
         tree: &'a Path,
@@ -181,7 +181,7 @@ pub fn extract(from: &Extraction<'_>) -> Result<ChangeSet, ExtractError> {
     notes.extend(contents.notes());
     contents.close();
     let (mut git_state, mut entries, sorted) = read?;
-    sorting::finish(from, &mut entries, &mut git_state);
+    sorting::finish(from, &walked, &mut entries, &mut git_state);
     notes.extend(sorting::notes(from.listing, &entries));
     let base = Base {
         snapshot: from.listing.hash(),

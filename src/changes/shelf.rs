@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::change::{BlobId, ChangeSet};
+use crate::change::{BlobId, ChangeSet, Commits};
 use crate::git::head::Head;
 use crate::job::JobId;
 
 const BASE: &str = "base";
 const ORIGIN: &str = "origin.json";
 const INDEX: &str = "index";
+const COMMITS: &str = "commits.json";
 const CHANGES: &str = "changes.json";
 const BLOBS: &str = "blobs";
 /// What the name of a content begins with that is not whole yet.
@@ -182,6 +183,26 @@ impl JobShelf {
         {
             tracing::warn!(path = %path.display(), %error, "a kept index stays until its job is removed");
         }
+    }
+
+    /// Keeps which commits an agent made, until there is a change set that says so. Their bundle must be there.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn put_commits(&self, commits: &Commits) -> Result<(), ShelfError> {
+        let json = serde_json::to_vec(commits);
+        self.put(COMMITS, &json.map_err(|e| at("write", &self.dir.join(COMMITS))(io::Error::other(e)))?)
+    }
+
+    /// What [`JobShelf::put_commits`] kept.
+    ///
+    /// # Errors
+    /// [`ShelfError`].
+    pub fn commits(&self) -> Result<Option<Commits>, ShelfError> {
+        let Some(json) = self.get(COMMITS)? else { return Ok(None) };
+        let corrupt =
+            |e: serde_json::Error| ShelfError::Corrupt { path: self.dir.join(COMMITS), detail: e.to_string() };
+        serde_json::from_slice(&json).map(Some).map_err(corrupt)
     }
 
     /// Keeps the change set; its contents must be there. Gives the SHA-256 of its stored form, in hex.

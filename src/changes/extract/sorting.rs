@@ -1,7 +1,7 @@
 //! Which paths changed, and to which part of a change set each belongs: the work tree, git's own state, or what git
 //! ignores. It must never count as deleted what the cell did not see.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io::Read;
 
 use super::super::ignore::{FILE_BYTES_MAX, Rules};
@@ -10,7 +10,7 @@ use super::super::tracked::INDEX_BYTES_MAX;
 use super::contents::Contents;
 use super::walk::Walked;
 use super::{Candidate, ExtractError, Extraction, Tree, some_of};
-use crate::change::classify::{GitPlace, git_place};
+use crate::change::classify::{BarePart, GitPlace, bare_part, git_place};
 use crate::change::{Entry, Flag, Ignored, Node, TreePath, Verdict};
 
 /// The parts.
@@ -209,7 +209,13 @@ fn load_result(
 }
 
 /// What depends on more than one path: hidden names, nested repositories, names that differ by case only.
-pub(super) fn finish(from: &Extraction<'_>, entries: &mut [Entry], git_state: &mut [Entry]) {
+pub(super) fn finish(
+    from: &Extraction<'_>,
+    walked: &Walked,
+    entries: &mut [Entry],
+    git_state: &mut [Entry],
+) {
+    let mut bare = Bare { from, walked, known: HashMap::new() };
     let repositories: HashSet<TreePath> = git_state
         .iter()
         .filter(|entry| entry.before.is_none() && git_place(&entry.path) == GitPlace::Top)
@@ -232,6 +238,7 @@ pub(super) fn finish(from: &Extraction<'_>, entries: &mut [Entry], git_state: &m
         let hidden = !from.hide.is_empty() && from.hide.hides(&entry.path, is_dir);
         let more = [
             (Flag::Hidden, hidden || holding.contains(&entry.path)),
+            (Flag::Git, entry.after.is_some() && bare.is_part(&entry.path)),
             (Flag::Submodule, is_dir && entry.before.is_none() && repositories.contains(&entry.path)),
             (
                 Flag::CaseClash,
@@ -243,6 +250,65 @@ pub(super) fn finish(from: &Extraction<'_>, entries: &mut [Entry], git_state: &m
         entry.flags.extend(more.collect::<Vec<_>>());
         entry.flags.sort_unstable();
         entry.verdict = entry.verdict.max(from.changes.verdict(&entry.flags));
+    }
+}
+
+/// Finds directories that git takes for repositories though they are not called `.git`.
+struct Bare<'a> {
+    from: &'a Extraction<'a>,
+    walked: &'a Walked,
+    /// By directory (the top: nothing): whether it was one, whether it is one.
+    known: HashMap<Vec<u8>, (bool, bool)>,
+}
+
+impl Bare<'_> {
+    /// Whether a path that is new or changed makes a directory above it a repository, or runs in one.
+    fn is_part(&mut self, path: &TreePath) -> bool {
+        if git_place(path) != GitPlace::Outside {
+            return false;
+        }
+        let parts: Vec<&[u8]> = path.parts().collect();
+        (0..parts.len()).any(|at| {
+            let Some(part) = bare_part(&parts[at..]) else { return false };
+            match (part, self.look(&parts[..at].join(&b'/'))) {
+                (BarePart::Runs, (_, is)) => is,
+                (BarePart::Makes, (was, is)) => is && !was,
+            }
+        })
+    }
+
+    fn look(&mut self, dir: &[u8]) -> (bool, bool) {
+        if let Some(known) = self.known.get(dir) {
+            return *known;
+        }
+        let at = |name: &str| {
+            let path = if dir.is_empty() { name.into() } else { [dir, b"/", name.as_bytes()].concat() };
+            TreePath::new(path).ok()
+        };
+        let whole = |there: &dyn Fn(&TreePath) -> bool| {
+            let has = |name: &str| at(name).is_some_and(|path| there(&path));
+            has("HEAD") && ((has("objects") && has("refs")) || has("commondir"))
+        };
+        let listing = self.from.listing;
+        let found = (whole(&|path| listing.get(path).is_some()), whole(&|path| self.is_there(path)));
+        self.known.insert(dir.to_vec(), found);
+        found
+    }
+
+    /// Whether the tree has it now.
+    fn is_there(&self, path: &TreePath) -> bool {
+        if self.walked.found.binary_search_by(|(other, _)| other.cmp(path)).is_ok() {
+            return true;
+        }
+        match self.from.tree {
+            Tree::Whole { .. } => false,
+            Tree::Upper { .. } => {
+                let tops = self.walked.gone.iter().chain(&self.walked.opaque);
+                let replaced = self.walked.found.iter().filter(|(_, seen)| !seen.is_dir()).map(|(path, _)| path);
+                self.from.listing.get(path).is_some()
+                    && !tops.chain(replaced).any(|top| path.is_at_or_below(top))
+            }
+        }
     }
 }
 

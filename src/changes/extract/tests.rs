@@ -489,6 +489,55 @@ fn the_original_is_read_with_its_users_rights_and_never_through_what_appeared_th
 }
 
 #[test]
+fn a_repository_under_another_name_is_flagged_where_it_appears_and_where_it_runs_something() {
+    let mut w = World::new();
+    w.changes = Changes::default();
+    for name in ["HEAD", "config", "hooks/post-commit", "refs/heads/main", "objects/a"] {
+        w.write(&format!("base/tests/old.git/{name}"), "base");
+        w.write(&format!("upper/tests/old.git/{name}"), "changed");
+        w.write(&format!("upper/deep/new/{name}"), "new");
+        w.write(&format!("upper/lacking/{name}"), "new");
+    }
+    fs::remove_file(w.at("upper/lacking/HEAD")).expect("rm");
+    w.write("upper/deep/new/README", "plain");
+    w.write("base/half/HEAD", "base");
+    w.write("base/half/objects/a", "base");
+    w.write("upper/half/refs/heads/main", "new");
+    w.write("upper/half/config", "new");
+    w.write("upper/config", "new");
+    let set = w.upper(&w.listing());
+    let mut flagged: Vec<String> = Vec::new();
+    for entry in &set.entries {
+        if entry.flags.contains(&Flag::Git) {
+            assert_eq!(entry.verdict, Verdict::Refused, "{entry:?}");
+            flagged.push(entry.path.to_string());
+        }
+    }
+    let expected = [
+        "deep/new/HEAD",
+        "deep/new/config",
+        "deep/new/hooks",
+        "deep/new/hooks/post-commit",
+        "deep/new/objects",
+        "deep/new/objects/a",
+        "deep/new/refs",
+        "deep/new/refs/heads",
+        "deep/new/refs/heads/main",
+        "half/config",
+        "half/refs",
+        "half/refs/heads",
+        "half/refs/heads/main",
+        "tests/old.git/config",
+        "tests/old.git/hooks/post-commit",
+    ];
+    assert_eq!(flagged, expected);
+    // Where one of its parts goes, it is none.
+    w.whiteout("half/objects");
+    let set = w.upper(&w.listing());
+    assert!(!find(&set.entries, "half/refs/heads/main").flags.contains(&Flag::Git));
+}
+
+#[test]
 fn what_a_tracked_file_was_is_known_from_gits_objects_though_its_user_wrote_it_meanwhile() {
     let w = World::new();
     fs::set_permissions(w.dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
