@@ -27,6 +27,7 @@ pub(crate) mod trees;
 
 pub use choose::Include;
 pub use extract::{Bases, ExtractError, ExtractLimits, Extraction, Tree, extract};
+pub use ignore::Outer;
 pub use listing::{ListError, ListLimits, Listing, Seen, list};
 pub use only::{BadGlob, Only};
 pub use shelf::{JobShelf, Shelf, ShelfError};

@@ -20,10 +20,11 @@ use crate::changes::branch::{self, BranchError, Build};
 use crate::changes::export::{self, ExportError};
 use crate::changes::patch::{self, Render, RenderError};
 use crate::changes::{
-    self, Bases, ExtractError, ExtractLimits, Extraction, Include, JobShelf, Listing, Shelf, ShelfError, Tree,
+    self, Bases, ExtractError, ExtractLimits, Extraction, Include, JobShelf, Listing, Outer, Shelf, ShelfError, Tree,
 };
 use crate::clock;
 use crate::event::Body;
+use crate::git::above::{self, Above};
 use crate::git::head::Head;
 use crate::git::identity::GitIdentity;
 use crate::job::spec::WorkspaceMode;
@@ -529,6 +530,12 @@ fn origin(shelf: &JobShelf) -> Head {
     })
 }
 
+/// What the repository above a workspace says of it now.
+fn outer_of(identity: &Identity, above: &Above) -> Result<Outer, WorkspaceError> {
+    let (exclude, files) = above::ignores(identity, above)?;
+    Ok(Outer { below: above.below.clone(), exclude, files })
+}
+
 /// Takes it. Blocks.
 fn take(
     accepted: &Accepted,
@@ -559,6 +566,7 @@ fn take(
         path: &record.path,
         temporary,
     });
+    let outer = accepted.above.as_ref().map(|above| outer_of(identity, above)).transpose()?;
     let mut set = changes::extract(&Extraction {
         tree,
         original: original.as_ref().map(AsFd::as_fd),
@@ -568,6 +576,7 @@ fn take(
         changes: &accepted.plan.changes,
         keep_ignored: accepted.keep_ignored,
         bases: bases.as_ref(),
+        outer: outer.as_ref(),
         identity,
         limits: &limits,
     })?;

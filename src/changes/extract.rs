@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, Mode, OFlags};
 
+use super::ignore::Outer;
 use super::listing::{Listing, Seen};
 use super::shelf::{JobShelf, ShelfError};
 use crate::change::{Base, ChangeSet, HideRules, Ignored, TreePath, VERSION};
@@ -93,6 +94,8 @@ pub struct Extraction<'a> {
     pub keep_ignored: bool,
     /// Where contents can be had that the original has not any more.
     pub bases: Option<&'a Bases<'a>>,
+    /// What its repository says of it from above, where it is a part of one's work tree.
+    pub outer: Option<&'a Outer>,
     /// Whose rights the original is read with.
     pub identity: &'a Identity,
     /// How much is taken.

@@ -19,6 +19,8 @@ use crate::workspace::{self, Access, Guard, Replaced, WorkspaceError, WorkspaceR
 
 /// Most directories between a workspace and the top of its repository.
 const UPWARD_MAX: usize = 64;
+/// Longest file of patterns, in bytes.
+const IGNORE_BYTES_MAX: u64 = 1 << 20;
 /// Longest wait for the submitter's file system.
 const WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 /// What is added to the repository's configuration as a cell sees it.
@@ -150,24 +152,55 @@ fn replaced(dir: &OwnedFd, below: &str, format: Format) -> Result<Vec<Replaced>,
     Ok(all)
 }
 
+/// What it ignores of the workspace from above: `info/exclude`, and the `.gitignore` of each directory from the top to
+/// the one that holds the workspace. What cannot be read ignores nothing. Blocks.
+///
+/// # Errors
+/// [`WorkspaceError`] where file systems do not answer.
+#[allow(clippy::type_complexity)] // two lists of contents, for one caller
+pub fn ignores(
+    identity: &Identity,
+    above: &Above,
+) -> Result<(Option<Vec<u8>>, Vec<Option<Vec<u8>>>), WorkspaceError> {
+    let (root, below) = (above.root.clone(), PathBuf::from(&above.below));
+    workspace::as_submitter(identity, &above.root, WAIT_MAX, move || {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let Ok(top) = rustix::fs::openat2(CWD, &root, flags, Mode::empty(), resolve) else {
+            return Ok((None, Vec::new()));
+        };
+        let mut files: Vec<_> = below
+            .ancestors()
+            .skip(1)
+            .map(|dir| file_below(&top, &dir.join(".gitignore"), IGNORE_BYTES_MAX).ok().flatten())
+            .collect();
+        files.reverse();
+        let exclude = file_below(&top, Path::new(".git/info/exclude"), IGNORE_BYTES_MAX).ok().flatten();
+        Ok((exclude, files))
+    })
+}
+
 fn index_of(dir: &OwnedFd) -> Result<Option<Vec<u8>>, String> {
+    file_below(dir, Path::new("index"), INDEX_BYTES_MAX)
+        .map_err(|error| format!("its index cannot be read: {error}"))
+}
+
+/// A regular file below `dir`, without links; none where there is none.
+fn file_below(dir: &OwnedFd, name: &Path, bytes_max: u64) -> std::io::Result<Option<Vec<u8>>> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let read = |error: &dyn std::fmt::Display| format!("its index cannot be read: {error}");
-    let file = match rustix::fs::openat2(dir.as_fd(), "index", flags, Mode::empty(), resolve) {
+    let file = match rustix::fs::openat2(dir.as_fd(), name, flags, Mode::empty(), resolve) {
         Ok(file) => file,
         Err(Errno::NOENT) => return Ok(None),
-        Err(errno) => return Err(read(&errno)),
+        Err(errno) => return Err(errno.into()),
     };
-    let stat = rustix::fs::fstat(&file).map_err(|errno| read(&errno))?;
-    if !FileType::from_raw_mode(stat.st_mode).is_file() {
-        return Err(read(&"it is no file"));
+    if !FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode).is_file() {
+        return Err(std::io::Error::other("it is no file"));
     }
     let mut bytes = Vec::new();
-    let taken = std::fs::File::from(file).take(INDEX_BYTES_MAX + 1).read_to_end(&mut bytes);
-    taken.map_err(|error| read(&error))?;
-    if bytes.len() as u64 > INDEX_BYTES_MAX {
-        return Err(read(&format!("it has more than {INDEX_BYTES_MAX} bytes")));
+    std::fs::File::from(file).take(bytes_max + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > bytes_max {
+        return Err(std::io::Error::other(format!("it has more than {bytes_max} bytes")));
     }
     Ok(Some(bytes))
 }

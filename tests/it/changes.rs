@@ -7,6 +7,7 @@ mod ends;
 mod flags;
 mod input;
 mod kills;
+mod part;
 mod poison;
 mod road;
 mod space;

@@ -106,7 +106,8 @@ pub(super) fn sort(
     let exclude = TreePath::new(".git/info/exclude").ok();
     let exclude = exclude.filter(|path| from.listing.get(path).is_some());
     let exclude = exclude.and_then(|path| contents.original.read_now(&path, FILE_BYTES_MAX));
-    let (mut base, mut result) = (Rules::new(exclude.as_deref()), Rules::new(exclude.as_deref()));
+    let rules = || from.outer.map_or_else(|| Rules::new(exclude.as_deref()), Rules::of_part);
+    let (mut base, mut result) = (rules(), rules());
     let mut tops: BTreeSet<TreePath> = BTreeSet::new();
     let mut index: Option<HashSet<Vec<u8>>> = None;
     for candidate in candidates {
@@ -121,7 +122,7 @@ pub(super) fn sort(
         };
         // What git tracks it does not ignore, whatever the rules say.
         let top = top.filter(|_| {
-            let index = index.get_or_insert_with(|| tracked(from.listing, contents));
+            let index = index.get_or_insert_with(|| tracked(from, contents));
             candidate.before.is_none() || !index.contains(candidate.path.as_bytes())
         });
         let Some(top) = top else {
@@ -171,8 +172,14 @@ fn outside_git(candidate: Candidate, sorted: &mut Sorted) -> Option<Candidate> {
     None
 }
 
-/// What the repository at the top tracks; nothing where that is not known.
-fn tracked(listing: &Listing, contents: &mut Contents<'_>) -> HashSet<Vec<u8>> {
+/// What the repository at the top, or above it, tracks; nothing where that is not known.
+fn tracked(from: &Extraction<'_>, contents: &mut Contents<'_>) -> HashSet<Vec<u8>> {
+    if let Some((outer, bases)) = from.outer.zip(from.bases) {
+        let below = [outer.below.as_bytes(), b"/"].concat();
+        let all = super::super::tracked::paths(bases.index).unwrap_or_default();
+        return all.iter().filter_map(|path| path.strip_prefix(&below[..])).map(<[u8]>::to_vec).collect();
+    }
+    let listing = from.listing;
     let path = TreePath::new(".git/index").ok().filter(|path| listing.get(path).is_some());
     let index = path.and_then(|path| contents.original.read_now(&path, INDEX_BYTES_MAX));
     index.and_then(|index| super::super::tracked::paths(&index)).unwrap_or_default()

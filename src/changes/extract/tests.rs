@@ -79,6 +79,7 @@ impl World {
             changes: &self.changes,
             keep_ignored: self.keep_ignored,
             bases: None,
+            outer: None,
             identity,
             limits: &self.limits,
         })
@@ -570,6 +571,7 @@ fn what_a_tracked_file_was_is_known_from_gits_objects_though_its_user_wrote_it_m
             changes: &w.changes,
             keep_ignored: false,
             bases: Some(&bases),
+            outer: None,
             identity: &place.who,
             limits: &w.limits,
         })
