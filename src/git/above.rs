@@ -27,6 +27,11 @@ const WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 pub const SPARSE: &str =
     "\n# Made by hotcell: only the workspace is checked out.\n[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = false\n";
 
+/// A variable of a cell with such a workspace: its repository lies on another file system there.
+pub fn across() -> (String, String) {
+    ("GIT_DISCOVERY_ACROSS_FILESYSTEM".to_owned(), "1".to_owned())
+}
+
 /// The repository above a workspace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

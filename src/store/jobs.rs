@@ -12,7 +12,6 @@ use super::ledger::{Batch, charge_open, forget_payer, put_payer};
 use super::row::{Int, int, json, maybe_int, parsed, text};
 use super::writer::Durability;
 use super::{Store, StoreError};
-use crate::change::Summary;
 use crate::event::Totals;
 use crate::job::{Carry, Identity, Input, JobId, Outcome, State, StopReason};
 use crate::policy::output::RESULT_BYTES_CEILING;
@@ -390,29 +389,6 @@ impl Store {
         .await
     }
 
-    /// Puts the figures of a change set into the totals of a job that is over: it was made later than its end.
-    ///
-    /// # Errors
-    /// [`StoreError::NotDone`], [`StoreError::NoSuchJob`].
-    pub async fn found_changes(&self, job: &JobId, summary: Summary) -> Result<(), StoreError> {
-        let job = job.clone();
-        self.write(Durability::Soon, move |db| {
-            let state = state_of(db, &job)?;
-            if !state.is_done() {
-                return Err(StoreError::NotDone { state: state.name().to_owned() });
-            }
-            let sql = "SELECT totals_json FROM jobs WHERE id = ?1";
-            let totals = db.prepare_cached(sql)?.query_row([job.as_str()], |row| {
-                if row.get_ref(0)?.data_type() == Type::Null { Ok(None) } else { json::<Totals>(row, 0).map(Some) }
-            })?;
-            let totals = Totals { changes: Some(summary), ..totals.unwrap_or_default() };
-            db.prepare_cached("UPDATE jobs SET totals_json = ?2 WHERE id = ?1")?
-                .execute(params![job.as_str(), text(&totals)?])?;
-            Ok(())
-        })
-        .await
-    }
-
     /// Deletes a job that is over, with its cells and its ledger rows. What was charged stays in the sums and in
     /// the report; what was still set aside is charged in full.
     ///
@@ -557,7 +533,7 @@ fn list(db: &Connection, filter: &Filter) -> Result<Page, StoreError> {
     Ok(Page { rows: found.into_iter().take(limit).map(|(row, _)| row).collect(), next_cursor })
 }
 
-fn state_of(db: &Connection, job: &JobId) -> Result<State, StoreError> {
+pub(super) fn state_of(db: &Connection, job: &JobId) -> Result<State, StoreError> {
     let found = db
         .prepare_cached("SELECT state_json FROM jobs WHERE id = ?1")?
         .query_row([job.as_str()], |row| json(row, 0))
