@@ -194,7 +194,9 @@ fn refusal(job: &Job, error: ChangesError) -> ApiError {
         ),
         C::InCopy { mib, .. } => (
             ErrorCode::Internal,
-            format!("put right what is named and ask again; `hotcell rm {id}` throws the copy away ({mib} MiB)"),
+            format!(
+                "put right what is named and ask again; `hotcell rm {id}` throws the copy away ({mib} MiB)"
+            ),
         ),
         C::Discarded => (ErrorCode::NotFound, format!("`hotcell diff {id}` still shows it")),
         C::Workspace(_) | C::Apply(A::Workspace(_) | A::TargetMoved { .. }) => {

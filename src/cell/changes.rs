@@ -20,7 +20,8 @@ use crate::changes::branch::{self, BranchError, Build};
 use crate::changes::export::{self, ExportError};
 use crate::changes::patch::{self, Render, RenderError};
 use crate::changes::{
-    self, Bases, ExtractError, ExtractLimits, Extraction, Include, JobShelf, Listing, Outer, Shelf, ShelfError, Tree,
+    self, Bases, ExtractError, ExtractLimits, Extraction, Include, JobShelf, Listing, Outer, Shelf,
+    ShelfError, Tree,
 };
 use crate::clock;
 use crate::event::Body;
@@ -490,11 +491,7 @@ async fn taken_before(shelf: &JobShelf) -> Result<Option<Summary>, ChangesError>
 }
 
 /// Keeps the copy itself: what became of it, in words.
-async fn put_away(
-    parts: &Arc<Parts>,
-    record: &Record,
-    commits: Result<Option<Commits>, String>,
-) -> String {
+async fn put_away(parts: &Arc<Parts>, record: &Record, commits: Result<Option<Commits>, String>) -> String {
     match park::keep_work(parts, record).await {
         Ok(true) => {
             let (from, shelf) = (parts.settings.kept(&record.job), shelf(parts, &record.job));

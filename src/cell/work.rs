@@ -422,7 +422,8 @@ pub(super) fn rooms(accepted: &Accepted, dir: &Path) -> Vec<(String, PathBuf)> {
         whole.map_or_else(|| workspace::view_of(dir, name), |parts| parts.dir)
     };
     let others = accepted.others.iter().map(|other| (other.at.clone(), at(Some(&other_name(&other.name)))));
-    let all = [(accepted.plan.workspace_at.clone(), at(None)), (repository_at(accepted), at(Some(REPOSITORY)))];
+    let all =
+        [(accepted.plan.workspace_at.clone(), at(None)), (repository_at(accepted), at(Some(REPOSITORY)))];
     all.into_iter().chain(others).filter(|(_, dir)| dir.is_dir()).collect()
 }
 

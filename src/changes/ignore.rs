@@ -61,7 +61,10 @@ impl Rules {
         rules.below = [outer.below.as_bytes(), b"/"].concat();
         let mut at = 0;
         for text in &outer.files {
-            rules.above.insert(0, (rules.below[at..].to_vec(), text.as_deref().map_or_else(Gitignore::empty, parse)));
+            rules.above.insert(
+                0,
+                (rules.below[at..].to_vec(), text.as_deref().map_or_else(Gitignore::empty, parse)),
+            );
             let rest = &rules.below[at..];
             at += rest.iter().position(|byte| *byte == b'/').map_or(rest.len(), |slash| slash + 1);
         }
@@ -177,7 +180,6 @@ mod tests {
             assert_eq!(ignored(path, is_dir), top, "{path}");
         }
     }
-
 
     fn ignored(files: &[(&str, &str)], exclude: &str, path: &str, is_dir: bool) -> Option<usize> {
         let mut load = |at: &TreePath| {

@@ -160,8 +160,9 @@ impl JobShelf {
         let fresh = path.with_extension("new");
         let mut options = OpenOptions::new();
         let written = options.write(true).create(true).truncate(true).mode(0o600).open(&fresh);
-        let written = written
-            .and_then(|mut file| file.write_all(&written_ns.to_le_bytes()).and_then(|()| file.write_all(index)));
+        let written = written.and_then(|mut file| {
+            file.write_all(&written_ns.to_le_bytes()).and_then(|()| file.write_all(index))
+        });
         written.and_then(|()| std::fs::rename(&fresh, &path)).map_err(at("write", &path))
     }
 
@@ -200,8 +201,10 @@ impl JobShelf {
     /// [`ShelfError`].
     pub fn commits(&self) -> Result<Option<Commits>, ShelfError> {
         let Some(json) = self.get(COMMITS)? else { return Ok(None) };
-        let corrupt =
-            |e: serde_json::Error| ShelfError::Corrupt { path: self.dir.join(COMMITS), detail: e.to_string() };
+        let corrupt = |e: serde_json::Error| ShelfError::Corrupt {
+            path: self.dir.join(COMMITS),
+            detail: e.to_string(),
+        };
         serde_json::from_slice(&json).map(Some).map_err(corrupt)
     }
 

@@ -24,8 +24,7 @@ const IGNORE_BYTES_MAX: u64 = 1 << 20;
 /// Longest wait for the submitter's file system.
 const WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 /// What is added to the repository's configuration as a cell sees it.
-pub const SPARSE: &str =
-    "\n# Made by hotcell: only the workspace is checked out.\n[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = false\n";
+pub const SPARSE: &str = "\n# Made by hotcell: only the workspace is checked out.\n[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = false\n";
 
 /// A variable of a cell with such a workspace: its repository lies on another file system there.
 pub fn across() -> (String, String) {

@@ -61,10 +61,11 @@ impl<'a> Known<'a> {
         let from = self.from?;
         self.left = self.left.checked_sub(1)?;
         if self.opened.is_none() {
-            self.opened = open(from, self.identity).inspect_err(|why| {
-                tracing::info!(path = %from.path.display(), why, "git cannot be asked what files were");
-            })
-            .ok();
+            self.opened = open(from, self.identity)
+                .inspect_err(|why| {
+                    tracing::info!(path = %from.path.display(), why, "git cannot be asked what files were");
+                })
+                .ok();
             if self.opened.is_none() {
                 // Not asked again.
                 self.from = None;
@@ -75,8 +76,7 @@ impl<'a> Known<'a> {
         if was.bytes > CONTENT_BYTES_MAX || !vouches(file, was, from.written_ns) {
             return None;
         }
-        let bounds =
-            Bounds { wall: READ_TIME_MAX, output_bytes_max: CONTENT_BYTES_MAX, ..Bounds::default() };
+        let bounds = Bounds { wall: READ_TIME_MAX, output_bytes_max: CONTENT_BYTES_MAX, ..Bounds::default() };
         let content = opened.git.text(&["cat-file", "blob", &file.id], None, &bounds);
         let content = content.inspect_err(|error| tracing::info!(%path, %error, "git does not have it"));
         content.ok().filter(|content| content.len() as u64 == was.bytes)
@@ -119,15 +119,10 @@ mod tests {
 
     #[test]
     fn the_index_vouches_only_for_what_it_saw_itself_and_not_in_the_same_moment() {
-        let was = Seen { what: What::File, mode: 0o644, bytes: 3, mtime_ns: 50, ctime_ns: 60, ino: (1 << 32) + 7 };
-        let file = Tracked {
-            id: String::new(),
-            mode: 0o100_644,
-            bytes: 3,
-            mtime_ns: 50,
-            ctime_ns: 60,
-            ino: 7,
-        };
+        let was =
+            Seen { what: What::File, mode: 0o644, bytes: 3, mtime_ns: 50, ctime_ns: 60, ino: (1 << 32) + 7 };
+        let file =
+            Tracked { id: String::new(), mode: 0o100_644, bytes: 3, mtime_ns: 50, ctime_ns: 60, ino: 7 };
         assert!(vouches(&file, &was, 51));
         assert!(!vouches(&file, &was, 50), "perhaps written after the index");
         for other in [

@@ -46,7 +46,17 @@ impl<'a> Contents<'a> {
     ) -> Self {
         let bytes_left = from.limits.blobs_bytes_max;
         let known = Known::new(from.bases, from.identity);
-        Self { from, root, overlay, original, until, known, bytes_left, left_out: Vec::new(), old_left_out: 0 }
+        Self {
+            from,
+            root,
+            overlay,
+            original,
+            until,
+            known,
+            bytes_left,
+            left_out: Vec::new(),
+            old_left_out: 0,
+        }
     }
 
     /// A file that the cell left.

@@ -216,12 +216,7 @@ fn load_result(
 }
 
 /// What depends on more than one path: hidden names, nested repositories, names that differ by case only.
-pub(super) fn finish(
-    from: &Extraction<'_>,
-    walked: &Walked,
-    entries: &mut [Entry],
-    git_state: &mut [Entry],
-) {
+pub(super) fn finish(from: &Extraction<'_>, walked: &Walked, entries: &mut [Entry], git_state: &mut [Entry]) {
     let mut bare = Bare { from, walked, known: HashMap::new() };
     let repositories: HashSet<TreePath> = git_state
         .iter()
@@ -311,7 +306,8 @@ impl Bare<'_> {
             Tree::Whole { .. } => false,
             Tree::Upper { .. } => {
                 let tops = self.walked.gone.iter().chain(&self.walked.opaque);
-                let replaced = self.walked.found.iter().filter(|(_, seen)| !seen.is_dir()).map(|(path, _)| path);
+                let replaced =
+                    self.walked.found.iter().filter(|(_, seen)| !seen.is_dir()).map(|(path, _)| path);
                 self.from.listing.get(path).is_some()
                     && !tops.chain(replaced).any(|top| path.is_at_or_below(top))
             }

@@ -549,9 +549,11 @@ fn what_a_tracked_file_was_is_known_from_gits_objects_though_its_user_wrote_it_m
     place.sh(&top, "touch -d '1 hour ago' dir/b.txt; git add dir/b.txt");
     for below in ["", "dir"] {
         let dir = top.join(below);
-        let repository = crate::git::head::Repository::holding(&dir, place.who.uid).expect("read").expect("there");
+        let repository =
+            crate::git::head::Repository::holding(&dir, place.who.uid).expect("read").expect("there");
         let (index, written_ns) = repository.index(1 << 20).expect("read").expect("there");
-        let listing = list(fs::File::open(&dir).expect("open").as_fd(), &ListLimits::default()).expect("listed");
+        let listing =
+            list(fs::File::open(&dir).expect("open").as_fd(), &ListLimits::default()).expect("listed");
         let upper = w.at(&format!("upper-{}", below.len()));
         for name in ["b.txt", "staged", "new"] {
             let at = upper.join(if below.is_empty() { "dir" } else { "" }).join(name);
@@ -561,7 +563,8 @@ fn what_a_tracked_file_was_is_known_from_gits_objects_though_its_user_wrote_it_m
         let was = fs::read_to_string(top.join("dir/b.txt")).expect("read");
         place.sh(&top, "for f in b.txt staged new; do echo mine >>dir/$f; done");
         let original = fs::File::open(&dir).expect("open");
-        let bases = Bases { index: &index, written_ns, path: &dir, temporary: crate::changes::export::temporary() };
+        let bases =
+            Bases { index: &index, written_ns, path: &dir, temporary: crate::changes::export::temporary() };
         let set = extract(&Extraction {
             tree: Tree::Upper { upper: &upper },
             original: Some(original.as_fd()),

@@ -94,7 +94,9 @@ pub(crate) fn marked(mut text: Text, set: &ChangeSet) -> Text {
 /// What an agent left in a person's own directory, and is set aside.
 pub(crate) fn quarantined(paint: Paint, all: &[Quarantined]) -> Text {
     let mut text = Text::new(paint);
-    text = text.add(Style::Warn, "appeared during the job, would be obeyed on this host, and is set aside:").end();
+    text = text
+        .add(Style::Warn, "appeared during the job, would be obeyed on this host, and is set aside:")
+        .end();
     for one in all.iter().take(NAMED_MAX) {
         text = text.plain(&format!("  {}", shown(&one.path.to_string())));
         text = match (&one.moved_to, &one.why) {

@@ -29,15 +29,24 @@ fn git_takes_what_lies_outside_for_not_checked_out_whatever_the_form() {
             let shown = place.path(&format!("{name}-{version}"));
             place.sh(
                 &path,
-                &format!("mkdir -p {0}; cp -r dir {0}/; cp -r .git {0}/.git; cp .git/index.other {0}/.git/index", shown.display()),
+                &format!(
+                    "mkdir -p {0}; cp -r dir {0}/; cp -r .git {0}/.git; cp .git/index.other {0}/.git/index",
+                    shown.display()
+                ),
             );
             let listed = place.git(&shown, &["ls-files", "-s"]);
             assert!(listed.contains("a.txt") && (listed == files || *version == "3"), "{version}: {listed}");
             let status = place.git(&shown, &["status", "--porcelain"]);
-            assert!(status.is_empty() || status == "A dir/later" || status == " A dir/later", "{version}: {status}");
+            assert!(
+                status.is_empty() || status == "A dir/later" || status == " A dir/later",
+                "{version}: {status}"
+            );
             let skipped = place.sh(&shown, "git ls-files -t | grep -c '^S' || true");
             assert_eq!(skipped, "10", "{version}");
-            place.sh(&shown, "git fsck --strict && echo more >>dir/b.txt && git add dir/b.txt && git commit -qm third");
+            place.sh(
+                &shown,
+                "git fsck --strict && echo more >>dir/b.txt && git add dir/b.txt && git commit -qm third",
+            );
             assert_eq!(place.git(&shown, &["show", "--name-only", "--format=", "HEAD"]).trim(), "dir/b.txt");
             if *version == "3" {
                 place.git(&path, &["reset", "-q"]);

@@ -96,7 +96,10 @@ fn what_cannot_be_taken_out_of_a_copy_is_kept_and_taken_out_when_it_can_be() {
         let note = events.iter().filter_map(|e| e["text"].as_str()).find(|t| t.contains("its copy is kept"));
         assert!(note.is_some_and(|note| note.contains("try again")), "{events:#?}");
         let (code, _, err) = run_as(&world, ANN, &["diff", &id]);
-        assert!(code != 0 && err.contains("still in its copy") && err.contains("hotcell rm"), "{code}: {err}");
+        assert!(
+            code != 0 && err.contains("still in its copy") && err.contains("hotcell rm"),
+            "{code}: {err}"
+        );
         assert!(shelf.join("copy.img").exists());
         if again {
             std::fs::remove_dir(&in_the_way).unwrap();
@@ -117,7 +120,8 @@ fn what_cannot_be_taken_out_of_a_copy_is_kept_and_taken_out_when_it_can_be() {
 
 #[test]
 fn a_parked_job_that_is_cancelled_keeps_its_agents_commits() {
-    let commit = bash("echo work >work.txt; git add -A; git commit -qm 'before the pause'; echo loose >loose.txt");
+    let commit =
+        bash("echo work >work.txt; git add -A; git commit -qm 'before the pause'; echo loose >loose.txt");
     let text = format!(
         "usage = {{ input = 10, output = 20 }}\n\
          [[reply]]\nwhen = {{ prompt = \"parks\", turn = 0, tools = true }}\nblocks = [{commit}]\n\
