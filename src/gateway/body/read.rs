@@ -421,11 +421,12 @@ impl<'de> Visitor<'de> for Block<'_, 'de> {
             }
             if self.of != Of::Block {
                 piece.add(&key);
-                piece.add(raw.get());
                 if key == "input" {
                     // What is no object has no parameters; the provider refuses it.
                     let Entries(parameters) = inner::<Entries, A::Error>(raw).unwrap_or(Entries(0));
-                    piece.is_call(raw.get(), parameters);
+                    piece.add_call(raw.get(), parameters);
+                } else {
+                    piece.add(raw.get());
                 }
             }
             bytes += raw.get().len() as u64;

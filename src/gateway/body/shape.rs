@@ -199,20 +199,24 @@ impl Piece {
     }
 
     pub(super) fn add(&mut self, text: &str) {
+        self.take(text, expand::of_text(text));
+    }
+
+    /// A JSON value that is written anew.
+    pub(super) fn add_json(&mut self, raw: &str) {
+        self.take(raw, expand::of_json(raw));
+    }
+
+    /// The input of a tool's call.
+    pub(super) fn add_call(&mut self, raw: &str, parameters: u64) {
+        self.take(raw, expand::of_call(raw, parameters));
+    }
+
+    fn take(&mut self, text: &str, more: u64) {
         self.hasher.write_usize(text.len());
         self.hasher.write(text.as_bytes());
         self.count(text.len());
-        self.bytes = self.bytes.saturating_add(expand::of_text(text));
-    }
-
-    /// What the value of a field may be longer when it is written anew; it was added before.
-    pub(super) fn is_json(&mut self, raw: &str) {
-        self.bytes = self.bytes.saturating_add(expand::of_json(raw));
-    }
-
-    /// The same of the input of a tool's call.
-    pub(super) fn is_call(&mut self, raw: &str, parameters: u64) {
-        self.bytes = self.bytes.saturating_add(expand::of_call(raw, parameters));
+        self.bytes = self.bytes.saturating_add(more);
     }
 
     /// Bytes that count and are the same in every piece of this kind.

@@ -91,8 +91,7 @@ impl<'de> Visitor<'de> for Tool<'_, 'de> {
             names.add(key.clone())?;
             let raw: &'de RawValue = map.next_value()?;
             self.piece.add(&key);
-            self.piece.add(raw.get());
-            self.piece.is_json(raw.get());
+            self.piece.add_json(raw.get());
             // Quotes, colon and comma.
             self.piece.count(4);
             match key.as_ref() {
