@@ -1,3 +1,5 @@
+//! The repository above a workspace, found and refused, with real repositories.
+
 use super::super::testing::Place;
 use super::*;
 

@@ -1,3 +1,5 @@
+//! Indexes that git wrote, and what git makes of what we write.
+
 use proptest::prelude::*;
 
 use super::super::testing::Place;
