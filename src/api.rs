@@ -6,6 +6,7 @@ pub mod access;
 pub mod audit;
 pub mod changes;
 pub mod cost;
+pub mod doctor;
 pub mod events;
 pub mod jobs;
 mod kept;
@@ -122,6 +123,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/audit", get(audit::daemon))
         .route("/v1/whoami", get(whoami::whoami))
+        .route("/v1/doctor", get(doctor::doctor))
         .route("/v1/jobs/{id}/unpark", post(jobs::unpark))
         .route("/v1/cost", get(cost::cost))
         .route("/v1/budgets", get(cost::budgets))

@@ -413,7 +413,7 @@ async fn quarantine(parts: &Arc<Parts>, record: &mut Record) -> Result<Vec<Quara
 async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<Totals, RecordError> {
     let spend = parts.store.spend(&record.job).await?;
     let (tool_calls, tool_denials) = ended.session.as_ref().map_or((0, 0), Session::tool_counts);
-    let runtime = parts.store.cell_of(&record.job).await?.and_then(|cell| cell.runtime);
+    let runtime = parts.store.agent_cell_of(&record.job).await?.and_then(|cell| cell.runtime);
     let (exit, before) = (record.exit.unwrap_or_default(), &record.carry);
     let own = ended.session.as_ref().map(Session::cli_cost);
     // Each CLI counts what it paid itself; a sum that lacks one of them says nothing.

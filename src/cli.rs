@@ -13,6 +13,7 @@ mod completions;
 mod cost;
 mod diff;
 mod discard;
+mod doctor;
 mod export;
 mod fail;
 mod follow;
@@ -79,6 +80,7 @@ enum Command {
     Policy(policy::PolicyArgs),
     Whoami(whoami::WhoamiArgs),
     Health(health::HealthArgs),
+    Doctor(doctor::DoctorArgs),
     Schema(schema::SchemaArgs),
     Completions(completions::CompletionsArgs),
     Version(version::VersionArgs),
@@ -184,6 +186,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Policy(args) => policy::policy(&args, context),
         Command::Whoami(args) => wait(whoami::whoami(&args, context)),
         Command::Health(args) => wait(health::health(&args, context)),
+        Command::Doctor(args) => wait(doctor::doctor(&args, context)),
         Command::Schema(_) => schema::schema(context),
         Command::Completions(args) => completions::completions(&args, context),
         Command::Version(args) => version::version(&args, context),
@@ -211,6 +214,7 @@ impl Command {
             Self::Policy(args) => args.json(),
             Self::Whoami(args) => args.json,
             Self::Health(args) => args.json,
+            Self::Doctor(args) => args.json,
             Self::Version(args) => args.json,
             Self::Report(_)
             | Self::Export(_)

@@ -118,6 +118,15 @@ pub enum WorkspaceError {
         /// The rule it met.
         tree: &'static str,
     },
+    /// The inside of a repository: what git itself reads and runs, not the files that it keeps.
+    #[error(
+        "workspace {path:?} is (in) a git directory, which holds what git runs: pass the work tree, or this \
+         repository with a ref (--ref) to work on a checkout of it"
+    )]
+    GitDir {
+        /// As given.
+        path: PathBuf,
+    },
     /// A file system made by the kernel.
     #[error("workspace {path:?} is on the kernel's {fs} file system: use a directory on a disk")]
     PseudoFs {

@@ -52,7 +52,7 @@ pub async fn view(api: &Api, job: &Job) -> Result<JobView, ApiError> {
             }
         }
     };
-    let cell = api.parts.store.cell_of(&row.id).await?;
+    let cell = api.parts.store.agent_cell_of(&row.id).await?;
     Ok(JobView {
         id: row.id.clone(),
         state: row.state.clone(),

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::changes::ChangesView;
 use super::cost::{BudgetList, CostReport};
-use super::wire::{ErrorBody, Health, JobList, JobView, WhoAmI};
+use super::wire::{Doctor, ErrorBody, Health, JobList, JobView, WhoAmI};
 use crate::audit::Record;
 use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest};
 use crate::job::{JobSpec, State as JobState};
@@ -37,6 +37,7 @@ pub fn openapi() -> Value {
         generator.subschema_for::<CheckoutRequest>(),
         generator.subschema_for::<CheckoutAnswer>(),
         generator.subschema_for::<Health>(),
+        generator.subschema_for::<Doctor>(),
         generator.subschema_for::<WhoAmI>(),
         generator.subschema_for::<Record>(),
         generator.subschema_for::<ErrorBody>(),
@@ -285,6 +286,10 @@ fn of_the_daemon() -> Value {
         } },
         "/v1/openapi.json": { "get": {
             "operationId": "openapi", "summary": "This document", "responses": { "200": { "description": "OpenAPI 3.1" } },
+        } },
+        "/v1/doctor": { "get": {
+            "operationId": "doctor", "summary": "All that jobs need of this machine, and what to do where it is missing",
+            "responses": { "200": answer("The checks", "Doctor"), "default": error() },
         } },
         "/healthz": { "get": {
             "operationId": "health", "summary": "What works and what does not",

@@ -179,6 +179,41 @@ pub struct Health {
     pub notes: Vec<String>,
 }
 
+/// What `GET /v1/doctor` answers.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct Doctor {
+    /// `ok`, or `degraded` where a check failed.
+    pub status: String,
+    /// What was looked at.
+    pub checks: Vec<Check>,
+}
+
+/// One thing that jobs need.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Check {
+    /// What it is: `daemon`, `engine`, `runtimes`, `image`, `agent`, `workspaces`, `disk`, `policies`.
+    pub name: String,
+    /// How it stands.
+    pub verdict: CheckVerdict,
+    /// What was found.
+    pub words: String,
+    /// What to do next, where there is something.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+/// How one thing stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CheckVerdict {
+    /// As it should be.
+    Pass,
+    /// Jobs run, but not in the best way.
+    Note,
+    /// Jobs cannot run, or will soon be unable to.
+    Fail,
+}
+
 /// Every error answer.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorBody {

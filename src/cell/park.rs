@@ -273,7 +273,7 @@ pub(super) async fn shelve(
     if !matches!(record.state(), State::Parking { .. }) {
         record.step(parts, Input::Park(parked)).await?;
     }
-    let created_boot_ms = parts.store.cell_of(&record.job).await?.map(|cell| cell.created_boot_ms);
+    let created_boot_ms = parts.store.agent_cell_of(&record.job).await?.map(|cell| cell.created_boot_ms);
     match keep_work(parts, record).await {
         Ok(true) => {}
         Ok(false) => {

@@ -188,7 +188,7 @@ pub async fn adopt(
     if replay.exit.is_some() {
         return Ok(None);
     }
-    let Some(row) = parts.store.cell_of(&record.job).await?.filter(|row| row.cell == cell) else {
+    let Some(row) = parts.store.agent_cell_of(&record.job).await?.filter(|row| row.cell == cell) else {
         return Ok(None);
     };
     let Ok(key) = <[u8; 32]>::try_from(row.ctl_key.as_slice()).map(CtlKey::from_bytes) else {

@@ -16,7 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::fail::{ApiError, CliError};
 use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
-use crate::api::wire::{Health, JobList, JobView, WhoAmI};
+use crate::api::wire::{Doctor, Health, JobList, JobView, WhoAmI};
 use crate::change::decision::{
     ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest, ExportFormat, Form,
 };
@@ -201,6 +201,11 @@ impl Client {
     /// How the daemon is.
     pub(crate) async fn health(&self) -> Result<Health, CliError> {
         self.get("/healthz").await
+    }
+
+    /// All that jobs need of the daemon's machine.
+    pub(crate) async fn doctor(&self) -> Result<Doctor, CliError> {
+        self.get("/v1/doctor").await
     }
 
     /// Events from number `from` on; with `follow` until the job is done.

@@ -35,6 +35,7 @@ async fn hotcell(daemon: &Daemon, args: &[&str], context: &mut Context) -> ExitC
         Command::Rm(args) => rm::rm(&args, context).await,
         Command::Cost(args) => cost::cost(&args, context).await,
         Command::Health(args) => health::health(&args, context).await,
+        Command::Doctor(args) => doctor::doctor(&args, context).await,
         Command::Whoami(args) => whoami::whoami(&args, context).await,
         Command::Audit(args) => audit::audit(&args, context).await,
         Command::Run(args) => {
@@ -371,6 +372,28 @@ async fn an_audit_asks_for_what_was_chosen_and_passes_records_on_as_they_came() 
     assert_eq!(daemon.requests()[1].0, format!("GET /v1/jobs/{JOB}/audit?since_ms=0"));
     // A record without its line feed is torn: it is not shown.
     assert_eq!(stdout.text(), "");
+}
+
+#[tokio::test]
+async fn doctor_names_each_thing_and_what_to_do_and_fails_where_one_fails() {
+    let (mut context, stdout, _) = context();
+    let checks = json!({ "status": "ok", "checks": [
+        { "name": "engine", "verdict": "pass", "words": "20.10 at unix:///run/e.sock" },
+        { "name": "runtimes", "verdict": "note", "words": "runc only", "hint": "make gvisor adds it" },
+    ] });
+    let mut failing = checks.clone();
+    failing["status"] = json!("degraded");
+    failing["checks"][0]["verdict"] = json!("fail");
+    let daemon = Daemon::start(Script { errors: vec![("GET /v1/doctor", 200, checks)], ..Script::default() });
+    assert_eq!(hotcell(&daemon, &["doctor"], &mut context).await, ExitCode::Succeeded);
+    let said = stdout.text();
+    assert!(said.contains("ok    engine     20.10 at unix:///run/e.sock"), "{said}");
+    assert!(said.contains("note  runtimes   runc only\n                 make gvisor adds it\n"), "{said}");
+    daemon.script.lock().expect("lock").errors = vec![("GET /v1/doctor", 200, failing)];
+    assert_eq!(hotcell(&daemon, &["doctor"], &mut context).await, ExitCode::Unavailable);
+    assert!(stdout.text().contains("fails engine"));
+    assert_eq!(hotcell(&daemon, &["doctor", "--json"], &mut context).await, ExitCode::Unavailable);
+    assert!(stdout.text().contains("\"verdict\":\"fail\""));
 }
 
 #[tokio::test]

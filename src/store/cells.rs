@@ -29,7 +29,7 @@ pub struct CellRow {
     pub token: String,
     /// The private host uid of the cell's processes.
     pub cell_uid: u32,
-    /// What isolates it; none where it only tries a runtime out.
+    /// What isolates the agent; none where no agent is in it (it tries a runtime out, or packs commits).
     pub runtime: Option<Runtime>,
     /// When it was made, on the clock that never jumps: milliseconds since boot.
     pub created_boot_ms: u64,
@@ -132,6 +132,21 @@ impl Store {
         let job = job.clone();
         self.read(move |db| {
             let sql = format!("SELECT {COLUMNS} FROM cells WHERE job = ?1 ORDER BY rowid DESC LIMIT 1");
+            Ok(db.prepare_cached(&sql)?.query_row([job.as_str()], cell_row).optional()?)
+        })
+        .await
+    }
+
+    /// The latest cell of a job that its agent was in, gone or not.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub async fn agent_cell_of(&self, job: &JobId) -> Result<Option<CellRow>, StoreError> {
+        let job = job.clone();
+        self.read(move |db| {
+            let sql = format!(
+                "SELECT {COLUMNS} FROM cells WHERE job = ?1 AND runtime IS NOT NULL ORDER BY rowid DESC LIMIT 1"
+            );
             Ok(db.prepare_cached(&sql)?.query_row([job.as_str()], cell_row).optional()?)
         })
         .await

@@ -327,6 +327,9 @@ fn open_here(
         return Err(WorkspaceError::PseudoFs { path: path.to_owned(), fs });
     }
     may_use(dir.as_fd(), identity.uid, path, need)?;
+    if is_git_dir(dir.as_fd()) {
+        return Err(WorkspaceError::GitDir { path: path.to_owned() });
+    }
     let record = describe(dir.as_fd(), identity, path, need)?;
     if let Some(home) = home {
         not_home(&record, home)?;
@@ -335,6 +338,17 @@ fn open_here(
         return Err(WorkspaceError::SocketInside { socket: path.join(below) });
     }
     Ok((dir, record))
+}
+
+/// Whether git would take the directory itself for a repository, as a bare one is.
+fn is_git_dir(dir: BorrowedFd<'_>) -> bool {
+    let is = |name, kind| {
+        let found = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
+        found.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == kind)
+    };
+    is(c"HEAD", FileType::RegularFile)
+        && is(c"objects", FileType::Directory)
+        && is(c"refs", FileType::Directory)
 }
 
 /// Asks the kernel whether this thread's credentials may write `fd` (and enter it, for a directory).

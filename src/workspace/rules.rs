@@ -114,6 +114,9 @@ pub(super) fn tidy(path: &Path, guard: &Guard) -> Result<PathBuf, WorkspaceError
     if let Some(tree) = system_tree(&path) {
         return Err(WorkspaceError::System { path, tree });
     }
+    if path.components().any(|part| part.as_os_str().eq_ignore_ascii_case(".git")) {
+        return Err(WorkspaceError::GitDir { path });
+    }
     if path.starts_with(&guard.state_dir) || guard.state_dir.starts_with(&path) {
         return Err(WorkspaceError::StateDir { path, state_dir: guard.state_dir.clone() });
     }
@@ -215,6 +218,8 @@ mod tests {
         assert!(matches!(refuse(""), WorkspaceError::NotAbsolute { .. }));
         assert!(matches!(refuse(&format!("/{}", "a".repeat(5000))), WorkspaceError::NotAbsolute { .. }));
         assert!(matches!(refuse("/home/ann/../bob"), WorkspaceError::NotCanonical { .. }));
+        assert!(matches!(refuse("/home/ann/app/.git"), WorkspaceError::GitDir { .. }));
+        assert!(matches!(refuse("/home/ann/app/.GIT/modules/x"), WorkspaceError::GitDir { .. }));
     }
 
     #[test]

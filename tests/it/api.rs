@@ -369,6 +369,15 @@ fn every_error_has_one_shape_and_every_answer_its_schema() {
     );
     assert_eq!(world.sql("SELECT count(*) FROM jobs"), "0", "what is refused leaves nothing");
 
+    let doctor = world.call("GET", "/v1/doctor", "").json();
+    assert_eq!(doctor["status"], "ok", "{doctor:#}");
+    let names: Vec<&str> =
+        doctor["checks"].as_array().unwrap().iter().map(|check| check["name"].as_str().unwrap()).collect();
+    assert_eq!(
+        names,
+        ["daemon", "engine", "runtimes", "image", "agent", "workspaces", "disk", "policies"],
+        "{doctor:#}"
+    );
     let health = world.call("GET", "/healthz", "").json();
     assert_eq!((&health["status"], &health["problems"]), (&json!("ok"), &json!([])), "{health}");
     let document = world.call("GET", "/v1/openapi.json", "").json();
@@ -376,7 +385,7 @@ fn every_error_has_one_shape_and_every_answer_its_schema() {
     references(&document, &document);
     let operations: usize =
         document["paths"].as_object().unwrap().values().map(|p| p.as_object().unwrap().len()).sum();
-    assert_eq!(operations, 22, "each operation of the API is described");
+    assert_eq!(operations, 23, "each operation of the API is described");
     for key in ["id", "state", "cost_usd", "totals"] {
         let properties = document["components"]["schemas"]["JobView"].to_string();
         assert!(properties.contains(&format!("\"{key}\"")), "JobView has no {key}: {properties}");

@@ -178,6 +178,12 @@ fn a_workspace_that_cannot_be_used_names_its_path() {
     let with_socket = world.workspace("with-socket", ANN);
     let _held = UnixListener::bind(with_socket.join("agent.sock")).unwrap();
     std::fs::set_permissions(with_socket.join("agent.sock"), PermissionsExt::from_mode(0o777)).unwrap();
+    let repository = world.workspace("repository", ANN);
+    let bare = world.workspace("bare.git", ANN);
+    for (dir, flag) in [(&repository, "-q"), (&bare, "--bare")] {
+        let made = std::process::Command::new("git").args(["init", "-q", flag]).arg(dir).status().unwrap();
+        assert!(made.success());
+    }
     let state = world.state_dir();
     let case = |path: &Path, words: &[&str]| {
         let mut words = says(words);
@@ -198,6 +204,8 @@ fn a_workspace_that_cannot_be_used_names_its_path() {
         case(&private.join("deeper"), &["4242"]),
         case(&others, &["uid 4242 may not write"]),
         case(&with_socket, &["socket"]),
+        case(&repository.join(".git"), &["git directory", "--ref"]),
+        case(&bare, &["git directory", "--ref"]),
         case(Path::new("/"), &["system directory"]),
         case(Path::new("/etc"), &["system directory"]),
         case(Path::new("/proc/self"), &["system directory"]),
@@ -532,6 +540,8 @@ fn a_job_outlives_an_engine_that_is_away_and_new_ones_are_told() {
     let problems = world.call("GET", "/healthz", "").json()["problems"].to_string();
     assert!(problems.contains("engine.sock"), "{problems}");
     assert_eq!(world.run(&["health"]).0, 4);
+    let (code, told, _) = world.run(&["doctor"]);
+    assert!(code == 4 && told.contains("fails engine") && told.contains("engine.sock"), "{code} {told}");
     assert!(world.call("GET", "/metrics", "").body.contains("\nhotcell_engine_up 0\n"));
     let refused = world.call("POST", "/v1/jobs", &json!({ "prompt": "x" }).to_string());
     assert_eq!(

@@ -3,7 +3,7 @@
 use super::stream::{explain, spent, tokens, verdict};
 use super::{Paint, Style, Text, one_line, words};
 use crate::agent_bundle::{Bundle, Qualification, Version};
-use crate::api::wire::{Health, JobView};
+use crate::api::wire::{CheckVerdict, Doctor, Health, JobView};
 use crate::config::{PolicyOrigin, PolicySource};
 use crate::job::{Outcome, State};
 use crate::money::MicroUsd;
@@ -199,6 +199,26 @@ pub(crate) fn health(paint: Paint, health: &Health) -> Text {
     }
     for note in &health.notes {
         text = text.plain("  ").add(Style::Dim, note).end();
+    }
+    text
+}
+
+/// `hotcell doctor`.
+pub(crate) fn doctor(paint: Paint, doctor: &Doctor) -> Text {
+    let mut text = Text::new(paint);
+    for check in &doctor.checks {
+        let (style, verdict) = match check.verdict {
+            CheckVerdict::Pass => (Style::Good, "ok"),
+            CheckVerdict::Note => (Style::Warn, "note"),
+            CheckVerdict::Fail => (Style::Bad, "fails"),
+        };
+        text = text
+            .add(style, &format!("{verdict:<6}"))
+            .plain(&format!("{:<11}{}", check.name, check.words))
+            .end();
+        if let Some(hint) = &check.hint {
+            text = text.add(Style::Dim, &format!("{:17}{hint}", "")).end();
+        }
     }
     text
 }

@@ -129,10 +129,14 @@ fn a_branch_holds_the_change_and_the_persons_files_stay() {
     let (code, _, err) = run_as(&world, ANN, &["apply", &id, "--branch", "../x"]);
     assert!(code != 0 && err.contains("../x"), "{err}");
 
-    // The agent's own commits, and what it did not commit.
+    // The agent's own commits, and what it did not commit. They were packed in a cell that was not the agent's.
     let (id, events, _) = job(&world, "commit", &dir);
     let said = crate::world::tool_results(&events);
     assert!(said.contains("by Ann <ann@example.org>") && said.contains(&id), "identity and trailer: {said}");
+    let shown: serde_json::Value = serde_json::from_str(&ann(&world, &["show", &id, "--json"])).unwrap();
+    let cell = events.iter().find(|event| event["type"] == "cell").unwrap();
+    assert_eq!((&shown["cell"], &shown["runtime"]), (&cell["cell"], &cell["runtime"]));
+    assert_eq!(shown["totals"]["runtime"], cell["runtime"]);
     ann(&world, &["apply", &id, "--branch", "agent/commit"]);
     let log = sh(&dir, "git log --format=%s main..agent/commit");
     assert!(sh(&dir, "git show agent/commit:work.txt agent/commit:loose.txt") == "work\nloose\n", "{log}");
