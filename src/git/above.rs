@@ -72,7 +72,7 @@ pub fn above(
         Ok(_) | Err(WorkspaceError::SocketInside { .. }) => {}
         Err(error) => return told(&error),
     }
-    let (dir, record) = match workspace::open_as(identity, &root.join(".git"), Access::Read, guard) {
+    let (dir, record) = match workspace::open_repository_as(identity, &root.join(".git"), guard) {
         Ok(opened) => opened,
         Err(error @ (WorkspaceError::Unresponsive { .. } | WorkspaceError::TooManyOpening { .. })) => {
             return Err(error);

@@ -54,7 +54,7 @@ pub(super) fn repository(
 ) -> Result<Option<Placed>, WorkspaceError> {
     let asked = site.accepted.plan.workspace_mode;
     let mode = if asked == WorkspaceMode::Copy { asked } else { WorkspaceMode::ReadOnly };
-    let dir = workspace::reopen_as(site.identity, &above.record, &site.guard)?;
+    let dir = workspace::reopen_repository_as(site.identity, &above.record, &site.guard)?;
     let own = dir.try_clone().map_err(|source| WorkspaceError::Io {
         doing: "open",
         path: above.record.path.clone(),
