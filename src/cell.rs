@@ -32,10 +32,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::agent_bundle::Bundles;
+use crate::change::Quarantined;
 use crate::clock;
 use crate::engine::{ContainerId, Engine, EngineError, Exit, container_name};
 use crate::event::{Body, Totals};
 use crate::gateway::{Egress, Gateway};
+use crate::git::above::Above;
 use crate::job::outcome::Failure;
 use crate::job::source::GitCheckout;
 use crate::job::spec::WorkspaceMode;
@@ -173,6 +175,9 @@ pub struct Accepted {
     /// What was fetched for it: its workspace is a checkout of that then, and goes with the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<GitCheckout>,
+    /// The repository that the directory is a part of, where it is not its top.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub above: Option<Above>,
     /// Further directories that its cell sees.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub others: Vec<OtherWorkspace>,
@@ -365,13 +370,13 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
     let changed = changes::collect(parts, record, again).await?;
     destroy(parts, &record.job).await;
     park::forget_work(parts, &record.job).await;
-    quarantine(parts, record).await?;
+    let quarantined = quarantine(parts, record).await?;
     let left_open = parts.store.release_open(&record.job, clock::wall_ms()).await?;
     if left_open > 0 {
         parts.metrics.reaped(crate::metrics::Orphan::Reservation, left_open);
     }
     let mut totals = totals(parts, record, &ended).await?;
-    (totals.report_bytes, totals.changes) = (report_bytes, changed);
+    (totals.report_bytes, totals.changes, totals.quarantined) = (report_bytes, changed, quarantined);
     let outcome = match record.state() {
         State::Collecting { stopped: Some(reason) } => Outcome::Stopped { reason: *reason },
         State::Collecting { stopped: None }
@@ -390,16 +395,19 @@ async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Resul
 }
 
 /// What the agent left in a workspace that it worked on in place, and would be obeyed on the host, is set aside.
-async fn quarantine(parts: &Arc<Parts>, record: &mut Record) -> Result<(), RecordError> {
+async fn quarantine(parts: &Arc<Parts>, record: &mut Record) -> Result<Vec<Quarantined>, RecordError> {
     let (settings, accepted) = (parts.settings.clone(), record.accepted.clone());
     let (identity, job) = (record.identity.clone(), record.job.clone());
     let looking =
         tokio::task::spawn_blocking(move || work::set_aside(&settings, &accepted, &identity, &job)).await;
-    let said = looking.unwrap_or_else(|error| vec![format!("the workspace was not looked through: {error}")]);
-    for text in said {
+    let aside = looking.unwrap_or_else(|error| work::Aside {
+        notes: vec![format!("the workspace was not looked through: {error}")],
+        ..work::Aside::default()
+    });
+    for text in aside.notes {
         record.push(&Body::Note { text })?;
     }
-    Ok(())
+    Ok(aside.quarantined)
 }
 
 async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<Totals, RecordError> {
@@ -427,6 +435,7 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
         runtime,
         report_bytes: None,
         changes: None,
+        quarantined: Vec::new(),
         ran: record.ran().await?,
     })
 }

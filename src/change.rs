@@ -128,7 +128,8 @@ pub enum Flag {
     /// Definitions of continuous integration.
     Ci,
     /// Hooks, configuration or attributes inside a `.git` directory, a `.git` that was not there or became another
-    /// kind, and names that other systems take for `.git`. Never applied, whatever a policy says.
+    /// kind, names that other systems take for `.git`, and what makes any other directory a repository that git finds
+    /// from inside of it (`HEAD` beside `objects` and `refs`). Never applied, whatever a policy says.
     Git,
     /// What coding agents obey: `.claude/`, `.mcp.json`, CLAUDE.md and their like.
     AgentSettings,
@@ -215,7 +216,8 @@ pub struct Entry {
     /// What is there now; none: nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<Node>,
-    /// The original was changed by somebody else while the job ran: what it was is not known any more.
+    /// The original was changed by somebody else while the job ran: a file's content in `before` is known only where
+    /// git's objects still have it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub base_changed: bool,
     /// What there is to say about it.
@@ -285,6 +287,19 @@ pub struct Commits {
     pub count: u64,
     /// The bundle that holds them.
     pub bundle: BlobId,
+}
+
+/// A path that an agent made in a directory of a person's own, and that git or coding agents would obey there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Quarantined {
+    /// Where it appeared.
+    pub path: TreePath,
+    /// What it is called now; none: it could not be set aside, and is still there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved_to: Option<TreePath>,
+    /// Why it could not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
 }
 
 /// The figures of a change set.

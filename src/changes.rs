@@ -28,7 +28,8 @@ mod tracked;
 pub(crate) mod trees;
 
 pub use choose::Include;
-pub use extract::{ExtractError, ExtractLimits, Extraction, Tree, extract};
+pub use extract::{Bases, ExtractError, ExtractLimits, Extraction, Tree, extract};
+pub use ignore::Outer;
 pub use listing::{ListError, ListLimits, Listing, Seen, list};
 pub use only::{BadGlob, Only};
 pub use shelf::{Batch, JobShelf, Shelf, ShelfError};

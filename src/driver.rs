@@ -1,5 +1,8 @@
 //! The one loop: news from the API, ends of jobs and the time go into the scheduler, and what it says to start or
-//! to take back into the queue is done. It decides nothing itself and owns every job's task: a task that dies is an end like any other.
+//! to take back into the queue is done. It decides nothing itself and owns every job's task: a task that dies is an
+//! end like any other.
+
+mod endings;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -10,13 +13,15 @@ use tokio::task::{Id, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::cell::record::Record;
-use crate::cell::{self, Fate, Parts, Start, StopWish, park};
+use crate::cell::{self, Fate, Parts, Start, StopWish};
 use crate::clock;
 use crate::job::{CellId, Input as Move, JobId, ParkReason, State, StopReason};
 use crate::money::{self, Budget, Scope};
 use crate::scheduler::recover::{self, FoundCell};
 use crate::scheduler::{Action, Input, Scheduler, Ticket};
 use crate::store::{Payer, StoreError};
+
+use self::endings::Endings;
 
 /// Messages that wait for the loop.
 const INBOX_MAX: usize = 1024;
@@ -84,6 +89,8 @@ pub struct Driver {
     tasks: JoinSet<Fate>,
     names: HashMap<Id, JobId>,
     stops: HashMap<JobId, watch::Sender<StopWish>>,
+    /// Jobs without a cell that are being ended.
+    endings: Endings,
     /// Jobs whose task died and that are being closed.
     rescued: HashSet<JobId>,
     /// Parked jobs whose time has come.
@@ -147,6 +154,7 @@ impl Driver {
             tasks: JoinSet::new(),
             names: HashMap::new(),
             stops: HashMap::new(),
+            endings: Endings::default(),
             rescued: HashSet::new(),
             due: VecDeque::new(),
             late_stops: Vec::new(),
@@ -286,15 +294,17 @@ impl Driver {
                 () = shutdown.cancelled() => break,
                 Some(message) = self.inbox.recv() => self.on_message(message).await,
                 Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
+                back = self.endings.next() => self.give_back(back),
                 () = until(self.wake_ms) => self.step(Input::Now { ms: clock::wall_ms() }),
             }
         }
         self.step(Input::Drain);
         tracing::info!(running = self.tasks.len(), "draining");
         let deadline = tokio::time::Instant::now() + self.drain_max;
-        while !self.tasks.is_empty() {
+        while !self.tasks.is_empty() || !self.endings.is_empty() {
             tokio::select! {
                 Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
+                back = self.endings.next() => self.give_back(back),
                 Some(message) = self.inbox.recv() => self.on_message(message).await,
                 () = tokio::time::sleep_until(deadline) => break,
                 () = hurry.cancelled() => break,
@@ -305,9 +315,10 @@ impl Driver {
         }
         let slack = self.parts.settings.cancel_grace + STOP_SLACK;
         let deadline = tokio::time::Instant::now() + slack;
-        while !self.tasks.is_empty() {
+        while !self.tasks.is_empty() || !self.endings.is_empty() {
             tokio::select! {
                 Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
+                back = self.endings.next() => self.give_back(back),
                 () = tokio::time::sleep_until(deadline) => {
                     tracing::error!(left = self.tasks.len(), "jobs did not end in time; the next daemon takes them up");
                     return;
@@ -319,6 +330,9 @@ impl Driver {
     async fn on_message(&mut self, message: Message) {
         match message {
             Message::Limit { uid, slots } => self.limit(uid, slots),
+            Message::Submitted { job, ticket } if self.endings.has(&job) => {
+                self.endings.submitted(&job, ticket);
+            }
             Message::Submitted { job, ticket } => self.step(Input::Submitted { job, ticket }),
             Message::Limited { credential, max } => self.step(Input::Limited { credential, max }),
             Message::Unpark { job, done } => {
@@ -326,42 +340,69 @@ impl Driver {
                 let _ = done.send(answer);
             }
             Message::Stop { job, reason, detail, done } => {
-                let answer = self.stop(job, reason, detail).await;
-                let _ = done.send(answer);
+                self.stop(job, reason, detail, Some(done)).await;
             }
         }
     }
 
-    async fn stop(&mut self, job: JobId, reason: StopReason, detail: String) -> Result<(), StopError> {
+    /// `answer` hears of it when a job that waits is over, or one that runs is being stopped.
+    async fn stop(
+        &mut self,
+        job: JobId,
+        reason: StopReason,
+        detail: String,
+        answer: Option<oneshot::Sender<Result<(), StopError>>>,
+    ) {
+        let told = |answer: Option<oneshot::Sender<_>>, what| answer.map(|answer| answer.send(what));
         if let Some(stop) = self.stops.get(&job) {
             wish(stop, reason, &detail);
-            return Ok(());
+            told(answer, Ok(()));
+            return;
         }
+        let Err(answer) = self.endings.join(&job, answer) else { return };
         // Not running: it waits, or it is over.
-        let mut record = Record::open(&self.parts, &job).await?;
-        let answer = match record.state() {
-            State::Queued | State::Parked { .. } => {
-                park::end_waiting(&self.parts, &mut record, reason, detail).await.map_err(StopError::from)
+        let record = match Record::open(&self.parts, &job).await {
+            Ok(record) => record,
+            Err(error) => {
+                tracing::warn!(%job, %error, "a job cannot be stopped");
+                told(answer, Err(StopError::Record(error)));
+                return;
             }
+        };
+        let waits = match record.state() {
+            State::Queued | State::Parked { .. } => true,
             State::Preparing
             | State::Running
             | State::Stopping { .. }
             | State::Parking { .. }
             | State::Collecting { .. }
-            | State::Done(_) => Err(StopError::Over),
+            | State::Done(_) => false,
         };
-        if record.state().is_done() {
-            // Not before: a job that could not be ended keeps its place in the queue.
+        if waits || record.state().is_done() {
             self.step(Input::Withdrawn { job });
         }
-        // Whatever happened: followers would wait for this writer.
+        if waits {
+            self.endings.begin(&self.parts, record, (reason, detail), answer);
+            return;
+        }
+        // Followers would wait for this writer.
         record.finish(&self.parts);
-        answer
+        told(answer, Err(StopError::Over));
+    }
+
+    /// A job that could not be ended keeps its place.
+    fn give_back(&mut self, back: Option<Input>) {
+        if let Some(input) = back {
+            self.step(input);
+        }
     }
 
     /// Parked → queued, for those whose time has come.
     async fn unpark_due(&mut self) {
         while let Some(job) = self.due.pop_front() {
+            if self.endings.has(&job) {
+                continue;
+            }
             match self.take_back(&job).await {
                 Ok(Ok(ticket)) => self.step(Input::Submitted { job, ticket }),
                 // Stopped meanwhile.
@@ -397,6 +438,9 @@ impl Driver {
             // It has a slot: its task is its record's only writer.
             return Err(UnparkError::NotParked { state: "running" });
         }
+        if self.endings.has(&job) {
+            return Err(UnparkError::NotParked { state: "being cancelled" });
+        }
         let ticket = self.take_back(&job).await?.map_err(|state| UnparkError::NotParked { state })?;
         self.parts.pauses.lift(&ticket.credential);
         self.parts.gateway.lift_pause(&ticket.credential);
@@ -408,9 +452,7 @@ impl Driver {
     /// Stops that a job's task did not see any more, since it was parked by then.
     async fn stop_late(&mut self) {
         for (job, reason, detail) in std::mem::take(&mut self.late_stops) {
-            if let Err(error) = self.stop(job.clone(), reason, detail).await {
-                tracing::error!(%job, %error, "a job that was just parked cannot be stopped");
-            }
+            self.stop(job, reason, detail, None).await;
         }
     }
 

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::change::Summary;
+use crate::change::{Quarantined, Summary};
 use crate::job::spec::Runtime;
 use crate::job::{CellId, Outcome, Pause, State, StopReason};
 use crate::money::MicroUsd;
@@ -344,6 +344,9 @@ pub struct Totals {
     /// What it changed in its workspace, where that was a copy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub changes: Option<Summary>,
+    /// What it left in a directory that it worked on in place, and would be obeyed there: set aside.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub quarantined: Vec<Quarantined>,
     /// What it ran on and how long each part took.
     #[serde(default)]
     pub ran: Ran,

@@ -4,10 +4,12 @@
 //!
 //! **Every function here blocks**: call it inside `spawn_blocking`. (`identity` is the exception: it waits.)
 
+pub mod above;
 pub mod commit_hook;
 pub mod config;
 pub mod head;
 pub mod identity;
+pub mod index;
 pub mod refs;
 mod run;
 #[cfg(test)]

@@ -20,6 +20,7 @@
 pub mod access;
 pub mod cells;
 mod fold;
+mod found;
 pub mod jobs;
 pub mod ledger;
 mod row;

@@ -38,7 +38,10 @@ pub use follow::View;
 pub use idmap::{CELL_IDS, MapError};
 pub use look::{Found, Kind, LookLimits, Looked, look};
 pub use mask::{Covers, HIDDEN_MAX, Hidden, Mask, Replaced};
-pub use peer::{WorkspaceRecord, as_submitter, may_write, open_as, read_text, read_texts, reopen_as};
+pub use peer::{
+    WorkspaceRecord, as_submitter, may_write, open_as, open_repository_as, read_text, read_texts, reopen_as,
+    reopen_repository_as,
+};
 pub use protect::{GUARDS_MAX, Guarded, Protection, guard_of, set_aside};
 pub use rules::Guard;
 pub use scratch::{Scratch, ScratchError, ScratchPlan, Usage, host_free_bytes, remove_kept};

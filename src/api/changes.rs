@@ -39,6 +39,9 @@ pub struct ChangesView {
     pub job: String,
     /// What was decided about it.
     pub standing: Standing,
+    /// The branches that were made of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub branches: Vec<String>,
     /// Its figures.
     pub summary: Summary,
     /// All of it.
@@ -62,7 +65,8 @@ pub async fn show(
     let job = api.own_job(&peer, path_text(&id)).await?;
     let kept = changes::read(&api.parts, &job).await.map_err(|e| refusal(&job, e))?;
     let summary = kept.set.summary(kept.hash);
-    Ok(Json(ChangesView { job: job.row.id.to_string(), standing: kept.standing, summary, set: kept.set }))
+    let (job, standing, branches) = (job.row.id.to_string(), kept.standing, kept.branches);
+    Ok(Json(ChangesView { job, standing, branches, summary, set: kept.set }))
 }
 
 /// `GET /v1/jobs/{id}/diff`
@@ -186,6 +190,12 @@ fn refusal(job: &Job, error: ChangesError) -> ApiError {
             ErrorCode::InvalidRequest,
             format!(
                 "`hotcell apply {id} --to DIR [--branch NAME]`, or `hotcell export {id} --format bundle`"
+            ),
+        ),
+        C::InCopy { mib, .. } => (
+            ErrorCode::Internal,
+            format!(
+                "put right what is named and ask again; `hotcell rm {id}` throws the copy away ({mib} MiB)"
             ),
         ),
         C::Discarded => (ErrorCode::NotFound, format!("`hotcell diff {id}` still shows it")),

@@ -23,7 +23,8 @@ use crate::change::hide::HideRules;
 use crate::clock;
 use crate::event::Body;
 use crate::gateway::GatewayError;
-use crate::job::spec::{SPEC_BYTES_MAX, SpecError, WorkspaceMode};
+use crate::git::above::{self, Above};
+use crate::job::spec::{MountAt, SPEC_BYTES_MAX, SpecError, WorkspaceMode, taken_at};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
 use crate::money::MicroUsd;
@@ -147,13 +148,20 @@ async fn accept(
     idem: Option<(String, [u8; 32])>,
 ) -> Result<Stored, ApiError> {
     let Wish { spec, body, identity, plan, from, day_usd } = wish;
-    let Opened { workspace, others, warnings: more } = open_workspaces(api, identity, spec, &plan).await?;
+    let mut plan = plan;
+    let Opened { workspace, above, others, warnings: more } =
+        open_workspaces(api, identity, spec, &plan).await?;
+    let usual = spec.workspace.as_ref().is_some_and(|workspace| workspace.mount == MountAt::Workspace);
+    if let Some(above) = above.as_ref().filter(|_| usual) {
+        // As deep as it lies below the top of its repository; seen at its own path it does so anyway.
+        plan.workspace_at = format!("{}/{}", plan.workspace_at, above.below);
+    }
     let warnings =
         source.into_iter().flat_map(|fetched| fetched.notes.clone()).chain(more).collect::<Vec<_>>();
     let keep_ignored = spec.workspace.as_ref().is_some_and(|workspace| workspace.keep_ignored);
     let source = source.map(|fetched| fetched.checkout.clone());
     let accepted =
-        Accepted { plan, workspace, keep_ignored, from, source, others, user_day_micro_usd: day_usd };
+        Accepted { plan, workspace, keep_ignored, from, source, above, others, user_day_micro_usd: day_usd };
     same_workspace(api, &accepted).await?;
     let (id, fresh) = store(api, id, identity, spec, &accepted, (body, &warnings), idem).await?;
     Ok(Stored { id, fresh, accepted, warnings })
@@ -267,6 +275,8 @@ async fn room(api: &Api) -> Result<(), ApiError> {
 #[derive(Default)]
 struct Opened {
     workspace: Option<WorkspaceRecord>,
+    /// The repository that it is a part of.
+    above: Option<Above>,
     others: Vec<OtherWorkspace>,
     /// What its submitter should know.
     warnings: Vec<String>,
@@ -294,7 +304,10 @@ async fn open_workspaces(
             |key: String| move |e: WorkspaceError| ApiError::new(ErrorCode::Workspace, format!("{key}: {e}"));
         let (dir, record) =
             workspace::open_as(&identity, &path, need, &guard).map_err(at("workspace.path".to_owned()))?;
-        let warnings = secrets(&identity, &path, dir, &hide);
+        let mut warnings = secrets(&identity, &path, dir, &hide);
+        let above = above::above(&identity, &record, &guard).map_err(at("workspace.path".to_owned()))?;
+        let above = above.map(|found| found.and_then(|above| fits(above, workspace.mount)));
+        let above = above.and_then(|found| found.map_err(|why| warnings.push(why)).ok());
         let mut others = Vec::new();
         for (index, other) in workspace.others.into_iter().enumerate() {
             let opened = workspace::open_as(&identity, &other.path, Access::Read, &guard);
@@ -302,9 +315,20 @@ async fn open_workspaces(
             let at = other.seen_at();
             others.push(OtherWorkspace { name: other.name, mode: other.mode.as_mode(), at, record });
         }
-        Ok(Opened { workspace: Some(record), others, warnings })
+        Ok(Opened { workspace: Some(record), above, others, warnings })
     });
     opened.await.map_err(|e| ApiError::new(ErrorCode::Internal, e))?
+}
+
+/// Whether the cell can see the top of its work tree where the mount wants it.
+fn fits(above: Above, mount: MountAt) -> Result<Above, String> {
+    match (mount, taken_at(&above.root)) {
+        (MountAt::Workspace, _) | (MountAt::SamePath, None) => Ok(above),
+        (MountAt::SamePath, Some(taken)) => Err(format!(
+            "its git repository is not shown: a cell needs {taken} for itself, which {:?} would cover",
+            above.root
+        )),
+    }
 }
 
 /// What looks like a secret and is not hidden. A quick look: its limits, and whatever goes wrong, end it silently.

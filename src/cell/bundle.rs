@@ -2,23 +2,24 @@
 //! copy and nothing else, and checked on the host before they are kept. Nothing in the copy is ever given to git on
 //! the host. A job without commits of its agent's costs no cell.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use tokio::sync::watch;
 
 use super::prepare::{self, Names, PrepareError, failed};
 use super::record::Record;
-use super::rooms::Tenant;
+use super::rooms::{Kept, Tenant};
+use super::work::{self, Again};
 use super::{Parts, runtime};
 use crate::change::Commits;
 use crate::changes::JobShelf;
 use crate::changes::commits::{BundleLimits, bundle_command, import_bundle};
 use crate::changes::export::temporary;
-use crate::git::head::head_of;
+use crate::git::head::{Head, Repository, head_of};
 use crate::job::FailReason;
 use crate::job::spec::WorkspaceMode;
 use crate::link::{Link, Resume};
@@ -32,22 +33,46 @@ const WAIT_MAX: Duration = Duration::from_secs(150);
 const DISK_BYTES: u64 = 1 << 30;
 /// Longest bundle, in bytes.
 const BUNDLE_BYTES_MAX: u64 = 512 << 20;
+/// Longest `.git` file, in bytes.
+const LINK_BYTES_MAX: u64 = 8 * 1024;
 /// What it is called in the cell's /tmp.
 const FILE: &str = "hotcell.bundle";
 
-/// The commits beyond `base` that are checked out in the copy which the cell saw at `seen`; none where
+/// The commits beyond `base` that are checked out in the copy which the cell in `dir` saw as `seen`; none where
 /// there are none. What goes wrong is told in words: the files are not lost by it.
 pub(super) async fn commits(
     parts: &Arc<Parts>,
     record: &mut Record,
     shelf: &JobShelf,
-    seen: &Path,
+    (dir, seen): (&Path, &Path),
     base: Option<&str>,
 ) -> Result<Option<Commits>, String> {
-    if !moved(seen, base) {
+    let again = work::again(&record.accepted, dir);
+    if !moved(seen, again.repository.as_ref().map(|repository| repository.source.as_path()), base) {
         return Ok(None);
     }
-    let made = second_cell(parts, record, seen, base).await;
+    let made = second_cell(parts, record, Source::Seen(seen, again), base).await;
+    taken_in(record, shelf, base, made).await
+}
+
+/// The same of a job that has no cell: what is kept of its last one is `image`. Its cell is left to be destroyed.
+pub(super) async fn commits_kept(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    shelf: &JobShelf,
+    image: &Path,
+    base: Option<&str>,
+) -> Result<Option<Commits>, String> {
+    let made = second_cell(parts, record, Source::Kept(image), base).await;
+    taken_in(record, shelf, base, made).await
+}
+
+async fn taken_in(
+    record: &Record,
+    shelf: &JobShelf,
+    base: Option<&str>,
+    made: Result<Option<std::fs::File>, PrepareError>,
+) -> Result<Option<Commits>, String> {
     let bundle = match made {
         Ok(bundle) => bundle,
         Err(PrepareError::Failed(failure)) => return Err(failure.message),
@@ -65,19 +90,58 @@ pub(super) async fn commits(
     taken.map_err(|e| e.to_string())
 }
 
-/// Whether something else is checked out than when the job began. Looked at without git.
-fn moved(seen: &Path, base: Option<&str>) -> bool {
+/// Whether something else is checked out than when the job began; `repository`: where that of the workspace lies,
+/// where it is not in it. Looked at without git.
+fn moved(seen: &Path, repository: Option<&Path>, base: Option<&str>) -> bool {
+    let head = match repository {
+        Some(repository) => head_beside(seen, repository),
+        None => opened_dir(seen).and_then(|dir| head_of(dir.as_fd())),
+    };
+    head.and_then(|head| head.commit).is_some_and(|commit| Some(commit.as_str()) != base)
+}
+
+/// What is checked out in a workspace whose repository lies in `repository`: as one of its worktrees, where the
+/// workspace says so, else as its own.
+fn head_beside(seen: &Path, repository: &Path) -> Option<Head> {
+    let dir = opened_dir(repository)?;
+    let link = workspace::take_file(seen, Path::new(".git"), LINK_BYTES_MAX).ok();
+    let own = match link.as_ref().and_then(|link| worktree_name(&link.bytes)) {
+        Some(name) => {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+            let below = format!("worktrees/{name}");
+            rustix::fs::openat2(&dir, below, flags, Mode::empty(), resolve).ok()?
+        }
+        None => dir,
+    };
+    Repository::of(own).ok()?.head().ok()
+}
+
+/// The name of the worktree that a `.git` file names.
+fn worktree_name(link: &[u8]) -> Option<&str> {
+    let place = std::str::from_utf8(link).ok()?.strip_prefix("gitdir: ")?.trim_end();
+    let name = place.strip_prefix(work::REPOSITORY_AT)?.strip_prefix("/worktrees/")?;
+    (!name.is_empty() && !name.contains('/')).then_some(name)
+}
+
+fn opened_dir(dir: &Path) -> Option<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let Ok(dir) = rustix::fs::openat(CWD, seen, flags, Mode::empty()) else { return false };
-    let commit = head_of(dir.as_fd()).and_then(|head| head.commit);
-    commit.is_some_and(|commit| Some(commit.as_str()) != base)
+    rustix::fs::openat(CWD, dir, flags, Mode::empty()).ok()
+}
+
+/// What the second cell is to see.
+enum Source<'a> {
+    /// What an earlier cell that is still mounted saw.
+    Seen(&'a Path, Again),
+    /// What is kept of one that is gone, over the workspace as it was.
+    Kept(&'a Path),
 }
 
 /// Runs git in a cell of its own, and gives what it wrote.
 async fn second_cell(
     parts: &Arc<Parts>,
     record: &mut Record,
-    seen: &Path,
+    source: Source<'_>,
     base: Option<&str>,
 ) -> Result<Option<std::fs::File>, PrepareError> {
     let (_nobody, mut not_stopped) = watch::channel(None);
@@ -87,14 +151,35 @@ async fn second_cell(
     let names = Names::new(former.as_ref(), &record.job)?;
     parts.store.put_cell(names.row(record, None)).await?;
     let mut accepted = record.accepted.clone();
-    (accepted.workspace, accepted.from) = (None, None);
+    accepted.from = None;
     accepted.others.clear();
-    accepted.plan.workspace_mode = WorkspaceMode::None;
-    accepted.plan.limits.disk_bytes = DISK_BYTES;
+    let kept = match &source {
+        Source::Seen(..) => {
+            (accepted.workspace, accepted.above) = (None, None);
+            accepted.plan.workspace_mode = WorkspaceMode::None;
+            accepted.plan.limits.disk_bytes = DISK_BYTES;
+            None
+        }
+        Source::Kept(image) => Some(Kept { image: image.to_path_buf(), session: PathBuf::new() }),
+    };
     let tenant = Tenant { uid: names.uid, runtime: chosen.runtime, claude: image.claude.clone() };
-    let made = prepare::make_rooms(parts, record, &names, tenant, accepted, None).await?;
+    let made = prepare::make_rooms(parts, record, &names, tenant, accepted, kept).await?;
     let (mut dirs, who) = (made.dirs, made.who);
-    dirs.workspace = seen.to_owned();
+    let dir = parts.settings.cells_dir().join(names.cell.as_str());
+    match source {
+        Source::Seen(seen, again) => {
+            dirs.workspace = seen.to_owned();
+            dirs.under = again.under;
+            dirs.over.extend(again.repository);
+        }
+        // It sees all of it already.
+        Source::Kept(_) => {
+            let repository = work::again(&record.accepted, &dir).repository;
+            if !moved(&dirs.workspace, repository.as_ref().map(|r| r.source.as_path()), base) {
+                return Ok(None);
+            }
+        }
+    }
     let mut spec = prepare::cell_spec(parts, record, &names.cell, &image, &dirs, &who);
     spec.runtime = chosen.engine_name;
     let at = record.accepted.plan.workspace_at.clone();
@@ -120,7 +205,6 @@ async fn second_cell(
         }
     };
     prepare::leave_link(record, link).await;
-    let dir = parts.settings.cells_dir().join(names.cell.as_str());
     match (opened(&dir), ended) {
         (Ok(Some(file)), _) => Ok(Some(file)),
         // Git has nothing to pack where HEAD is none of its commits' children.

@@ -2,37 +2,30 @@
 //! and applied with the submitter's rights alone. It must never let a job be called done before its change set is on
 //! the disk or its loss is told, and never touch a person's files without being asked to.
 
+mod collect;
 mod kept;
 
-use std::os::fd::AsFd;
-use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::committer::committer;
-use super::record::{Record, RecordError};
-use super::{Accepted, Parts, bundle, park};
+use super::{Accepted, Parts};
+use crate::change::ChangeSet;
 use crate::change::decision::{
     ApplyAnswer, ApplyRequest, BranchMade, CheckoutAnswer, ExportFormat, Form, LeftOut, Standing,
 };
-use crate::change::{ChangeSet, Commits, HideRules, Summary};
 use crate::changes::apply::{self, Applied, Apply, ApplyError, Checkout, Wish};
 use crate::changes::branch::{self, BranchError, Build};
 use crate::changes::export::{self, ExportError};
 use crate::changes::patch::{self, Render, RenderError};
-use crate::changes::{
-    self, ExtractError, ExtractLimits, Extraction, Include, JobShelf, Listing, Shelf, ShelfError, Tree,
-};
+use crate::changes::{ExtractError, Include, JobShelf, Shelf, ShelfError};
 use crate::clock;
-use crate::event::Body;
-use crate::git::head::Head;
 use crate::git::identity::GitIdentity;
 use crate::job::spec::WorkspaceMode;
 use crate::job::{Identity, JobId};
-use crate::metrics::CopyStep;
 use crate::store::Job;
-use crate::workspace::{self, Access, CopyParts, Guard, WorkspaceError, WorkspaceRecord};
+use crate::workspace::{self, Access, Guard, WorkspaceError, WorkspaceRecord};
 
+pub(super) use self::collect::collect;
 pub(super) use self::kept::collect_kept;
 
 /// A copy that could not be read, beside the change set that there is none of.
@@ -45,8 +38,6 @@ const TEXT_BYTES_MAX: u64 = 256 << 20;
 /// Longest wait for a dead daemon to let go of an application, and between two looks.
 const LET_GO_MAX: Duration = Duration::from_secs(10);
 const LET_GO_POLL: Duration = Duration::from_millis(50);
-/// Files above so many bytes that are no text are told apart.
-const LARGE_BYTES: u64 = 1 << 20;
 
 /// A change set as it is kept.
 #[derive(Debug, Clone)]
@@ -57,6 +48,8 @@ pub struct Kept {
     pub hash: String,
     /// What was decided about it.
     pub standing: Standing,
+    /// The branches that were made of it.
+    pub branches: Vec<String>,
 }
 
 /// Why nothing can be shown, or nothing was done.
@@ -76,6 +69,14 @@ pub enum ChangesError {
     /// It was thrown away.
     #[error("the change set was discarded")]
     Discarded,
+    /// It could not be made when the job ended, and cannot be made now.
+    #[error("what the job changed is still in its copy, which is kept, and cannot be taken out of it: {why}")]
+    InCopy {
+        /// Why not.
+        why: String,
+        /// What the copy takes of the disk.
+        mib: u64,
+    },
     /// The job's row does not parse.
     #[error("the stored job does not parse: {0}")]
     Corrupt(String),
@@ -120,7 +121,11 @@ pub fn shelf(parts: &Parts, job: &JobId) -> JobShelf {
 pub async fn read(parts: &Parts, job: &Job) -> Result<Kept, ChangesError> {
     let shelf = shelf(parts, &job.row.id);
     let done = job.row.state.is_done();
-    let found = blocking(move || Ok((shelf.changes()?, apply::decision(&shelf)?))).await?;
+    let look = |shelf: JobShelf| blocking(move || Ok((shelf.changes()?, apply::decision(&shelf)?)));
+    let mut found = look(shelf.clone()).await?;
+    if done && found.0.is_none() && kept::retry(parts, job, accepted(job)?).await? {
+        found = look(shelf).await?;
+    }
     let (Some((set, hash)), decision) = found else {
         return Err(if done { ChangesError::None(why_none(&accepted(job)?)) } else { ChangesError::NotDone });
     };
@@ -129,7 +134,8 @@ pub async fn read(parts: &Parts, job: &Job) -> Result<Kept, ChangesError> {
         (None, false) => Standing::Applied,
         (None, true) => Standing::Open,
     };
-    if done { Ok(Kept { set, hash, standing }) } else { Err(ChangesError::NotDone) }
+    let branches = decision.branches();
+    if done { Ok(Kept { set, hash, standing, branches }) } else { Err(ChangesError::NotDone) }
 }
 
 fn why_none(accepted: &Accepted) -> &'static str {
@@ -286,8 +292,14 @@ async fn make_branch(
     }
     blocking(move || {
         let made = branch::create(&name, &work.build(&kept.set)?)?;
+        let mut notes = Vec::new();
+        let at = work.path.clone().unwrap_or_default();
+        // It is made: that it cannot be noted is no reason to say that it is not.
+        if let Err(error) = apply::branched(&work.shelf, work.identity.uid, at, made.branch.clone()) {
+            notes.push(format!("it is not noted that there is a branch now: {error}"));
+        }
         let branch = Some(BranchMade { name: made.branch, commit: made.commit, notes: made.notes });
-        Ok(ApplyAnswer { branch, ..ApplyAnswer::default() })
+        Ok(ApplyAnswer { branch, notes, ..ApplyAnswer::default() })
     })
     .await
 }
@@ -319,7 +331,10 @@ pub async fn apply(parts: &Parts, job: &Job, mut request: ApplyRequest) -> Resul
         let wish = Wish { only, include_flagged, three_way, check };
         let (shelf, changes) = (&shelf, &kept.set);
         let request = Apply { shelf, changes, target, path: &path, identity: &identity, wish: &wish };
-        Ok(answer(apply::apply(&request)?, check))
+        let mut answer = answer(apply::apply(&request)?, check);
+        let on = kept.branches.iter().map(|name| format!("the branch {name} was made of it before"));
+        answer.notes.extend(on);
+        Ok(answer)
     })
     .await
 }
@@ -333,7 +348,8 @@ async fn wanted(parts: &Parts, job: &Job) -> Result<Kept, ChangesError> {
 fn answer(applied: Applied, checked: bool) -> ApplyAnswer {
     let Applied { applied, already, merged, left_out, kept_dirs, left_behind } = applied;
     let left_out = left_out.into_iter().map(|left| LeftOut { path: left.path, why: left.why }).collect();
-    ApplyAnswer { checked, applied, already, merged, left_out, kept_dirs, left_behind, branch: None }
+    let (branch, notes) = (None, Vec::new());
+    ApplyAnswer { checked, applied, already, merged, left_out, kept_dirs, left_behind, branch, notes }
 }
 
 /// Writes the workspace as the job left it to a new directory, as its submitter.
@@ -380,7 +396,9 @@ pub async fn recover(parts: &Parts, job: &JobId) {
         if checkouts + branches > 0 {
             tracing::warn!(job = %id, checkouts, branches, "what was interrupted was put right");
         }
-        let Some(pending) = let_go(|| apply::pending(&shelf), |e| matches!(e, ApplyError::Busy))? else { return Ok(()) };
+        let Some(pending) = let_go(|| apply::pending(&shelf), |e| matches!(e, ApplyError::Busy))? else {
+            return Ok(());
+        };
         let guard = Guard::for_user(&state_dir, pending.identity.uid);
         let (target, _) = workspace::open_as(&pending.identity, &pending.path, Access::Write, &guard)?;
         let became = apply::recover(&shelf, &target)?;
@@ -401,176 +419,4 @@ fn let_go<T, E>(mut ask: impl FnMut() -> Result<T, E>, busy: impl Fn(&E) -> bool
             known => return known,
         }
     }
-}
-
-/// Takes out what a job changed in its copy, whose cell has ended and is not destroyed yet: its figures, or none where
-/// there is no copy. What goes wrong is told in a note; the copy is kept then, so that nothing is lost. `again`: an
-/// earlier daemon was at it already; what it has finished is not done anew, since its copy may be half removed.
-///
-/// # Errors
-/// [`RecordError`] where the event about it cannot be journaled.
-pub(super) async fn collect(
-    parts: &Arc<Parts>,
-    record: &mut Record,
-    again: bool,
-) -> Result<Option<Summary>, RecordError> {
-    if !has_copy(record) {
-        return Ok(None);
-    }
-    let shelf = shelf(parts, &record.job);
-    let cells = parts.store.live_cells().await?;
-    let cell = cells.into_iter().find(|row| row.job == record.job && row.runtime.is_some());
-    if let Some(row) = &cell {
-        // Nobody writes while it is read.
-        park::container_gone(parts, row).await;
-    }
-    let dir = cell.map(|row| parts.settings.cells_dir().join(row.cell.as_str()));
-    let copy = dir.as_ref().and_then(|dir| Some((dir, workspace::parts_of(dir, None)?)));
-    let before = match again {
-        true => taken_before(&shelf).await,
-        false => Ok(None),
-    };
-    let taken = match (before, copy) {
-        (Ok(Some(summary)), _) => Ok(Some(summary)),
-        (Err(error), _) => Err(error),
-        (Ok(None), Some((dir, copy))) => take_out(parts, record, dir, copy, &shelf).await.map(Some),
-        // No cell ever had one.
-        (Ok(None), None) => Ok(None),
-    };
-    match taken {
-        Ok(Some(summary)) => tell(record, summary).map(Some),
-        Ok(None) => Ok(None),
-        Err(why) => {
-            tracing::error!(job = %record.job, %why, "what a job changed cannot be taken out of its copy");
-            let kept = put_away(parts, record).await;
-            let text = format!("what the job changed cannot be taken out of its copy: {why}; {kept}");
-            record.push(&Body::Note { text })?;
-            Ok(None)
-        }
-    }
-}
-
-/// The same of a copy whose cell, in `dir`, is not destroyed yet.
-async fn take_out(
-    parts: &Arc<Parts>,
-    record: &mut Record,
-    dir: &Path,
-    copy: CopyParts,
-    shelf: &JobShelf,
-) -> Result<Summary, ChangesError> {
-    let seen = match copy.form {
-        workspace::Form::Overlay => workspace::view_of(dir, None),
-        workspace::Form::Whole => copy.dir.clone(),
-    };
-    let base = origin(shelf);
-    let commits = bundle::commits(parts, record, shelf, &seen, base.commit.as_deref()).await;
-    // Nobody looks through it any more. Where the agent looked at many files that takes a while, and it is waited for
-    // beside the rest.
-    let view = dir.to_owned();
-    let unmounting = tokio::task::spawn_blocking(move || workspace::unmount_views(&view));
-    let (accepted, identity, shelf) = (record.accepted.clone(), record.identity.clone(), shelf.clone());
-    let state_dir = parts.settings.state_dir.clone();
-    let found = Found { copy, base, commits };
-    let begun = Instant::now();
-    let taken = blocking(move || take(&accepted, &identity, found, &shelf, &state_dir)).await;
-    parts.metrics.copy_step(CopyStep::Extraction, begun.elapsed());
-    if let Err(error) = unmounting.await.unwrap_or_else(|e| Err(std::io::Error::other(e))) {
-        tracing::warn!(job = %record.job, %error, "the view of a copy is left to the sweep");
-    }
-    taken
-}
-
-async fn taken_before(shelf: &JobShelf) -> Result<Option<Summary>, ChangesError> {
-    let shelf = shelf.clone();
-    blocking(move || Ok(shelf.changes()?.map(|(set, hash)| set.summary(hash)))).await
-}
-
-/// Keeps the copy itself, beside what else is kept of the job, for as long as that: what became of it, in words.
-async fn put_away(parts: &Arc<Parts>, record: &Record) -> String {
-    let (from, shelf) = (parts.settings.kept(&record.job), shelf(parts, &record.job));
-    let image = shelf.dir().join(IMAGE);
-    let moved = match park::keep_work(parts, record).await {
-        Ok(true) => {
-            let to = image.clone();
-            blocking(move || {
-                shelf.create()?;
-                std::fs::rename(&from, &to).map_err(|e| ChangesError::Kept(e.to_string()))
-            })
-            .await
-            .map_err(|error| error.to_string())
-        }
-        Ok(false) => return "its copy is lost with its cell".to_owned(),
-        Err(error) => Err(error.to_string()),
-    };
-    match moved {
-        Ok(()) => format!("the file system with its copy is kept in {}", image.display()),
-        Err(error) => format!("its copy cannot be kept either: {error}"),
-    }
-}
-
-/// Whether what the job changes is taken out of a copy.
-fn has_copy(record: &Record) -> bool {
-    record.accepted.plan.workspace_mode == WorkspaceMode::Copy && record.accepted.workspace.is_some()
-}
-
-fn tell(record: &mut Record, summary: Summary) -> Result<Summary, RecordError> {
-    record.push(&Body::Changes { summary: Box::new(summary.clone()) })?;
-    Ok(summary)
-}
-
-/// What is known of a copy before it is taken.
-struct Found {
-    copy: CopyParts,
-    base: Head,
-    commits: Result<Option<Commits>, String>,
-}
-
-/// What was checked out when the job began.
-fn origin(shelf: &JobShelf) -> Head {
-    shelf.origin().unwrap_or_else(|error| {
-        tracing::warn!(%error, "what was checked out when a job began cannot be read");
-        Head::default()
-    })
-}
-
-/// Takes it. Blocks.
-fn take(
-    accepted: &Accepted,
-    identity: &Identity,
-    Found { copy, base, commits }: Found,
-    shelf: &JobShelf,
-    state_dir: &Path,
-) -> Result<Summary, ChangesError> {
-    let record = accepted.workspace.as_ref().ok_or(ChangesError::None("the job had no workspace"))?;
-    let listing =
-        shelf.base()?.ok_or(ChangesError::None("there is no listing of the workspace before the job"))?;
-    let listing = Listing::decode(&listing).map_err(|e| ChangesError::Corrupt(e.to_string()))?;
-    shelf.tidy()?;
-    let guard = Guard::for_user(state_dir, identity.uid);
-    // Moved or gone meanwhile: what it was is not known any more, what the job made of it is.
-    let original = workspace::reopen_as(identity, record, &guard).ok();
-    let hide = HideRules::new(&accepted.plan.hide).map_err(|e| ChangesError::Corrupt(e.to_string()))?;
-    let limits = ExtractLimits { large_bytes: LARGE_BYTES, ..ExtractLimits::default() };
-    let tree = match copy.form {
-        workspace::Form::Overlay => Tree::Upper { upper: &copy.dir },
-        workspace::Form::Whole => Tree::Whole { tree: &copy.dir },
-    };
-    let mut set = changes::extract(&Extraction {
-        tree,
-        original: original.as_ref().map(AsFd::as_fd),
-        listing: &listing,
-        shelf,
-        hide: &hide,
-        changes: &accepted.plan.changes,
-        keep_ignored: accepted.keep_ignored,
-        identity,
-        limits: &limits,
-    })?;
-    (set.base.commit, set.base.branch) = (base.commit, base.branch);
-    match commits {
-        Ok(commits) => set.commits = commits,
-        Err(why) => set.notes.push(why),
-    }
-    let hash = shelf.put_changes(&set)?;
-    Ok(set.summary(hash))
 }

@@ -23,6 +23,7 @@ use crate::clock;
 use crate::engine::{BindMount, CellLimits, CellSpec, ContainerId, EngineError};
 use crate::event::Body;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
+use crate::git::above;
 use crate::job::outcome::Failure;
 use crate::job::spec::Runtime;
 use crate::job::{CellId, FailReason, JobId, Pause, Phase, StopReason};
@@ -459,9 +460,12 @@ pub(super) fn cell_spec(
         bind(&dirs.etc.join("git-hooks"), options::GIT_HOOKS, true),
         bind(&dirs.home, options::HOME, false),
         bind(&dirs.tmp, "/tmp", false),
+    ];
+    mounts.extend(dirs.under.iter().map(|under| bind(&under.source, &under.target, under.read_only)));
+    mounts.push(
         // A read-only one is staged so; asked to do it, the engine would drop nosuid and nodev on the way.
         bind(&dirs.workspace, workspace, dirs.workspace_read_only),
-    ];
+    );
     for part in &dirs.parts {
         mounts.push(bind(&part.path, &format!("{workspace}/{}", part.below.display()), false));
     }
@@ -526,6 +530,7 @@ pub(super) fn boot_with(
     let mut env = options::environment(plan, image.path_env.as_deref(), &provider, &names.token);
     env.extend(agent_way_out::environment(plan, way_out::has_authorities(parts, plan)));
     env.extend(more.iter().cloned());
+    env.extend(record.accepted.above.iter().map(|_| above::across()));
     env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
     let mut boot = Boot::new(names.cell.clone(), names.key.clone(), argv);
     boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();

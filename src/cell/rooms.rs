@@ -45,6 +45,8 @@ pub(super) struct Dirs {
     pub(super) workspace: PathBuf,
     /// The engine has to make the workspace read-only: no mount of ours does.
     pub(super) workspace_read_only: bool,
+    /// What is bound before the workspace.
+    pub(super) under: Option<Over>,
     /// What is bound over the workspace, to be written.
     pub(super) parts: Vec<StagedPart>,
     /// What else is bound, over the workspace or beside it.
@@ -185,12 +187,12 @@ fn finish_directories(
     make_dir(&etc, 0o711)?;
     write_users(&etc, &who)?;
     make_dir(&etc.join("claude-code"), 0o755)?;
-    let Seen { path: workspace, read_only: workspace_read_only, parts, over, notes: more } =
+    let Seen { path: workspace, read_only: workspace_read_only, under, parts, over, notes: more } =
         staged.finish(dir, &scratch, limits, plan.inodes_max)?;
     notes.extend(more);
     let claude = readable_program(tenant, &who, dir)?;
     let (home, tmp) = (scratch.home(), scratch.tmp());
-    let dirs = Dirs { run, etc, home, tmp, workspace, workspace_read_only, parts, over, claude };
+    let dirs = Dirs { run, etc, home, tmp, workspace, workspace_read_only, under, parts, over, claude };
     Ok(Made { dirs, who, notes, claude_md, resumed, took: Default::default() })
 }
 

@@ -5,6 +5,7 @@
 
 mod aside;
 mod former;
+mod part;
 mod see;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,7 +28,7 @@ use crate::workspace::{
     StagedPart, WorkspaceError, WorkspaceRecord,
 };
 
-pub(super) use aside::set_aside;
+pub(super) use aside::{Aside, set_aside};
 
 /// Longest CLAUDE.md that is handed over, in bytes.
 const CLAUDE_MD_BYTES_MAX: u64 = 64 * 1024;
@@ -38,7 +39,9 @@ const COVERS_MAX: usize = 256;
 /// What the repository of a worktree is called among a cell's workspaces.
 const REPOSITORY: &str = "repository";
 /// Where the cell sees it.
-const REPOSITORY_AT: &str = "/workspace.git";
+pub(super) const REPOSITORY_AT: &str = "/workspace.git";
+/// What holds a workspace that is a part of a repository's work tree, in the cell's directory: empty directories.
+const TOP: &str = "top";
 
 /// Workspaces that are staged but not yet what the cell sees.
 pub(super) struct Staged {
@@ -60,6 +63,8 @@ struct Placed {
     view: View,
     parts: Vec<StagedPart>,
     over: Vec<Over>,
+    /// What is bound before it.
+    under: Option<Over>,
 }
 
 /// How the cell comes to see it.
@@ -100,6 +105,8 @@ pub(super) struct Over {
 pub(super) struct Seen {
     pub(super) path: PathBuf,
     pub(super) read_only: bool,
+    /// What has to be bound before it.
+    pub(super) under: Option<Over>,
     pub(super) parts: Vec<StagedPart>,
     /// In the order in which they are bound.
     pub(super) over: Vec<Over>,
@@ -126,6 +133,8 @@ struct Wanted<'a> {
     record: &'a WorkspaceRecord,
     /// Files that are to be seen with another content, beside those of the mask.
     replaced: Vec<Replaced>,
+    /// What its configuration says besides, where it is a repository's own directory.
+    settings: &'static str,
     /// Whether ids are mapped for the cell's other workspaces; unknown for the first one.
     private: Option<bool>,
 }
@@ -166,8 +175,8 @@ impl Site<'_> {
         };
         let replaced = linked.iter().filter_map(|l| see::link_to(REPOSITORY_AT, &l.name)).collect();
         let (mode, at) = (plan.workspace_mode, plan.workspace_at.clone());
-        let mut snapshot = None;
-        let primary = Wanted { name: None, at: at.clone(), mode, record, replaced, private: None };
+        let (settings, mut snapshot) = ("", None);
+        let primary = Wanted { name: None, at: at.clone(), mode, record, replaced, settings, private: None };
         let claude_md = self.claude_md(record, &fd)?;
         let (first, ids) = self.place(primary, fd, &mut notes, &mut snapshot)?;
         let mut places = vec![first];
@@ -177,21 +186,27 @@ impl Site<'_> {
             let replaced = see::link_back(&linked.name, &at).into_iter().collect();
             let name = Some(REPOSITORY.to_owned());
             let at = REPOSITORY_AT.to_owned();
-            let wanted = Wanted { name, at, mode, record: &linked.record, replaced, private };
+            let wanted = Wanted { name, at, mode, record: &linked.record, replaced, settings, private };
             places.push(self.place(wanted, linked.dir, &mut notes, &mut snapshot)?.0);
-        }
-        for other in &self.accepted.others {
-            let fd = workspace::reopen_as(self.identity, &other.record, &self.guard)?;
-            let (name, at) = (Some(other_name(&other.name)), other.at.clone());
-            let (mode, record) = (other.mode, &other.record);
-            let wanted = Wanted { name, at, mode, record, replaced: Vec::new(), private };
-            places.push(self.place(wanted, fd, &mut notes, &mut snapshot)?.0);
         }
         let who = match ids {
             StagedIds::Private { uid, gid, groups } | StagedIds::Submitter { uid, gid, groups } => {
                 Who { uid, gid, groups }
             }
         };
+        if let Some(above) = &self.accepted.above {
+            if let Some(first) = places.first_mut() {
+                first.under = Some(part::top(self, above, &who)?);
+            }
+            places.extend(part::repository(self, above, private, &mut notes)?);
+        }
+        for other in &self.accepted.others {
+            let fd = workspace::reopen_as(self.identity, &other.record, &self.guard)?;
+            let (name, at) = (Some(other_name(&other.name)), other.at.clone());
+            let (mode, record) = (other.mode, &other.record);
+            let wanted = Wanted { name, at, mode, record, replaced: Vec::new(), settings, private };
+            places.push(self.place(wanted, fd, &mut notes, &mut snapshot)?.0);
+        }
         let from = self.accepted.from.clone().map(|job| Former::new(self.settings, job));
         Ok(Staged { places, who, notes, claude_md, snapshot, from })
     }
@@ -203,7 +218,7 @@ impl Site<'_> {
         notes: &mut Vec<String>,
         snapshot: &mut Option<Duration>,
     ) -> Result<(Placed, StagedIds), WorkspaceError> {
-        let Wanted { name, at, mode: asked, record, replaced, private } = wanted;
+        let Wanted { name, at, mode: asked, record, replaced, settings, private } = wanted;
         let writable = self.accepted.plan.writable.as_deref().filter(|_| name.is_none());
         let mode = match (asked, writable) {
             (WorkspaceMode::Bind, None) => Mode::Bind,
@@ -216,7 +231,7 @@ impl Site<'_> {
         let is_copy = asked == WorkspaceMode::Copy;
         let shelf = (is_copy && name.is_none())
             .then(|| Shelf::new(self.settings.state_dir.join("changes")).of(self.job));
-        let sight = Sight { hide: &self.accepted.plan.hide, mode, shelf, replaced };
+        let sight = Sight { hide: &self.accepted.plan.hide, mode, shelf, replaced, settings };
         let see::Looked { mask, guards, guarded, notes: told, snapshot: took } =
             sight.look(self.identity, record, &fd)?;
         *snapshot = snapshot.or(took);
@@ -263,7 +278,7 @@ impl Site<'_> {
             over.extend(self.covers(name.as_deref(), &at, record, &mask)?);
             View::Staged { path, wants_read_only: staged.wants_read_only() }
         };
-        Ok((Placed { name, at, view, parts, over }, ids))
+        Ok((Placed { name, at, view, parts, over, under: None }, ids))
     }
 
     /// What covers the hidden paths of a workspace that the cell sees as it is.
@@ -293,7 +308,8 @@ impl Site<'_> {
             read_only: true,
         });
         let mut over: Vec<Over> = hidden.collect();
-        for (number, replaced) in mask.replaced.iter().enumerate() {
+        // Nothing can be bound where nothing is.
+        for (number, replaced) in mask.replaced.iter().filter(|r| !r.made).enumerate() {
             let source = Covers::file(layers, number, &replaced.content)?;
             over.push(Over { source, target: target(&replaced.path), read_only: true });
         }
@@ -328,7 +344,8 @@ fn empty(tenant: &Tenant) -> Staged {
         if own == 0 { (tenant.uid, tenant.uid) } else { (own, rustix::process::getegid().as_raw()) };
     let who = Who { uid, gid, groups: Vec::new() };
     let at = options::WORKSPACE.to_owned();
-    let place = Placed { name: None, at, view: View::Empty, parts: Vec::new(), over: Vec::new() };
+    let place =
+        Placed { name: None, at, view: View::Empty, parts: Vec::new(), over: Vec::new(), under: None };
     Staged { places: vec![place], who, notes: Vec::new(), claude_md: None, snapshot: None, from: None }
 }
 
@@ -372,7 +389,7 @@ impl Placed {
         from: Option<&Former>,
         owner: (u32, u32),
     ) -> Result<Seen, WorkspaceError> {
-        let Self { name, view, mut parts, over, .. } = self;
+        let Self { name, view, mut parts, over, under, .. } = self;
         let (path, read_only, notes) = match view {
             View::Empty => (scratch.work(), false, Vec::new()),
             View::Staged { path, wants_read_only } => (path, wants_read_only, Vec::new()),
@@ -399,7 +416,7 @@ impl Placed {
                 (copied.path, writable.is_some(), copied.notes)
             }
         };
-        Ok(Seen { path, read_only, parts, over, notes })
+        Ok(Seen { path, read_only, under, parts, over, notes })
     }
 }
 
@@ -411,8 +428,44 @@ pub(super) fn rooms(accepted: &Accepted, dir: &Path) -> Vec<(String, PathBuf)> {
     };
     let others = accepted.others.iter().map(|other| (other.at.clone(), at(Some(&other_name(&other.name)))));
     let all =
-        [(accepted.plan.workspace_at.clone(), at(None)), (REPOSITORY_AT.to_owned(), at(Some(REPOSITORY)))];
+        [(accepted.plan.workspace_at.clone(), at(None)), (repository_at(accepted), at(Some(REPOSITORY)))];
     all.into_iter().chain(others).filter(|(_, dir)| dir.is_dir()).collect()
+}
+
+/// Whether the cell in `dir` has written to a copy of a repository that lies beside its workspace.
+pub(super) fn has_repository_copy(dir: &Path) -> bool {
+    let copy = workspace::parts_of(dir, Some(REPOSITORY));
+    copy.is_some_and(|copy| std::fs::read_dir(copy.dir).is_ok_and(|mut entries| entries.next().is_some()))
+}
+
+/// What a later cell has to be given to see a workspace as that in `dir` did.
+pub(super) struct Again {
+    /// What is bound before it.
+    pub(super) under: Option<Over>,
+    /// Its repository, where that is not in it.
+    pub(super) repository: Option<Over>,
+}
+
+/// The same, of a cell whose workspaces are still mounted.
+pub(super) fn again(accepted: &Accepted, dir: &Path) -> Again {
+    let at = repository_at(accepted);
+    let over = |source: PathBuf, target: String, read_only| {
+        source.is_dir().then_some(Over { source, target, read_only })
+    };
+    let under = accepted.above.as_ref().and_then(|above| {
+        over(dir.join(TOP), part::top_at(&accepted.plan.workspace_at, above).to_owned(), true)
+    });
+    let whole = workspace::parts_of(dir, Some(REPOSITORY)).filter(|parts| parts.form == Form::Whole);
+    let source = whole.map_or_else(|| workspace::view_of(dir, Some(REPOSITORY)), |parts| parts.dir);
+    Again { under, repository: over(source, at, false) }
+}
+
+/// Where the cell sees the repository of its workspace, if that is not in it.
+fn repository_at(accepted: &Accepted) -> String {
+    accepted.above.as_ref().map_or_else(
+        || REPOSITORY_AT.to_owned(),
+        |above| format!("{}/.git", part::top_at(&accepted.plan.workspace_at, above)),
+    )
 }
 
 fn failure(error: &WorkspaceError) -> PrepareError {

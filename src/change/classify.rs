@@ -7,7 +7,7 @@ mod secret;
 
 use super::{Flag, Node, TreePath};
 
-pub use names::{GitPlace, git_place};
+pub use names::{BarePart, GitPlace, bare_part, git_place};
 pub use secret::secrets;
 
 /// Bytes of a content that are looked at for secrets.

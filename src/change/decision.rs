@@ -14,7 +14,7 @@ pub enum Standing {
     /// Nobody has.
     #[default]
     Open,
-    /// It was applied, or a part of it.
+    /// It was applied, or a part of it, or made into a branch.
     Applied,
     /// It is not wanted.
     Discarded,
@@ -138,6 +138,9 @@ pub struct ApplyAnswer {
     /// The branch, where one was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub branch: Option<BranchMade>,
+    /// What else a person should know, in sentences.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// What was written by a checkout.

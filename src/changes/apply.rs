@@ -16,9 +16,9 @@ mod plan;
 mod run;
 mod select;
 mod stage;
-mod unfinished;
 #[cfg(test)]
 mod tests;
+mod unfinished;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -35,7 +35,7 @@ use crate::job::Identity;
 use crate::workspace::WorkspaceError;
 
 pub use crate::changes::{BadGlob, Only};
-pub use accept::{Accepted, Decision, Discarded, decision, discard};
+pub use accept::{Accepted, Decision, Discarded, branched, decision, discard};
 pub use carry::{materialise, materialise_plain};
 pub use checkout::{CheckedOut, Checkout, checkout};
 pub use journal::Pending;

@@ -2,6 +2,7 @@
 //! the workspace before the job, with the contents on the shelf. No program is run, no link followed; the original is
 //! read with its user's rights only, and only what is proven to be what the listing saw counts as the base.
 
+mod bases;
 mod contents;
 mod original;
 mod sorting;
@@ -13,11 +14,14 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, Mode, OFlags};
 
+use super::ignore::Outer;
 use super::listing::{Listing, Seen};
 use super::shelf::{JobShelf, ShelfError};
 use crate::change::{Base, ChangeSet, HideRules, Ignored, TreePath, VERSION};
 use crate::job::Identity;
 use crate::policy::changes::Changes;
+
+pub use bases::Bases;
 
 /// Paths whose originals are looked at at once.
 const STAT_BATCH: usize = 512;
@@ -32,7 +36,9 @@ pub enum Tree<'a> {
         /// The directory.
         upper: &'a Path,
     },
-    /// A copy of the workspace without its hidden paths.
+    /// A copy of the workspace without its hidden paths. Every file of it that is as long as it was is compared by its
+    /// content: an agent can give a file that it wrote its old times again, and the time that nobody can set
+    /// (`ctime`) is in the listing that of the original, not of its copy.
     Whole {
         /// The directory.
         tree: &'a Path,
@@ -86,6 +92,10 @@ pub struct Extraction<'a> {
     pub changes: &'a Changes,
     /// Ignored paths are entries like any other.
     pub keep_ignored: bool,
+    /// Where contents can be had that the original has not any more.
+    pub bases: Option<&'a Bases<'a>>,
+    /// What its repository says of it from above, where it is a part of one's work tree.
+    pub outer: Option<&'a Outer>,
     /// Whose rights the original is read with.
     pub identity: &'a Identity,
     /// How much is taken.
@@ -167,12 +177,16 @@ pub fn extract(from: &Extraction<'_>) -> Result<ChangeSet, ExtractError> {
     let original =
         original::Original::start(from.original, from.identity, until).map_err(io("read the original of"))?;
     let mut contents = contents::Contents::new(from, &root, overlay, original, until);
-    let sorted = sorting::sort(from, candidates, &walked, &mut contents)?;
-    let mut entries = contents.entries(&sorted.entries)?;
-    let mut git_state = contents.entries(&sorted.git_state)?;
-    contents.keep()?;
-    sorting::finish(from, &mut entries, &mut git_state);
+    let read = sorting::sort(from, candidates, &walked, &mut contents).and_then(|sorted| {
+        let entries = contents.entries(&sorted.entries)?;
+        let git_state = contents.entries(&sorted.git_state)?;
+        contents.keep()?;
+        Ok((git_state, entries, sorted))
+    });
     notes.extend(contents.notes());
+    contents.close();
+    let (mut git_state, mut entries, sorted) = read?;
+    sorting::finish(from, &walked, &mut entries, &mut git_state);
     notes.extend(sorting::notes(from.listing, &entries));
     let base = Base {
         snapshot: from.listing.hash(),

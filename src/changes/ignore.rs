@@ -23,10 +23,25 @@ const FILES_MAX: usize = 10_000;
 /// The rules of one tree, read as they are needed.
 pub(super) struct Rules {
     exclude: Gitignore,
+    /// Where the tree lies in that of its repository: nothing, or `a/b/`.
+    below: Vec<u8>,
+    /// The files of directories above the tree, the nearest first, each with where the tree lies below it (`b/`).
+    above: Vec<(Vec<u8>, Gitignore)>,
     /// By directory; the top has the empty name.
     files: HashMap<Vec<u8>, Gitignore>,
     /// What was found of directories.
     dirs: HashMap<Vec<u8>, bool>,
+}
+
+/// What a repository says of a part of its work tree, from above that.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Outer {
+    /// Where the part lies: `a/b`.
+    pub below: String,
+    /// `.git/info/exclude`.
+    pub exclude: Option<Vec<u8>>,
+    /// The `.gitignore` of the top, of `a`, and so on to the directory that holds the part.
+    pub files: Vec<Option<Vec<u8>>>,
 }
 
 /// Reads the `.gitignore` of a directory (none: the top).
@@ -36,7 +51,24 @@ impl Rules {
     /// `exclude` is the content of `.git/info/exclude`.
     pub(super) fn new(exclude: Option<&[u8]>) -> Self {
         let exclude = exclude.map_or_else(Gitignore::empty, parse);
-        Self { exclude, files: HashMap::new(), dirs: HashMap::new() }
+        let (below, above) = (Vec::new(), Vec::new());
+        Self { exclude, below, above, files: HashMap::new(), dirs: HashMap::new() }
+    }
+
+    /// The rules of a tree that is a part of a repository's.
+    pub(super) fn of_part(outer: &Outer) -> Self {
+        let mut rules = Self::new(outer.exclude.as_deref());
+        rules.below = [outer.below.as_bytes(), b"/"].concat();
+        let mut at = 0;
+        for text in &outer.files {
+            rules.above.insert(
+                0,
+                (rules.below[at..].to_vec(), text.as_deref().map_or_else(Gitignore::empty, parse)),
+            );
+            let rest = &rules.below[at..];
+            at += rest.iter().position(|byte| *byte == b'/').map_or(rest.len(), |slash| slash + 1);
+        }
+        rules
     }
 
     /// The topmost path at or above `path` that is ignored, as its length in bytes: then everything below it is.
@@ -73,7 +105,14 @@ impl Rules {
                 Match::None => end = dir,
             }
         }
-        self.exclude.matched(OsStr::from_bytes(path), is_dir).is_ignore()
+        for (below, file) in &self.above {
+            match file.matched(OsStr::from_bytes(&[below, path].concat()), is_dir) {
+                Match::Ignore(_) => return true,
+                Match::Whitelist(_) => return false,
+                Match::None => {}
+            }
+        }
+        self.exclude.matched(OsStr::from_bytes(&[&self.below, path].concat()), is_dir).is_ignore()
     }
 
     fn file(&mut self, dir: &[u8], load: Load<'_>) -> &Gitignore {
@@ -110,6 +149,37 @@ fn parse(text: &[u8]) -> Gitignore {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_of_a_tree_obeys_what_lies_above_it_the_nearest_first() {
+        let text = |text: &str| Some(text.as_bytes().to_vec());
+        let outer = Outer {
+            below: "a/b".to_owned(),
+            exclude: text("*.excluded\n/a/b/own\n"),
+            files: vec![text("target/\n*.log\n/a/b/top\n/here\nb/\n"), text("!keep.log\n/b/near\n")],
+        };
+        let mut load = |at: &TreePath| (at.as_bytes() == b".gitignore").then(|| b"!in.log\n".to_vec());
+        let mut rules = Rules::of_part(&outer);
+        let mut ignored = |path: &str, is_dir| {
+            let path = TreePath::new(path).expect("a path");
+            rules.ignored(&path, is_dir, &mut load)
+        };
+        for (path, is_dir, top) in [
+            ("target/debug/x", false, Some(6)),
+            ("target", false, None),
+            ("x.log", false, Some(5)),
+            ("keep.log", false, None),
+            ("in.log", false, None),
+            ("top", false, Some(3)),
+            ("near", false, Some(4)),
+            ("here", false, None),
+            ("own", false, Some(3)),
+            ("deep/x.excluded", false, Some(15)),
+            ("plain", false, None),
+        ] {
+            assert_eq!(ignored(path, is_dir), top, "{path}");
+        }
+    }
 
     fn ignored(files: &[(&str, &str)], exclude: &str, path: &str, is_dir: bool) -> Option<usize> {
         let mut load = |at: &TreePath| {

@@ -13,12 +13,14 @@ use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 use super::durable::flush_all;
-use crate::change::{BlobId, ChangeSet};
+use crate::change::{BlobId, ChangeSet, Commits};
 use crate::git::head::Head;
 use crate::job::JobId;
 
 const BASE: &str = "base";
 const ORIGIN: &str = "origin.json";
+const INDEX: &str = "index";
+const COMMITS: &str = "commits.json";
 const CHANGES: &str = "changes.json";
 const BLOBS: &str = "blobs";
 /// What the name of a content begins with that is not whole yet.
@@ -146,7 +148,66 @@ impl JobShelf {
         serde_json::from_slice(&json).map_err(corrupt)
     }
 
-    /// Keeps the change set; its contents must be there, by [`Batch::keep`] or [`JobShelf::put_blob`]. Gives the SHA-256 of its stored form, in hex.
+    /// Keeps git's index of the workspace before the job, and when that was written, in nanoseconds since 1970: a help,
+    /// which may be lost with the machine's power.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn put_index(&self, index: &[u8], written_ns: i64) -> Result<(), ShelfError> {
+        let path = self.dir.join(INDEX);
+        let fresh = path.with_extension("new");
+        let mut options = OpenOptions::new();
+        let written = options.write(true).create(true).truncate(true).mode(0o600).open(&fresh);
+        let written = written.and_then(|mut file| {
+            file.write_all(&written_ns.to_le_bytes()).and_then(|()| file.write_all(index))
+        });
+        written.and_then(|()| std::fs::rename(&fresh, &path)).map_err(at("write", &path))
+    }
+
+    /// What [`JobShelf::put_index`] kept.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn index(&self) -> Result<Option<(Vec<u8>, i64)>, ShelfError> {
+        let kept = self.get(INDEX)?.unwrap_or_default();
+        let Some((written, index)) = kept.split_first_chunk::<8>() else { return Ok(None) };
+        Ok(Some((index.to_vec(), i64::from_le_bytes(*written))))
+    }
+
+    /// Forgets it: the change set is made.
+    pub fn forget_index(&self) {
+        let path = self.dir.join(INDEX);
+        if let Err(error) = std::fs::remove_file(&path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %path.display(), %error, "a kept index stays until its job is removed");
+        }
+    }
+
+    /// Keeps which commits an agent made, until there is a change set that says so. Their bundle must be there.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn put_commits(&self, commits: &Commits) -> Result<(), ShelfError> {
+        let json = serde_json::to_vec(commits);
+        self.put(COMMITS, &json.map_err(|e| at("write", &self.dir.join(COMMITS))(io::Error::other(e)))?)
+    }
+
+    /// What [`JobShelf::put_commits`] kept.
+    ///
+    /// # Errors
+    /// [`ShelfError`].
+    pub fn commits(&self) -> Result<Option<Commits>, ShelfError> {
+        let Some(json) = self.get(COMMITS)? else { return Ok(None) };
+        let corrupt = |e: serde_json::Error| ShelfError::Corrupt {
+            path: self.dir.join(COMMITS),
+            detail: e.to_string(),
+        };
+        serde_json::from_slice(&json).map(Some).map_err(corrupt)
+    }
+
+    /// Keeps the change set; its contents must be there, by [`Batch::keep`] or [`JobShelf::put_blob`]. Gives the SHA-256 of
+    /// its stored form, in hex.
     ///
     /// # Errors
     /// [`ShelfError::Io`].

@@ -137,7 +137,14 @@ impl Repository {
     /// # Errors
     /// [`RepositoryError`].
     pub fn at(dir: BorrowedFd<'_>) -> Result<Option<Self>, RepositoryError> {
-        let Some(git) = git_dir(dir)? else { return Ok(None) };
+        git_dir(dir)?.map(Self::of).transpose()
+    }
+
+    /// The repository whose own directory (`.git`, or `worktrees/<name>` in one) this is.
+    ///
+    /// # Errors
+    /// [`RepositoryError`].
+    pub fn of(git: OwnedFd) -> Result<Self, RepositoryError> {
         let common = match small(git.as_fd(), "commondir")? {
             Some(path) => directory(git.as_fd(), path.as_bytes(), "open the shared part")?,
             None => git.try_clone().map_err(|source| RepositoryError::Io { doing: "open", source })?,
@@ -146,7 +153,7 @@ impl Repository {
             return Err(broken("it has no HEAD or no objects"));
         }
         let format = format_of(common.as_fd())?;
-        Ok(Some(Self { git, common, format, prefix: Vec::new() }))
+        Ok(Self { git, common, format, prefix: Vec::new() })
     }
 
     /// The repository that holds `path`, an absolute path without symbolic links: there, or above it on the same
@@ -188,6 +195,18 @@ impl Repository {
             all.iter().rev().find(of).and_then(|v| v.value.clone())
         };
         (last("name"), last("email"))
+    }
+
+    /// Its index, and when that was written, in nanoseconds since 1970; none where there is none.
+    ///
+    /// # Errors
+    /// [`RepositoryError`].
+    pub fn index(&self, bytes_max: u64) -> Result<Option<(Vec<u8>, i64)>, RepositoryError> {
+        let Some((found, _)) = look(self.git.as_fd(), "index")? else { return Ok(None) };
+        let stat = rustix::fs::fstat(&found)
+            .map_err(|errno| RepositoryError::Io { doing: "look at the index", source: errno.into() })?;
+        let bytes = file_of(self.git.as_fd(), "index", bytes_max)?;
+        Ok(bytes.map(|bytes| (bytes, stat.st_mtime * 1_000_000_000 + stat.st_mtime_nsec as i64)))
     }
 
     /// What is checked out.

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-pub use workspace::{MountAt, OTHERS_MAX, OtherMode, OtherSpec, WORKSPACE, WorkspaceSpec};
+pub use workspace::{MountAt, OTHERS_MAX, OtherMode, OtherSpec, WORKSPACE, WorkspaceSpec, taken_at};
 
 /// Longest prompt, in bytes.
 pub const PROMPT_BYTES_MAX: usize = 1024 * 1024;

@@ -533,7 +533,7 @@ fn list(db: &Connection, filter: &Filter) -> Result<Page, StoreError> {
     Ok(Page { rows: found.into_iter().take(limit).map(|(row, _)| row).collect(), next_cursor })
 }
 
-fn state_of(db: &Connection, job: &JobId) -> Result<State, StoreError> {
+pub(super) fn state_of(db: &Connection, job: &JobId) -> Result<State, StoreError> {
     let found = db
         .prepare_cached("SELECT state_json FROM jobs WHERE id = ?1")?
         .query_row([job.as_str()], |row| json(row, 0))

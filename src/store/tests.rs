@@ -69,6 +69,9 @@ async fn a_job_goes_its_way_and_is_found_again_after_a_restart() {
     assert_eq!(store.job(&id).await.unwrap().unwrap().row.state_seq, Some(3));
     let state = store.transition(&id, &state, &Input::CellEnded, Some(4), 30).await.unwrap();
     let totals = Totals { turns: 3, ..Totals::default() };
+    let summary = crate::change::Summary { added: 2, ..crate::change::Summary::default() };
+    let early = store.found_changes(&id, summary.clone()).await;
+    assert!(matches!(early, Err(StoreError::NotDone { .. })), "{early:?}");
     let answer = Some("ä".repeat(jobs::RESULT_BYTES_MAX));
     store.finish(&id, &state, Outcome::Succeeded, totals.clone(), answer, Some(5), 40).await.unwrap();
     store.close().await.unwrap();
@@ -81,6 +84,9 @@ async fn a_job_goes_its_way_and_is_found_again_after_a_restart() {
     assert_eq!((found.row.state_seq, found.row.totals), (Some(5), Some(totals)));
     assert_eq!((found.row.identity, found.row.labels), (job.identity, job.labels));
     assert_eq!(found.spec_json, job.spec_json);
+    store.found_changes(&id, summary.clone()).await.unwrap();
+    let later = store.job(&id).await.unwrap().unwrap().row.totals;
+    assert_eq!(later.map(|totals| (totals.turns, totals.changes)), Some((3, Some(summary))));
     assert_eq!(found.result_text.map(|text| text.len()), Some(jobs::RESULT_BYTES_MAX));
     assert_eq!(store.counts_by_state().await.unwrap()["done"], 1);
     assert_eq!(store.oldest_queued_ms().await.unwrap(), None);

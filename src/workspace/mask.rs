@@ -17,6 +17,9 @@ use crate::change::hide::HideRules;
 /// Most paths that are hidden one by one; what lies below a hidden directory does not count.
 pub const HIDDEN_MAX: usize = 20_000;
 
+/// Mode of a file that the workspace itself has not.
+pub(super) const MADE_MODE: u32 = 0o644;
+
 /// One path that is not to be seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hidden {
@@ -33,6 +36,8 @@ pub struct Replaced {
     pub path: TreePath,
     /// What stands in it.
     pub content: Vec<u8>,
+    /// It is to be seen where the workspace has no such file too, as long as it has its directory.
+    pub made: bool,
 }
 
 impl std::fmt::Debug for Replaced {
@@ -176,7 +181,17 @@ impl Layer {
         if !self.directory(below.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))? {
             return Ok(());
         }
-        let Some(stat) = self.seen(below)? else { return Ok(()) };
+        let stat = match self.seen(below)? {
+            Some(stat) => stat,
+            None if replaced.made => {
+                // The directory's owner, and a file's mode.
+                let up = below.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+                let Some(mut stat) = self.seen(up)? else { return Ok(()) };
+                stat.st_mode = FileType::RegularFile.as_raw_mode() | MADE_MODE;
+                stat
+            }
+            None => return Ok(()),
+        };
         let at = self.at.join(below);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match rustix::fs::openat(&self.own, below, flags, Mode::RUSR | Mode::WUSR) {

@@ -67,9 +67,35 @@ pub fn open_as(
     need: Access,
     guard: &Guard,
 ) -> Result<(OwnedFd, WorkspaceRecord), WorkspaceError> {
+    open_any(identity, path, need, guard, false)
+}
+
+/// The same of a repository's own directory, which is no workspace but is shown beside one.
+///
+/// # Errors
+/// As [`open_as`].
+pub fn open_repository_as(
+    identity: &Identity,
+    path: &Path,
+    guard: &Guard,
+) -> Result<(OwnedFd, WorkspaceRecord), WorkspaceError> {
+    open_any(identity, path, Access::Read, guard, true)
+}
+
+fn open_any(
+    identity: &Identity,
+    path: &Path,
+    need: Access,
+    guard: &Guard,
+    repository: bool,
+) -> Result<(OwnedFd, WorkspaceRecord), WorkspaceError> {
     let path = rules::tidy(path, guard)?;
+    if !repository && rules::in_git(&path) {
+        return Err(WorkspaceError::GitDir { path });
+    }
     let (who, home, at) = (identity.clone(), guard.home.clone(), path.clone());
-    let (dir, record) = as_peer(identity, &path, move || open_here(&who, &at, need, home.as_deref()))?;
+    let open = move || open_here(&who, &at, need, home.as_deref(), repository);
+    let (dir, record) = as_peer(identity, &path, open)?;
     outside_of_state(dir.as_fd(), &path, guard)?;
     Ok((dir, record))
 }
@@ -83,8 +109,27 @@ pub fn reopen_as(
     record: &WorkspaceRecord,
     guard: &Guard,
 ) -> Result<OwnedFd, WorkspaceError> {
+    reopened(record, open_as(identity, &record.path, record.need, guard))
+}
+
+/// The same of what [`open_repository_as`] opened.
+///
+/// # Errors
+/// As [`reopen_as`].
+pub fn reopen_repository_as(
+    identity: &Identity,
+    record: &WorkspaceRecord,
+    guard: &Guard,
+) -> Result<OwnedFd, WorkspaceError> {
+    reopened(record, open_repository_as(identity, &record.path, guard))
+}
+
+fn reopened(
+    record: &WorkspaceRecord,
+    opened: Result<(OwnedFd, WorkspaceRecord), WorkspaceError>,
+) -> Result<OwnedFd, WorkspaceError> {
     let moved = |what| Err(WorkspaceError::Moved { path: record.path.clone(), what });
-    let (dir, now) = match open_as(identity, &record.path, record.need, guard) {
+    let (dir, now) = match opened {
         Ok(opened) => opened,
         Err(WorkspaceError::Missing { .. }) => return moved("existence"),
         Err(WorkspaceError::Symlink { .. } | WorkspaceError::NotADirectory { .. }) => return moved("kind"),
@@ -317,6 +362,7 @@ fn open_here(
     path: &Path,
     need: Access,
     home: Option<&Path>,
+    repository: bool,
 ) -> Result<(OwnedFd, WorkspaceRecord), WorkspaceError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
@@ -327,7 +373,7 @@ fn open_here(
         return Err(WorkspaceError::PseudoFs { path: path.to_owned(), fs });
     }
     may_use(dir.as_fd(), identity.uid, path, need)?;
-    if is_git_dir(dir.as_fd()) {
+    if !repository && is_git_dir(dir.as_fd()) {
         return Err(WorkspaceError::GitDir { path: path.to_owned() });
     }
     let record = describe(dir.as_fd(), identity, path, need)?;

@@ -100,6 +100,11 @@ const PSEUDO_FS: &[(u64, &str)] = &[
 
 const PATH_BYTES_MAX: usize = 4095;
 
+/// Whether a path is, or is in, a repository's own directory.
+pub(super) fn in_git(path: &Path) -> bool {
+    path.components().any(|part| part.as_os_str().eq_ignore_ascii_case(".git"))
+}
+
 /// The path without doubled slashes, `.` and a trailing slash; refuses what no file system need be asked for.
 pub(super) fn tidy(path: &Path, guard: &Guard) -> Result<PathBuf, WorkspaceError> {
     let given = || path.to_owned();
@@ -113,9 +118,6 @@ pub(super) fn tidy(path: &Path, guard: &Guard) -> Result<PathBuf, WorkspaceError
     let path: PathBuf = path.components().collect();
     if let Some(tree) = system_tree(&path) {
         return Err(WorkspaceError::System { path, tree });
-    }
-    if path.components().any(|part| part.as_os_str().eq_ignore_ascii_case(".git")) {
-        return Err(WorkspaceError::GitDir { path });
     }
     if path.starts_with(&guard.state_dir) || guard.state_dir.starts_with(&path) {
         return Err(WorkspaceError::StateDir { path, state_dir: guard.state_dir.clone() });
@@ -218,8 +220,8 @@ mod tests {
         assert!(matches!(refuse(""), WorkspaceError::NotAbsolute { .. }));
         assert!(matches!(refuse(&format!("/{}", "a".repeat(5000))), WorkspaceError::NotAbsolute { .. }));
         assert!(matches!(refuse("/home/ann/../bob"), WorkspaceError::NotCanonical { .. }));
-        assert!(matches!(refuse("/home/ann/app/.git"), WorkspaceError::GitDir { .. }));
-        assert!(matches!(refuse("/home/ann/app/.GIT/modules/x"), WorkspaceError::GitDir { .. }));
+        let git = |path: &str| in_git(Path::new(path));
+        assert!(git("/home/ann/app/.git") && git("/home/ann/app/.GIT/modules/x") && !git("/home/ann/app"));
     }
 
     #[test]

@@ -81,7 +81,7 @@ pub(super) fn copy_tree(
         done: Done::default(),
         path: Vec::new(),
     };
-    let copied = copy.directory(from, to.as_fd(), 0);
+    let copied = copy.directory(from, to.as_fd(), 0).and_then(|()| copy.made(to.as_fd(), mask));
     copied.map_err(|stop| match stop {
         Stop::Limit(why) => WorkspaceError::Copy { path: source.to_owned(), why },
         Stop::Io(doing, error) => {
@@ -243,6 +243,35 @@ impl Copy<'_> {
         self.look_like(out.as_fd(), stat).map_err(failed("give owner and mode to the copy of"))
     }
 
+    /// Files of ours that the workspace has not, where it has their directories.
+    fn made(&mut self, to: BorrowedFd<'_>, mask: &Mask) -> Result<(), Stop> {
+        for replaced in mask.replaced.iter().filter(|replaced| replaced.made) {
+            self.path = replaced.path.as_bytes().to_vec();
+            let up = replaced.path.parent();
+            let up = up.as_ref().map_or(Path::new("."), |up| up.as_path());
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let dir = match rustix::fs::openat2(to, up, flags, Mode::empty(), resolve()) {
+                Ok(dir) => dir,
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
+                Err(errno) => return Err(failed("open the copy of")(errno)),
+            };
+            let mut stat = rustix::fs::fstat(&dir).map_err(failed("look at"))?;
+            stat.st_mode = FileType::RegularFile.as_raw_mode() | super::mask::MADE_MODE;
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let file = match rustix::fs::openat(&dir, replaced.path.name(), flags, Mode::RUSR | Mode::WUSR) {
+                Ok(file) => file,
+                // There was one: it was replaced.
+                Err(Errno::EXIST) => continue,
+                Err(errno) => return Err(failed("make the copy of")(errno)),
+            };
+            let mut file = File::from(file);
+            file.write_all(&replaced.content).map_err(failed("write the copy of"))?;
+            self.look_like(file.as_fd(), &stat).map_err(failed("give owner and mode to the copy of"))?;
+            rustix::fs::futimens(&dir, &times(&stat)).map_err(failed("give times to the copy of"))?;
+        }
+        Ok(())
+    }
+
     fn content(&mut self, source: File, out: &mut File) -> Result<(), Stop> {
         if self.reflinks {
             match rustix::fs::ioctl_ficlone(&*out, &source) {
@@ -358,7 +387,12 @@ mod tests {
                 Hidden { path: path(".env"), is_dir: false },
                 Hidden { path: path("keys"), is_dir: true },
             ],
-            replaced: vec![Replaced { path: path("src/a.rs"), content: b"masked".to_vec() }],
+            replaced: vec![
+                Replaced { path: path("src/a.rs"), content: b"masked".to_vec(), made: false },
+                Replaced { path: path("src/deep/new"), content: b"made".to_vec(), made: true },
+                Replaced { path: path("nowhere/new"), content: b"made".to_vec(), made: true },
+                Replaced { path: path("src/none"), content: b"none".to_vec(), made: false },
+            ],
         };
         let to = dir.path().join("to");
         let dir_fd = overlay::open_dir(&from).expect("open");
@@ -370,6 +404,8 @@ mod tests {
             assert_eq!(of(&a), of(&b), "{name}");
         }
         assert_eq!(std::fs::read_to_string(to.join("src/a.rs")).expect("read"), "masked");
+        assert_eq!(std::fs::read_to_string(to.join("src/deep/new")).expect("read"), "made");
+        assert!(!to.join("nowhere").exists() && !to.join("src/none").exists());
         assert_eq!(std::fs::read_link(to.join("link")).expect("link"), Path::new("/etc/passwd"));
         assert!(!to.join(".env").exists() && !to.join("keys").exists());
         assert_eq!(std::fs::read_to_string(from.join("src/a.rs")).expect("read"), "fn a() {}");

@@ -8,7 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::peer::{self, text_of};
-use super::{Access, Guard, WorkspaceError, WorkspaceRecord, io_at};
+use super::{Guard, WorkspaceError, WorkspaceRecord, io_at};
 use crate::job::Identity;
 
 /// Longest file that names another, in bytes.
@@ -47,7 +47,7 @@ pub fn worktree(
     let Some((common, name)) = parts_of(&place) else {
         return told("`.git` does not name a worktree of a repository");
     };
-    let (opened, found) = match peer::open_as(identity, &common, Access::Read, guard) {
+    let (opened, found) = match peer::open_repository_as(identity, &common, guard) {
         Ok(opened) => opened,
         Err(error @ (WorkspaceError::Unresponsive { .. } | WorkspaceError::TooManyOpening { .. })) => {
             return Err(error);

@@ -9,6 +9,7 @@ mod flags;
 mod former;
 mod input;
 mod kills;
+mod part;
 mod poison;
 mod real;
 mod road;

@@ -103,7 +103,7 @@ fn what_is_hidden_stays_out_in_every_mode_and_in_place_git_and_settings_are_safe
         let dir = repository(&world, mode);
         let before = snapshot(&dir);
         let spec = json!({ "prompt": "x", "policy": "trusted", "workspace": { "path": dir, "mode": mode } });
-        let (_, events, _) = job(&world, &spec);
+        let (_, events, view) = job(&world, &spec);
         let text = tool_results(&events);
         assert!(!text.contains(TOKEN), "{mode}: {text}");
         assert!(text.contains("first") && text.contains("example.org/app.git"), "{mode}: {text}");
@@ -126,6 +126,16 @@ fn what_is_hidden_stays_out_in_every_mode_and_in_place_git_and_settings_are_safe
             assert!(std::fs::symlink_metadata(dir.join(name)).is_err(), "{name} is still there");
         }
         assert_eq!(told.len(), 3, "{told:?}");
+        // The outcome says so too, for programs and for people.
+        let aside = view["totals"]["quarantined"].as_array().unwrap();
+        assert_eq!(aside.len(), 3, "{view:#}");
+        for one in aside {
+            let (path, now) = (one["path"].as_str().unwrap(), one["moved_to"].as_str().unwrap());
+            assert!(now.starts_with(&format!("{path}.quarantined-")), "{one}");
+            assert!(std::fs::symlink_metadata(dir.join(now)).is_ok(), "{one}");
+        }
+        let (code, shown, _) = world.run(&["show", view["id"].as_str().unwrap()]);
+        assert!(code == 0 && shown.contains("deep/.git appeared during the job and is now"), "{shown}");
         let left = sh(&dir, "find . -name '*.quarantined-*' | wc -l");
         assert_eq!(left.trim(), "3");
     }

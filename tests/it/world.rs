@@ -248,6 +248,8 @@ impl World {
                     "applied.json",
                     "discarded.json",
                     "copy.img",
+                    "commits.json",
+                    "quarantined.json",
                 ]
                 .contains(&name.as_str())
                     || (name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit()));

@@ -8,11 +8,14 @@ use std::time::Duration;
 
 use super::super::{Accepted, Settings};
 use super::see;
+use crate::change::Quarantined;
 use crate::changes::Shelf;
 use crate::job::{Identity, JobId};
 use crate::workspace::{self, Guard, Guarded, WorkspaceError};
 
 const FILE_NAME: &str = "guarded.json";
+/// What was set aside: kept until the job is removed, since whoever did it may not have told it.
+const DONE_NAME: &str = "quarantined.json";
 const RENAME_TIME_MAX: Duration = Duration::from_secs(60);
 
 fn file(settings: &Settings, job: &JobId) -> PathBuf {
@@ -37,23 +40,42 @@ pub(super) fn remember(settings: &Settings, job: &JobId, guarded: &Guarded) -> R
     written.map_err(io("keep", path))
 }
 
-/// Sets aside what the job's agent left of that kind: words for each. Its cell must be gone. Blocks.
+/// What became of what an agent left.
+#[derive(Debug, Default)]
+pub(in crate::cell) struct Aside {
+    pub(in crate::cell) quarantined: Vec<Quarantined>,
+    /// Words for each, and for what could not be looked at.
+    pub(in crate::cell) notes: Vec<String>,
+}
+
+/// Sets aside what the job's agent left of that kind. Its cell must be gone. What an earlier daemon has set aside is
+/// given again, without words. Blocks.
 pub(in crate::cell) fn set_aside(
     settings: &Settings,
     accepted: &Accepted,
     identity: &Identity,
     job: &JobId,
-) -> Vec<String> {
+) -> Aside {
     let path = file(settings, job);
-    let Ok(text) = std::fs::read(&path) else { return Vec::new() };
-    let said = match serde_json::from_slice::<Guarded>(&text) {
-        Ok(before) => renamed(settings, accepted, identity, job, &before),
-        Err(error) => vec![not_looked(&error)],
-    };
+    let done = path.with_file_name(DONE_NAME);
+    let before: Option<Vec<Quarantined>> =
+        std::fs::read(&done).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    let mut aside = Aside { quarantined: before.unwrap_or_default(), notes: Vec::new() };
+    let Ok(text) = std::fs::read(&path) else { return aside };
+    match serde_json::from_slice::<Guarded>(&text) {
+        Ok(guarded) => renamed(settings, accepted, identity, job, &guarded, &mut aside),
+        Err(error) => aside.notes.push(not_looked(&error)),
+    }
+    if !aside.quarantined.is_empty() {
+        let kept = serde_json::to_vec(&aside.quarantined).map_err(std::io::Error::other);
+        if let Err(error) = kept.and_then(|text| std::fs::write(&done, text)) {
+            tracing::warn!(%job, %error, "what was set aside is told by the job's end only");
+        }
+    }
     if let Err(error) = std::fs::remove_file(&path) {
         tracing::warn!(%job, %error, "what was protected of a workspace is not forgotten");
     }
-    said
+    aside
 }
 
 fn not_looked(why: &dyn std::fmt::Display) -> String {
@@ -66,31 +88,38 @@ fn renamed(
     identity: &Identity,
     job: &JobId,
     before: &Guarded,
-) -> Vec<String> {
-    let Some(record) = &accepted.workspace else { return Vec::new() };
+    aside: &mut Aside,
+) {
+    let Some(record) = &accepted.workspace else { return };
     let guard = Guard::for_user(&settings.state_dir, identity.uid);
     let looked = workspace::reopen_as(identity, record, &guard)
         .and_then(|fd| see::everything(identity, record, &fd).map(|looked| (fd, looked)));
     let (fd, looked) = match looked {
         Ok(looked) => looked,
-        Err(error) => return vec![not_looked(&error)],
+        Err(error) => return aside.notes.push(not_looked(&error)),
     };
-    let mut said = Vec::new();
     if !looked.complete {
-        said.push(not_looked(&"it is too large"));
+        aside.notes.push(not_looked(&"it is too large"));
     }
     for path in before.appeared(&looked) {
         let (Ok(dir), at, own) = (fd.try_clone(), path.clone(), job.clone()) else { continue };
         let work = move || workspace::set_aside(dir.as_fd(), &at, &own);
         let shown = path.as_path().display();
         match workspace::as_submitter(identity, &record.path, RENAME_TIME_MAX, work) {
-            Ok(Some(name)) => said.push(format!(
-                "quarantined: {shown} appeared during the job and would be obeyed on this host; it is now {}",
-                name.as_path().display()
-            )),
+            Ok(Some(name)) => {
+                aside.notes.push(format!(
+                    "quarantined: {shown} appeared during the job and would be obeyed on this host; it is now {}",
+                    name.as_path().display()
+                ));
+                let (path, moved_to) = (path.clone(), Some(name));
+                aside.quarantined.push(Quarantined { path, moved_to, why: None });
+            }
             Ok(None) => {}
-            Err(error) => said.push(format!("{shown} appeared during the job and is still there: {error}")),
+            Err(error) => {
+                aside.notes.push(format!("{shown} appeared during the job and is still there: {error}"));
+                let (path, why) = (path.clone(), Some(error.to_string()));
+                aside.quarantined.push(Quarantined { path, moved_to: None, why });
+            }
         }
     }
-    said
 }

@@ -10,7 +10,8 @@ use crate::change::hide::HideRules;
 use crate::changes::listing::What;
 use crate::changes::{self, JobShelf, ListLimits, Listing};
 use crate::git::config::{self, CONFIG_BYTES_MAX};
-use crate::git::head::head_of;
+use crate::git::head::Repository;
+use crate::git::index::INDEX_BYTES_MAX;
 use crate::job::Identity;
 use crate::workspace::{
     self, GUARDS_MAX, Guarded, HIDDEN_MAX, Hidden, Kind, LookLimits, Mask, Mode, Protection, Replaced,
@@ -32,6 +33,8 @@ pub(super) struct Sight<'a> {
     pub(super) shelf: Option<JobShelf>,
     /// Files that are replaced whatever is found.
     pub(super) replaced: Vec<Replaced>,
+    /// What is added to the configuration of the repository that the workspace is; empty: nothing.
+    pub(super) settings: &'static str,
 }
 
 /// What was found.
@@ -81,7 +84,7 @@ impl Sight<'_> {
             return Err(too_large(format!("more than {CONFIGS_MAX} git configurations")));
         }
         let texts = workspace::read_texts(identity, record, fd, configs, CONFIG_BYTES_MAX)?;
-        notes.extend(mask_configs(texts, &mut replaced));
+        notes.extend(mask_configs(texts, self.settings, &mut replaced));
         let (mut guarded, mut guards) = (Guarded::default(), Vec::new());
         // What cannot be written in place needs no protection.
         if let Names::Looked(looked) = &names
@@ -154,13 +157,22 @@ fn listed(
     let limits = ListLimits::default();
     let dir = fd.try_clone().map_err(|source| io(record, source))?;
     let wait_max = limits.time_max + Duration::from_secs(10);
-    let (listing, head) = workspace::as_submitter(identity, &record.path, wait_max, move || {
-        Ok::<_, WorkspaceError>((changes::list(dir.as_fd(), &limits), head_of(dir.as_fd())))
+    let (path, uid) = (record.path.clone(), identity.uid);
+    let (listing, head, index) = workspace::as_submitter(identity, &record.path, wait_max, move || {
+        // The index first: what it says of files was so before they are listed.
+        let here = Repository::at(dir.as_fd()).ok().flatten();
+        let repository = here.or_else(|| Repository::holding(&path, uid).ok().flatten());
+        let head = repository.as_ref().and_then(|repository| repository.head().ok());
+        let index = repository.and_then(|repository| repository.index(INDEX_BYTES_MAX).ok().flatten());
+        Ok::<_, WorkspaceError>((changes::list(dir.as_fd(), &limits), head, index))
     })?;
     let listing = listing.map_err(|error| too_large(&error))?;
     let kept = shelf.base().and_then(|base| match base {
         Some(_) => Ok(()),
-        None => shelf.create().and_then(|()| shelf.put_base(&listing.encode(), &head.unwrap_or_default())),
+        None => shelf
+            .create()
+            .and_then(|()| index.map_or(Ok(()), |(index, written_ns)| shelf.put_index(&index, written_ns)))
+            .and_then(|()| shelf.put_base(&listing.encode(), &head.unwrap_or_default())),
     });
     kept.map_err(|error| io(record, std::io::Error::other(error)))?;
     Ok(listing)
@@ -203,23 +215,31 @@ fn configs(names: &Names) -> Vec<TreePath> {
 }
 
 /// What is to be seen instead of configurations with credentials; the words about it.
-fn mask_configs(texts: Vec<(TreePath, Option<String>)>, replaced: &mut Vec<Replaced>) -> Option<String> {
+fn mask_configs(
+    texts: Vec<(TreePath, Option<String>)>,
+    settings: &str,
+    replaced: &mut Vec<Replaced>,
+) -> Option<String> {
     let mut said = Vec::new();
     for (path, text) in texts {
         let shown = path.as_path().display().to_string();
-        let content = match text {
+        let settings = if path.parts().count() == 1 { settings } else { "" };
+        let text = match text {
             Some(text) => {
                 let masked = config::masked(&text);
-                if masked.what.is_empty() {
+                if masked.what.is_empty() && settings.is_empty() {
                     continue;
                 }
-                said.push(format!("{shown} ({})", masked.what.join(", ")));
-                masked.text.into_bytes()
+                if !masked.what.is_empty() {
+                    said.push(format!("{shown} ({})", masked.what.join(", ")));
+                }
+                masked.text
             }
             // Not to be read by its own submitter, too long, or no text: nothing of it is shown.
-            None => Vec::new(),
+            None => String::new(),
         };
-        replaced.push(Replaced { path, content });
+        // Settings that come later win.
+        replaced.push(Replaced { path, content: (text + settings).into_bytes(), made: false });
     }
     let more = said.len().saturating_sub(NAMED_MAX);
     said.truncate(NAMED_MAX);
@@ -283,5 +303,5 @@ pub(super) fn link_back(name: &str, at: &str) -> Option<Replaced> {
 }
 
 fn replaced(path: &str, content: String) -> Option<Replaced> {
-    Some(Replaced { path: TreePath::new(path).ok()?, content: content.into_bytes() })
+    Some(Replaced { path: TreePath::new(path).ok()?, content: content.into_bytes(), made: false })
 }

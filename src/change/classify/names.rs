@@ -30,6 +30,23 @@ pub fn git_place(path: &TreePath) -> GitPlace {
     if parts.iter().any(|part| disguised(part)) { GitPlace::Disguised } else { GitPlace::Outside }
 }
 
+/// What stands at a path below a directory that is a repository without being called `.git`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BarePart {
+    /// By it git knows the directory for a repository.
+    Makes,
+    /// It runs something or leads git elsewhere.
+    Runs,
+}
+
+/// What `rest`, a path below some directory, would be if that were a bare repository.
+pub fn bare_part(rest: &[&[u8]]) -> Option<BarePart> {
+    match rest {
+        [b"HEAD"] | [b"objects" | b"refs", ..] if !runs(rest) => Some(BarePart::Makes),
+        _ => runs(rest).then_some(BarePart::Runs),
+    }
+}
+
 /// Whether git runs, or is led by, what stands at `rest` in a git directory.
 fn runs(rest: &[&[u8]]) -> bool {
     match rest {

@@ -24,7 +24,10 @@ pub struct Accepted {
     pub uid: u32,
     /// Into which directory.
     pub path: PathBuf,
-    /// What was done.
+    /// The branch that was made of it there; none: it was applied to the files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<String>,
+    /// What was done to the files.
     pub result: Applied,
 }
 
@@ -47,6 +50,13 @@ pub struct Decision {
     pub discarded: Option<Discarded>,
 }
 
+impl Decision {
+    /// The branches that were made of it, the oldest first.
+    pub fn branches(&self) -> Vec<String> {
+        self.applied.iter().filter_map(|accepted| accepted.branch.clone()).collect()
+    }
+}
+
 /// What was decided about the change set of `shelf`.
 ///
 /// # Errors
@@ -61,6 +71,15 @@ pub fn decision(shelf: &JobShelf) -> Result<Decision, ShelfError> {
 /// [`ShelfError`].
 pub fn discard(shelf: &JobShelf, uid: u32) -> Result<(), ShelfError> {
     write(shelf, DISCARDED, &Discarded { at_ms: clock::wall_ms(), uid })
+}
+
+/// Keeps that the user `uid` made a branch of it, in the repository of `path`.
+///
+/// # Errors
+/// [`ShelfError`].
+pub fn branched(shelf: &JobShelf, uid: u32, path: PathBuf, branch: String) -> Result<(), ShelfError> {
+    let (at_ms, result) = (clock::wall_ms(), Applied::default());
+    accept(shelf, &Accepted { at_ms, uid, path, branch: Some(branch), result })
 }
 
 /// Keeps that it was applied; saying the same twice is once.

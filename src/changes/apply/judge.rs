@@ -14,7 +14,8 @@ use super::merge::{MERGE_BYTES_MAX, merge};
 use crate::change::{BlobId, Entry, Node, Raw, TreePath};
 
 const EXECUTABLE: u32 = 0o100;
-const UNKNOWN: &str = "the original was changed while the job ran: what was there is not known; look at both (--3way merges texts)";
+const MOVED: &str = "the original was changed while the job ran: look at both (--3way merges texts)";
+const UNKNOWN: &str = "the original was changed while the job ran, and what it was before is not known (git did not track it as it was): nothing can be merged; look at both";
 
 /// A new content.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,7 +103,8 @@ impl Judge<'_> {
     /// Whether what is there is what the job began with.
     fn unchanged(&self, entry: &Entry, seen: &Seen<'_>) -> Result<(), String> {
         if entry.base_changed {
-            return Err(UNKNOWN.to_owned());
+            let lost = entry.before.as_ref().is_some_and(Node::is_lost);
+            return Err(if lost { UNKNOWN } else { MOVED }.to_owned());
         }
         match (&entry.before, seen.now) {
             (None, None) => Ok(()),

@@ -64,6 +64,7 @@ pub(super) fn stepwise(apply: &Apply<'_>, step: Step) -> Result<Applied, ApplyEr
         at_ms: clock::wall_ms(),
         uid: apply.identity.uid,
         path: apply.path.to_owned(),
+        branch: None,
         result: plan.outline.clone(),
     };
     let (root, blobs) =

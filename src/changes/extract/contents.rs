@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use super::super::listing::{Seen, What};
 use super::super::shelf::Batch;
+use super::bases::Known;
 use super::original::Original;
 use super::sorting::same_times;
 use super::walk::{open_file, still};
@@ -26,6 +27,7 @@ pub(super) struct Contents<'a> {
     pub(super) original: Original,
     batch: Batch<'a>,
     until: Instant,
+    known: Known<'a>,
     bytes_left: u64,
     /// Not kept, because they are too long or too many.
     left_out: Vec<String>,
@@ -45,8 +47,19 @@ impl<'a> Contents<'a> {
         until: Instant,
     ) -> Self {
         let bytes_left = from.limits.blobs_bytes_max;
-        let (batch, left_out, old_left_out) = (from.shelf.batch(), Vec::new(), 0);
-        Self { from, root, overlay, original, batch, until, bytes_left, left_out, old_left_out }
+        let (batch, known) = (from.shelf.batch(), Known::new(from.bases, from.identity));
+        Self {
+            from,
+            root,
+            overlay,
+            original,
+            batch,
+            until,
+            known,
+            bytes_left,
+            left_out: Vec::new(),
+            old_left_out: 0,
+        }
     }
 
     /// A file that the cell left.
@@ -92,11 +105,17 @@ impl<'a> Contents<'a> {
         }
         let (new, mut verdict) = self.keep_new(&candidate.path, after)?;
         let in_git = !matches!(git_place(&candidate.path), GitPlace::Outside | GitPlace::Disguised);
-        let old = match before.filter(|_| files(before) && !base_changed) {
+        let old = match before.filter(|_| files(before)) {
             _ if same => new.clone(),
             // What stands in a `.git` is never rendered, and may hold what the cell was not shown.
             Some(_) if in_git => None,
-            Some(seen) => self.keep_old(&candidate.path, seen, &mut base_changed)?,
+            Some(seen) => {
+                let old = match base_changed {
+                    true => None,
+                    false => self.keep_old(&candidate.path, seen, &mut base_changed)?,
+                };
+                if old.is_none() && base_changed { self.keep_known(&candidate.path, seen)? } else { old }
+            }
             None => None,
         };
         let name = |kept: &Option<Kept>| kept.as_ref().map(|(id, _)| id.clone());
@@ -210,6 +229,24 @@ impl<'a> Contents<'a> {
     /// Puts all contents on the shelf for good.
     pub(super) fn keep(&mut self) -> Result<(), ExtractError> {
         Ok(self.batch.keep()?)
+    }
+
+    /// The old content where the original has it no more: from the repository's objects.
+    fn keep_known(&mut self, path: &TreePath, seen: &Seen) -> Result<Option<Kept>, ExtractError> {
+        if seen.bytes > self.bytes_left.min(self.from.limits.blob_bytes_max) {
+            return Ok(None);
+        }
+        let Some(content) = self.known.content(path, seen) else { return Ok(None) };
+        let kept = self.batch.put(&mut &content[..], seen.bytes, HEAD_BYTES_MAX)?;
+        Ok(kept.map(|(id, bytes, head)| {
+            self.bytes_left -= bytes;
+            (id, head)
+        }))
+    }
+
+    /// Nothing more is read.
+    pub(super) fn close(self) {
+        self.known.close();
     }
 
     /// What was left out, in sentences.

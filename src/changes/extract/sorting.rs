@@ -1,7 +1,7 @@
 //! Which paths changed, and to which part of a change set each belongs: the work tree, git's own state, or what git
 //! ignores. It must never count as deleted what the cell did not see.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io::Read;
 
 use super::super::ignore::{FILE_BYTES_MAX, Rules};
@@ -10,7 +10,7 @@ use super::super::tracked::INDEX_BYTES_MAX;
 use super::contents::Contents;
 use super::walk::Walked;
 use super::{Candidate, ExtractError, Extraction, Tree, some_of};
-use crate::change::classify::{GitPlace, git_place};
+use crate::change::classify::{BarePart, GitPlace, bare_part, git_place};
 use crate::change::{Entry, Flag, Ignored, Node, TreePath, Verdict};
 
 /// The parts.
@@ -106,7 +106,8 @@ pub(super) fn sort(
     let exclude = TreePath::new(".git/info/exclude").ok();
     let exclude = exclude.filter(|path| from.listing.get(path).is_some());
     let exclude = exclude.and_then(|path| contents.original.read_now(&path, FILE_BYTES_MAX));
-    let (mut base, mut result) = (Rules::new(exclude.as_deref()), Rules::new(exclude.as_deref()));
+    let rules = || from.outer.map_or_else(|| Rules::new(exclude.as_deref()), Rules::of_part);
+    let (mut base, mut result) = (rules(), rules());
     let mut tops: BTreeSet<TreePath> = BTreeSet::new();
     let mut index: Option<HashSet<Vec<u8>>> = None;
     for candidate in candidates {
@@ -121,7 +122,7 @@ pub(super) fn sort(
         };
         // What git tracks it does not ignore, whatever the rules say.
         let top = top.filter(|_| {
-            let index = index.get_or_insert_with(|| tracked(from.listing, contents));
+            let index = index.get_or_insert_with(|| tracked(from, contents));
             candidate.before.is_none() || !index.contains(candidate.path.as_bytes())
         });
         let Some(top) = top else {
@@ -171,8 +172,14 @@ fn outside_git(candidate: Candidate, sorted: &mut Sorted) -> Option<Candidate> {
     None
 }
 
-/// What the repository at the top tracks; nothing where that is not known.
-fn tracked(listing: &Listing, contents: &mut Contents<'_>) -> HashSet<Vec<u8>> {
+/// What the repository at the top, or above it, tracks; nothing where that is not known.
+fn tracked(from: &Extraction<'_>, contents: &mut Contents<'_>) -> HashSet<Vec<u8>> {
+    if let Some((outer, bases)) = from.outer.zip(from.bases) {
+        let below = [outer.below.as_bytes(), b"/"].concat();
+        let all = super::super::tracked::paths(bases.index).unwrap_or_default();
+        return all.iter().filter_map(|path| path.strip_prefix(&below[..])).map(<[u8]>::to_vec).collect();
+    }
+    let listing = from.listing;
     let path = TreePath::new(".git/index").ok().filter(|path| listing.get(path).is_some());
     let index = path.and_then(|path| contents.original.read_now(&path, INDEX_BYTES_MAX));
     index.and_then(|index| super::super::tracked::paths(&index)).unwrap_or_default()
@@ -209,7 +216,8 @@ fn load_result(
 }
 
 /// What depends on more than one path: hidden names, nested repositories, names that differ by case only.
-pub(super) fn finish(from: &Extraction<'_>, entries: &mut [Entry], git_state: &mut [Entry]) {
+pub(super) fn finish(from: &Extraction<'_>, walked: &Walked, entries: &mut [Entry], git_state: &mut [Entry]) {
+    let mut bare = Bare { from, walked, known: HashMap::new() };
     let repositories: HashSet<TreePath> = git_state
         .iter()
         .filter(|entry| entry.before.is_none() && git_place(&entry.path) == GitPlace::Top)
@@ -232,6 +240,7 @@ pub(super) fn finish(from: &Extraction<'_>, entries: &mut [Entry], git_state: &m
         let hidden = !from.hide.is_empty() && from.hide.hides(&entry.path, is_dir);
         let more = [
             (Flag::Hidden, hidden || holding.contains(&entry.path)),
+            (Flag::Git, entry.after.is_some() && bare.is_part(&entry.path)),
             (Flag::Submodule, is_dir && entry.before.is_none() && repositories.contains(&entry.path)),
             (
                 Flag::CaseClash,
@@ -243,6 +252,66 @@ pub(super) fn finish(from: &Extraction<'_>, entries: &mut [Entry], git_state: &m
         entry.flags.extend(more.collect::<Vec<_>>());
         entry.flags.sort_unstable();
         entry.verdict = entry.verdict.max(from.changes.verdict(&entry.flags));
+    }
+}
+
+/// Finds directories that git takes for repositories though they are not called `.git`.
+struct Bare<'a> {
+    from: &'a Extraction<'a>,
+    walked: &'a Walked,
+    /// By directory (the top: nothing): whether it was one, whether it is one.
+    known: HashMap<Vec<u8>, (bool, bool)>,
+}
+
+impl Bare<'_> {
+    /// Whether a path that is new or changed makes a directory above it a repository, or runs in one.
+    fn is_part(&mut self, path: &TreePath) -> bool {
+        if git_place(path) != GitPlace::Outside {
+            return false;
+        }
+        let parts: Vec<&[u8]> = path.parts().collect();
+        (0..parts.len()).any(|at| {
+            let Some(part) = bare_part(&parts[at..]) else { return false };
+            match (part, self.look(&parts[..at].join(&b'/'))) {
+                (BarePart::Runs, (_, is)) => is,
+                (BarePart::Makes, (was, is)) => is && !was,
+            }
+        })
+    }
+
+    fn look(&mut self, dir: &[u8]) -> (bool, bool) {
+        if let Some(known) = self.known.get(dir) {
+            return *known;
+        }
+        let at = |name: &str| {
+            let path = if dir.is_empty() { name.into() } else { [dir, b"/", name.as_bytes()].concat() };
+            TreePath::new(path).ok()
+        };
+        let whole = |there: &dyn Fn(&TreePath) -> bool| {
+            let has = |name: &str| at(name).is_some_and(|path| there(&path));
+            has("HEAD") && ((has("objects") && has("refs")) || has("commondir"))
+        };
+        let listing = self.from.listing;
+        let found = (whole(&|path| listing.get(path).is_some()), whole(&|path| self.is_there(path)));
+        self.known.insert(dir.to_vec(), found);
+        found
+    }
+
+    /// Whether the tree has it now.
+    fn is_there(&self, path: &TreePath) -> bool {
+        if self.walked.found.binary_search_by(|(other, _)| other.cmp(path)).is_ok() {
+            return true;
+        }
+        match self.from.tree {
+            Tree::Whole { .. } => false,
+            Tree::Upper { .. } => {
+                let tops = self.walked.gone.iter().chain(&self.walked.opaque);
+                let replaced =
+                    self.walked.found.iter().filter(|(_, seen)| !seen.is_dir()).map(|(path, _)| path);
+                self.from.listing.get(path).is_some()
+                    && !tops.chain(replaced).any(|top| path.is_at_or_below(top))
+            }
+        }
     }
 }
 
@@ -288,9 +357,16 @@ fn folded(path: &TreePath) -> Vec<u8> {
 /// What a person should know of the whole.
 pub(super) fn notes(listing: &Listing, entries: &[Entry]) -> Vec<String> {
     let mut notes = Vec::new();
-    let moved: Vec<String> = entries.iter().filter(|e| e.base_changed).map(|e| e.path.to_string()).collect();
-    if !moved.is_empty() {
-        notes.push(format!("the original was changed by somebody else meanwhile: {}", some_of(&moved)));
+    let moved = || entries.iter().filter(|e| e.base_changed);
+    let named: Vec<String> = moved().map(|e| e.path.to_string()).collect();
+    if !named.is_empty() {
+        notes.push(format!("the original was changed by somebody else meanwhile: {}", some_of(&named)));
+    }
+    let lost = moved().filter(|e| e.before.as_ref().is_some_and(Node::is_lost) && e.after.is_some());
+    let lost: Vec<String> = lost.map(|e| e.path.to_string()).collect();
+    if !lost.is_empty() {
+        let names = some_of(&lost);
+        notes.push(format!("what these were before is not known, so that --3way cannot merge them: {names}"));
     }
     let blind: Vec<String> =
         listing.unreadable().iter().chain(listing.mounts()).map(ToString::to_string).collect();

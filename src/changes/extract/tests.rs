@@ -78,6 +78,8 @@ impl World {
             hide: &self.hide,
             changes: &self.changes,
             keep_ignored: self.keep_ignored,
+            bases: None,
+            outer: None,
             identity,
             limits: &self.limits,
         })
@@ -485,6 +487,112 @@ fn the_original_is_read_with_its_users_rights_and_never_through_what_appeared_th
         let entry = find(&set.entries, name);
         assert!(entry.base_changed && w.text(entry.before.as_ref()).is_none(), "{entry:?}");
     }
+}
+
+#[test]
+fn a_repository_under_another_name_is_flagged_where_it_appears_and_where_it_runs_something() {
+    let mut w = World::new();
+    w.changes = Changes::default();
+    for name in ["HEAD", "config", "hooks/post-commit", "refs/heads/main", "objects/a"] {
+        w.write(&format!("base/tests/old.git/{name}"), "base");
+        w.write(&format!("upper/tests/old.git/{name}"), "changed");
+        w.write(&format!("upper/deep/new/{name}"), "new");
+        w.write(&format!("upper/lacking/{name}"), "new");
+    }
+    fs::remove_file(w.at("upper/lacking/HEAD")).expect("rm");
+    w.write("upper/deep/new/README", "plain");
+    w.write("base/half/HEAD", "base");
+    w.write("base/half/objects/a", "base");
+    w.write("upper/half/refs/heads/main", "new");
+    w.write("upper/half/config", "new");
+    w.write("upper/config", "new");
+    let set = w.upper(&w.listing());
+    let mut flagged: Vec<String> = Vec::new();
+    for entry in &set.entries {
+        if entry.flags.contains(&Flag::Git) {
+            assert_eq!(entry.verdict, Verdict::Refused, "{entry:?}");
+            flagged.push(entry.path.to_string());
+        }
+    }
+    let expected = [
+        "deep/new/HEAD",
+        "deep/new/config",
+        "deep/new/hooks",
+        "deep/new/hooks/post-commit",
+        "deep/new/objects",
+        "deep/new/objects/a",
+        "deep/new/refs",
+        "deep/new/refs/heads",
+        "deep/new/refs/heads/main",
+        "half/config",
+        "half/refs",
+        "half/refs/heads",
+        "half/refs/heads/main",
+        "tests/old.git/config",
+        "tests/old.git/hooks/post-commit",
+    ];
+    assert_eq!(flagged, expected);
+    // Where one of its parts goes, it is none.
+    w.whiteout("half/objects");
+    let set = w.upper(&w.listing());
+    assert!(!find(&set.entries, "half/refs/heads/main").flags.contains(&Flag::Git));
+}
+
+#[test]
+fn what_a_tracked_file_was_is_known_from_gits_objects_though_its_user_wrote_it_meanwhile() {
+    let w = World::new();
+    fs::set_permissions(w.dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
+    let place = crate::git::testing::Place::new();
+    let (top, _) = place.repository("app");
+    place.sh(&top, "echo staged >dir/staged; git add dir; git commit -qm more; echo dirty >>dir/staged; echo new >dir/new");
+    // An index that is written in the same moment as a file vouches for nothing.
+    place.sh(&top, "touch -d '1 hour ago' dir/b.txt; git add dir/b.txt");
+    for below in ["", "dir"] {
+        let dir = top.join(below);
+        let repository =
+            crate::git::head::Repository::holding(&dir, place.who.uid).expect("read").expect("there");
+        let (index, written_ns) = repository.index(1 << 20).expect("read").expect("there");
+        let listing =
+            list(fs::File::open(&dir).expect("open").as_fd(), &ListLimits::default()).expect("listed");
+        let upper = w.at(&format!("upper-{}", below.len()));
+        for name in ["b.txt", "staged", "new"] {
+            let at = upper.join(if below.is_empty() { "dir" } else { "" }).join(name);
+            fs::create_dir_all(at.parent().expect("parent")).expect("mkdir");
+            fs::write(at, "the agent's").expect("written");
+        }
+        let was = fs::read_to_string(top.join("dir/b.txt")).expect("read");
+        place.sh(&top, "for f in b.txt staged new; do echo mine >>dir/$f; done");
+        let original = fs::File::open(&dir).expect("open");
+        let bases =
+            Bases { index: &index, written_ns, path: &dir, temporary: crate::changes::export::temporary() };
+        let set = extract(&Extraction {
+            tree: Tree::Upper { upper: &upper },
+            original: Some(original.as_fd()),
+            listing: &listing,
+            shelf: &w.shelf,
+            hide: &w.hide,
+            changes: &w.changes,
+            keep_ignored: false,
+            bases: Some(&bases),
+            outer: None,
+            identity: &place.who,
+            limits: &w.limits,
+        })
+        .expect("extracted");
+        let text = |name: &str| {
+            let path = if below.is_empty() { format!("dir/{name}") } else { name.to_owned() };
+            let entry = find(&set.entries, &path);
+            assert!(entry.base_changed, "{entry:?}");
+            w.text(entry.before.as_ref())
+        };
+        assert_eq!(text("b.txt").as_deref(), Some(&*was), "{:?}", set.notes);
+        // Not as git has it, or not known to git: nobody says what it was.
+        assert_eq!((text("staged"), text("new")), (None, None));
+        let told = set.notes.iter().find(|note| note.contains("--3way cannot merge")).expect("told");
+        assert!(told.contains("staged") && told.contains("new") && !told.contains("b.txt"), "{told}");
+        place.sh(&top, "git checkout -q dir/b.txt; touch -d '2 hours ago' dir/b.txt; git add dir/b.txt");
+    }
+    drop(place);
 }
 
 /// A tree as it is: kind, mode, content.

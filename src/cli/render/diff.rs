@@ -3,7 +3,7 @@
 
 use super::{Paint, Style, Text, words};
 use crate::change::decision::{ApplyAnswer, CheckoutAnswer, LeftOut};
-use crate::change::{ChangeSet, Entry, Summary, Verdict};
+use crate::change::{ChangeSet, Entry, Quarantined, Summary, Verdict};
 
 /// Most entries that are named one by one.
 const NAMED_MAX: usize = 40;
@@ -91,6 +91,23 @@ pub(crate) fn marked(mut text: Text, set: &ChangeSet) -> Text {
     text
 }
 
+/// What an agent left in a person's own directory, and is set aside.
+pub(crate) fn quarantined(paint: Paint, all: &[Quarantined]) -> Text {
+    let mut text = Text::new(paint);
+    text = text
+        .add(Style::Warn, "appeared during the job, would be obeyed on this host, and is set aside:")
+        .end();
+    for one in all.iter().take(NAMED_MAX) {
+        text = text.plain(&format!("  {}", shown(&one.path.to_string())));
+        text = match (&one.moved_to, &one.why) {
+            (Some(name), _) => text.add(Style::Dim, &format!("  is now {}", shown(&name.to_string()))).end(),
+            (None, Some(why)) => text.add(Style::Bad, &format!("  is still there: {}", shown(why))).end(),
+            (None, None) => text.add(Style::Bad, "  is still there").end(),
+        };
+    }
+    more(text, all.len())
+}
+
 /// One line of figures.
 pub(crate) fn summary(summary: &Summary) -> String {
     let counts = [
@@ -124,7 +141,7 @@ pub(crate) fn applied(paint: Paint, answer: &ApplyAnswer) -> Text {
         (None, n) => text.add(Style::Good, &format!("{} {verb}", words::plural(n, "change"))).end(),
     };
     text = left_out(text, &answer.left_out);
-    for note in answer.branch.iter().flat_map(|branch| &branch.notes) {
+    for note in answer.branch.iter().flat_map(|branch| &branch.notes).chain(&answer.notes) {
         text = text.add(Style::Dim, &format!("note: {note}")).end();
     }
     if !answer.merged.is_empty() {
@@ -172,6 +189,18 @@ mod tests {
     use super::*;
 
     const COLOR: Paint = Paint { color: true, raw: false };
+
+    #[test]
+    fn what_is_set_aside_is_named_with_its_new_name_or_the_reason() {
+        let path = |name: &str| crate::change::TreePath::new(name).expect("a path");
+        let all = [
+            Quarantined { path: path("a/.git"), moved_to: Some(path("a/.git.q")), why: None },
+            Quarantined { path: path("b\u{1b}"), moved_to: None, why: Some("it is held".to_owned()) },
+        ];
+        let text = quarantined(Paint { color: false, raw: false }, &all);
+        let lines: Vec<&str> = text.as_str().lines().skip(1).collect();
+        assert_eq!(lines, ["  a/.git  is now a/.git.q", "  \"b\\u{1b}\"  is still there: it is held"]);
+    }
 
     #[test]
     fn a_patch_has_the_colours_of_git_and_none_of_the_agents() {

@@ -157,6 +157,13 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
     if let Some(bytes) = job.report_bytes {
         row("report", &format!("{bytes} bytes: hotcell report {}", job.id));
     }
+    for one in &job.totals.quarantined {
+        let now = one.moved_to.as_ref().map_or_else(
+            || format!("is still there: {}", one.why.as_deref().unwrap_or("it could not be renamed")),
+            |name| format!("is now {name}"),
+        );
+        row("quarantined", &format!("{} appeared during the job and {now}", one.path));
+    }
     row("events", &job.last_seq.to_string());
     ending(text, job)
 }

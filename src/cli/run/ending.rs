@@ -41,6 +41,9 @@ pub(super) async fn end(
     json: bool,
     context: &mut Context,
 ) -> Result<(), CliError> {
+    if !json && !job.totals.quarantined.is_empty() {
+        context.out.print(&rendered::quarantined(context.out.paint, &job.totals.quarantined))?;
+    }
     let Some(summary) = job.totals.changes.as_ref().filter(|s| s.entries > 0 || s.commits > 0) else {
         return Ok(());
     };

@@ -229,8 +229,7 @@ fn check_place(key: &str, mount: MountAt, path: &Path) -> Result<(), SpecError> 
     if mount == MountAt::Workspace {
         return Ok(());
     }
-    let overlaps = |taken: &&&str| path.starts_with(taken) || Path::new(taken).starts_with(path);
-    if let Some(taken) = TAKEN.iter().find(overlaps) {
+    if let Some(taken) = taken_at(path) {
         let problem = format!("same-path cannot be had: a cell needs {taken} for itself");
         return Err(field(key, &problem));
     }
@@ -239,6 +238,12 @@ fn check_place(key: &str, mount: MountAt, path: &Path) -> Result<(), SpecError> 
         return Err(field(key, "same-path cannot be had for a path with a colon or a line break"));
     }
     Ok(())
+}
+
+/// What of a cell's own is at, above or below `path`.
+pub fn taken_at(path: &Path) -> Option<&'static str> {
+    let overlaps = |taken: &&&str| path.starts_with(taken) || Path::new(taken).starts_with(path);
+    TAKEN.iter().find(overlaps).copied()
 }
 
 fn check_path(key: &str, path: &Path) -> Result<(), SpecError> {

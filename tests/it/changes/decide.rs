@@ -60,9 +60,11 @@ fn what_the_person_changed_meanwhile_is_a_conflict_or_merged_and_never_the_agent
 
     // Edited while the agent works, in the original: the agent is not blamed for it.
     let dir = repository(&world, "busy", FILES);
+    // What was written in the same moment as git's index is not vouched for by that.
+    sh(&dir, "touch -d '1 hour ago' text.txt; git add text.txt");
     let id = submit(&world, &spec("edit-after", &dir));
     wait_for_copy(&world, &id);
-    sh(&dir, "echo mine >untouched.txt; echo mine >mine.txt");
+    sh(&dir, "echo mine >untouched.txt; echo mine >mine.txt; sed -i 's/^last$/LAST/' text.txt");
     let cell = world.sql(&format!("SELECT cell FROM cells WHERE job = '{id}'"));
     std::fs::write(world.state_dir().join("cells").join(cell).join("scratch/tmp/go"), "").unwrap();
     world.follow(&id);
@@ -70,6 +72,13 @@ fn what_the_person_changed_meanwhile_is_a_conflict_or_merged_and_never_the_agent
     let named = paths(&set["entries"]);
     assert!(!named.iter().any(|path| matches!(*path, "untouched.txt" | "mine.txt")), "{set:#}");
     assert_eq!(entry(&set, "new.txt")["before"], Value::Null);
+    // What both changed, and git tracked: what it was is known, so that it can be merged, where that is asked for.
+    let text = entry(&set, "text.txt");
+    assert!(text["base_changed"] == true && text["before"]["blob"].is_string(), "{text}");
+    let (code, _, err) = run_as(&world, ANN, &["apply", &id, "--only", "text.txt"]);
+    assert!(code == 1 && err.contains("changed while the job ran"), "{err}");
+    ann(&world, &["apply", &id, "--3way", "--only", "text.txt"]);
+    assert_eq!(sh(&dir, "cat text.txt"), "ONE\n2\n3\n4\n5\n6\n7\nLAST\n");
     world.end();
 }
 
@@ -97,6 +106,10 @@ fn a_branch_holds_the_change_and_the_persons_files_stay() {
     let before = sh(&dir, work_tree);
     let out = ann(&world, &["apply", &id, "--branch", "agent/edit", "--include-flagged"]);
     assert!(out.contains("branch agent/edit is at"), "{out}");
+    let set = ann_json(&world, &["diff", &id, "--json"]);
+    assert_eq!((&set["standing"], &set["branches"]), (&json!("applied"), &json!(["agent/edit"])));
+    let checked = ann_json(&world, &["apply", &id, "--check", "--json"]);
+    assert_eq!(checked["notes"], json!(["the branch agent/edit was made of it before"]), "{checked}");
     assert_eq!(sh(&dir, work_tree), before, "the work tree, the index and HEAD are as they were");
     assert_eq!(sh(&dir, "git symbolic-ref HEAD").trim(), "refs/heads/main");
     let log = sh(&dir, "git log -1 --format='%an <%ae> | %P%n%B' agent/edit");

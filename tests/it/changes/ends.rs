@@ -79,6 +79,78 @@ fn a_job_that_the_model_fails_or_the_budget_stops_has_its_change_set() {
     world.end();
 }
 
+#[test]
+fn what_cannot_be_taken_out_of_a_copy_is_kept_and_taken_out_when_it_can_be() {
+    let mut world = fake_agent::world("limits.cancel_grace_s = 2\n");
+    let dir = world.workspace("work", ANN);
+    for again in [true, false] {
+        let id = submit(&world, &fake("write a x; sleep 600", &dir));
+        until_event(&mut world, &id, "\"wrote\"");
+        let shelf = world.state_dir().join("changes").join(&id);
+        // Nothing can be written there.
+        let in_the_way = shelf.join("changes.new");
+        std::fs::create_dir(&in_the_way).unwrap();
+        ann(&world, &["cancel", &id]);
+        let (events, view) = done(&mut world, &id);
+        assert_eq!(view["totals"]["changes"], Value::Null, "{view:#}");
+        let note = events.iter().filter_map(|e| e["text"].as_str()).find(|t| t.contains("its copy is kept"));
+        assert!(note.is_some_and(|note| note.contains("try again")), "{events:#?}");
+        let (code, _, err) = run_as(&world, ANN, &["diff", &id]);
+        assert!(
+            code != 0 && err.contains("still in its copy") && err.contains("hotcell rm"),
+            "{code}: {err}"
+        );
+        assert!(shelf.join("copy.img").exists());
+        if again {
+            std::fs::remove_dir(&in_the_way).unwrap();
+            let set = ann_json(&world, &["diff", &id, "--json"]);
+            assert_eq!(paths(&set["entries"]), ["a"]);
+            assert_eq!(world.show(&id)["totals"]["changes"]["added"], 1, "{}", world.show(&id));
+            assert!(!shelf.join("copy.img").exists());
+            assert_eq!(applied(&world, &id), ["a"]);
+            sh(&dir, "rm a");
+        } else {
+            ann(&world, &["rm", &id]);
+            assert!(!shelf.exists());
+        }
+        world.nothing_left();
+    }
+    world.end();
+}
+
+#[test]
+fn a_parked_job_that_is_cancelled_keeps_its_agents_commits() {
+    let commit =
+        bash("echo work >work.txt; git add -A; git commit -qm 'before the pause'; echo loose >loose.txt");
+    let text = format!(
+        "usage = {{ input = 10, output = 20 }}\n\
+         [[reply]]\nwhen = {{ prompt = \"parks\", turn = 0, tools = true }}\nblocks = [{commit}]\n\
+         [[reply]]\nwhen = {{ prompt = \"parks\", turn_from = 1, tools = true }}\n\
+         fault = {{ status = 429, type = \"rate_limit_error\", message = \"slow down\", headers = {{ retry-after = \"600\" }} }}\n\
+         [default]\ntext = \"done\"\n"
+    );
+    let mut world = World::new(&text);
+    let dir = repository(&world, "repo", "echo base >base.txt");
+    let id = submit(&world, &spec("parks", &dir));
+    until_state(&mut world, &id, "parked");
+    let mut cancel = command(&world, ANN, &["cancel", &id]).stdout(Stdio::null()).spawn().unwrap();
+    world.wait_for("its commits are taken out in a second cell", |world| {
+        world.sql(&format!("SELECT count(*) FROM cells WHERE job = '{id}'")) == "2"
+    });
+    // Who asks again hears of the same end, and it cannot be taken back.
+    let (code, _, err) = run_as(&world, ANN, &["unpark", &id]);
+    assert!(code != 0 && err.contains("only a parked job"), "{code}: {err}");
+    ann(&world, &["cancel", &id]);
+    assert!(cancel.wait().unwrap().success());
+    let (_, view) = done(&mut world, &id);
+    assert_eq!(view["totals"]["changes"]["commits"], 1, "{view:#}\n{}", world.log());
+    world.nothing_left();
+    ann(&world, &["apply", &id, "--branch", "agent/paused"]);
+    let log = sh(&dir, "git log --format=%s main..agent/paused; git diff --name-only main agent/paused");
+    assert_eq!(log, "What the agent left without a commit\nbefore the pause\nloose.txt\nwork.txt\n");
+    world.end();
+}
+
 /// As in the tests of parking: a limit that the gateway does not hold a request for.
 const LIMITED: &str = "usage = { input = 10, output = 20 }\n[[reply]]\nwhen = { prompt = \"once\" }\ntimes = 1\n\
     fault = { status = 429, type = \"rate_limit_error\", message = \"slow down\", headers = { retry-after = \"2\", x-should-retry = \"false\" } }\n\

@@ -162,7 +162,7 @@ fn what_is_hidden_is_not_there_and_what_is_replaced_reads_differently() {
             Hidden { path: path("sub/keys"), is_dir: true },
             Hidden { path: path("not/there"), is_dir: false },
         ],
-        replaced: vec![Replaced { path: path("config"), content: b"masked".to_vec() }],
+        replaced: vec![Replaced { path: path("config"), content: b"masked".to_vec(), made: false }],
     };
     let before = snapshot(&work);
     let look = "ls -A . sub; cat config; cat .env sub/keys/a; stat -c '%u:%g %a' sub config";
