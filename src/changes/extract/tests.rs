@@ -11,7 +11,6 @@ use std::path::PathBuf;
 
 use rustix::fs::{FileType, XattrFlags};
 
-
 use super::super::listing::{ListLimits, list};
 use super::super::shelf::Shelf;
 use super::*;
