@@ -44,12 +44,12 @@ pub struct HideRules(Option<Compiled>);
 #[derive(Debug, Clone)]
 struct Compiled {
     rules: Gitignore,
-    /// One for each rule.
-    ends: Vec<Ends>,
-    /// Whether a name with this first or last byte can match at all. Most names are told apart by that, without
-    /// the automaton: a workspace has many.
-    first: [bool; 256],
-    last: [bool; 256],
+    /// How names begin and end that can match, by their first byte; where that is not known, by their last one. Most
+    /// names are told apart by that, without the automaton: a workspace has many.
+    first: Vec<Vec<Ends>>,
+    last: Vec<Vec<Ends>>,
+    /// Those of rules of whose names nothing is known.
+    any: Vec<Ends>,
 }
 
 impl HideRules {
@@ -66,7 +66,7 @@ impl HideRules {
         if rules.is_empty() {
             return Ok(Self(None));
         }
-        let (mut ends, mut first, mut last) = (Vec::new(), [false; 256], [false; 256]);
+        let (mut first, mut last, mut any) = (vec![Vec::new(); 256], vec![Vec::new(); 256], Vec::new());
         let mut builder = GitignoreBuilder::new("");
         builder.allow_unclosed_class(false);
         for (index, rule) in rules.iter().enumerate() {
@@ -74,15 +74,15 @@ impl HideRules {
             problem(rule).map_or(Ok(()), |words| Err(bad(words.to_owned())))?;
             builder.add_line(None, rule).map_err(|error| bad(error.to_string()))?;
             let own = Ends::of(rule);
-            match (own.begins.first(), own.ends.last()) {
-                (Some(byte), _) => first[usize::from(*byte)] = true,
-                (None, Some(byte)) => last[usize::from(*byte)] = true,
-                (None, None) => first = [true; 256],
-            }
-            ends.push(own);
+            let place = match (own.begins.first(), own.ends.last()) {
+                (Some(byte), _) => &mut first[usize::from(*byte)],
+                (None, Some(byte)) => &mut last[usize::from(*byte)],
+                (None, None) => &mut any,
+            };
+            place.push(own);
         }
         let rules = builder.build().map_err(|error| HideError::TooLarge(error.to_string()))?;
-        Ok(Self(Some(Compiled { rules, ends, first, last })))
+        Ok(Self(Some(Compiled { rules, first, last, any })))
     }
 
     /// No rule at all.
@@ -117,8 +117,9 @@ impl Compiled {
     /// False only where no rule matches a path with this name.
     fn may_match(&self, name: &[u8]) -> bool {
         let (Some(first), Some(last)) = (name.first(), name.last()) else { return true };
-        (self.first[usize::from(*first)] || self.last[usize::from(*last)])
-            && self.ends.iter().any(|ends| name.starts_with(&ends.begins) && name.ends_with(&ends.ends))
+        let (first, last) = (&self.first[usize::from(*first)], &self.last[usize::from(*last)]);
+        let can = |ends: &Ends| name.starts_with(&ends.begins) && name.ends_with(&ends.ends);
+        first.iter().chain(last).chain(&self.any).any(can)
     }
 }
 

@@ -124,6 +124,13 @@ impl Names {
         }
     }
 
+    fn kind(&self, name: &[u8]) -> Option<Kind> {
+        match self {
+            Self::Kept(listing) => listing.get(&TreePath::new(name).ok()?).map(|seen| kind_of(&seen.what)),
+            Self::Looked(_) => self.iter().find(|(path, _)| path.as_bytes() == name).map(|(_, kind)| kind),
+        }
+    }
+
     /// A directory always before what is below it.
     fn iter(&self) -> Box<dyn Iterator<Item = (&TreePath, Kind)> + '_> {
         match self {
@@ -201,7 +208,7 @@ pub(super) fn everything(
 
 /// Configurations of repositories: in `.git` directories, and of the workspace itself where it is a repository.
 fn configs(names: &Names) -> Vec<TreePath> {
-    let has = |name: &[u8], kind| names.iter().any(|(path, is)| path.as_bytes() == name && is == kind);
+    let has = |name: &[u8], kind| names.kind(name) == Some(kind);
     let bare = has(b"HEAD", Kind::File) && has(b"objects", Kind::Dir) && has(b"refs", Kind::Dir);
     let wanted = |path: &TreePath, kind| {
         let named = matches!(path.name(), b"config" | b"config.worktree") && kind == Kind::File;
