@@ -33,9 +33,8 @@ pub async fn doctor(State(api): State<Arc<Api>>) -> Result<Json<Doctor>, ApiErro
         checks.push(gvisor(info));
         checks.push(image(&api, info).await);
     }
-    checks.push(agent(parts));
     let parts = Arc::clone(parts);
-    let disk = tokio::task::spawn_blocking(move || [workspaces(), space(&parts)]).await;
+    let disk = tokio::task::spawn_blocking(move || [agent(&parts), workspaces(), space(&parts)]).await;
     checks.extend(disk.map_err(|error| ApiError::new(super::ErrorCode::Internal, error))?);
     api.policies().await?;
     checks.push(policies(&api.policies.problems()));

@@ -3,6 +3,8 @@
 
 use std::collections::HashSet;
 
+use crate::git::index::strip_length;
+
 /// Longest index that is read, in bytes.
 pub(super) const INDEX_BYTES_MAX: u64 = 64 << 20;
 /// Times, device, inode, mode, owner, size and SHA-1, before the flags.
@@ -36,21 +38,6 @@ pub(super) fn paths(index: &[u8]) -> Option<HashSet<Vec<u8>>> {
         paths.insert(last.clone());
     }
     Some(paths)
-}
-
-/// Git's variable-length number, in which each further byte also adds one.
-fn strip_length(index: &[u8], at: &mut usize) -> Option<usize> {
-    let mut value = 0usize;
-    for _ in 0..5 {
-        let byte = *index.get(*at)?;
-        *at += 1;
-        value = (value << 7) | usize::from(byte & 0x7f);
-        if byte & 0x80 == 0 {
-            return Some(value);
-        }
-        value += 1;
-    }
-    None
 }
 
 #[cfg(test)]

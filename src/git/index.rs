@@ -206,8 +206,8 @@ fn half(bytes: &[u8], at: usize) -> Option<u16> {
     bytes.get(at..at.checked_add(2)?)?.try_into().ok().map(u16::from_be_bytes)
 }
 
-/// Git's variable-length number, in which each further byte also adds one.
-fn strip_length(index: &[u8], at: &mut usize) -> Option<usize> {
+/// Git's variable-length number at `at`, which is moved behind it: each further byte also adds one.
+pub fn strip_length(index: &[u8], at: &mut usize) -> Option<usize> {
     let mut value = 0usize;
     for _ in 0..5 {
         let byte = *index.get(*at)?;
