@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
@@ -135,7 +135,11 @@ async fn proxy(listener: TcpListener, shared: Arc<Shared>, tls: TlsAcceptor) {
 async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>, stream: S) {
     let service = service_fn(|request: Request<Incoming>| {
         let answer = answer(&shared, &request);
-        async move { Ok::<_, std::convert::Infallible>(answer) }
+        async move {
+            // All of it, as hosts do: one that answers and closes before it has read resets what is still under way.
+            let _ = request.into_body().collect().await;
+            Ok::<_, std::convert::Infallible>(answer)
+        }
     });
     let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
 }
