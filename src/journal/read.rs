@@ -14,8 +14,9 @@ use super::{Feed, JournalError, Published};
 
 /// Bytes per read while a reader looks for its first line.
 const SKIP_BYTES: usize = 64 * 1024;
-/// Times a reader looks again when segments vanish under its hands.
-const RETRIES_MAX: u32 = 16;
+/// Times a reader looks again when segments vanish under its hands. Each is a segment that the writer dropped between
+/// two calls of ours: a reader that a busy machine gives no time loses that race again and again, and then wins it.
+const RETRIES_MAX: u32 = 4096;
 
 /// A position in a journal.
 #[derive(Debug)]
@@ -149,7 +150,7 @@ impl Cursor {
                 Found::Vanished => {}
             }
         }
-        // The writer drops segments faster than we open them: the caller may try again.
+        // Files come and go here that no writer made.
         Err(JournalError::io("follow", &self.dir, ErrorKind::Interrupted.into()))
     }
 
