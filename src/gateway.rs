@@ -17,6 +17,7 @@
 
 mod admit;
 pub mod body;
+mod buffers;
 mod censor;
 pub mod credentials;
 pub mod egress;
@@ -59,6 +60,7 @@ use crate::job::Identity;
 use crate::money::{MicroUsd, Scope};
 use crate::policy::Plan;
 use crate::pricing::{Price, Prices, Usage};
+use buffers::Buffers;
 use pace::Class;
 use pace::pacer::Pacer;
 use provider::Provider;
@@ -257,6 +259,7 @@ pub struct Gateway {
     credentials: Credentials,
     prices: Arc<Prices>,
     limits: Limits,
+    buffers: Buffers,
 }
 
 impl Gateway {
@@ -290,7 +293,8 @@ impl Gateway {
                 return Err(GatewayError::Credential { credential: provider.credential.clone(), source });
             }
         }
-        Ok(Arc::new(Self { providers, default_provider, credentials, prices, limits }))
+        let buffers = Buffers::default();
+        Ok(Arc::new(Self { providers, default_provider, credentials, prices, limits, buffers }))
     }
 
     /// What a job of this provider and model shares the provider's limits with: credential and class of model. Only

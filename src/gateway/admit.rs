@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{self, HeaderMap};
@@ -228,7 +228,7 @@ async fn read_body(
         .acquire_many_owned(u32::try_from(units).unwrap_or(u32::MAX))
         .await
         .map_err(closed)?;
-    let mut bytes = BytesMut::with_capacity(declared.unwrap_or(0));
+    let mut bytes = lease.gateway.buffers.take(declared.unwrap_or(0));
     // Kept until they are copied together: given back one by one, the connection's buffer would grow with each, and
     // stay as large for as long as the answer lasts.
     let mut pieces: Vec<Bytes> = Vec::with_capacity(PIECES_MAX);
@@ -242,9 +242,9 @@ async fn read_body(
         }
         pieces.push(data);
         if pieces.len() == PIECES_MAX {
-            pieces.drain(..).for_each(|piece| bytes.extend_from_slice(&piece));
+            pieces.drain(..).for_each(|piece| bytes.extend(&piece));
         }
     }
-    pieces.iter().for_each(|piece| bytes.extend_from_slice(piece));
+    pieces.iter().for_each(|piece| bytes.extend(piece));
     Ok((bytes.freeze(), memory))
 }

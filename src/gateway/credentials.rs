@@ -223,6 +223,8 @@ type Slot = tokio::sync::Mutex<Option<Current>>;
 
 struct Current {
     value: Value,
+    /// Made of it with the first request.
+    attachment: Option<Attachment>,
     read_at: Instant,
     fresh_until: Instant,
     expires_ms: Option<u64>,
@@ -286,10 +288,7 @@ impl Credentials {
     ) -> Result<Attachment, CredentialError> {
         let named = self.named(name)?;
         named.allows(who)?;
-        match named.current(who).await? {
-            Value::Aws(keys) => Ok(Attachment::Sign(keys)),
-            Value::Text(secret) => header_of(&named.spec.kind, &secret).map(Attachment::Header),
-        }
+        named.current(who).await
     }
 
     /// A request that went out with it was refused for it: it is read again at the next one, unless it was read
@@ -359,8 +358,8 @@ impl Named {
         Arc::clone(kept.entry(own).or_default())
     }
 
-    /// The value, read again where it is due. One that cannot be read again serves on until it expires.
-    async fn current(&self, who: &Identity) -> Result<Value, CredentialError> {
+    /// What it is now, read again where it is due. One that cannot be read again serves on until it expires.
+    async fn current(&self, who: &Identity) -> Result<Attachment, CredentialError> {
         let slot = self.slot(who);
         let mut slot = slot.lock().await;
         let due = slot.as_ref().is_none_or(|current| Instant::now() >= current.fresh_until);
@@ -378,10 +377,17 @@ impl Named {
                 }
             }
         }
-        match slot.as_ref() {
-            Some(current) => Ok(current.value.clone()),
-            None => Err(CredentialError::Unknown(self.spec.name.clone())),
+        let Some(current) = slot.as_mut() else {
+            return Err(CredentialError::Unknown(self.spec.name.clone()));
+        };
+        if let Some(made) = &current.attachment {
+            return Ok(made.clone());
         }
+        let made = match &current.value {
+            Value::Aws(keys) => Attachment::Sign(keys.clone()),
+            Value::Text(secret) => Attachment::Header(header_of(&self.spec.kind, secret)?),
+        };
+        Ok(current.attachment.insert(made).clone())
     }
 
     async fn read(&self, who: &Identity) -> Result<Current, CredentialError> {
@@ -410,7 +416,7 @@ impl Named {
             let left = Duration::from_millis(at.saturating_sub(now_ms));
             fresh = fresh.min(left.saturating_sub(MARGIN).max(left / 2)).max(Duration::from_secs(1));
         }
-        Ok(Current { value, read_at, fresh_until: read_at + fresh, expires_ms })
+        Ok(Current { value, attachment: None, read_at, fresh_until: read_at + fresh, expires_ms })
     }
 
     fn variable(&self, name: &str) -> Result<String, CredentialError> {

@@ -2,8 +2,10 @@
 //! that one request goes out with, so that an answer that repeats any of them can be told.
 
 use std::fmt;
+use std::sync::Arc;
 
 use base64::Engine as _;
+use memchr::memmem::Finder;
 
 /// Shortest piece of base64 that is looked for in an answer, in bytes: shorter ones stand there by chance.
 const CODED_BYTES_MIN: usize = 8;
@@ -37,8 +39,20 @@ impl fmt::Debug for Secret {
 
 /// All secret texts that one request goes out with, in every form in which an answer may repeat them: as they
 /// are, and in base64, which is how Bedrock's event stream wraps text.
-#[derive(Clone, Debug, Default)]
-pub struct Secrets(Vec<Secret>);
+#[derive(Clone, Default)]
+pub struct Secrets(Arc<[Needle]>);
+
+/// A text and how to find it: made once for all requests of a credential.
+struct Needle {
+    text: Secret,
+    finder: Finder<'static>,
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.0.iter().map(|needle| &needle.text)).finish()
+    }
+}
 
 impl Secrets {
     /// Of these texts.
@@ -51,17 +65,18 @@ impl Secrets {
         all.retain(|secret| !secret.0.is_empty());
         // The longest first: what holds another one is blotted out whole.
         all.sort_by_key(|secret| std::cmp::Reverse(secret.0.len()));
-        Self(all)
+        let needle = |text: Secret| Needle { finder: Finder::new(text.bytes()).into_owned(), text };
+        Self(all.into_iter().map(needle).collect())
     }
 
     /// Whether `bytes` contain any of them.
     pub fn are_in(&self, bytes: &[u8]) -> bool {
-        self.iter().any(|secret| memchr::memmem::find(bytes, secret).is_some())
+        self.0.iter().any(|needle| needle.finder.find(bytes).is_some())
     }
 
     /// Their bytes.
     pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
-        self.0.iter().map(Secret::bytes)
+        self.0.iter().map(|needle| needle.text.bytes())
     }
 }
 
