@@ -122,9 +122,7 @@ impl BodyFacts {
     /// See [`BodyError`].
     pub fn read_knowing(body: &[u8], known: &[Arc<Fragment>]) -> Result<(Self, Vec<Fragment>), BodyError> {
         let malformed = |error: serde_json::Error| BodyError::Malformed(error.to_string());
-        // Once for all texts in it, each of which would be looked at apart.
-        let text = std::str::from_utf8(body).map_err(|error| BodyError::Malformed(error.to_string()))?;
-        let top = top::read(text, known).map_err(malformed)?;
+        let top = top::read(body, known).map_err(malformed)?;
         if let Some(refused) = top.refused {
             return Err(refused);
         }

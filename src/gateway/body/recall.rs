@@ -42,8 +42,8 @@ impl Fragment {
     }
 
     /// Whether the field's value is this, and `text` begins with it.
-    pub(super) fn begins(&self, field: &str, text: &str) -> bool {
-        self.field == field && text.as_bytes().starts_with(self.raw.as_bytes())
+    pub(super) fn begins(&self, field: &str, text: &[u8]) -> bool {
+        self.field == field && text.starts_with(self.raw.as_bytes())
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -88,7 +88,7 @@ impl Interned {
         let key = keyed(&fragment.raw);
         let mut all = locked(&self.0);
         if let Some(same) = all.get(&key).and_then(Weak::upgrade)
-            && same.begins(fragment.field, &fragment.raw)
+            && same.begins(fragment.field, fragment.raw.as_bytes())
             && same.bytes() == fragment.bytes()
         {
             return same;

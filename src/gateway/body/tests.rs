@@ -455,6 +455,17 @@ fn parts_that_were_read_before_are_known_by_all_their_bytes_and_tell_the_same() 
         assert_eq!(facts.wanted.len(), 1);
         assert_eq!(facts, read(&body).unwrap());
     }
+    // What is no text is refused, wherever it stands.
+    for at in ["\"m\"", "\"hi\"", "Bash", "\"ttl\"", "role", "metadata", "vain"] {
+        let body = long_body("", "", r#","metadata":{"vain":"in vain"}"#);
+        let mut bytes = body.into_bytes();
+        let place = memchr::memmem::find(&bytes, at.as_bytes()).unwrap() + 1;
+        bytes[place] = 0xff;
+        for known in [&known[..], &[]] {
+            let refused = BodyFacts::read_knowing(&bytes, known);
+            assert!(matches!(refused, Err(BodyError::Malformed(_))), "{at}: {refused:?}");
+        }
+    }
     // What follows a known part is read as ever.
     for broken in [r#","tools":[]"#, r#","t\u006fols":null"#, "]", ",", r#","stream":truex"#, "}", ":1"] {
         let body = long_body("", "", broken);

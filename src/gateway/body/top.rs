@@ -65,8 +65,8 @@ pub(super) struct Top<'a> {
 }
 
 /// Reads a body; of fields that are in `known`, byte for byte, only their length.
-pub(super) fn read<'a>(text: &'a str, known: &[Arc<Fragment>]) -> Result<Top<'a>, serde_json::Error> {
-    let mut from = Cursor { text, at: 0 };
+pub(super) fn read<'a>(body: &'a [u8], known: &[Arc<Fragment>]) -> Result<Top<'a>, serde_json::Error> {
+    let mut from = Cursor { body, at: 0, unchecked_from: 0 };
     let (mut top, mut names) = (Top::default(), Names::default());
     from.expect(b'{')?;
     let mut more = !from.take(b'}');
@@ -93,24 +93,41 @@ pub(super) fn read<'a>(text: &'a str, known: &[Arc<Fragment>]) -> Result<Top<'a>
 
 /// A place in a body.
 struct Cursor<'a> {
-    text: &'a str,
+    body: &'a [u8],
     at: usize,
+    /// Up to here all bytes are known to be text; serde does not look at strings that nobody wants.
+    unchecked_from: usize,
 }
 
 impl<'a> Cursor<'a> {
-    fn rest(&self) -> &'a str {
-        self.text.get(self.at..).unwrap_or_default()
+    fn rest(&self) -> &'a [u8] {
+        self.body.get(self.at..).unwrap_or_default()
+    }
+
+    /// Checks that all that was passed since the last check is text.
+    fn check(&mut self) -> Result<&'a str, serde_json::Error> {
+        let passed = self.body.get(self.unchecked_from..self.at).unwrap_or_default();
+        self.unchecked_from = self.at;
+        std::str::from_utf8(passed).map_err(serde_json::Error::custom)
+    }
+
+    /// Passes a known part.
+    fn pass(&mut self, bytes: usize) -> Result<(), serde_json::Error> {
+        self.check()?;
+        self.at += bytes;
+        self.unchecked_from = self.at;
+        Ok(())
     }
 
     fn skip_spaces(&mut self) {
         let space = |byte: &u8| matches!(byte, b' ' | b'\n' | b'\r' | b'\t');
-        self.at += self.rest().bytes().take_while(|byte| space(byte)).count();
+        self.at += self.rest().iter().take_while(|byte| space(byte)).count();
     }
 
     /// Whether this is the next thing; then it is passed.
     fn take(&mut self, byte: u8) -> bool {
         self.skip_spaces();
-        let there = self.rest().as_bytes().first() == Some(&byte);
+        let there = self.rest().first() == Some(&byte);
         self.at += usize::from(there);
         there
     }
@@ -126,7 +143,7 @@ impl<'a> Cursor<'a> {
     fn end(&mut self) -> Result<(), serde_json::Error> {
         self.skip_spaces();
         if self.rest().is_empty() {
-            return Ok(());
+            return self.check().map(drop);
         }
         Err(serde_json::Error::custom(format_args!(
             "more than one value: the second begins at byte {}",
@@ -139,7 +156,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn seeded<S: DeserializeSeed<'a>>(&mut self, seed: S) -> Result<S::Value, serde_json::Error> {
-        let mut from = serde_json::Deserializer::from_str(self.rest());
+        let mut from = serde_json::Deserializer::from_slice(self.rest());
         let value = seed.deserialize(&mut from)?;
         self.at += from.into_iter::<IgnoredAny>().byte_offset();
         Ok(value)
@@ -175,21 +192,21 @@ impl<'de> Top<'de> {
         known: &[Arc<Fragment>],
     ) -> Result<(), serde_json::Error> {
         from.skip_spaces();
-        let begun = from.at;
         if let Some(fragment) = known.iter().find(|fragment| fragment.begins(field, from.rest())) {
-            from.at += fragment.bytes();
+            from.pass(fragment.bytes())?;
             self.long_cache |= fragment.long_cache;
             self.shape.add(&fragment.shape);
             return Ok(());
         }
+        from.check()?;
         let mut part = Top::default();
         match field {
             "system" => from.seeded(Parts { top: &mut part, of: Of::System, depth: 0 })?,
             _ => from.seeded(Tools { top: &mut part })?,
         }
+        let raw = from.check()?;
         let plain = part.wanted.is_empty() && part.refused.is_none() && !part.toolsets;
         if plain && part.web_searches.is_empty() {
-            let raw = from.text.get(begun..from.at).unwrap_or_default();
             self.fresh.extend(Fragment::new(field, raw, part.long_cache, &part.shape));
         }
         self.web_searches.append(&mut part.web_searches);

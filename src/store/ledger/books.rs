@@ -12,8 +12,12 @@ use crate::store::jobs::NewJob;
 use crate::store::row::{Int, int, maybe_int, parsed, text};
 
 /// The columns that [`sums`] reads, in its order.
-pub(super) const SUM_COLUMNS: &str =
-    "charged_micro, requests, input, output, cache_read, cache_write_5m, cache_write_1h, web_searches";
+macro_rules! sum_columns {
+    () => {
+        "charged_micro, requests, input, output, cache_read, cache_write_5m, cache_write_1h, web_searches"
+    };
+}
+pub(super) const SUM_COLUMNS: &str = sum_columns!();
 
 /// Notes who pays for a new job, and its batch.
 ///
@@ -76,6 +80,11 @@ impl Keys {
         }
     }
 
+    /// All of them, in the order of [`Scope::ALL`].
+    fn all(&self) -> [Option<String>; 5] {
+        Scope::ALL.map(|scope| self.key(scope))
+    }
+
     /// How the budgets stand that have a key here.
     pub(super) fn standings(
         &self,
@@ -109,14 +118,14 @@ pub(super) fn sum(db: &Connection, scope: Scope, key: &str) -> Result<(MicroUsd,
 
 /// Adds a reservation to all its sums, whether a budget limits them or not: a limit may come later.
 pub(super) fn reserve_sums(db: &Connection, keys: &Keys, amount: MicroUsd) -> Result<(), StoreError> {
-    let sql = "INSERT INTO budget_sums (scope, key, charged_micro, reserved_micro) VALUES (?1, ?2, 0, ?3) \
+    // One statement for all: what a statement costs besides its rows is most of it.
+    let sql = "INSERT INTO budget_sums (scope, key, charged_micro, reserved_micro) \
+               SELECT column1, column2, 0, ?6 FROM \
+               (VALUES ('job', ?1), ('batch', ?2), ('user_day', ?3), ('day', ?4), ('month', ?5)) \
+               WHERE column2 IS NOT NULL \
                ON CONFLICT DO UPDATE SET reserved_micro = reserved_micro + excluded.reserved_micro";
-    let mut statement = db.prepare_cached(sql)?;
-    for scope in Scope::ALL {
-        if let Some(key) = keys.key(scope) {
-            statement.execute(params![scope.as_str(), key, Int(amount.0)])?;
-        }
-    }
+    let [job, batch, user_day, day, month] = keys.all();
+    db.prepare_cached(sql)?.execute(params![job, batch, user_day, day, month, Int(amount.0)])?;
     Ok(())
 }
 
@@ -149,13 +158,21 @@ pub(super) struct Charge {
     created_ms: u64,
 }
 
-const OPEN: &str = "SELECT id, job, model, reserved_micro, day, credential, provider, created_ms FROM ledger WHERE status = 'open'";
+/// The open reservations, with a condition behind it.
+macro_rules! open_where {
+    ($condition:literal) => {
+        concat!(
+            "SELECT id, job, model, reserved_micro, day, credential, provider, created_ms FROM ledger \
+             WHERE status = 'open' AND ",
+            $condition
+        )
+    };
+}
 
 impl Charge {
     /// The open reservation with this number.
     pub(super) fn open(db: &Connection, id: ReservationId) -> Result<Option<Self>, StoreError> {
-        let sql = format!("{OPEN} AND id = ?1");
-        Ok(db.prepare_cached(&sql)?.query_row([id.get()], Self::read).optional()?)
+        Ok(db.prepare_cached(open_where!("id = ?1"))?.query_row([id.get()], Self::read).optional()?)
     }
 
     fn read(row: &rusqlite::Row<'_>) -> rusqlite::Result<Self> {
@@ -177,7 +194,7 @@ impl Charge {
 
 /// See [`crate::store::Store::release_open`].
 pub(in crate::store) fn charge_open(db: &Connection, job: &JobId, now_ms: u64) -> Result<u64, StoreError> {
-    let mut statement = db.prepare_cached(&format!("{OPEN} AND job = ?1"))?;
+    let mut statement = db.prepare_cached(open_where!("job = ?1"))?;
     let open = statement.query_map([job.as_str()], Charge::read)?;
     let open = open.collect::<Result<Vec<_>, _>>()?;
     for charge in &open {
@@ -188,8 +205,8 @@ pub(in crate::store) fn charge_open(db: &Connection, job: &JobId, now_ms: u64) -
 
 /// What a job was charged.
 pub(super) fn charged(db: &Connection, job: &JobId) -> Result<Spend, StoreError> {
-    let sql = format!("SELECT {SUM_COLUMNS} FROM job_costs WHERE job = ?1");
-    Ok(db.prepare_cached(&sql)?.query_row([job.as_str()], sums).optional()?.unwrap_or_default())
+    let sql = concat!("SELECT ", sum_columns!(), " FROM job_costs WHERE job = ?1");
+    Ok(db.prepare_cached(sql)?.query_row([job.as_str()], sums).optional()?.unwrap_or_default())
 }
 
 /// A row that begins with [`SUM_COLUMNS`].
@@ -220,9 +237,9 @@ pub(super) fn put_charge(db: &Connection, charge: &Charge, now_ms: u64) -> Resul
     let sql = "UPDATE budget_sums SET charged_micro = charged_micro + ?3, reserved_micro = reserved_micro - ?4 \
                WHERE scope = ?1 AND key = ?2";
     let mut statement = db.prepare_cached(sql)?;
-    for scope in Scope::ALL {
-        if let Some(key) = keys.key(scope) {
-            let (charged, reserved) = (Int(charge.charged.0), Int(charge.reserved.0));
+    for (scope, key) in Scope::ALL.into_iter().zip(keys.all()) {
+        let (charged, reserved) = (Int(charge.charged.0), Int(charge.reserved.0));
+        if let Some(key) = key {
             statement.execute(params![scope.as_str(), key, charged, reserved])?;
         }
     }
@@ -249,22 +266,37 @@ pub(super) fn put_charge(db: &Connection, charge: &Charge, now_ms: u64) -> Resul
     Ok(())
 }
 
-fn add_costs(db: &Connection, charge: &Charge) -> Result<(), StoreError> {
-    for (table, key, value) in
-        [("job_costs", "job", charge.job.as_str()), ("model_costs", "model", &charge.model)]
-    {
-        let sql = format!(
-            "INSERT INTO {table} ({key}, {SUM_COLUMNS}) VALUES (?1, ?2, 1, ?3, ?4, ?5, ?6, ?7, ?8) \
-             ON CONFLICT ({key}) DO UPDATE SET \
+/// Adds a charge to the sums of a table, under a key.
+macro_rules! add_costs {
+    ($table:literal, $key:literal) => {
+        concat!(
+            "INSERT INTO ",
+            $table,
+            " (",
+            $key,
+            ", ",
+            sum_columns!(),
+            ") VALUES (?1, ?2, 1, ?3, ?4, ?5, ?6, ?7, ?8) \
+             ON CONFLICT (",
+            $key,
+            ") DO UPDATE SET \
              charged_micro = charged_micro + excluded.charged_micro, requests = requests + 1, \
              input = input + excluded.input, output = output + excluded.output, \
              cache_read = cache_read + excluded.cache_read, \
              cache_write_5m = cache_write_5m + excluded.cache_write_5m, \
              cache_write_1h = cache_write_1h + excluded.cache_write_1h, \
              web_searches = web_searches + excluded.web_searches"
-        );
+        )
+    };
+}
+
+fn add_costs(db: &Connection, charge: &Charge) -> Result<(), StoreError> {
+    for (sql, value) in [
+        (add_costs!("job_costs", "job"), charge.job.as_str()),
+        (add_costs!("model_costs", "model"), &charge.model),
+    ] {
         let usage = &charge.usage;
-        db.prepare_cached(&sql)?.execute(params![
+        db.prepare_cached(sql)?.execute(params![
             value,
             Int(charge.charged.0),
             Int(usage.input),
