@@ -32,10 +32,10 @@ mod tests {
 
     #[test]
     fn both_are_done_at_the_same_time() {
-        let (there, here) = (mpsc::channel(), mpsc::channel());
+        let ((to_own, from_other), (to_other, from_own)) = (mpsc::channel(), mpsc::channel());
         // Each waits for the other one.
-        let other = || there.0.send(1).map(|()| here.1.recv());
-        let own = || here.0.send(2).map(|()| there.1.recv());
+        let other = move || to_own.send(1).map(|()| from_own.recv());
+        let own = move || to_other.send(2).map(|()| from_other.recv());
         let (other, own) = beside("test", other, own).expect("a thread");
         assert_eq!((other, own), (Ok(Ok(2)), Ok(Ok(1))));
     }
