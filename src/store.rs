@@ -2,9 +2,9 @@
 //! events are in the journal. It never decides: a move of a job is [`State::next`], stored by a
 //! compare-and-set in one immediate transaction.
 //!
-//! **One writer.** One thread owns the one writing connection and takes requests from a bounded queue.
-//! Requests that wait together share a transaction, each inside its own savepoint, so one `fdatasync` serves
-//! many submits. Readers are up to [`READERS_MAX`] connections of their own and never wait for the writer. The
+//! **One writer.** There is one writing connection and a bounded queue of requests for it. Requests that wait together
+//! share a transaction, each inside its own savepoint, so one `fdatasync` serves many submits; what is short is done
+//! on the thread that asks (`writer`). Readers are up to [`READERS_MAX`] connections of their own and never wait for the writer. The
 //! write-ahead log is folded into the database on a thread of its own (`fold`).
 //!
 //! **What survives what.** A reply means that the transaction is committed to the write-ahead log: it
@@ -285,7 +285,7 @@ impl Store {
         blocking(move || inner.writer.close()).await
     }
 
-    /// Runs `work` in a transaction on the writer's thread.
+    /// Runs `work` in a transaction of the writer.
     async fn write<T: Send + 'static>(
         &self,
         durability: Durability,
@@ -293,12 +293,27 @@ impl Store {
     ) -> Result<T, StoreError> {
         let permit = Arc::clone(&self.inner.queue_permits).acquire_owned().await;
         let permit = permit.map_err(|_| StoreError::Closed)?;
-        let (reply, answer) = oneshot::channel();
-        self.inner.writer.send(durability, work, move |result| {
+        let (reply, mut answer) = oneshot::channel();
+        let reply = move |result| {
             // A caller that went away does not undo what it asked for.
             let _ = reply.send(result);
             drop(permit);
-        })?;
+        };
+        match durability {
+            Durability::Now => self.inner.writer.send(work, reply)?,
+            Durability::Soon => {
+                let put = self.inner.writer.put(work, reply)?;
+                // Others that are about to ask share the transaction.
+                tokio::task::yield_now().await;
+                match answer.try_recv() {
+                    Ok(result) => {
+                        put.done();
+                        return result.map_err(|error| error.at(&self.inner.file));
+                    }
+                    Err(_) => put.here(),
+                }
+            }
+        }
         answer.await.map_err(|_| StoreError::Closed)?.map_err(|error| error.at(&self.inner.file))
     }
 
@@ -314,14 +329,14 @@ impl Store {
         let put = self.inner.writer.put(work, move |result| {
             let _ = reply.send(result);
             drop(permit);
-        });
+        })?;
         let answered = match timeout(Duration::from_millis(LATE_MS), &mut answer).await {
             Ok(answered) => {
                 put.done();
                 answered
             }
             Err(_) => {
-                put.nudge()?;
+                put.nudge();
                 answer.await
             }
         };

@@ -105,7 +105,7 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
     let (body, way) = provider.inbound(route, &mut headers, body).await?;
     // Betas of the body are in the headers now.
     inspect(&lease.plan, &headers)?;
-    let facts = read_facts(&body).await?;
+    let facts = read_facts(lease, &body).await?;
     for wanted in &facts.wanted {
         decide(&lease.plan, Ask::Request { part: wanted.part() })
             .map_err(|denial| Refused::new(Refusal::Content, denial.reason))?;
@@ -153,18 +153,21 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
 }
 
 /// A usual body takes 0.1 ms to look through; one of many megabytes must not hold up other cells.
-async fn read_facts(body: &Bytes) -> Result<BodyFacts, Refused> {
-    let facts = if body.len() <= BODY_BYTES_INLINE {
-        BodyFacts::read(body)
+async fn read_facts(lease: &Shared, body: &Bytes) -> Result<BodyFacts, Refused> {
+    let known = lease.recall.known();
+    let read = if body.len() <= BODY_BYTES_INLINE {
+        BodyFacts::read_knowing(body, &known)
     } else {
         let body = body.clone();
-        let reading = tokio::task::spawn_blocking(move || BodyFacts::read(&body));
+        let reading = tokio::task::spawn_blocking(move || BodyFacts::read_knowing(&body, &known));
         reading.await.unwrap_or_else(|_| Err(BodyError::Malformed("cannot be read".to_owned())))
     };
-    facts.map_err(|error| {
+    let (facts, fresh) = read.map_err(|error| {
         let malformed = matches!(error, BodyError::Malformed(_));
         Refused::new(if malformed { Refusal::Malformed } else { Refusal::Content }, error.to_string())
-    })
+    })?;
+    lease.recall.keep(fresh, lease.provider.estimates.fragments());
+    Ok(facts)
 }
 
 fn shown(text: &str) -> String {

@@ -1,19 +1,24 @@
 //! What the gateway must know of a request body, and the few places it may change in it. Pure. The body comes
 //! from a cell: anything that would make the provider fetch, store or run something needs the policy's word
 //! ([`Wanted`]); what would bill outside the token usage, and any field that is not known to be harmless, is
-//! refused. `read` walks the body; `shape` is what the estimate of its input needs.
+//! refused. `top` and `read` walk the body, `recall` knows parts of it again; `shape` is what the estimate of its
+//! input needs.
 
 mod expand;
 mod read;
+mod recall;
 mod shape;
 mod tools;
+mod top;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+pub use recall::{Fragment, Interned, Recall};
 pub use shape::{Bound, Known, Shape};
 
 use crate::policy::requests::Part;
@@ -108,10 +113,18 @@ impl BodyFacts {
     /// # Errors
     /// See [`BodyError`].
     pub fn read(body: &[u8]) -> Result<Self, BodyError> {
+        Self::read_knowing(body, &[]).map(|(facts, _)| facts)
+    }
+
+    /// The same, of a body of which parts may be known; gives those that are not, and may be known from now on.
+    ///
+    /// # Errors
+    /// See [`BodyError`].
+    pub fn read_knowing(body: &[u8], known: &[Arc<Fragment>]) -> Result<(Self, Vec<Fragment>), BodyError> {
         let malformed = |error: serde_json::Error| BodyError::Malformed(error.to_string());
         // Once for all texts in it, each of which would be looked at apart.
         let text = std::str::from_utf8(body).map_err(|error| BodyError::Malformed(error.to_string()))?;
-        let top: read::Top<'_> = serde_json::from_str(text).map_err(malformed)?;
+        let top = top::read(text, known).map_err(malformed)?;
         if let Some(refused) = top.refused {
             return Err(refused);
         }
@@ -143,7 +156,7 @@ impl BodyFacts {
         });
         let model = top.model.ok_or_else(|| BodyError::Malformed("model: field required".to_owned()))?;
         let kind = thinking.as_ref().map_or("", |thinking| thinking.kind.as_ref());
-        Ok(Self {
+        let facts = Self {
             output_tokens_max: top.max_tokens.map(number("max_tokens")).transpose()?,
             cache_write: if top.long_cache { CacheWrite::OneHour } else { CacheWrite::FiveMinutes },
             stream: top.stream,
@@ -155,7 +168,8 @@ impl BodyFacts {
             shape: top.shape.finish(&model, kind),
             wanted: top.wanted,
             model: model.into_owned(),
-        })
+        };
+        Ok((facts, top.fresh))
     }
 
     /// The most web searches that the provider may make for it, once no tool is above `uses_max`.

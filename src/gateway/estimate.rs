@@ -15,7 +15,7 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::body::{Bound, Known, countable};
+use super::body::{Bound, Interned, Known, countable};
 use super::messages::Call;
 use crate::pricing::Usage;
 
@@ -108,6 +108,8 @@ impl Counts {
 #[derive(Debug)]
 pub(super) struct Estimates {
     known: Mutex<Known>,
+    /// Parts of bodies that several leases sent.
+    fragments: Interned,
     /// Counts under way, by what they tell of; closed at their end.
     flights: Mutex<HashMap<u64, Arc<Semaphore>>>,
     slots: Semaphore,
@@ -117,6 +119,7 @@ impl Default for Estimates {
     fn default() -> Self {
         Self {
             known: Mutex::new(Known::new(KNOWN_ENTRIES_MAX.1)),
+            fragments: Interned::default(),
             flights: Mutex::default(),
             slots: Semaphore::new(COUNTS_MAX),
         }
@@ -124,6 +127,11 @@ impl Default for Estimates {
 }
 
 impl Estimates {
+    /// Parts of bodies that leases share.
+    pub(super) fn fragments(&self) -> &Interned {
+        &self.fragments
+    }
+
     /// The count of this that is under way, or the right to be it.
     fn board(&self, key: u64) -> Result<Flight<'_>, Arc<Semaphore>> {
         let mut flights = locked(&self.flights);

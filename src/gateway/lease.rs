@@ -19,6 +19,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::body::Recall;
 use super::egress::{self, Door, EgressSpec};
 use super::estimate::Learnt;
 use super::ledger::Ledger;
@@ -97,6 +98,8 @@ pub(super) struct Shared {
     pub(super) output_tokens_max: Option<u64>,
     /// What its conversations were billed for.
     pub(super) learnt: Learnt,
+    /// Parts of its bodies.
+    pub(super) recall: Recall,
     /// The end of the pause that was told of last, in milliseconds of the wall clock.
     pub(super) pause_told_ms: AtomicU64,
     /// No connections any more.
@@ -159,6 +162,7 @@ impl Lease {
             budgets: spec.budgets,
             output_tokens_max: spec.output_tokens_max,
             learnt: Learnt::default(),
+            recall: Recall::default(),
             pause_told_ms: AtomicU64::new(0),
             revoked: CancellationToken::new(),
             cut: CancellationToken::new(),

@@ -1,6 +1,6 @@
 //! Folds the write-ahead log into the database, on a thread and a connection of its own: what is long about it, the
 //! disk, must hold up no request. The log begins anew only when a writer finds all of it folded, so where writes
-//! never pause the writer folds the last few pages itself. It must never lose a commit: SQLite syncs the log before
+//! never pause the writer's thread folds the last few pages itself. It must never lose a commit: SQLite syncs the log before
 //! it folds.
 
 use std::cell::Cell;
@@ -32,6 +32,8 @@ pub(super) struct Folder {
     pages_asked: u32,
     /// The thread came to its end since the writer looked: little is left to fold.
     folded: Arc<AtomicBool>,
+    /// The writer is to fold what is left.
+    due: bool,
 }
 
 impl Folder {
@@ -53,23 +55,33 @@ impl Folder {
         };
         let thread = std::thread::Builder::new().name("hotcell-fold".to_owned()).spawn(body);
         let thread = thread.map_err(|error| StoreError::io("start the folder of", file, &error))?;
-        Ok(Self { asks: Some(asks), thread: Some(thread), pages_asked: 0, folded })
+        Ok(Self { asks: Some(asks), thread: Some(thread), pages_asked: 0, folded, due: false })
     }
 
-    /// To be called on the writer's thread after each commit.
-    pub(super) fn after_commit(&mut self, connection: &Connection) {
+    /// To be called after each commit, on the thread that made it.
+    pub(super) fn after_commit(&mut self) {
         let pages = LOG_PAGES.get();
         if pages < self.pages_asked {
             // The log has begun anew.
             self.pages_asked = 0;
         }
-        if pages >= PAGES_MAX && self.folded.swap(false, Ordering::Acquire) {
-            fold(connection);
-        }
+        self.due |= pages >= PAGES_MAX && self.folded.swap(false, Ordering::Acquire);
         if pages >= self.pages_asked + PAGES {
             self.pages_asked = pages;
             // Where one waits already this one is not needed.
             let _ = self.asks.as_ref().map(|asks| asks.try_send(()));
+        }
+    }
+
+    /// Whether the writer's thread is to fold.
+    pub(super) fn is_due(&self) -> bool {
+        self.due
+    }
+
+    /// Folds what is left, where that is the writer's turn: on its thread, since it waits for the disk.
+    pub(super) fn fold_if_due(&mut self, connection: &Connection) {
+        if std::mem::take(&mut self.due) {
+            fold(connection);
         }
     }
 

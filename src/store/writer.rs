@@ -1,13 +1,16 @@
-//! The writer's thread: takes requests in order, runs those that wait together in one transaction (each in
-//! its own savepoint), commits, and only then replies. What nobody waits for is put where the next request takes it
-//! along, for one transaction and one waking less. `fdatasync` is on a thread of its own, which replies to
-//! those that asked for it: nobody else waits for the disk. It must never reply before the commit, never to who
-//! asked for a sync before the sync, and never let one request's failure take another's work along.
+//! The writer: requests in order, those that wait together in one transaction (each in its own savepoint), and only
+//! then the replies. Who hands in a request that need not be on the disk does the work for all that wait, where nobody
+//! else is at it: two switches of threads cost more than the transaction. What must be on the disk, what is late and
+//! what the disk makes long is for the writer's own thread; `fdatasync` is on another, which replies to those that
+//! asked for it: nobody else waits for the disk. What nobody waits for is put where the next request takes it along.
+//! It must never reply before the commit, never to who asked for a sync before the sync, never keep a caller's thread
+//! for longer than two batches, and never let one request's failure take another's work along.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -18,6 +21,11 @@ use super::{SYNC_DELAY_MS, StoreError, lock};
 
 /// Requests per transaction.
 const BATCH_MAX: usize = 64;
+/// Batches that a caller does for others, one after another.
+const CALLERS_BATCHES: u32 = 2;
+/// A caller whose batch took longer than this met a slow disk: for [`SLOW_REST`] all is left to the thread.
+const SLOW: Duration = Duration::from_millis(5);
+const SLOW_REST: Duration = Duration::from_secs(1);
 
 /// When a committed request must be on the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,21 +41,34 @@ type Reply = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 /// A request's work: whether it is to be kept, and the reply for after the commit. Where the transaction
 /// failed before its turn it gets the failure instead of a connection, and passes it on.
 type Work = Box<dyn FnOnce(Result<&Connection, StoreError>) -> (Result<(), StoreError>, Reply) + Send>;
+type Batch = Vec<(Durability, Work)>;
 
-enum Message {
-    Request(Durability, Work),
-    /// Nothing but a look at the late ones.
-    Nudge,
-    Close,
+/// Requests that wait, in the order in which they came. Its lock is never held while one is done.
+#[derive(Default)]
+struct Queue {
+    requests: VecDeque<(Durability, Work)>,
+    /// At least one of them is not for the next one to take along.
+    urgent: bool,
+    /// The thread is to look.
+    rung: bool,
+    /// Commits are to be synced then.
+    sync_at: Option<Instant>,
+    slow_until: Option<Instant>,
+    closing: bool,
+    /// Nobody takes requests any more.
+    gone: bool,
 }
 
-/// Requests that wait for the next one to be committed with it. Each has a [`Put`] that sends a nudge in time.
-type Late = Arc<Mutex<Vec<Work>>>;
+struct Shared {
+    queue: Mutex<Queue>,
+    bell: Condvar,
+    /// None once it is closed. Taken before the queue, where both are.
+    books: Mutex<Option<Books>>,
+}
 
-/// The writer's thread, seen from outside.
+/// The writer, seen from outside.
 pub(super) struct Writer {
-    messages: Sender<Message>,
-    late: Late,
+    shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<Result<(), StoreError>>>>,
 }
 
@@ -58,55 +79,51 @@ impl Writer {
         // descriptor of the log may be opened and closed without dropping them.
         let wal_path = file.with_file_name(format!("{}-wal", super::FILE_NAME));
         let wal = File::open(&wal_path).map_err(|error| StoreError::io("open", &wal_path, &error))?;
-        let (messages, inbox) = channel();
         let syncer =
             Syncer::start(wal).map_err(|error| StoreError::io("start the syncer of", file, &error))?;
         let folder = Folder::start(&connection, file)?;
-        let late = Late::default();
-        let also_late = Arc::clone(&late);
+        let books = Books { connection, syncer, folder, unsynced: false };
+        let (queue, bell) = (Mutex::default(), Condvar::new());
+        let shared = Arc::new(Shared { queue, bell, books: Mutex::new(Some(books)) });
+        let threads = Arc::clone(&shared);
         let body = move || {
-            let mut state = Loop { connection, syncer, folder, late: also_late, unsynced_since: None };
-            let result = state.run(&inbox);
-            // What nobody takes any more is answered by being dropped; what comes later finds no receiver.
-            drop(inbox);
-            lock(&state.late).clear();
+            let result = threads.serve();
             // No reply may be owed any more when the lock is let go.
-            let result = result.and(state.syncer.finish()).and(state.folder.finish());
-            drop(state.connection);
             drop(file_lock);
             result
         };
         let thread = std::thread::Builder::new().name("hotcell-store".to_owned()).spawn(body);
         let thread = thread.map_err(|error| StoreError::io("start the writer of", file, &error))?;
-        Ok(Self { messages, late, thread: Mutex::new(Some(thread)) })
+        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Hands in a request; `reply` is called once, after the commit (and the sync, where it is asked
-    /// for), on a thread that must not be held up.
+    /// Hands in a request that must be on the disk; `reply` is called once, after commit and sync, on a thread that
+    /// must not be held up.
     pub(super) fn send<T: Send + 'static>(
         &self,
-        durability: Durability,
         work: impl FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
         reply: impl FnOnce(Result<T, StoreError>) + Send + 'static,
     ) -> Result<(), StoreError> {
-        let message = Message::Request(durability, boxed(work, reply));
-        self.messages.send(message).map_err(|_| StoreError::Closed)
+        lock(&self.shared.queue).push(Durability::Now, boxed(work, reply))?;
+        self.shared.ring();
+        Ok(())
     }
 
-    /// Puts a request where the next one takes it along, without waking the thread. Durability: [`Durability::Soon`].
+    /// Puts a request where the next one takes it along, without waking the thread. Durability: [`Durability::Soon`];
+    /// `reply` as above, maybe on the thread of [`Put::here`].
     pub(super) fn put<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
         reply: impl FnOnce(Result<T, StoreError>) + Send + 'static,
-    ) -> Put<'_> {
-        lock(&self.late).push(boxed(work, reply));
-        Put { writer: self, waits: true }
+    ) -> Result<Put<'_>, StoreError> {
+        lock(&self.shared.queue).push(Durability::Soon, boxed(work, reply))?;
+        Ok(Put { writer: self, waits: true })
     }
 
     /// Ends the thread after the requests handed in so far. Blocks.
     pub(super) fn close(&self) -> Result<(), StoreError> {
-        // A failure means that the thread is gone already.
-        let _ = self.messages.send(Message::Close);
+        lock(&self.shared.queue).closing = true;
+        self.shared.ring();
         let thread = lock(&self.thread).take();
         thread.map_or(Ok(()), |thread| thread.join().unwrap_or(Err(StoreError::Closed)))
     }
@@ -120,10 +137,18 @@ pub(super) struct Put<'a> {
 }
 
 impl Put<'_> {
-    /// Has it done now.
-    pub(super) fn nudge(mut self) -> Result<(), StoreError> {
+    /// Has it done by the thread.
+    pub(super) fn nudge(mut self) {
         self.waits = false;
-        self.writer.messages.send(Message::Nudge).map_err(|_| StoreError::Closed)
+        self.writer.shared.ring();
+    }
+
+    /// Does it, and all that waits besides, on this thread where that is as well.
+    pub(super) fn here(mut self) {
+        self.waits = false;
+        if !self.writer.shared.work_here() {
+            self.writer.shared.ring();
+        }
     }
 
     /// It was answered.
@@ -135,8 +160,7 @@ impl Put<'_> {
 impl Drop for Put<'_> {
     fn drop(&mut self) {
         if self.waits {
-            // A failure means that the thread is gone, and with it the store.
-            let _ = self.writer.messages.send(Message::Nudge);
+            self.writer.shared.ring();
         }
     }
 }
@@ -153,78 +177,167 @@ fn boxed<T: Send + 'static>(
     })
 }
 
-struct Loop {
+impl Queue {
+    fn push(&mut self, durability: Durability, work: Work) -> Result<(), StoreError> {
+        if self.gone {
+            return Err(StoreError::Closed);
+        }
+        self.requests.push_back((durability, work));
+        Ok(())
+    }
+
+    fn take(&mut self) -> Batch {
+        let count = self.requests.len().min(BATCH_MAX);
+        let batch = self.requests.drain(..count).collect();
+        self.urgent &= !self.requests.is_empty();
+        batch
+    }
+}
+
+impl Shared {
+    /// Has the thread look at all that waits.
+    fn ring(&self) {
+        lock(&self.queue).rung = true;
+        self.bell.notify_one();
+    }
+
+    /// Does what waits, on the caller's thread; false where it must be left to the writer's.
+    fn work_here(&self) -> bool {
+        {
+            let mut queue = lock(&self.queue);
+            if queue.slow_until.is_some_and(|until| Instant::now() < until) {
+                return false;
+            }
+            queue.urgent |= !queue.requests.is_empty();
+        }
+        for _ in 0..CALLERS_BATCHES {
+            let mut books = match self.books.try_lock() {
+                Ok(books) => books,
+                // Who has it looks again at what waits when they are done.
+                Err(TryLockError::WouldBlock) => return true,
+                // A panic in the middle of a transaction: nothing may be written after it.
+                Err(TryLockError::Poisoned(_)) => return false,
+            };
+            let Some(open) = books.as_mut() else { return false };
+            let batch = lock(&self.queue).take();
+            let begun = Instant::now();
+            let first = open.execute(batch);
+            let fold = open.folder.is_due();
+            drop(books);
+            let slow = begun.elapsed() > SLOW;
+            let mut queue = lock(&self.queue);
+            self.sync_soon(&mut queue, first);
+            if slow {
+                queue.slow_until = Some(Instant::now() + SLOW_REST);
+            }
+            if slow || fold {
+                return false;
+            }
+            if !queue.urgent {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// `first`: a commit since the last sync, where none was before.
+    fn sync_soon(&self, queue: &mut Queue, first: bool) {
+        if first {
+            queue.sync_at = Some(Instant::now() + Duration::from_millis(SYNC_DELAY_MS));
+            // Its wait has an end now.
+            self.bell.notify_one();
+        }
+    }
+
+    /// The thread.
+    fn serve(&self) -> Result<(), StoreError> {
+        loop {
+            let (closing, sync) = self.wait();
+            let mut books = match self.books.lock() {
+                Ok(books) => books,
+                // See `work_here`. The transaction is rolled back with its connection.
+                Err(poisoned) => {
+                    self.refuse_all();
+                    let broken = poisoned.into_inner().take();
+                    drop(broken);
+                    return Err(StoreError::Closed);
+                }
+            };
+            let Some(open) = books.as_mut() else { return Ok(()) };
+            open.folder.fold_if_due(&open.connection);
+            loop {
+                let batch = lock(&self.queue).take();
+                if batch.is_empty() {
+                    break;
+                }
+                let first = open.execute(batch);
+                open.folder.fold_if_due(&open.connection);
+                self.sync_soon(&mut lock(&self.queue), first);
+            }
+            if sync {
+                open.sync_later();
+            }
+            if closing {
+                self.refuse_all();
+                let mut open = books.take();
+                return open.as_mut().map_or(Ok(()), Books::close);
+            }
+        }
+    }
+
+    /// Waits for something to do: whether that is to close, and whether commits are to be synced.
+    fn wait(&self) -> (bool, bool) {
+        let mut queue = lock(&self.queue);
+        loop {
+            let now = Instant::now();
+            let due = queue.sync_at.is_some_and(|at| at <= now);
+            if queue.rung || queue.urgent || queue.closing || due {
+                queue.rung = false;
+                if due {
+                    queue.sync_at = None;
+                }
+                return (queue.closing, due);
+            }
+            queue = match queue.sync_at {
+                None => self.bell.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                Some(at) => {
+                    let waited = self.bell.wait_timeout(queue, at - now);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+
+    /// What nobody takes any more is answered by being dropped; what comes later is refused.
+    fn refuse_all(&self) {
+        let left = {
+            let mut queue = lock(&self.queue);
+            queue.gone = true;
+            std::mem::take(&mut queue.requests)
+        };
+        drop(left);
+    }
+}
+
+/// The connection, and what its commits need.
+struct Books {
     connection: Connection,
     syncer: Syncer,
     folder: Folder,
-    late: Late,
-    unsynced_since: Option<Instant>,
+    /// A commit is on nobody's way to the disk.
+    unsynced: bool,
 }
 
-impl Loop {
-    fn run(&mut self, inbox: &Receiver<Message>) -> Result<(), StoreError> {
-        loop {
-            let first = match self.until_sync() {
-                None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(wait) => inbox.recv_timeout(wait),
-            };
-            let mut closing = false;
-            let mut batch = Vec::new();
-            match first {
-                Ok(Message::Request(durability, work)) => batch.push((durability, work)),
-                Ok(Message::Nudge) => {}
-                Ok(Message::Close) | Err(RecvTimeoutError::Disconnected) => closing = true,
-                Err(RecvTimeoutError::Timeout) => {
-                    self.sync_later();
-                    continue;
-                }
-            }
-            while batch.len() < BATCH_MAX && !closing {
-                match inbox.try_recv() {
-                    Ok(Message::Request(durability, work)) => batch.push((durability, work)),
-                    Ok(Message::Nudge) => {}
-                    Ok(Message::Close) => {
-                        closing = true;
-                        break;
-                    }
-                    Err(_) => break,
-                }
-            }
-            self.execute_with_late(batch);
-            if closing {
-                return self.last_sync();
-            }
-            // A steady stream of requests must not put the sync off for ever.
-            if self.until_sync() == Some(Duration::ZERO) {
-                self.sync_later();
-            }
+impl Books {
+    /// Does a batch; true where nothing was to be synced before, and now is.
+    fn execute(&mut self, batch: Batch) -> bool {
+        if batch.is_empty() {
+            return false;
         }
-    }
-
-    /// Time left until commits must be synced; none when all are.
-    fn until_sync(&self) -> Option<Duration> {
-        let since = self.unsynced_since?;
-        Some(Duration::from_millis(SYNC_DELAY_MS).saturating_sub(since.elapsed()))
-    }
-
-    /// The late ones go first: they were there before, and what they settle makes room.
-    fn execute_with_late(&mut self, batch: Vec<(Durability, Work)>) {
-        let late = std::mem::take(&mut *lock(&self.late));
-        let late = late.into_iter().map(|work| (Durability::Soon, work));
-        let mut all: Vec<_> = late.chain(batch).collect();
-        while !all.is_empty() {
-            let rest = all.split_off(all.len().min(BATCH_MAX));
-            self.execute(all);
-            all = rest;
-        }
-    }
-
-    fn execute(&mut self, batch: Vec<(Durability, Work)>) {
         let mut replies = Vec::with_capacity(batch.len());
         let committed = self.transaction(batch, &mut replies);
-        if committed.is_ok() {
-            self.unsynced_since.get_or_insert_with(Instant::now);
-        }
+        let first = committed.is_ok() && !self.unsynced;
+        self.unsynced |= committed.is_ok();
         let mut now = Vec::new();
         for (durability, reply) in replies {
             match (durability, &committed) {
@@ -232,19 +345,17 @@ impl Loop {
                 (Durability::Now, Err(_)) | (Durability::Soon, _) => reply(committed.clone()),
             }
         }
-        if !now.is_empty() {
+        let all_now = !now.is_empty();
+        if all_now {
             // All that was committed before goes to the disk with it.
-            self.unsynced_since = None;
+            self.unsynced = false;
             self.syncer.ask(SyncAsk::Now(now));
         }
-        self.folder.after_commit(&self.connection);
+        self.folder.after_commit();
+        first && !all_now
     }
 
-    fn transaction(
-        &self,
-        batch: Vec<(Durability, Work)>,
-        replies: &mut Vec<(Durability, Reply)>,
-    ) -> Result<(), StoreError> {
+    fn transaction(&self, batch: Batch, replies: &mut Vec<(Durability, Reply)>) -> Result<(), StoreError> {
         let mut failed = self.statement("BEGIN IMMEDIATE").err();
         // A request that is alone is undone with its transaction.
         let alone = batch.len() == 1;
@@ -288,7 +399,7 @@ impl Loop {
     /// Has all commits so far synced, without waiting; but where the disk has not finished the sync before, this
     /// waits for it, so that what a power loss takes stays bounded.
     fn sync_later(&mut self) {
-        if self.unsynced_since.take().is_some() {
+        if std::mem::take(&mut self.unsynced) {
             self.syncer.wait_for_later();
             let (done, under_way) = sync_channel(1);
             self.syncer.under_way = Some(under_way);
@@ -296,10 +407,14 @@ impl Loop {
         }
     }
 
-    /// The same, and waits for it.
+    /// The last sync, and the end of the other threads.
+    fn close(&mut self) -> Result<(), StoreError> {
+        self.last_sync().and(self.syncer.finish()).and(self.folder.finish())
+    }
+
     fn last_sync(&mut self) -> Result<(), StoreError> {
         self.syncer.wait_for_later();
-        if self.unsynced_since.take().is_none() {
+        if !std::mem::take(&mut self.unsynced) {
             return Ok(());
         }
         let (done, answer) = sync_channel(1);

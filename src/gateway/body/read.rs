@@ -1,4 +1,4 @@
-//! The walk over a request body: one pass, no copies of text. Every object it looks into is refused when a field
+//! The walk over the fields of a request body ([`super::top`]): one pass, no copies of text. Every object it looks into is refused when a field
 //! stands twice in it, however the names are spelled: the provider might take the other one.
 
 use std::borrow::Cow;
@@ -8,39 +8,12 @@ use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Visito
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
-use super::shape::{Media, Piece, ShapeBuilder};
-use super::tools::Tools;
+use super::shape::{Media, Piece};
+use super::top::Top;
 use super::{BodyError, Wanted};
 
-/// Fields that may stand in a request. The API's others store (`container`) or are not known.
-const FIELDS: &[&str] = &[
-    "cache_control",
-    "context_management",
-    "inference_geo",
-    "max_tokens",
-    "mcp_servers",
-    "messages",
-    "metadata",
-    "model",
-    "output_config",
-    "output_format",
-    "service_tier",
-    "speed",
-    "stop_sequences",
-    "stream",
-    "system",
-    "temperature",
-    "thinking",
-    "tool_choice",
-    "tools",
-    "top_k",
-    "top_p",
-];
-/// Fields that change the price, with the one value that does not. The CLI sends none of them.
-const PRICED: [(&str, &str); 3] =
-    [("inference_geo", "global"), ("service_tier", "standard_only"), ("speed", "standard")];
 /// Edits of the context that cost nothing. (A compaction is billed apart from the usage.)
-const CONTEXT_EDITS: &[&str] = &["clear_thinking_", "clear_tool_uses_"];
+pub(super) const CONTEXT_EDITS: &[&str] = &["clear_thinking_", "clear_tool_uses_"];
 /// How deep blocks may stand in blocks: the API has two levels, and each is read once more here.
 const DEPTH_MAX: u8 = 8;
 /// Most fields of one object.
@@ -48,25 +21,7 @@ const FIELDS_MAX: usize = 64;
 /// Names of an object's fields that are kept without an allocation; blocks and tools have fewer.
 const NAMES_INLINE: usize = 8;
 /// Most things in one body that need the policy's word.
-const WANTED_MAX: usize = 256;
-
-/// A body's top level.
-#[derive(Default)]
-pub(super) struct Top<'a> {
-    pub(super) model: Option<Cow<'a, str>>,
-    pub(super) max_tokens: Option<&'a RawValue>,
-    pub(super) thinking: Option<&'a RawValue>,
-    pub(super) context: Option<&'a RawValue>,
-    pub(super) stream: bool,
-    pub(super) long_cache: bool,
-    /// A tool of `TOOLSET` is there.
-    pub(super) toolsets: bool,
-    pub(super) web_searches: Vec<SearchTool<'a>>,
-    pub(super) wanted: Vec<Wanted>,
-    pub(super) shape: ShapeBuilder,
-    pub(super) refused: Option<BodyError>,
-    media: Media,
-}
+pub(super) const WANTED_MAX: usize = 256;
 
 /// A web search tool.
 pub(super) struct SearchTool<'a> {
@@ -117,7 +72,7 @@ impl<'a> Names<'a> {
     }
 }
 
-fn shown(text: &str) -> String {
+pub(super) fn shown(text: &str) -> String {
     text.chars().take(64).collect()
 }
 
@@ -130,114 +85,22 @@ fn seeded<'de, S: DeserializeSeed<'de>, E: Error>(raw: &'de RawValue, seed: S) -
     seed.deserialize(&mut serde_json::Deserializer::from_str(raw.get())).map_err(E::custom)
 }
 
-impl Top<'_> {
-    pub(super) fn want(&mut self, wanted: Wanted) {
-        if self.wanted.len() < WANTED_MAX {
-            self.wanted.push(wanted);
-        } else {
-            let many = format!("more than {WANTED_MAX} remote sources and tools");
-            self.refused.get_or_insert(BodyError::Malformed(many));
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Top<'de> {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        from.deserialize_map(TopVisitor)
-    }
-}
-
-struct TopVisitor;
-
-impl<'de> Visitor<'de> for TopVisitor {
-    type Value = Top<'de>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a JSON object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Top<'de>, A::Error> {
-        let mut top = Top::default();
-        let mut names = Names::default();
-        while let Some(Text(key)) = map.next_key::<Text<'de>>()? {
-            names.add(key.clone())?;
-            match FIELDS.iter().find(|field| **field == key) {
-                Some(field) => top.field(field, &mut map)?,
-                None => {
-                    top.refused.get_or_insert(BodyError::Field(shown(&key)));
-                    map.next_value::<IgnoredAny>()?;
-                }
-            }
-        }
-        Ok(top)
-    }
-}
-
-impl<'de> Top<'de> {
-    fn field<A: MapAccess<'de>>(&mut self, field: &'static str, map: &mut A) -> Result<(), A::Error> {
-        match field {
-            "model" => self.model = Some(map.next_value::<Text<'de>>()?.0),
-            "max_tokens" => self.max_tokens = Some(map.next_value()?),
-            "thinking" => self.thinking = Some(map.next_value()?),
-            "stream" => self.stream = map.next_value::<Option<bool>>()?.unwrap_or(false),
-            "cache_control" => {
-                self.long_cache |=
-                    map.next_value::<Option<CacheControl<'de>>>()?.is_some_and(|c| c.is_long());
-            }
-            "messages" => map.next_value_seed(Messages { top: self })?,
-            "system" => map.next_value_seed(Parts { top: self, of: Of::System, depth: 0 })?,
-            "tools" => map.next_value_seed(Tools { top: self })?,
-            "mcp_servers" => {
-                let raw: &RawValue = map.next_value()?;
-                self.shape.setting(2, raw.get());
-                for server in inner::<Option<Vec<McpServer<'de>>>, A::Error>(raw)?.into_iter().flatten() {
-                    self.want(Wanted::McpServer(server.url.into_owned()));
-                }
-            }
-            "context_management" => {
-                let raw: &RawValue = map.next_value()?;
-                self.shape.setting(3, raw.get());
-                self.context = Some(raw);
-                let edits = inner::<Option<Edits<'de>>, A::Error>(raw)?.and_then(|edits| edits.edits);
-                for edit in edits.into_iter().flatten() {
-                    if !CONTEXT_EDITS.iter().any(|prefix| edit.kind.starts_with(prefix)) {
-                        self.refused.get_or_insert(BodyError::ContextEdit(shown(&edit.kind)));
-                    }
-                }
-            }
-            "output_config" => self.shape.setting(4, map.next_value::<&RawValue>()?.get()),
-            "output_format" => self.shape.setting(5, map.next_value::<&RawValue>()?.get()),
-            "tool_choice" => self.shape.setting(6, map.next_value::<&RawValue>()?.get()),
-            _ => {
-                let raw: &RawValue = map.next_value()?;
-                if let Some((field, free)) = PRICED.iter().find(|(name, _)| *name == field) {
-                    let value = inner::<Option<Text<'de>>, A::Error>(raw)?;
-                    if let Some(Text(value)) = value.filter(|value| value.0 != *free) {
-                        self.refused.get_or_insert(BodyError::Priced { field, value: shown(&value) });
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
 #[derive(Deserialize)]
-struct Edits<'a> {
+pub(super) struct Edits<'a> {
     #[serde(borrow)]
-    edits: Option<Vec<Edit<'a>>>,
+    pub(super) edits: Option<Vec<Edit<'a>>>,
 }
 
 #[derive(Deserialize)]
-struct Edit<'a> {
+pub(super) struct Edit<'a> {
     #[serde(rename = "type", borrow, default)]
-    kind: Cow<'a, str>,
+    pub(super) kind: Cow<'a, str>,
 }
 
 #[derive(Deserialize)]
-struct McpServer<'a> {
+pub(super) struct McpServer<'a> {
     #[serde(borrow)]
-    url: Cow<'a, str>,
+    pub(super) url: Cow<'a, str>,
 }
 
 #[derive(Deserialize)]
@@ -254,8 +117,8 @@ impl CacheControl<'_> {
 }
 
 /// The field `messages`.
-struct Messages<'t, 'a> {
-    top: &'t mut Top<'a>,
+pub(super) struct Messages<'t, 'a> {
+    pub(super) top: &'t mut Top<'a>,
 }
 
 impl<'de> DeserializeSeed<'de> for Messages<'_, 'de> {
@@ -318,7 +181,7 @@ impl<'de> Visitor<'de> for Message<'_, 'de> {
 
 /// Whose blocks they are.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Of {
+pub(super) enum Of {
     /// The system prompt's.
     System,
     /// A message's.
@@ -328,10 +191,10 @@ enum Of {
 }
 
 /// Text, or a list of content blocks.
-struct Parts<'t, 'a> {
-    top: &'t mut Top<'a>,
-    of: Of,
-    depth: u8,
+pub(super) struct Parts<'t, 'a> {
+    pub(super) top: &'t mut Top<'a>,
+    pub(super) of: Of,
+    pub(super) depth: u8,
 }
 
 impl<'de> DeserializeSeed<'de> for Parts<'_, 'de> {

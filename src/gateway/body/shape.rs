@@ -56,6 +56,11 @@ static SHARED: LazyLock<SharedSeed> = LazyLock::new(|| SharedSeed::from_u64(rand
 static KEYS: LazyLock<SeedableRandomState> =
     LazyLock::new(|| SeedableRandomState::with_seed(random(), &SHARED));
 
+/// A hash that nobody outside can compute.
+pub(super) fn keyed(text: &str) -> u64 {
+    KEYS.hash_one(text)
+}
+
 /// From the system; where that fails, from std, which has its own way to it.
 fn random() -> u64 {
     getrandom::u64().unwrap_or_else(|_| std::hash::RandomState::new().hash_one(0))
@@ -161,7 +166,7 @@ impl Shape {
 }
 
 /// Builds a [`Shape`] while a body is read.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct ShapeBuilder {
     head: Vec<u64>,
     head_tokens: u64,
@@ -289,6 +294,17 @@ impl ShapeBuilder {
             self.loose = self.loose.saturating_add(piece.bytes);
         }
         self.setting_piece(1, piece);
+    }
+
+    /// A part of the head that was read apart. Where it has a place of its own nothing else was put there before.
+    pub(super) fn add(&mut self, part: &Self) {
+        for (place, of_part) in self.head.iter_mut().zip(&part.head) {
+            if *of_part != 0 {
+                *place = *of_part;
+            }
+        }
+        self.head_tokens = self.head_tokens.saturating_add(part.head_tokens);
+        self.loose = self.loose.saturating_add(part.loose);
     }
 
     /// Another field that becomes input, or changes what is counted. `place` is its own.

@@ -420,3 +420,89 @@ fn what_is_known_is_bounded_and_the_new_outlives_the_old() {
     assert!(shapes[99].bound(&[&known]).tokens < 200);
     assert!(shapes[0].bound(&[&known]).tokens > 1_000, "forgotten");
 }
+
+/// As a conversation sends it again and again: tools and system prompt of some KiB, cached.
+fn long_body(system: &str, tools: &str, more: &str) -> String {
+    let words = "w\u{fc}rde ".repeat(300);
+    format!(
+        r#"{{"model":"m","max_tokens":9,"messages":[{{"role":"user","content":"hi"}}],
+        "system":[{{"type":"text","text":"{words}{system}","cache_control":{{"type":"ephemeral","ttl":"1h"}}}}],
+        "tools" : [{{"name":"Bash","description":"{words}","input_schema":{{"type":"object"}}}}{tools}]{more}}}"#
+    )
+}
+
+fn knowing(body: &str) -> Vec<std::sync::Arc<Fragment>> {
+    let recall = Recall::default();
+    let (_, fresh) = BodyFacts::read_knowing(body.as_bytes(), &[]).unwrap();
+    recall.keep(fresh, &Interned::default());
+    recall.known()
+}
+
+#[test]
+fn parts_that_were_read_before_are_known_by_all_their_bytes_and_tell_the_same() {
+    let body = long_body("", "", "");
+    let known = knowing(&body);
+    assert_eq!(known.len(), 2, "tools and system prompt");
+    let (facts, fresh) = BodyFacts::read_knowing(body.as_bytes(), &known).unwrap();
+    assert_eq!((facts, fresh.len()), (read(&body).unwrap(), 0));
+    let other = long_body("x", r#",{"name":"Read"}"#, "");
+    let (facts, fresh) = BodyFacts::read_knowing(other.as_bytes(), &known).unwrap();
+    assert_eq!((facts, fresh.len()), (read(&other).unwrap(), 2), "one byte more is another part");
+    for searching in [r#",{"type":"web_search_20250305","name":"s"}"#, r#",{"type":"web_fetch_1"}"#] {
+        let body = long_body("", searching, "");
+        assert_eq!(knowing(&body).len(), 1, "what the policy is asked for is read each time");
+        let (facts, _) = BodyFacts::read_knowing(body.as_bytes(), &known).unwrap();
+        assert_eq!(facts.wanted.len(), 1);
+        assert_eq!(facts, read(&body).unwrap());
+    }
+    // What follows a known part is read as ever.
+    for broken in [r#","tools":[]"#, r#","t\u006fols":null"#, "]", ",", r#","stream":truex"#, "}", ":1"] {
+        let body = long_body("", "", broken);
+        let refused = BodyFacts::read_knowing(body.as_bytes(), &known);
+        assert!(matches!(refused, Err(BodyError::Malformed(_))), "{broken}: {refused:?}");
+    }
+}
+
+#[test]
+fn leases_keep_few_parts_and_share_those_that_are_the_same() {
+    let (shared, one, two) = (Interned::default(), Recall::default(), Recall::default());
+    let keep = |recall: &Recall, body: &str| {
+        let (_, fresh) = BodyFacts::read_knowing(body.as_bytes(), &recall.known()).unwrap();
+        recall.keep(fresh, &shared);
+    };
+    keep(&one, &long_body("", "", ""));
+    keep(&two, &long_body("", "", ""));
+    assert!(one.known().iter().zip(two.known()).all(|(a, b)| std::sync::Arc::ptr_eq(a, &b)));
+    (0..50).for_each(|n| keep(&one, &long_body(&n.to_string(), "", "")));
+    assert_eq!(one.known().len(), 6);
+    let huge = long_body(&"y".repeat(300 << 10), "", "");
+    keep(&two, &huge);
+    assert_eq!(two.known().len(), 2, "too large to keep");
+}
+
+proptest! {
+    #[test]
+    fn what_is_taken_for_a_body_is_json_and_reads_the_same_with_and_without_what_is_known(
+        edits in proptest::collection::vec((any::<prop::sample::Index>(), 0_u8..3, prop::sample::select(b"{}[],:\"\\ \n1etn".to_vec())), 0..4),
+    ) {
+        let body = long_body("", "", r#","stream":true,"temperature":1.5e0"#);
+        let known = knowing(&body);
+        let mut bytes = body.into_bytes();
+        for (at, kind, byte) in edits {
+            let at = at.index(bytes.len());
+            match kind {
+                0 => bytes[at] = byte,
+                1 => bytes.insert(at, byte),
+                _ => { bytes.remove(at); }
+            }
+        }
+        let plain = BodyFacts::read(&bytes);
+        let knowing = BodyFacts::read_knowing(&bytes, &known).map(|(facts, _)| facts);
+        prop_assert_eq!(plain.is_ok(), knowing.is_ok());
+        if let (Ok(plain), Ok(knowing)) = (plain, knowing) {
+            prop_assert_eq!(plain, knowing);
+            let value: Result<serde_json::Value, _> = serde_json::from_slice(&bytes);
+            prop_assert!(value.is_ok_and(|value| value.is_object()));
+        }
+    }
+}

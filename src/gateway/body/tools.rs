@@ -8,8 +8,9 @@ use serde::de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::Wanted;
-use super::read::{CacheControl, Names, SearchTool, Text, Top, inner};
+use super::read::{CacheControl, Names, SearchTool, Text, inner};
 use super::shape::Piece;
+use super::top::Top;
 
 /// Tool types that the client runs; one without a type is such a tool too. (The search among tools runs at the
 /// provider, is free and reaches nothing.) All others need the policy's word.
