@@ -8,6 +8,7 @@
 //! Read in this order: [`prepare`], [`live`], `collect` below, [`park`] (instead of an end), [`record`] (journal
 //! and row together).
 
+mod beside;
 mod bundle;
 pub mod changes;
 mod committer;

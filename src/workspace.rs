@@ -10,6 +10,7 @@
 mod copy;
 mod follow;
 mod idmap;
+mod image;
 mod look;
 mod loopdev;
 mod mask;

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::beside::beside;
 use super::prepare::{PrepareError, failed};
 use super::work::{self, Over, Seen, Staged};
 use super::{Accepted, Settings};
@@ -123,7 +124,8 @@ pub(super) fn owner_of(dir: &Path) -> Option<(u32, u32)> {
     std::fs::symlink_metadata(home).ok().map(|meta| (meta.uid(), meta.gid()))
 }
 
-/// Makes all rooms of one cell of `job` in `dir`. Blocks.
+/// Makes all rooms of one cell of `job` in `dir`. Blocks. What does not depend on the workspace is made while that is
+/// looked through.
 pub(super) fn make(
     settings: &Settings,
     accepted: &Accepted,
@@ -135,12 +137,59 @@ pub(super) fn make(
     let begun = Instant::now();
     make_dir(&settings.cells_dir(), 0o711)?;
     make_dir(dir, 0o711)?;
-    let staged = work::stage(settings, accepted, identity, tenant, dir, job)?;
+    let limits = &accepted.plan.limits;
+    let bare = || Bare::make(settings, limits, (dir, job), kept);
+    let stage = || work::stage(settings, accepted, identity, tenant, dir, job);
+    let (bare, staged) = beside("hotcell-rooms", bare, stage).map_err(|e| failed(FailReason::Internal, e))?;
+    // What is wrong with the workspace is its submitter's to know first.
+    let staged = staged?;
     let snapshot = staged.snapshot;
-    let mut made = finish_directories(settings, &accepted.plan.limits, tenant, dir, staged, kept)?;
-    write_hooks(&made.dirs.etc.join("git-hooks"), job)?;
+    let mut made = finish_directories(limits, tenant, dir, staged, bare?)?;
     made.took = (snapshot, begun.elapsed().saturating_sub(snapshot.unwrap_or_default()));
     Ok(made)
+}
+
+/// The rooms as far as they are the same for every workspace.
+struct Bare {
+    scratch: Scratch,
+    plan: ScratchPlan,
+    /// The scratch space is an earlier attempt's; none: a new one, still empty.
+    resumed: Option<bool>,
+    run: PathBuf,
+    etc: PathBuf,
+    notes: Vec<String>,
+}
+
+impl Bare {
+    fn make(
+        settings: &Settings,
+        limits: &PlanLimits,
+        (dir, job): (&Path, &JobId),
+        kept: Option<&Kept>,
+    ) -> Result<Self, PrepareError> {
+        let plan = ScratchPlan {
+            bytes_max: limits.disk_bytes,
+            inodes_max: inodes_max(limits.disk_bytes),
+            host_reserve_bytes: settings.disk_reserve_bytes,
+            template_dir: settings.state_dir.join("scratch-templates"),
+        };
+        make_dir(&plan.template_dir, 0o700)?;
+        let mut notes = Vec::new();
+        let restored = kept.and_then(|kept| restore(dir, kept, &plan, &mut notes));
+        let (scratch, resumed) = match restored {
+            Some((scratch, resumed)) => (scratch, Some(resumed)),
+            None => (Scratch::begin(dir, &plan).map_err(|e| scratch_failure(&e))?, None),
+        };
+        if let Some(why) = scratch.fallback_reason() {
+            notes.push(format!("the disk limit is not enforced by the kernel here: {why}"));
+        }
+        let (run, etc) = (dir.join("run"), dir.join("etc"));
+        make_dir(&run, 0o711)?;
+        make_dir(&etc, 0o711)?;
+        make_dir(&etc.join("claude-code"), 0o755)?;
+        write_hooks(&etc.join("git-hooks"), job)?;
+        Ok(Self { scratch, plan, resumed, run, etc, notes })
+    }
 }
 
 /// What git runs at a commit in the cell: it names the job, then calls the repository's own hooks.
@@ -156,43 +205,27 @@ fn write_hooks(dir: &Path, job: &JobId) -> Result<(), PrepareError> {
 }
 
 fn finish_directories(
-    settings: &Settings,
     limits: &PlanLimits,
     tenant: &Tenant,
     dir: &Path,
     mut staged: Staged,
-    kept: Option<&Kept>,
+    bare: Bare,
 ) -> Result<Made, PrepareError> {
     let who = staged.who.clone();
     let (mut notes, claude_md) = (std::mem::take(&mut staged.notes), staged.claude_md.take());
-    let plan = ScratchPlan {
-        bytes_max: limits.disk_bytes,
-        inodes_max: inodes_max(limits.disk_bytes),
-        host_reserve_bytes: settings.disk_reserve_bytes,
-        template_dir: settings.state_dir.join("scratch-templates"),
-    };
-    make_dir(&plan.template_dir, 0o700)?;
-    let restored = kept.and_then(|kept| restore(dir, kept, &plan, &mut notes));
-    let resumed = restored.as_ref().is_some_and(|(_, resumed)| *resumed);
-    let scratch = match restored {
-        Some((scratch, _)) => scratch,
-        None => Scratch::create(dir, &plan, who.uid, who.gid).map_err(|e| scratch_failure(&e))?,
-    };
-    if let Some(why) = scratch.fallback_reason() {
-        notes.push(format!("the disk limit is not enforced by the kernel here: {why}"));
+    let Bare { scratch, plan, resumed, run, etc, notes: more } = bare;
+    notes.extend(more);
+    if resumed.is_none() {
+        scratch.furnish(who.uid, who.gid).map_err(|e| scratch_failure(&e))?;
     }
-    let run = dir.join("run");
-    make_dir(&run, 0o711)?;
-    let etc = dir.join("etc");
-    make_dir(&etc, 0o711)?;
     write_users(&etc, &who)?;
-    make_dir(&etc.join("claude-code"), 0o755)?;
     let Seen { path: workspace, read_only: workspace_read_only, under, parts, over, notes: more } =
         staged.finish(dir, &scratch, limits, plan.inodes_max)?;
     notes.extend(more);
     let claude = readable_program(tenant, &who, dir)?;
     let (home, tmp) = (scratch.home(), scratch.tmp());
     let dirs = Dirs { run, etc, home, tmp, workspace, workspace_read_only, under, parts, over, claude };
+    let resumed = resumed.unwrap_or_default();
     Ok(Made { dirs, who, notes, claude_md, resumed, took: Default::default() })
 }
 

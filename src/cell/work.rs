@@ -15,6 +15,7 @@ use std::time::Duration;
 use former::Former;
 use see::Sight;
 
+use super::beside::beside;
 use super::prepare::{PrepareError, failed};
 use super::rooms::{Tenant, Who};
 use super::{Accepted, Settings};
@@ -232,8 +233,9 @@ impl Site<'_> {
         let shelf = (is_copy && name.is_none())
             .then(|| Shelf::new(self.settings.state_dir.join("changes")).of(self.job));
         let sight = Sight { hide: &self.accepted.plan.hide, mode, shelf, replaced, settings };
-        let see::Looked { mask, guards, guarded, notes: told, snapshot: took } =
-            sight.look(self.identity, record, &fd)?;
+        let (looked, staged, layered) =
+            self.looked(name.as_deref(), record, &fd, sight, (is_copy, private))?;
+        let see::Looked { mask, guarded, notes: told, snapshot: took, .. } = looked;
         *snapshot = snapshot.or(took);
         notes.extend(told.into_iter().map(|note| match &name {
             Some(name) => format!("{name}: {note}"),
@@ -242,23 +244,6 @@ impl Site<'_> {
         if mode != Mode::ReadOnly && name.is_none() {
             aside::remember(self.settings, self.job, &guarded)?;
         }
-        // Where a layer can hide something, nothing is covered.
-        let layered = mode == Mode::ReadOnly && workspace::form_here().0 == Form::Overlay;
-        let below = is_copy || (layered && !mask.is_empty());
-        let target = match below {
-            true => workspace::lower_of(self.dir, name.as_deref())?,
-            false => workspace::view_of(self.dir, name.as_deref()),
-        };
-        let ids = CellIds {
-            submitter: self.identity,
-            cell_uid: self.tenant.uid,
-            cell_gid: self.tenant.uid,
-            cell_groups: &self.groups,
-            // gVisor cannot make files on an id-mapped mount; it can read there, and write to an overlay over it.
-            runtime_maps_ids: (self.tenant.runtime == Runtime::Runc || mode == Mode::ReadOnly)
-                && private != Some(false),
-        };
-        let staged = workspace::stage_guarded(&fd, record, &ids, mode, &guards, &target)?;
         let ids = staged.ids().clone();
         if private == Some(true) && !matches!(ids, StagedIds::Private { .. }) {
             let why = "its file system cannot map ids and that of the first one can".to_owned();
@@ -272,13 +257,57 @@ impl Site<'_> {
         let view = if is_copy {
             let (writable, original) = (writable.map(<[PathBuf]>::to_vec), record.path.clone());
             View::Copy { lower: path, direct: staged.is_direct().then_some(fd), mask, writable, original }
-        } else if below {
+        } else if layered {
             View::Masked { lower: path, mask }
         } else {
             over.extend(self.covers(name.as_deref(), &at, record, &mask)?);
             View::Staged { path, wants_read_only: staged.wants_read_only() }
         };
         Ok((Placed { name, at, view, parts, over, under: None }, ids))
+    }
+
+    /// Looks through a workspace and mounts it; whether a layer has to go over it.
+    fn looked(
+        &self,
+        name: Option<&str>,
+        record: &WorkspaceRecord,
+        fd: &OwnedFd,
+        sight: Sight<'_>,
+        (is_copy, private): (bool, Option<bool>),
+    ) -> Result<(see::Looked, workspace::Staged, bool), WorkspaceError> {
+        let mode = sight.mode;
+        let ids = CellIds {
+            submitter: self.identity,
+            cell_uid: self.tenant.uid,
+            cell_gid: self.tenant.uid,
+            cell_groups: &self.groups,
+            // gVisor cannot make files on an id-mapped mount; it can read there, and write to an overlay over it.
+            runtime_maps_ids: (self.tenant.runtime == Runtime::Runc || mode == Mode::ReadOnly)
+                && private != Some(false),
+        };
+        let mount = |guards: &[(PathBuf, bool)], target: &Path| {
+            workspace::stage_guarded(fd, record, &ids, mode, guards, target)
+        };
+        let look = || sight.look(self.identity, record, fd);
+        if is_copy {
+            // Nothing is protected in it, so its mount does not wait for what is found.
+            let target = workspace::lower_of(self.dir, name)?;
+            let both = beside("hotcell-stage", || mount(&[], &target), look);
+            let thread =
+                |source| WorkspaceError::Io { doing: "look through", path: record.path.clone(), source };
+            let (staged, looked) = both.map_err(thread)?;
+            return Ok((looked?, staged?, false));
+        }
+        let looked = look()?;
+        // Where a layer can hide something, nothing is covered.
+        let can_layer = mode == Mode::ReadOnly && workspace::form_here().0 == Form::Overlay;
+        let layered = can_layer && !looked.mask.is_empty();
+        let target = match layered {
+            true => workspace::lower_of(self.dir, name)?,
+            false => workspace::view_of(self.dir, name),
+        };
+        let staged = mount(&looked.guards, &target)?;
+        Ok((looked, staged, layered))
     }
 
     /// What covers the hidden paths of a workspace that the cell sees as it is.

@@ -11,21 +11,17 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, SeekFrom, Uid};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
 use super::mounts::{self, Unmounted};
-use super::{loopdev, remove};
+use super::{image, loopdev, remove};
 
 const IMAGE: &str = "scratch.img";
 pub(super) const MOUNT_POINT: &str = "scratch";
 const BYTES_MIN: u64 = 16 << 20;
-const E2FS_TIME_MAX: Duration = Duration::from_secs(30);
-const E2FS_POLL: Duration = Duration::from_millis(1);
 /// Entries counted by `usage()` where no file system counts for us.
 const WALK_ENTRIES_MAX: u64 = 500_000;
 const WALK_DEPTH_MAX: usize = 64;
@@ -106,7 +102,7 @@ pub enum ScratchError {
     },
 }
 
-fn io_at<E: Into<io::Error>>(doing: &'static str, path: &Path) -> impl FnOnce(E) -> ScratchError {
+pub(super) fn io_at<E: Into<io::Error>>(doing: &'static str, path: &Path) -> impl FnOnce(E) -> ScratchError {
     let path = path.to_owned();
     move |source| ScratchError::Io { doing, path, source: source.into() }
 }
@@ -132,6 +128,21 @@ impl Scratch {
         cell_uid: u32,
         cell_gid: u32,
     ) -> Result<Self, ScratchError> {
+        let scratch = Self::begin(dir, plan)?;
+        match scratch.furnish(cell_uid, cell_gid) {
+            Ok(()) => Ok(scratch),
+            Err(error) => {
+                cleaned_up(scratch);
+                Err(error)
+            }
+        }
+    }
+
+    /// The same, still empty: for a cell of which it is not known yet whom it runs as.
+    ///
+    /// # Errors
+    /// As [`Scratch::create`].
+    pub fn begin(dir: &Path, plan: &ScratchPlan) -> Result<Self, ScratchError> {
         check_plan(plan)?;
         host_has_room(dir, plan)?;
         if dir.join(IMAGE).exists() || dir.join(MOUNT_POINT).exists() {
@@ -147,12 +158,25 @@ impl Scratch {
                 return Err(error);
             }
         };
-        let scratch = Self { dir: dir.to_owned(), fallback };
-        if let Err(error) = scratch.make_directories(cell_uid, cell_gid) {
-            cleaned_up(scratch);
-            return Err(error);
+        Ok(Self { dir: dir.to_owned(), fallback })
+    }
+
+    /// Makes the cell's directories in one that [`Scratch::begin`] gave.
+    ///
+    /// # Errors
+    /// [`ScratchError::Io`]; it stays as far as it is, to be destroyed.
+    pub fn furnish(&self, cell_uid: u32, cell_gid: u32) -> Result<(), ScratchError> {
+        let owned = rustix::process::geteuid().is_root();
+        let sticky = Mode::RWXU | Mode::RWXG | Mode::RWXO | Mode::SVTX;
+        for (path, mode) in [(self.home(), Mode::RWXU), (self.work(), Mode::RWXU), (self.tmp(), sticky)] {
+            rustix::fs::mkdir(&path, Mode::RWXU).map_err(io_at("make", &path))?;
+            rustix::fs::chmod(&path, mode).map_err(io_at("set the mode of", &path))?;
+            if owned {
+                let (uid, gid) = (Uid::from_raw(cell_uid), Gid::from_raw(cell_gid));
+                rustix::fs::chown(&path, Some(uid), Some(gid)).map_err(io_at("give away", &path))?;
+            }
         }
-        Ok(scratch)
+        Ok(())
     }
 
     /// The scratch space that an earlier daemon made in `dir`, if there is one.
@@ -202,7 +226,7 @@ impl Scratch {
     }
 
     fn mount_kept(&self, kept: &Path) -> Result<(), Failure> {
-        check_image(kept)?;
+        image::check_image(kept)?;
         let path = self.dir.join(IMAGE);
         // A second name: what sweeps the cell's directory takes the cell's name only.
         let broken = |errno| Failure::Broken(io_at("link", &path)(errno));
@@ -325,20 +349,6 @@ impl Scratch {
     pub(super) fn root(&self) -> PathBuf {
         self.dir.join(MOUNT_POINT)
     }
-
-    fn make_directories(&self, uid: u32, gid: u32) -> Result<(), ScratchError> {
-        let owned = rustix::process::geteuid().is_root();
-        let sticky = Mode::RWXU | Mode::RWXG | Mode::RWXO | Mode::SVTX;
-        for (path, mode) in [(self.home(), Mode::RWXU), (self.work(), Mode::RWXU), (self.tmp(), sticky)] {
-            rustix::fs::mkdir(&path, Mode::RWXU).map_err(io_at("make", &path))?;
-            rustix::fs::chmod(&path, mode).map_err(io_at("set the mode of", &path))?;
-            if owned {
-                let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-                rustix::fs::chown(&path, Some(uid), Some(gid)).map_err(io_at("give away", &path))?;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Removes a kept image; one that is not there is fine. While a cell uses it the cell's own name of it stays.
@@ -385,7 +395,7 @@ fn host_has_room(dir: &Path, plan: &ScratchPlan) -> Result<(), ScratchError> {
     Err(ScratchError::HostFull { dir: dir.to_owned(), free_bytes, reserve_bytes })
 }
 
-enum Failure {
+pub(super) enum Failure {
     /// This host cannot do it at all: fall back.
     Unsupported(String),
     /// It should have worked.
@@ -396,9 +406,9 @@ fn mount_image(dir: &Path, plan: &ScratchPlan) -> Result<(), Failure> {
     if !rustix::process::geteuid().is_root() {
         return Err(Failure::Unsupported("the daemon is not root".to_owned()));
     }
-    let template = template(plan)?;
+    let template = image::template(plan)?;
     let path = dir.join(IMAGE);
-    let image = copy_sparse(&template, &path, plan.bytes_max)
+    let image = image::copy_sparse(&template, &path, plan.bytes_max)
         .map_err(|e| Failure::Broken(io_at("make", &path)(e)))?;
     let mounted = attach_and_mount(dir, &image);
     if mounted.is_err() {
@@ -425,121 +435,6 @@ fn attach_and_mount(dir: &Path, image: &OwnedFd) -> Result<(), Failure> {
         }
         Err(errno) => Err(Failure::Broken(io_at("mount", &point)(errno))),
     }
-}
-
-/// The formatted template of this size, made if it is missing.
-fn template(plan: &ScratchPlan) -> Result<PathBuf, Failure> {
-    let dir = &plan.template_dir;
-    let path = dir.join(format!("ext4-1-{}-{}.img", plan.bytes_max, plan.inodes_max));
-    if path.exists() {
-        return Ok(path);
-    }
-    let broken = |doing, at: &Path, e: io::Error| Failure::Broken(io_at(doing, at)(e));
-    std::fs::create_dir_all(dir).map_err(|e| broken("make", dir, e))?;
-    let Some(mkfs) = program("mkfs.ext4") else {
-        return Err(Failure::Unsupported("no mkfs.ext4 (package e2fsprogs)".to_owned()));
-    };
-    let file = tempfile::NamedTempFile::new_in(dir).map_err(|e| broken("make a file in", dir, e))?;
-    file.as_file().set_len(plan.bytes_max).map_err(|e| broken("size", file.path(), e))?;
-    format_image(&mkfs, file.path(), plan.inodes_max)?;
-    file.as_file().sync_all().map_err(|e| broken("write", file.path(), e))?;
-    // Two daemons of one state directory do not exist; if they did, both files are the same.
-    file.persist(&path).map_err(|e| broken("keep", &path, e.error))?;
-    Ok(path)
-}
-
-fn program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let usual = ["/sbin", "/usr/sbin"].map(PathBuf::from);
-    std::env::split_paths(&path).chain(usual).map(|d| d.join(name)).find(|p| p.is_file())
-}
-
-fn format_image(mkfs: &Path, image: &Path, inodes: u64) -> Result<(), Failure> {
-    let mut command = Command::new(mkfs);
-    command
-        .args(["-q", "-F", "-b", "4096", "-I", "256", "-m", "0", "-N", &inodes.to_string()])
-        // No journal: a kept scratch is checked instead. Few superblock copies: fewer extents to copy.
-        .args(["-O", "^has_journal,^resize_inode,sparse_super2"])
-        .args(["-E", "lazy_itable_init=1,nodiscard,num_backup_sb=0"])
-        .arg(image);
-    let status = run(&mut command).map_err(|e| Failure::Broken(io_at("format", image)(e)))?;
-    if status.success() {
-        return Ok(());
-    }
-    // An old e2fsprogs does not know the options: fall back rather than refuse every job.
-    Err(Failure::Unsupported(format!("mkfs.ext4 failed ({status})")))
-}
-
-/// Checks a kept image, and repairs what needs no decision: its host may have gone down while it was mounted.
-fn check_image(image: &Path) -> Result<(), Failure> {
-    let Some(fsck) = program("e2fsck") else {
-        return Err(Failure::Unsupported("no e2fsck (package e2fsprogs)".to_owned()));
-    };
-    let checked = run(Command::new(fsck).arg("-p").arg(image));
-    let status = checked.map_err(|e| Failure::Broken(io_at("check", image)(e)))?;
-    // 1: errors were repaired.
-    match status.code() {
-        Some(0 | 1) => Ok(()),
-        _ => Err(Failure::Unsupported(format!("its file system is damaged ({status})"))),
-    }
-}
-
-/// Runs a program of e2fsprogs, within its time limit.
-fn run(command: &mut Command) -> io::Result<std::process::ExitStatus> {
-    let command = command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut child = command.spawn()?;
-    let end = Instant::now() + E2FS_TIME_MAX;
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(status);
-        }
-        if Instant::now() >= end {
-            child.kill()?;
-            child.wait()?;
-            return Err(io::Error::from(io::ErrorKind::TimedOut));
-        }
-        std::thread::sleep(E2FS_POLL);
-    }
-}
-
-/// Copies the data extents of `from` (tens of kilobytes) into a new file of `bytes` bytes.
-fn copy_sparse(from: &Path, to: &Path, bytes: u64) -> io::Result<OwnedFd> {
-    let source = rustix::fs::openat(CWD, from, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let image = rustix::fs::openat(CWD, to, flags, Mode::RUSR | Mode::WUSR)?;
-    rustix::fs::ftruncate(&image, bytes)?;
-    let mut buffer = vec![0_u8; 64 * 1024];
-    let mut at = 0;
-    loop {
-        let start = match rustix::fs::seek(&source, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => return Ok(image),
-            Err(errno) => return Err(errno.into()),
-        };
-        let end = rustix::fs::seek(&source, SeekFrom::Hole(start))?;
-        at = start;
-        while at < end {
-            let want = buffer.len().min((end - at) as usize);
-            let got = rustix::io::pread(&source, &mut buffer[..want], at)?;
-            if got == 0 {
-                return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
-            }
-            write_all_at(&image, &buffer[..got], at)?;
-            at += got as u64;
-        }
-    }
-}
-
-fn write_all_at(file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let n = rustix::io::pwrite(file, bytes, at)?;
-        if n == 0 {
-            return Err(io::Error::from(io::ErrorKind::WriteZero));
-        }
-        bytes = &bytes[n..];
-        at += n as u64;
-    }
-    Ok(())
 }
 
 /// Unmounts a scratch file system after telling it to drop what is not written yet: nobody will read it

@@ -319,3 +319,38 @@ fn nothing_is_left_of_a_copy_when_the_daemon_is_killed_and_the_job_goes_on() {
     assert_eq!(std::fs::read_to_string(dir.join("a")).unwrap(), "original");
     world.end();
 }
+
+#[test]
+fn nothing_is_left_of_either_half_of_a_copy_when_the_other_one_fails() {
+    let mut world = fake_agent::world("");
+    let dir = world.workspace("repo", ANN);
+    let job = |world: &mut World, dir: &Path| {
+        let mut spec = fake_agent::spec("sleep 0");
+        spec["workspace"] = json!({ "path": dir });
+        let id = world.submit(&spec);
+        let (_, view) = fake_agent::done(world, &id);
+        world.nothing_left();
+        view
+    };
+    let view = job(&mut world, &dir);
+    assert_eq!(view["outcome"], "succeeded", "{view}");
+    // The workspace is mounted and listed; there is no scratch space.
+    let templates = world.state_dir().join("scratch-templates");
+    let aside = world.state_dir().join("aside");
+    std::fs::rename(&templates, &aside).unwrap();
+    std::fs::write(&templates, "").unwrap();
+    let view = job(&mut world, &dir);
+    assert_eq!(view["reason"], "workspace_setup", "{view}");
+    assert!(view["message"].to_string().contains("scratch-templates"), "{view}");
+    std::fs::remove_file(&templates).unwrap();
+    std::fs::rename(&aside, &templates).unwrap();
+    // There is a scratch space; the workspace is deeper than any that is listed.
+    let deep = world.workspace("deep", ANN);
+    std::fs::create_dir_all(deep.join("d/".repeat(1025))).unwrap();
+    let view = job(&mut world, &deep);
+    assert_eq!(view["reason"], "workspace_setup", "{view}");
+    assert!(view["message"].to_string().contains("deeper than 1024"), "{view}");
+    let view = job(&mut world, &dir);
+    assert_eq!(view["outcome"], "succeeded", "{view}");
+    world.end();
+}

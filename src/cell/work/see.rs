@@ -3,14 +3,16 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use super::super::beside::beside;
 use crate::change::TreePath;
-use crate::change::hide::HideRules;
+use crate::change::hide::{HideError, HideRules};
 use crate::changes::listing::What;
-use crate::changes::{self, JobShelf, ListLimits, Listing};
+use crate::changes::{self, JobShelf, ListLimits, Listing, ShelfError};
 use crate::git::config::{self, CONFIG_BYTES_MAX};
-use crate::git::head::Repository;
+use crate::git::head::{Head, Repository};
 use crate::git::index::INDEX_BYTES_MAX;
 use crate::job::Identity;
 use crate::workspace::{
@@ -58,36 +60,37 @@ impl Sight<'_> {
         fd: &OwnedFd,
     ) -> Result<Looked, WorkspaceError> {
         let path = || record.path.clone();
-        let too_large = |limit: String| WorkspaceError::TooLarge { path: path(), limit };
-        let rules = HideRules::new(self.hide).map_err(|e| too_large(format!("`hide`: {e}")))?;
-        let begun = Instant::now();
-        let listing = self.shelf.as_ref().map(|shelf| listed(identity, record, fd, shelf)).transpose()?;
-        let snapshot = listing.is_some().then(|| begun.elapsed());
-        let names = match listing {
-            Some(listing) => Names::Kept(listing),
-            None => Names::Looked(everything(identity, record, fd)?),
+        let thread = |source| io(record, source);
+        let compile = || HideRules::new(self.hide);
+        let compiled = |rules: Result<HideRules, HideError>| {
+            rules.map_err(|e| too_large(record, format!("`hide`: {e}")))
         };
-        if !names.complete() {
-            let words = format!("more than {} paths, or {} s", LOOK.entries_max, LOOK.time_max.as_secs());
-            return Err(too_large(words));
-        }
-        let hidden = Mask::hidden_of(names.iter().map(|(path, kind)| (path, kind == Kind::Dir)), &rules);
-        let mut hidden = hidden.map_err(|count| {
-            let hint = "hide whole directories instead";
-            WorkspaceError::TooMany { path: path(), count, what: "hidden", max: HIDDEN_MAX, hint }
-        })?;
-        let is_hidden = |path: &TreePath| hidden.iter().any(|h| path.is_at_or_below(&h.path));
-        let mut replaced = self.replaced;
-        let mut notes = Vec::new();
-        let configs: Vec<TreePath> = configs(&names).into_iter().filter(|path| !is_hidden(path)).collect();
-        if configs.len() > CONFIGS_MAX {
-            return Err(too_large(format!("more than {CONFIGS_MAX} git configurations")));
-        }
-        let texts = workspace::read_texts(identity, record, fd, configs, CONFIG_BYTES_MAX)?;
-        notes.extend(mask_configs(texts, self.settings, &mut replaced));
+        let (found, looked, snapshot) = match &self.shelf {
+            Some(shelf) => {
+                let walk = || timed(|| walked(identity, record, fd));
+                let (rules, (walk, took)) = beside("hotcell-rules", compile, walk).map_err(thread)?;
+                let rules = compiled(rules)?;
+                let search = |listing: &Listing| Names::Kept(listing).search(&rules, identity, record, fd);
+                let (found, more) = kept(record, shelf, walk?, search)?;
+                (found, None, Some(took + more))
+            }
+            None => {
+                let looked = everything(identity, record, fd)?;
+                if !looked.complete {
+                    let most =
+                        format!("more than {} paths, or {} s", LOOK.entries_max, LOOK.time_max.as_secs());
+                    return Err(too_large(record, most));
+                }
+                let found = Names::Looked(&looked).search(&compiled(compile())?, identity, record, fd)?;
+                (found, Some(looked), None)
+            }
+        };
+        let Found { mut hidden, configs } = found;
+        let (mut replaced, mut notes) = (self.replaced, Vec::new());
+        notes.extend(mask_configs(configs, self.settings, &mut replaced));
         let (mut guarded, mut guards) = (Guarded::default(), Vec::new());
         // What cannot be written in place needs no protection.
-        if let Names::Looked(looked) = &names
+        if let Some(looked) = &looked
             && self.mode != Mode::ReadOnly
         {
             guarded = Guarded::of(looked).map_err(|count| {
@@ -109,19 +112,40 @@ impl Sight<'_> {
 }
 
 /// What is in a workspace.
-enum Names {
+enum Names<'a> {
     /// As it is kept.
-    Kept(Listing),
+    Kept(&'a Listing),
     /// By names only.
-    Looked(workspace::Looked),
+    Looked(&'a workspace::Looked),
 }
 
-impl Names {
-    fn complete(&self) -> bool {
-        match self {
-            Self::Kept(_) => true,
-            Self::Looked(looked) => looked.complete,
+/// What was found in it.
+struct Found {
+    hidden: Vec<Hidden>,
+    /// Configurations of repositories that are not hidden, and what stands in them.
+    configs: Vec<(TreePath, Option<String>)>,
+}
+
+impl Names<'_> {
+    fn search(
+        &self,
+        rules: &HideRules,
+        identity: &Identity,
+        record: &WorkspaceRecord,
+        fd: &OwnedFd,
+    ) -> Result<Found, WorkspaceError> {
+        let hidden = Mask::hidden_of(self.iter().map(|(path, kind)| (path, kind == Kind::Dir)), rules);
+        let hidden = hidden.map_err(|count| {
+            let (path, hint) = (record.path.clone(), "hide whole directories instead");
+            WorkspaceError::TooMany { path, count, what: "hidden", max: HIDDEN_MAX, hint }
+        })?;
+        let is_hidden = |path: &TreePath| hidden.iter().any(|h| path.is_at_or_below(&h.path));
+        let configs: Vec<TreePath> = configs(self).into_iter().filter(|path| !is_hidden(path)).collect();
+        if configs.len() > CONFIGS_MAX {
+            return Err(too_large(record, format!("more than {CONFIGS_MAX} git configurations")));
         }
+        let configs = workspace::read_texts(identity, record, fd, configs, CONFIG_BYTES_MAX)?;
+        Ok(Found { hidden, configs })
     }
 
     fn kind(&self, name: &[u8]) -> Option<Kind> {
@@ -149,18 +173,16 @@ fn kind_of(what: &What) -> Kind {
     }
 }
 
-/// The whole listing, which is kept as what the job's changes are against. That of an earlier attempt
-/// stays: what it changed is in the copy.
-fn listed(
-    identity: &Identity,
-    record: &WorkspaceRecord,
-    fd: &OwnedFd,
-    shelf: &JobShelf,
-) -> Result<Listing, WorkspaceError> {
-    let too_large = |error: &dyn std::fmt::Display| WorkspaceError::TooLarge {
-        path: record.path.clone(),
-        limit: error.to_string(),
-    };
+/// The workspace before its job.
+struct Walked {
+    listing: Listing,
+    /// What was checked out.
+    origin: Head,
+    /// Git's index, and when it was written.
+    index: Option<(Vec<u8>, i64)>,
+}
+
+fn walked(identity: &Identity, record: &WorkspaceRecord, fd: &OwnedFd) -> Result<Walked, WorkspaceError> {
     let limits = ListLimits::default();
     let dir = fd.try_clone().map_err(|source| io(record, source))?;
     let wait_max = limits.time_max + Duration::from_secs(10);
@@ -173,16 +195,52 @@ fn listed(
         let index = repository.and_then(|repository| repository.index(INDEX_BYTES_MAX).ok().flatten());
         Ok::<_, WorkspaceError>((changes::list(dir.as_fd(), &limits), head, index))
     })?;
-    let listing = listing.map_err(|error| too_large(&error))?;
-    let kept = shelf.base().and_then(|base| match base {
-        Some(_) => Ok(()),
-        None => shelf
-            .create()
-            .and_then(|()| index.map_or(Ok(()), |(index, written_ns)| shelf.put_index(&index, written_ns)))
-            .and_then(|()| shelf.put_base(&listing.encode(), &head.unwrap_or_default())),
-    });
+    let listing = listing.map_err(|error| too_large(record, error.to_string()))?;
+    Ok(Walked { listing, origin: head.unwrap_or_default(), index })
+}
+
+/// Keeps it as what the job's changes are against; what `search` finds in the listing, and how long the keeping took.
+/// What is kept of an earlier attempt stays: what that changed is in the copy. The listing is searched while it is
+/// encoded and written, and freed beside that too: with many paths, each takes milliseconds.
+fn kept<T: Send>(
+    record: &WorkspaceRecord,
+    shelf: &JobShelf,
+    walked: Walked,
+    search: impl FnOnce(&Listing) -> Result<T, WorkspaceError> + Send,
+) -> Result<(T, Duration), WorkspaceError> {
+    let Walked { listing, origin, index } = walked;
+    let (hand_over, encoded) = mpsc::sync_channel(1);
+    let listing = Arc::new(listing);
+    let searched = listing.clone();
+    let search = move || {
+        let found = search(&searched);
+        // Nobody else has it any more then.
+        drop((encoded.recv(), searched));
+        found
+    };
+    let keep = move || -> Result<(), ShelfError> {
+        if shelf.base()?.is_some() {
+            return Ok(());
+        }
+        shelf.create()?;
+        index.map_or(Ok(()), |(index, written_ns)| shelf.put_index(&index, written_ns))?;
+        let stored = listing.encode();
+        let _ = hand_over.send(listing);
+        shelf.put_base(&stored, &origin)
+    };
+    let both = beside("hotcell-search", search, || timed(keep));
+    let (found, (kept, took)) = both.map_err(|source| io(record, source))?;
     kept.map_err(|error| io(record, std::io::Error::other(error)))?;
-    Ok(listing)
+    Ok((found?, took))
+}
+
+fn timed<T>(work: impl FnOnce() -> T) -> (T, Duration) {
+    let begun = Instant::now();
+    (work(), begun.elapsed())
+}
+
+fn too_large(record: &WorkspaceRecord, limit: String) -> WorkspaceError {
+    WorkspaceError::TooLarge { path: record.path.clone(), limit }
 }
 
 fn io(record: &WorkspaceRecord, source: std::io::Error) -> WorkspaceError {
@@ -207,7 +265,7 @@ pub(super) fn everything(
 }
 
 /// Configurations of repositories: in `.git` directories, and of the workspace itself where it is a repository.
-fn configs(names: &Names) -> Vec<TreePath> {
+fn configs(names: &Names<'_>) -> Vec<TreePath> {
     let has = |name: &[u8], kind| names.kind(name) == Some(kind);
     let bare = has(b"HEAD", Kind::File) && has(b"objects", Kind::Dir) && has(b"refs", Kind::Dir);
     let wanted = |path: &TreePath, kind| {
