@@ -37,7 +37,8 @@
 //! 7. `collect` in [`cell`]: what the agent changed in its copy becomes a change set ([`cell::changes`], [`changes`]);
 //!    container, mounts and directory proven gone, totals, `Done`. What becomes of a change set is its submitter's word
 //!    ([`api::changes`]) and done with their rights.
-//! 8. After a crash [`scheduler::recover`] says what becomes of each row and each container.
+//! 8. After a crash [`scheduler::recover`] says what becomes of each row and each container. What a machine lacks for
+//!    all this, and what to do about it, [`api::doctor`] says.
 //!
 //! # What must never happen
 //! - A credential in a cell, a log, a row or an answer. The gateway attaches it only against a

@@ -489,3 +489,56 @@ impl Syncer {
         self.thread.take().map_or(Ok(()), |thread| thread.join().map_err(|_| StoreError::Closed))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Store;
+    use super::*;
+
+    const NOTE: &str = "INSERT INTO meta (key, value) VALUES ('note', '1')";
+
+    async fn noted(store: &Store) -> bool {
+        let sql = "SELECT count(*) FROM meta WHERE key = 'note'";
+        let count = store.read(|db| Ok(db.query_row(sql, [], |row| row.get::<_, u32>(0))?)).await;
+        count.unwrap() == 1
+    }
+
+    #[tokio::test]
+    async fn who_asks_and_leaves_before_it_is_done_is_served_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).await.unwrap();
+        let mut asking = Box::pin(store.write(Durability::Soon, |db| Ok(db.execute(NOTE, [])?)));
+        assert!(futures_util::poll!(&mut asking).is_pending(), "others may ask first");
+        assert!(!noted(&store).await);
+        drop(asking);
+        let give_up = Instant::now() + Duration::from_secs(20);
+        while !noted(&store).await {
+            assert!(Instant::now() < give_up, "nobody does it");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        store.close().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn after_a_panic_in_a_transaction_nothing_is_written_and_all_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).await.unwrap();
+        let asking = store.clone();
+        let asked = tokio::spawn(async move {
+            let work = |db: &Connection| -> Result<(), StoreError> {
+                db.execute(NOTE, [])?;
+                panic!("in a transaction");
+            };
+            asking.write(Durability::Soon, work).await
+        });
+        assert!(asked.await.unwrap_err().is_panic());
+        for durability in [Durability::Soon, Durability::Now] {
+            let refused = store.write(durability, |db| Ok(db.execute(NOTE, [])?)).await;
+            assert_eq!(refused, Err(StoreError::Closed));
+        }
+        assert_eq!(store.close().await, Err(StoreError::Closed), "its end is not silent");
+        let store = Store::open(dir.path()).await.unwrap();
+        assert!(!noted(&store).await, "half a transaction is none");
+        store.close().await.unwrap();
+    }
+}
