@@ -79,10 +79,14 @@ impl Disk {
     /// What the kernel was not told to put on the disk is lost. Nobody may have anything open there.
     pub(crate) fn cut_power(&self) {
         self.off.now();
-        run("umount", &[&self.path().to_string_lossy()]);
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        // A process that another test of this program starts has what was open here until it runs its own program.
+        while let Err(error) = rustix::mount::unmount(self.path(), rustix::mount::UnmountFlags::empty()) {
+            assert!(error == rustix::io::Errno::BUSY && std::time::Instant::now() < until, "unmount: {error}");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
         // Another namespace of mounts may hold it for a moment; until then it would be mounted as it is, switched off.
         let held = Path::new("/sys/fs/ext4").join(Path::new(&self.device).file_name().expect("a name"));
-        let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
         while held.exists() {
             assert!(std::time::Instant::now() < until, "{held:?} is still there");
             std::thread::sleep(std::time::Duration::from_millis(5));
