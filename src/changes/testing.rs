@@ -82,7 +82,10 @@ impl Disk {
         let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
         // A process that another test of this program starts has what was open here until it runs its own program.
         while let Err(error) = rustix::mount::unmount(self.path(), rustix::mount::UnmountFlags::empty()) {
-            assert!(error == rustix::io::Errno::BUSY && std::time::Instant::now() < until, "unmount: {error}");
+            assert!(
+                error == rustix::io::Errno::BUSY && std::time::Instant::now() < until,
+                "unmount: {error}"
+            );
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         // Another namespace of mounts may hold it for a moment; until then it would be mounted as it is, switched off.
