@@ -266,7 +266,8 @@ impl Site<'_> {
         Ok((Placed { name, at, view, parts, over, under: None }, ids))
     }
 
-    /// Looks through a workspace and mounts it; whether a layer has to go over it.
+    /// Looks through a workspace and mounts it; whether a layer that hides has to go over a mount that is read-only. A
+    /// copy has its layers anyway.
     fn looked(
         &self,
         name: Option<&str>,
