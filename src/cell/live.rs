@@ -354,7 +354,7 @@ impl<'a> Live<'a> {
                     .push(&Body::Note { text: format!("somebody in the cell spoke out of turn: {what}") })?;
                 self.record.commit()
             }
-            LinkEvent::Disconnected | LinkEvent::StdinAcked { .. } => Ok(()),
+            LinkEvent::Disconnected | LinkEvent::StdinAcked { .. } | LinkEvent::StepEnded { .. } => Ok(()),
             // Taken by the loop itself.
             LinkEvent::Exited(_) | LinkEvent::SpawnFailed { .. } => Ok(()),
         }

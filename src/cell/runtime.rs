@@ -414,6 +414,7 @@ pub(super) async fn listen(
             LinkEvent::Connected { .. }
             | LinkEvent::Disconnected
             | LinkEvent::StdinAcked { .. }
+            | LinkEvent::StepEnded { .. }
             | LinkEvent::Hostile { .. } => {}
         }
     }
