@@ -3,6 +3,7 @@
 //! Every error has the one shape of [`wire::ErrorBody`].
 
 pub mod access;
+pub mod attach;
 pub mod audit;
 pub mod changes;
 pub mod cost;
@@ -120,6 +121,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/apply", post(changes::apply))
         .route("/v1/jobs/{id}/checkout", post(changes::checkout))
         .route("/v1/jobs/{id}/discard", post(changes::discard))
+        .route("/v1/jobs/{id}/attach", post(attach::attach))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/audit", get(audit::daemon))
         .route("/v1/whoami", get(whoami::whoami))

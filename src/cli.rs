@@ -14,6 +14,7 @@ mod cost;
 mod diff;
 mod discard;
 mod doctor;
+mod exec;
 mod export;
 mod fail;
 mod follow;
@@ -59,6 +60,8 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::RunArgs>),
+    Exec(Box<exec::ExecArgs>),
+    Shell(Box<exec::ShellArgs>),
     Ls(ls::LsArgs),
     Show(show::ShowArgs),
     Logs(logs::LogsArgs),
@@ -165,6 +168,8 @@ fn execute(command: Command, context: &mut Context) -> ExitCode {
 fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliError> {
     match command {
         Command::Run(args) => run::run(*args, context),
+        Command::Exec(args) => exec::exec(*args, context),
+        Command::Shell(args) => exec::shell(*args, context),
         Command::Ls(args) => wait(ls::ls(&args, context)),
         Command::Show(args) => wait(show::show(&args, context)),
         Command::Logs(args) => wait(logs::logs(&args, context)),
@@ -216,7 +221,9 @@ impl Command {
             Self::Health(args) => args.json,
             Self::Doctor(args) => args.json,
             Self::Version(args) => args.json,
-            Self::Report(_)
+            Self::Exec(_)
+            | Self::Shell(_)
+            | Self::Report(_)
             | Self::Export(_)
             | Self::Serve(_)
             | Self::Model(_)

@@ -292,6 +292,7 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
         bundles,
         feeds,
         runtimes,
+        attached: Default::default(),
         space: Arc::default(),
         sources,
         admission,

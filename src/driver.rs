@@ -376,6 +376,7 @@ impl Driver {
             | State::Stopping { .. }
             | State::Parking { .. }
             | State::Collecting { .. }
+            | State::Verifying
             | State::Done(_) => false,
         };
         if waits || record.state().is_done() {

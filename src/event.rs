@@ -121,6 +121,9 @@ pub enum Body {
         /// Set where the conversation of an earlier attempt is gone on with after a pause.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         paused: Option<Pause>,
+        /// Set where an earlier attempt's change set did not pass: what its agent is told.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        repair: Option<String>,
     },
     /// One frame that the CLI printed on stdout.
     Frame {
@@ -264,6 +267,18 @@ pub enum Body {
         /// CPU time of the cell, in microseconds.
         cpu_us: u64,
     },
+    /// A command of the job's `setup` or `verify` begins or has ended; what it printed stands between the two.
+    Step {
+        /// Which of them.
+        stage: Stage,
+        /// Its place, from 0.
+        index: u32,
+        /// The command in one line.
+        command: String,
+        /// How it ended; absent when it begins.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ended: Option<StepEnd>,
+    },
     /// A limit was reached, or a stop was asked for.
     Stop {
         /// Which one.
@@ -300,6 +315,35 @@ pub enum Body {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         result: Option<String>,
     },
+}
+
+/// What commands of a job's own are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Before the agent, in its cell.
+    Setup,
+    /// After it, in a fresh one.
+    Verify,
+}
+
+impl Stage {
+    /// Its name in specs, events and words.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Setup => "setup",
+            Self::Verify => "verify",
+        }
+    }
+}
+
+/// How a command of the job's own ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct StepEnd {
+    /// Exit code; 128 + n for signal n.
+    pub code: i32,
+    /// How long it ran, in milliseconds.
+    pub duration_ms: u64,
 }
 
 /// A byte stream of a cell.
@@ -347,9 +391,21 @@ pub struct Totals {
     /// What it left in a directory that it worked on in place, and would be obeyed there: set aside.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub quarantined: Vec<Quarantined>,
+    /// What became of its verification, where it has one and came to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified: Option<Verified>,
     /// What it ran on and how long each part took.
     #[serde(default)]
     pub ran: Ran,
+}
+
+/// What became of a job's verification.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Verified {
+    /// Whether every command ended well, the last time.
+    pub passed: bool,
+    /// How often the agent was given another try.
+    pub repairs: u32,
 }
 
 /// What a job ran on, how long each part took, and what it reached: read from its journal when it ends.
@@ -466,6 +522,9 @@ pub struct Line<'a> {
     /// The pause before it, for `attempt`.
     #[serde(default)]
     pub paused: Option<Pause>,
+    /// What the agent is told of what did not pass, for `attempt`.
+    #[serde(default)]
+    pub repair: Option<std::borrow::Cow<'a, str>>,
     /// The state's name, for `state`.
     #[serde(default)]
     pub state: Option<std::borrow::Cow<'a, str>>,
@@ -499,6 +558,7 @@ impl Body {
             | Self::Tool { .. }
             | Self::Cell { .. }
             | Self::Exit { .. }
+            | Self::Step { .. }
             | Self::Stop { .. }
             | Self::Changes { .. }
             | Self::Note { .. }

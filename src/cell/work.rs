@@ -230,7 +230,7 @@ impl Site<'_> {
             ) => Mode::ReadOnly,
         };
         let is_copy = asked == WorkspaceMode::Copy;
-        let shelf = (is_copy && name.is_none())
+        let shelf = (is_copy && name.is_none() && self.tenant.kept)
             .then(|| Shelf::new(self.settings.state_dir.join("changes")).of(self.job));
         let sight = Sight { hide: &self.accepted.plan.hide, mode, shelf, replaced, settings };
         let (looked, staged, layered) =

@@ -52,6 +52,13 @@ pub(crate) struct Filter {
     pub(crate) all_users: bool,
 }
 
+/// A connection that carries frames.
+pub(crate) struct Attached {
+    /// The frames' bytes.
+    pub(crate) socket: TokioIo<hyper::upgrade::Upgraded>,
+    _connection: AbortOnDropHandle<()>,
+}
+
 /// An answer whose connection lives as long as it does.
 struct Answer {
     response: Response<Incoming>,
@@ -116,6 +123,21 @@ impl Client {
     pub(crate) async fn cancel(&self, id: &JobId) -> Result<JobView, CliError> {
         let request = Request::post(format!("/v1/jobs/{id}/cancel"));
         self.read(request.body(Full::default())).await
+    }
+
+    /// Takes part in a job's command: the connection, for frames.
+    pub(crate) async fn attach(&self, id: &JobId) -> Result<Attached, CliError> {
+        let request = Request::post(format!("/v1/jobs/{id}/attach"))
+            .header("connection", "upgrade")
+            .header("upgrade", crate::api::attach::PROTOCOL);
+        let answer = self.send(request.body(Full::default())).await?;
+        if answer.response.status() != hyper::StatusCode::SWITCHING_PROTOCOLS {
+            self.whole(answer).await?;
+            return Err(CliError::Protocol { what: "neither a connection nor an error".into() });
+        }
+        let upgraded = hyper::upgrade::on(answer.response).await;
+        let socket = upgraded.map_err(|e| CliError::ConnectionLost { what: e.to_string() })?;
+        Ok(Attached { socket: TokioIo::new(socket), _connection: answer.connection })
     }
 
     /// Lets a parked job go on.
@@ -275,7 +297,7 @@ impl Client {
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
         let connection = AbortOnDropHandle::new(tokio::spawn(async move {
             // The error of a connection reaches whoever waits for its answer or body.
-            let _ = connection.await;
+            let _ = connection.with_upgrades().await;
         }));
         match tokio::time::timeout(wait_max, sender.send_request(request)).await {
             Ok(Ok(response)) => Ok(Answer { response, connection }),

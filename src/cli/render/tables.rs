@@ -43,7 +43,7 @@ pub(super) fn table(paint: Paint, head: &[&str], rows: &[Vec<(Style, String)>]) 
 fn standing(state: &State) -> (Style, String) {
     match state {
         State::Queued => (Style::Dim, "queued".into()),
-        State::Preparing | State::Collecting { .. } => (Style::Plain, state.name().into()),
+        State::Preparing | State::Collecting { .. } | State::Verifying => (Style::Plain, state.name().into()),
         State::Running => (Style::Bold, "running".into()),
         State::Parking { parked } => (Style::Warn, format!("parking ({})", parked.why.as_str())),
         State::Parked { parked } => (Style::Warn, format!("parked ({})", parked.why.as_str())),

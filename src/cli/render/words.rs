@@ -159,6 +159,14 @@ fn after_failure(reason: FailReason, job: &str) -> String {
             "the daemon's log has the engine's own words; hotcell health checks the engine".into()
         }
         FailReason::CellLost => "submit it again; if it happens often, the daemon's log says more".into(),
+        FailReason::SetupFailed | FailReason::VerifyFailed => {
+            format!("hotcell logs {job} shows what it printed; hotcell shell with the same policy and image lets you try it")
+        }
+        FailReason::SetupDeadline => "give it more with setup.timeout_s; hotcell logs shows where it hung".into(),
+        FailReason::VerifyDeadline => {
+            "give it more with verify.timeout_s; hotcell logs shows where it hung".into()
+        }
+        FailReason::CommandFailed => format!("hotcell logs {job} shows what it printed"),
         FailReason::AgentStart => {
             "the message ends with what the CLI printed; try another image or version (--image, --agent)"
                 .into()
