@@ -209,7 +209,8 @@ fn plan(
         )
         .hint("`hotcell policy ls` lists them")
     })?;
-    let own = spec.narrow.as_deref().map(|text| Narrowing::parse("narrow", text)).transpose();
+    let sets = api.policies.sets();
+    let own = spec.narrow.as_deref().map(|text| Narrowing::parse_with("narrow", text, &sets)).transpose();
     let own = own.map_err(|error| {
         ApiError::new(ErrorCode::InvalidSpec, error)
             .hint("`hotcell policy check --narrow FILE` checks a policy of your own")

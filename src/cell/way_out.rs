@@ -31,7 +31,7 @@ pub(super) async fn make(
     job: &JobId,
 ) -> Result<EgressSpec, PrepareError> {
     let trusts = has_authorities(parts, plan);
-    let (egress, dir, inspects) = (Arc::clone(&parts.egress), dir.to_owned(), plan.inspects_egress());
+    let (egress, dir, inspects) = (Arc::clone(&parts.egress), dir.to_owned(), plan.cell_inspects_egress());
     let sums = parts.settings.journal_dir(job).join(SUMS_FILE);
     let credentials = Arc::new(UserCredentials { gateway: Arc::clone(&parts.gateway), who: who.clone() });
     let made = tokio::task::spawn_blocking(move || {
@@ -52,7 +52,7 @@ pub(super) async fn make(
 
 /// Whether a cell of this plan finds the files of authorities.
 pub(super) fn has_authorities(parts: &Parts, plan: &Plan) -> bool {
-    plan.has_egress() && (plan.inspects_egress() || parts.egress.has_extra_roots())
+    plan.cell_has_egress() && (plan.cell_inspects_egress() || parts.egress.has_extra_roots())
 }
 
 fn authority(dir: &Path) -> std::io::Result<CellCa> {

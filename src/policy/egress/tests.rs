@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::check::HOST_ENTRIES_MAX;
 use super::*;
 use crate::policy::{Ask, Policy, decide};
 
@@ -20,7 +21,8 @@ fn problem(egress: &str) -> String {
 
 #[test]
 fn a_host_that_is_always_refused_is_a_warning() {
-    let told = |name: &str| !egress(&format!("[[egress.host]]\nname = {name:?}")).warnings().is_empty();
+    let told =
+        |name: &str| !egress(&format!("[[egress.host]]\nname = {name:?}")).warnings("egress").is_empty();
     for name in ["localhost", "a.localhost", "10.0.0.1", "127.0.0.1", "169.254.169.254", "[::1]", "[fd00::1]"]
     {
         assert!(told(name), "{name}");
@@ -31,15 +33,7 @@ fn a_host_that_is_always_refused_is_a_warning() {
 }
 
 fn layer(text: &str) -> Layer {
-    Layer {
-        name: "test".into(),
-        tools_allow: Vec::new(),
-        tools_deny: Vec::new(),
-        models_allow: Vec::new(),
-        rules: Vec::new(),
-        egress: egress(text),
-        requests: Default::default(),
-    }
+    Layer { name: "test".into(), egress: egress(text), ..Layer::default() }
 }
 
 fn connect(layers: &[Layer], host: &str, port: u16) -> Result<Terms, Denial> {
