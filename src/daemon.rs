@@ -242,7 +242,7 @@ async fn slot_limits(parts: &Parts, access: &Access, driver: &mut Driver) -> any
 async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<Parts>, Arc<PolicyShelf>)> {
     let state_dir = make_state_dir(&config.state_dir)?;
     check_init(&config.init_binary)?;
-    let shelf = Arc::new(PolicyShelf::open(&config.policy_dirs)?);
+    let shelf = Arc::new(PolicyShelf::open(&config.policy_dirs, &config.egress_sets)?);
     let policies = shelf.now();
     if !policies.contains_key(&config.defaults.policy) {
         let known = policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");

@@ -20,6 +20,8 @@ pub mod output;
 mod place;
 pub mod requests;
 pub mod rule;
+pub mod sets;
+pub mod steps;
 mod warn;
 pub mod writable;
 
@@ -30,6 +32,8 @@ pub use error::PolicyError;
 pub use file::{Policy, Unpriced};
 pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
 pub use narrowing::Narrowing;
+pub use sets::{EgressSet, Sets};
+pub use steps::{StepKind, check_step_egress};
 
 /// True where a text is what [`matches`] takes: a name, or the beginning of one with a final `*`.
 fn is_pattern(text: &str) -> bool {

@@ -28,7 +28,7 @@ const MORE: [&str; 2] = ["NODE_EXTRA_CA_CERTS", "DENO_CERT"];
 
 /// The variables of a plan's way out; none where it reaches nothing. `authorities`: the two files are there.
 pub fn environment(plan: &Plan, authorities: bool) -> Vec<(String, String)> {
-    if !plan.has_egress() {
+    if !plan.cell_has_egress() {
         return Vec::new();
     }
     let proxy = format!("http://127.0.0.1:{EGRESS_PORT}");

@@ -154,7 +154,8 @@ pub async fn attach(
             .hint("submit it with command.attached = true"));
     }
     let id = job.row.id;
-    let taken = || ApiError::new(ErrorCode::Conflict, "the job is over, or somebody takes part in it already");
+    let taken =
+        || ApiError::new(ErrorCode::Conflict, "the job is over, or somebody takes part in it already");
     if job.row.state.is_done() {
         return Err(taken());
     }

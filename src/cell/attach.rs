@@ -88,7 +88,8 @@ impl Attachments {
         loop {
             let mut came = std::pin::pin!(self.came.notified());
             came.as_mut().enable();
-            let waiting = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).get_mut(job).map(Option::take);
+            let waiting =
+                self.jobs.lock().unwrap_or_else(PoisonError::into_inner).get_mut(job).map(Option::take);
             if let Some(Some(attached)) = waiting {
                 return attached;
             }

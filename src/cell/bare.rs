@@ -75,8 +75,7 @@ pub(super) async fn prepare_command(
 ) -> Result<(Started, VecDeque<Steps>), PrepareError> {
     let begun = prepare::begin(parts, record, true, stop).await?;
     let accepted = record.accepted.clone();
-    let made =
-        prepare::make_rooms(parts, record, &begun.names, begun.tenant.clone(), accepted, None).await?;
+    let made = prepare::make_rooms(parts, record, &begun.names, begun.tenant.clone(), accepted, None).await?;
     let opening = record.opening(false, 0);
     record.begin_attempt(&begun.names.cell, &opening)?;
     for text in made.notes {
@@ -93,10 +92,11 @@ pub(super) async fn prepare_command(
         terminal: command.terminal,
         wall_limit_ms: record.wall_left_ms() + WALL_SLACK_MS,
         model: false,
-        shown: first.as_ref().filter(|plan| plan.has_egress()).unwrap_or(&plan),
+        shown: &plan,
     };
-    let first = first.clone().map(Arc::new);
-    let started = prepare::finish(parts, record, &begun, (&made.dirs, &made.who), launch, first, stop).await?;
+    let first = first.map(Arc::new);
+    let started =
+        prepare::finish(parts, record, &begun, (&made.dirs, &made.who), launch, first, stop).await?;
     Ok((started, setup.into_iter().collect()))
 }
 
@@ -238,7 +238,9 @@ impl<'a> Bare<'a> {
                 }
                 Next::Full(why) => self.fail_and_kill(Failure::new(Phase::Run, FailReason::DiskFull, why)),
                 Next::Gateway(event) => self.on_gateway(&event)?,
-                Next::Client(attached) => (self.client, self.input) = (Some(attached.to), Some(attached.from)),
+                Next::Client(attached) => {
+                    (self.client, self.input) = (Some(attached.to), Some(attached.from))
+                }
                 Next::Input(said) => self.on_input(said).await?,
                 Next::Room => self.hand_over(),
                 Next::Link(LinkEvent::Exited(report)) => return self.exited(&report).await,
@@ -528,7 +530,9 @@ impl<'a> Bare<'a> {
     fn unseen_exit(&mut self, exit: &Result<Exit, String>) -> AgentExit {
         let oom = exit.as_ref().is_ok_and(|exit| exit.oom_killed);
         let words = match exit {
-            Ok(exit) => format!("the cell ended without a last word, with code {} {}", exit.code, exit.stderr_tail),
+            Ok(exit) => {
+                format!("the cell ended without a last word, with code {} {}", exit.code, exit.stderr_tail)
+            }
             Err(error) => format!("the cell is gone: {error}"),
         };
         if self.failure.is_none() {

@@ -163,7 +163,6 @@ pub async fn prepare(
     plan.limits.max_turns = plan.limits.max_turns.saturating_sub(turns).max(1);
     let setup = record.spec.setup.as_ref().map(|setup| Steps::setup(setup, begun.image.shell));
     let first = setup.as_ref().map(|_| steps::setup_plan(record));
-    let shown = first.as_ref().filter(|plan| plan.has_egress()).unwrap_or(&plan);
     let launch = Launch {
         argv: options::argv(&plan, &begun.names.session_id, resumed),
         more: &commits,
@@ -171,9 +170,9 @@ pub async fn prepare(
         terminal: None,
         wall_limit_ms: record.wall_left_ms() + WALL_SLACK_MS,
         model: true,
-        shown,
+        shown: &plan,
     };
-    let first = first.clone().map(Arc::new);
+    let first = first.map(Arc::new);
     let Started { link, lease, cell, container } =
         finish(parts, record, &begun, (&dirs, &who), launch, first, stop).await?;
     let pending = session.start();
@@ -216,7 +215,8 @@ pub(super) async fn finish(
     let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), who.owner())
         .await
         .map_err(|e| failed(FailReason::Internal, e))?;
-    let door = Door { token: &names.token, run: &dirs.run, owner: who.owner(), model: launch.model, first };
+    let (token, model, shown) = (&names.token, launch.model, launch.shown);
+    let door = Door { token, run: &dirs.run, owner: who.owner(), model, shown, first };
     let lease = match open_lease(parts, record, &names.cell, door).await {
         Ok(lease) => lease,
         Err(error) => {
@@ -308,7 +308,8 @@ pub async fn adopt(
             return Ok(None);
         }
     };
-    let door = Door { token: &row.token, run: &run, owner, model: true, first: None };
+    let plan = record.accepted.plan.clone();
+    let door = Door { token: &row.token, run: &run, owner, model: true, shown: &plan, first: None };
     let lease = match open_lease(parts, record, &cell, door).await {
         Ok(lease) => lease,
         Err(error) => {
@@ -507,6 +508,8 @@ struct Door<'a> {
     run: &'a Path,
     owner: (u32, u32),
     model: bool,
+    /// What the tools in it are told.
+    shown: &'a Plan,
     /// What its first commands may reach.
     first: Option<Arc<Plan>>,
 }
@@ -515,13 +518,12 @@ async fn open_lease(
     parts: &Arc<Parts>,
     record: &Record,
     cell: &CellId,
-    Door { token, run, owner, model, first }: Door<'_>,
+    Door { token, run, owner, model, shown, first }: Door<'_>,
 ) -> Result<Lease, PrepareError> {
     let budgets = budgets(parts, record).await?;
     let dir = run.parent().unwrap_or(run);
     let plan = Arc::new(record.accepted.plan.clone());
-    let plans = [Some(plan.as_ref()), first.as_deref()];
-    let egress = way_out::make(parts, &plans, &record.identity, dir, &record.job).await?;
+    let egress = way_out::make(parts, shown, &record.identity, dir, &record.job).await?;
     let spec = LeaseSpec {
         job: record.job.clone(),
         cell: cell.clone(),
@@ -631,8 +633,7 @@ pub(super) fn boot_with(
         // Nobody answers there.
         provider.environment(&names.token).into_iter().for_each(|(name, _)| drop(env.remove(name)));
     }
-    let authorities = way_out::has_authorities(parts, plan) || way_out::has_authorities(parts, shown);
-    env.extend(agent_way_out::environment(shown, authorities));
+    env.extend(agent_way_out::environment(shown, way_out::has_authorities(parts, shown)));
     if terminal.is_some() {
         env.insert("TERM".to_owned(), TERMINAL.to_owned());
     }

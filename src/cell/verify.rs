@@ -14,7 +14,7 @@ use super::{Accepted, Parts, StopWish};
 use crate::event::Body;
 use crate::job::outcome::Failure;
 use crate::job::spec::{VerifySpec, WorkspaceMode};
-use crate::job::{Blame, Input, State, StopReason};
+use crate::job::{Blame, Input, State};
 
 /// What became of it.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub(super) enum Verdict {
         output: String,
     },
     /// A stop came in between.
-    Stopped(StopReason),
+    Stopped,
 }
 
 impl Verdict {
@@ -37,7 +37,7 @@ impl Verdict {
     pub(super) fn is_the_agents(&self) -> bool {
         match self {
             Self::Failed { failure, .. } => failure.blame == Blame::Job,
-            Self::Passed | Self::Stopped(_) => false,
+            Self::Passed | Self::Stopped => false,
         }
     }
 }
@@ -65,14 +65,14 @@ pub(super) async fn verify(
         Err(PrepareError::Stopped(reason, detail)) => {
             record.push(&Body::Stop { reason, detail })?;
             record.step(parts, Input::Stop(reason)).await?;
-            Verdict::Stopped(reason)
+            Verdict::Stopped
         }
         Err(PrepareError::Record(error)) => return Err(error),
     };
     super::destroy(parts, &record.job).await;
-    if let State::Stopping { reason } = *record.state() {
+    if matches!(record.state(), State::Stopping { .. }) {
         record.step(parts, Input::CellEnded).await?;
-        return Ok(Verdict::Stopped(reason));
+        return Ok(Verdict::Stopped);
     }
     Ok(verdict)
 }
@@ -85,12 +85,10 @@ async fn make(
 ) -> Result<(Started, Vec<Steps>, Duration), PrepareError> {
     let begun = prepare::begin(parts, record, false, stop).await?;
     let accepted = changed(record);
-    let made =
-        prepare::make_rooms(parts, record, &begun.names, begun.tenant.clone(), accepted, None).await?;
+    let made = prepare::make_rooms(parts, record, &begun.names, begun.tenant.clone(), accepted, None).await?;
     let shell = begun.image.shell;
     // What tests need besides, such as a database, is started as it was for the agent.
-    let mut stages: Vec<Steps> =
-        record.spec.setup.iter().map(|setup| Steps::setup(setup, shell)).collect();
+    let mut stages: Vec<Steps> = record.spec.setup.iter().map(|setup| Steps::setup(setup, shell)).collect();
     let before = stages.iter().map(|stage| stage.argvs().len()).sum();
     stages.push(Steps::verify(verify, shell, before));
     let limits_ms = record.spec.setup.as_ref().map_or(0, |setup| setup.timeout_ms()) + verify.timeout_ms();
@@ -106,7 +104,8 @@ async fn make(
         shown: &plan,
     };
     let first = Some(Arc::clone(&plan));
-    let started = prepare::finish(parts, record, &begun, (&made.dirs, &made.who), launch, first, stop).await?;
+    let started =
+        prepare::finish(parts, record, &begun, (&made.dirs, &made.who), launch, first, stop).await?;
     Ok((started, stages, Duration::from_millis(limits_ms + WALL_SLACK_MS)))
 }
 
@@ -124,7 +123,8 @@ fn changed(record: &Record) -> Accepted {
 
 /// What the agent is told when its work did not pass.
 pub(super) fn words(verify: &VerifySpec, failure: &Failure, output: &str) -> String {
-    let commands: Vec<String> = verify.commands.iter().map(|command| format!("- {}", command.words())).collect();
+    let commands: Vec<String> =
+        verify.commands.iter().map(|command| format!("- {}", command.words())).collect();
     let what = failure.message.split(';').next().unwrap_or_default();
     // It must not end before its end: what follows would read as the user's words.
     let output = output.replace("</output>", "<\\/output>");

@@ -21,19 +21,17 @@ const KEY_FILE: &str = "ca.key";
 /// What the job has used of its way out, beside its journal: it outlives the cell.
 const SUMS_FILE: &str = "egress.json";
 
-/// The way out of the cell in `dir`, of which `plans` hold one after the other. It is there where nothing may be reached too: what is tried is refused in
+/// The way out of a plan's cell in `dir`. It is there where nothing may be reached too: what is tried is refused in
 /// words, and told.
 pub(super) async fn make(
     parts: &Parts,
-    plans: &[Option<&Plan>],
+    plan: &Plan,
     who: &Identity,
     dir: &Path,
     job: &JobId,
 ) -> Result<EgressSpec, PrepareError> {
-    let plans = || plans.iter().copied().flatten();
-    let trusts = plans().any(|plan| has_authorities(parts, plan));
-    let inspects = plans().any(Plan::inspects_egress);
-    let (egress, dir) = (Arc::clone(&parts.egress), dir.to_owned());
+    let trusts = has_authorities(parts, plan);
+    let (egress, dir, inspects) = (Arc::clone(&parts.egress), dir.to_owned(), plan.cell_inspects_egress());
     let sums = parts.settings.journal_dir(job).join(SUMS_FILE);
     let credentials = Arc::new(UserCredentials { gateway: Arc::clone(&parts.gateway), who: who.clone() });
     let made = tokio::task::spawn_blocking(move || {
@@ -54,7 +52,7 @@ pub(super) async fn make(
 
 /// Whether a cell of this plan finds the files of authorities.
 pub(super) fn has_authorities(parts: &Parts, plan: &Plan) -> bool {
-    plan.has_egress() && (plan.inspects_egress() || parts.egress.has_extra_roots())
+    plan.cell_has_egress() && (plan.cell_inspects_egress() || parts.egress.has_extra_roots())
 }
 
 fn authority(dir: &Path) -> std::io::Result<CellCa> {

@@ -308,11 +308,15 @@ async fn finish(
     }
     let job = client.job(&job.id).await?;
     let Some(outcome) = job.outcome() else {
-        return Err(CliError::Protocol { what: format!("the command ended while its job is {}", job.state.name()) });
+        return Err(CliError::Protocol {
+            what: format!("the command ended while its job is {}", job.state.name()),
+        });
     };
     if let Some(summary) = job.totals.changes.as_ref().filter(|s| s.entries > 0 || s.commits > 0) {
         let words = rendered::summary(summary);
-        context.out.notice(&format!("hotcell: changed: {words}; `hotcell diff {0}`, `hotcell apply {0}`", job.id))?;
+        context
+            .out
+            .notice(&format!("hotcell: changed: {words}; `hotcell diff {0}`, `hotcell apply {0}`", job.id))?;
     }
     if let Some(exit) = exit {
         return Ok(exit);

@@ -20,7 +20,7 @@ use crate::api::wire::JobView;
 use crate::job::Outcome;
 use crate::job::source::looks_like_url;
 use crate::job::spec::{JobSpec, NARROW_BYTES_MAX, PROMPT_BYTES_MAX, SPEC_BYTES_MAX, SpecError};
-use crate::policy::Narrowing;
+use crate::policy::{Narrowing, Sets};
 use ending::Wish;
 
 /// Most attempts to submit when the connection breaks before the answer came.
@@ -356,8 +356,9 @@ fn job_spec(args: &RunArgs, context: &Context) -> Result<Bytes, CliError> {
     put(&mut spec, "policy", args.policy.as_ref());
     if let Some(path) = &args.narrow {
         let text = read_text("the narrowing policy", path, NARROW_BYTES_MAX)?;
-        // Checked here, where the file has its name.
-        Narrowing::parse(&path.display().to_string(), &text).map_err(|e| CliError::usage(e.to_string()))?;
+        // Checked here, where the file has its name. Which sets of hosts there are, the daemon knows.
+        Narrowing::parse_with(&path.display().to_string(), &text, &Sets::of_another_daemon())
+            .map_err(|e| CliError::usage(e.to_string()))?;
         put(&mut spec, "narrow", Some(text));
     }
     agent(&args.agent, context, &mut spec)?;

@@ -15,6 +15,7 @@ use super::narrowing::Narrowing;
 use super::output::Output;
 use super::requests::Requests;
 use super::rule::Rule;
+use super::steps::StepKind;
 use crate::job::spec::{Effort, JobSpec, PermissionMode, Runtime, WORKSPACE, WorkspaceMode, WorkspaceSpec};
 use crate::money::MicroUsd;
 
@@ -130,6 +131,9 @@ pub struct Plan {
     pub workspace_at: String,
     /// Environment variables of the agent.
     pub env: BTreeMap<String, String>,
+    /// Variables of the sets of hosts that its policy opens; those above win.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub set_env: BTreeMap<String, String>,
     /// What it may use up.
     pub limits: PlanLimits,
 }
@@ -157,7 +161,7 @@ pub struct PlanLimits {
 }
 
 /// What one file says about single things: tools, models, hosts, requests.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layer {
     /// The file's name, for the words of a refusal.
@@ -172,6 +176,18 @@ pub struct Layer {
     pub rules: Vec<Rule>,
     /// What may be reached.
     pub egress: Egress,
+    /// What the steps before the agent may reach; as `egress` where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub setup_egress: Option<Egress>,
+    /// What the steps after it may reach; as `egress` where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify_egress: Option<Egress>,
+    /// Which step's `egress` is, where it is not the agent's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress_of: Option<StepKind>,
+    /// All sets of hosts that there are, with their hosts as `name:port`: for the words of refusals.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub known_sets: BTreeMap<String, Vec<String>>,
     /// What requests for the model may hold.
     pub requests: Requests,
 }
@@ -185,6 +201,10 @@ impl Layer {
             models_allow: policy.models.allow.clone(),
             rules: policy.rules.clone(),
             egress: policy.egress.clone(),
+            setup_egress: policy.setup.egress.clone(),
+            verify_egress: policy.verify.egress.clone(),
+            egress_of: None,
+            known_sets: policy.known_sets.clone(),
             requests: policy.requests.clone(),
         }
     }
@@ -232,6 +252,7 @@ pub fn narrow(
         workspace_mode: workspace_mode(spec, policy)?,
         workspace_at: spec.workspace.as_ref().map_or_else(usual_place, WorkspaceSpec::seen_at),
         env: spec.env.clone(),
+        set_env: policy.set_env.clone(),
         limits: limits(spec, policy)?,
     })
 }

@@ -378,6 +378,7 @@ fn config(dir: &Path, slots: u32) -> Config {
         engine: None,
         metrics: None,
         policy_dirs: vec![dir.join("policies")],
+        egress_sets: hotcell::policy::Sets::built_in(),
         prices_file: None,
         gateway: config::anthropic(base_url, api_key),
         defaults: Defaults { policy, model, image, agent: None },

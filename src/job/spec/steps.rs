@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 use super::{ENV_VALUE_BYTES_MAX, SpecError, field, text};
 
 /// Most commands of `setup` or `verify`.
-pub const COMMANDS_MAX: usize = 64;
+const COMMANDS_MAX: usize = 64;
 /// Most arguments of a command.
 const ARGUMENTS_MAX: usize = 1024;
 /// Most names of hosts and sets that a step may reach.
 const EGRESS_NAMES_MAX: usize = 64;
 /// Most tries that an agent gets to repair what `verify` found.
-pub const REPAIR_ATTEMPTS_MAX: u32 = 20;
+const REPAIR_ATTEMPTS_MAX: u32 = 20;
 /// How long the commands of one step may take together where the spec does not say, in seconds.
 const STEP_TIMEOUT_S: u32 = 1800;
 /// Longest that they may be given, in seconds.
@@ -232,7 +232,10 @@ mod tests {
             (r#"{"prompt":"x","setup":{"commands":["a", " "]}}"#, "setup.commands[1]: is empty"),
             (r#"{"prompt":"x","setup":{"commands":[["a","b\u0000"]]}}"#, "setup.commands[0]: holds a NUL"),
             (r#"{"prompt":"x","setup":{"commands":["a"],"timeout_s":0}}"#, "setup.timeout_s: "),
-            (r#"{"prompt":"x","verify":{"commands":["a"],"repair_attempts":99}}"#, "verify.repair_attempts: "),
+            (
+                r#"{"prompt":"x","verify":{"commands":["a"],"repair_attempts":99}}"#,
+                "verify.repair_attempts: ",
+            ),
             (r#"{"prompt":"x","verify":{"commands":["a"],"egress":[""]}}"#, "verify.egress[0]: "),
             (r#"{"prompt":"x","verify":{"commands":["a"],"env":{}}}"#, "unknown field `env`"),
         ] {
@@ -243,7 +246,8 @@ mod tests {
 
     #[test]
     fn a_line_is_the_shells_and_a_list_is_the_programs() {
-        let json = br#"{"prompt":"x","setup":{"commands":["npm ci && true",["make","-j2"]],"egress":["npm"]}}"#;
+        let json =
+            br#"{"prompt":"x","setup":{"commands":["npm ci && true",["make","-j2"]],"egress":["npm"]}}"#;
         let setup = JobSpec::parse(json).expect("spec").setup.expect("setup");
         assert_eq!(setup.commands[0].argv("/bin/sh"), ["/bin/sh", "-c", "npm ci && true"]);
         assert_eq!(setup.commands[1].argv("/bin/sh"), ["make", "-j2"]);
