@@ -496,7 +496,9 @@ impl<'a> Bare<'a> {
             self.record.commit()?;
         }
         self.to_cell.bye();
-        if let Some(client) = self.client.take() {
+        // What never ran has no exit code: the client is told by its job's end.
+        let ran = self.stages.is_empty();
+        if let Some(client) = self.client.take().filter(|_| ran) {
             // A client that does not take it has left.
             let _ = tokio::time::timeout(LAST_WORD_MAX, client.send(ToClient::Exit(code))).await;
         }
