@@ -105,7 +105,8 @@ pub struct Boot {
     /// most [`super::STEPS_MAX`].
     pub steps: Vec<Vec<OsString>>,
     /// Rows and columns where the agent's three streams are a terminal: its output is the link's stdout, and
-    /// the link's stdin is what is typed. TERM is the environment's.
+    /// the link's stdin is what is typed. TERM is the environment's. gVisor's terminals know Ctrl-C and Ctrl-D
+    /// only since 2023: before, an agent under it ends by its own words, by Kill or by a limit.
     pub terminal: Option<(u16, u16)>,
     /// The agent's streams are pipes in place of sockets, for programs that open `/dev/stdin`, `/dev/stdout` or
     /// `/dev/stderr`. Not together with a terminal.
