@@ -30,7 +30,7 @@ pub use decide::{Ask, Denial, Permit, decide};
 pub use egress::{Act, EgressAsk, Host, decide_egress};
 pub use error::PolicyError;
 pub use file::{Policy, Unpriced};
-pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
+pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, is_reserved_variable, narrow};
 pub use narrowing::Narrowing;
 pub use sets::{EgressSet, Sets};
 pub use steps::{StepKind, check_step_egress};

@@ -17,7 +17,7 @@ use super::record::{Record, RecordError};
 use super::rooms::{self, Dirs, Kept, Made, Tenant, Who};
 use super::steps::{self, Steps};
 use super::{Accepted, Parts, StopWish, changes, runtime, way_out};
-use crate::agent::{options, way_out as agent_way_out};
+use crate::agent::{options, surroundings, way_out as agent_way_out};
 use crate::agent_bundle::{Bundles, Platform, Version};
 use crate::cell_image::{EngineImages, ImageError, Images};
 use crate::clock;
@@ -340,7 +340,7 @@ pub(super) async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
 /// What the image gives.
 pub(super) struct Image {
     id: String,
-    path_env: Option<String>,
+    env: Vec<(String, String)>,
     pub(super) claude: PathBuf,
     pub(super) shell: &'static str,
     volumes: Vec<String>,
@@ -384,8 +384,8 @@ pub(super) async fn find_image(
         .await
         .map_err(|e| failed(FailReason::Internal, e))?
         .map_err(|e| failed(FailReason::AgentMissing, e))?;
-    let (path_env, volumes) = (details.path_env, details.volumes);
-    Ok(Image { id: info.id, path_env, claude, shell: facts.shell.path(), volumes })
+    let (env, volumes) = (details.env, details.volumes);
+    Ok(Image { id: info.id, env, claude, shell: facts.shell.path(), volumes })
 }
 
 fn bundle_path(
@@ -628,16 +628,16 @@ pub(super) fn boot_with(
     let plan = &record.accepted.plan;
     let words = |argv: Vec<String>| argv.into_iter().map(OsString::from).collect::<Vec<_>>();
     let provider = parts.gateway.view(&plan.provider).map_err(|e| failed(FailReason::Internal, e))?;
-    let mut env = options::environment(plan, image.path_env.as_deref(), &provider, &names.token);
+    let mut env = options::environment(plan, &image.env, &provider, &names.token);
     if !model {
         // Nobody answers there.
         provider.environment(&names.token).into_iter().for_each(|(name, _)| drop(env.remove(name)));
     }
-    env.extend(agent_way_out::environment(shown, way_out::has_authorities(parts, shown)));
     if terminal.is_some() {
         env.insert("TERM".to_owned(), TERMINAL.to_owned());
     }
     env.extend(more.iter().cloned());
+    surroundings::add_way_out(&mut env, shown, way_out::has_authorities(parts, shown));
     env.extend(record.accepted.above.iter().map(|_| above::across()));
     env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
     let mut boot = Boot::new(names.cell.clone(), names.key.clone(), words(argv));

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use super::Parts;
 use super::prepare::{PrepareError, failed};
-use crate::agent::way_out::{ALL_AUTHORITIES, MORE_AUTHORITIES};
+use crate::agent::trust_store;
+use crate::agent::way_out::{ALL_AUTHORITIES, JAVA_AUTHORITIES, MORE_AUTHORITIES};
 use crate::gateway::EgressSpec;
 use crate::gateway::egress::{CellCa, Tally, UserCredentials};
 use crate::job::{FailReason, Identity, JobId};
@@ -40,8 +41,9 @@ pub(super) async fn make(
             let bundle = egress.bundle(ca.as_deref());
             let run = dir.join("run");
             for (name, text) in [(ALL_AUTHORITIES, &bundle.all), (MORE_AUTHORITIES, &bundle.more)] {
-                put_readable(&run.join(name), text)?;
+                put_readable(&run.join(name), text.as_bytes())?;
             }
+            put_readable(&run.join(JAVA_AUTHORITIES), &trust_store::pkcs12(&bundle.all))?;
         }
         let tally = Arc::new(Tally::open(&sums)?);
         Ok::<_, std::io::Error>(EgressSpec { egress, ca, credentials, tally })
@@ -70,7 +72,7 @@ fn authority(dir: &Path) -> std::io::Result<CellCa> {
 }
 
 /// Whole or not at all: after a restart the cell may be reading it.
-fn put_readable(path: &Path, text: &str) -> std::io::Result<()> {
+fn put_readable(path: &Path, text: &[u8]) -> std::io::Result<()> {
     let new = path.with_extension("new");
     std::fs::write(&new, text)?;
     std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o644))?;

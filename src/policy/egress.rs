@@ -184,7 +184,7 @@ impl Egress {
     }
 
     /// Whether some host that `rule` is about may be open here too, on some port of its.
-    pub(super) fn meets(&self, rule: &HostRule) -> bool {
+    pub fn meets(&self, rule: &HostRule) -> bool {
         let below = |wide: &HostRule, close: &HostRule| {
             let bare = Host::parse(close.name.trim_start_matches('.'));
             close.name != "*" && bare.is_ok_and(|host| wide.exactness(&host).is_some()) || wide.name == "*"

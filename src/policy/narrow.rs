@@ -50,6 +50,11 @@ pub(super) const ENV_RESERVED: [&str; 27] = [
     "OTEL_*",
 ];
 
+/// True for a variable that steers the CLI, the loader or the way out: it is the daemon's, whoever asks.
+pub fn is_reserved_variable(name: &str) -> bool {
+    ENV_RESERVED.iter().any(|pattern| matches(pattern, name))
+}
+
 /// A job that asks for more than its policy allows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{key}: {asked} is not allowed by the policy {policy} ({allowed})")]
@@ -363,7 +368,7 @@ impl Asked<'_> {
     fn env(&self) -> Result<(), NarrowError> {
         for name in self.spec.env.keys() {
             let key = format!("env.{name}");
-            if ENV_RESERVED.iter().any(|p| matches(p, name)) {
+            if is_reserved_variable(name) {
                 let why = "this variable steers the CLI or its way out and is the daemon's";
                 return Err(self.deny(&key, name, why.to_owned()));
             }

@@ -4,14 +4,14 @@
 //! a set.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Arc, LazyLock};
 
 use serde::Deserialize;
 
 use super::egress::HostRule;
 use super::egress::{HOSTS_MAX, check_rules};
-use super::matches;
-use super::narrow::ENV_RESERVED;
+use super::narrow::is_reserved_variable;
 
 /// Most sets that there are.
 const SETS_MAX: usize = 256;
@@ -39,7 +39,7 @@ pub struct EgressSet {
 }
 
 /// All sets by name.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Clone, Default, PartialEq)]
 pub struct Sets {
     all: Arc<BTreeMap<String, EgressSet>>,
     /// A name that is not there may be another daemon's.
@@ -47,6 +47,12 @@ pub struct Sets {
 }
 
 impl Eq for Sets {}
+
+impl fmt::Debug for Sets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.all.keys()).finish()
+    }
+}
 
 static BUILT_IN_SETS: LazyLock<Sets> = LazyLock::new(|| {
     let all: BTreeMap<String, EgressSet> = toml::from_str(BUILT_IN).unwrap_or_default();
@@ -147,7 +153,7 @@ impl EgressSet {
             let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
             let bad = if name.is_empty() || name.len() > 128 || !name.bytes().all(plain) {
                 "names of variables have letters, digits and '_' only"
-            } else if ENV_RESERVED.iter().any(|reserved| matches(reserved, name)) {
+            } else if is_reserved_variable(name) {
                 "this variable steers the CLI or its way out and is the daemon's"
             } else if value.len() > VALUE_BYTES_MAX || value.contains('\0') {
                 "the value is too long or holds a NUL"

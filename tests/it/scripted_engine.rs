@@ -92,8 +92,8 @@ fn image(reference: &str) -> ImageInfo {
         format!("sha256:{}", "a".repeat(64))
     };
     let labels = BTreeMap::new();
-    let (os, path_env, volumes) = ("linux".to_owned(), None, Vec::new());
-    ImageInfo { id, arch: "x64".to_owned(), os, labels, size_bytes: 1, path_env, volumes }
+    let (os, env, volumes) = ("linux".to_owned(), Vec::new(), Vec::new());
+    ImageInfo { id, arch: "x64".to_owned(), os, labels, size_bytes: 1, env, volumes }
 }
 
 impl Engine for Scripted {

@@ -156,9 +156,7 @@ fn a_refusal_says_what_would_open_the_host() {
         assert!(!reason(&none, "GET", private).contains("would open"), "{private}");
     }
 
-    let npm = layers(
-        "[[egress.host]]\nname = 'own.example'\n[egress]\nsets = ['npm']".replace("[egress]\n", "").as_str(),
-    );
+    let npm = layers("[[egress.host]]\nname = 'own.example'");
     let own = reason(&npm, "GET", "http://own.example/");
     assert!(own.contains("`ports = [80]` in egress.host[0] own.example would open it"), "{own}");
 
