@@ -29,6 +29,8 @@ use super::narrow::Layer;
 const HOSTS_MAX: usize = 256;
 /// Most ports, methods or paths of one host.
 const HOST_ENTRIES_MAX: usize = 256;
+/// Longest query of a rule, in bytes.
+const QUERY_BYTES_MAX: usize = 1024;
 /// What `everything` must say.
 const EVERYTHING: &str = "yes, any host";
 /// What a job may reach. Empty: nothing.
@@ -61,9 +63,22 @@ pub struct HostRule {
     /// Globs of paths: `*` within one part, `**` alone over many. Absent: all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paths: Option<Vec<String>>,
+    /// Queries, each exactly as it stands behind the `?`; "" is none. Absent: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queries: Option<Vec<String>>,
     /// A credential of the daemon's configuration, by name, that is added to each request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credential: Option<String>,
+    /// Keep whole answers to GET for all jobs under this policy. Only the policy's own word counts.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub cache: bool,
+    /// Globs of paths whose content never changes: what is kept of them is not asked for again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub immutable: Vec<String>,
+    /// The set that it came from. Written where sets are opened, never in a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(skip)]
+    pub set: Option<String>,
     /// Most bytes that may leave the cells of one job through this rule.
     #[serde(default = "up_max")]
     pub bytes_up_max: u64,
@@ -73,6 +88,11 @@ pub struct HostRule {
     /// Most connections at a time.
     #[serde(default = "connections_max")]
     pub connections_max: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn https() -> Vec<u16> {
@@ -113,6 +133,8 @@ pub enum Act<'a> {
         method: &'a str,
         /// The path, without its query.
         path: &'a CanonicalPath,
+        /// What stands behind its `?`.
+        query: Option<&'a str>,
         /// Whether it came through TLS.
         secure: bool,
     },
@@ -127,6 +149,10 @@ pub struct Terms {
     pub inspect: bool,
     /// The credential to add to a request, by name; only where every layer names the same.
     pub credential: Option<String>,
+    /// Keep the answer for other jobs under the policy, and answer from what is kept. The policy's own rule says it.
+    pub cache: bool,
+    /// What this path answers never changes. Only of a request, and only with `cache`.
+    pub immutable: bool,
     /// The rule of the policy whose bytes and connections are counted together.
     pub account: String,
     /// Most bytes that may leave the job through that rule.
@@ -247,12 +273,15 @@ impl HostRule {
             ("ports", self.ports.len()),
             ("methods", self.methods.as_ref().map_or(0, Vec::len)),
             ("paths", self.paths.as_ref().map_or(0, Vec::len)),
+            ("queries", self.queries.as_ref().map_or(0, Vec::len)),
+            ("immutable", self.immutable.len()),
         ] {
             if entries > HOST_ENTRIES_MAX {
                 return Err((key, format!("has {entries} entries; at most {HOST_ENTRIES_MAX} are read")));
             }
         }
         self.check_inspected()?;
+        self.check_cache()?;
         for (key, least, value) in [
             ("bytes_up_max", 1024, self.bytes_up_max),
             ("bytes_down_max", 1024, self.bytes_down_max),
@@ -270,6 +299,7 @@ impl HostRule {
         let given = [
             ("methods", self.methods.is_some()),
             ("paths", self.paths.is_some()),
+            ("queries", self.queries.is_some()),
             ("credential", self.credential.is_some()),
         ];
         if let Some((key, _)) = given.into_iter().find(|(_, given)| *given && !self.inspect) {
@@ -288,13 +318,22 @@ impl HostRule {
                 return Err(("methods", format!("{method} is never passed on")));
             }
         }
-        for (key, list) in [("methods", &self.methods), ("paths", &self.paths)] {
+        for (key, list) in [("methods", &self.methods), ("paths", &self.paths), ("queries", &self.queries)] {
             if list.as_ref().is_some_and(Vec::is_empty) {
                 return Err((key, "is empty: nothing would pass; leave it out for all".into()));
             }
         }
         for glob in self.paths.iter().flatten() {
             path::check_glob(glob).map_err(|why| ("paths", format!("{glob:?} {why}")))?;
+        }
+        let plain =
+            |query: &&String| query.len() > QUERY_BYTES_MAX || !query.bytes().all(|b| b.is_ascii_graphic());
+        if let Some(query) = self.queries.iter().flatten().find(plain) {
+            let query = shown(query);
+            return Err((
+                "queries",
+                format!("{query:?} is no query that passes: at most {QUERY_BYTES_MAX} plain characters"),
+            ));
         }
         if self.credential.as_deref().is_some_and(|name| !token(name)) {
             return Err((
@@ -306,6 +345,23 @@ impl HostRule {
             && (self.name == "*" || self.name.matches('.').count() < 2 && self.name.starts_with('.'))
         {
             return Err(("credential", "cannot go to every host of a whole domain: name the host".into()));
+        }
+        Ok(())
+    }
+
+    /// What can be kept for other jobs.
+    fn check_cache(&self) -> Result<(), (&'static str, String)> {
+        if !self.cache && !self.immutable.is_empty() {
+            return Err(("immutable", "needs cache = true: nothing is kept without it".into()));
+        }
+        if self.cache && !self.inspect && self.ports.contains(&443) {
+            return Err((
+                "cache",
+                "needs inspect = true: nobody can see an answer from outside of TLS".into(),
+            ));
+        }
+        for glob in &self.immutable {
+            path::check_glob(glob).map_err(|why| ("immutable", format!("{glob:?} {why}")))?;
         }
         Ok(())
     }
@@ -328,9 +384,20 @@ impl HostRule {
         }
     }
 
-    fn allows(&self, method: &str, path: &CanonicalPath) -> bool {
+    fn allows(&self, method: &str, path: &CanonicalPath, query: Option<&str>) -> bool {
         let method = self.methods.as_ref().is_none_or(|list| list.iter().any(|m| m == method));
-        method && self.paths.as_ref().is_none_or(|list| list.iter().any(|glob| path.fits(glob)))
+        let query = query.unwrap_or_default();
+        method
+            && self.paths.as_ref().is_none_or(|list| list.iter().any(|glob| path.fits(glob)))
+            && self.queries.as_ref().is_none_or(|list| list.iter().any(|own| own == query))
+    }
+
+    /// Whether what is kept of such a request is never asked for again.
+    fn holds_for_ever(&self, act: Act<'_>) -> bool {
+        match act {
+            Act::Connect => false,
+            Act::Request { path, .. } => self.cache && self.immutable.iter().any(|glob| path.fits(glob)),
+        }
     }
 }
 
@@ -360,6 +427,8 @@ pub fn decide_egress(layers: &[Layer], ask: &EgressAsk<'_>) -> Result<Terms, Den
                 permit: permit(name),
                 inspect: rule.inspect,
                 credential: rule.credential.clone(),
+                cache: rule.cache,
+                immutable: rule.holds_for_ever(ask.act),
                 account: rule.canonical_name(),
                 bytes_up_max: rule.bytes_up_max,
                 bytes_down_max: rule.bytes_down_max,
@@ -369,6 +438,8 @@ pub fn decide_egress(layers: &[Layer], ask: &EgressAsk<'_>) -> Result<Terms, Den
                 permit: permit(name),
                 inspect: above.inspect || rule.inspect,
                 credential: above.credential.filter(|name| rule.credential.as_ref() == Some(name)),
+                cache: above.cache,
+                immutable: above.immutable,
                 account: above.account,
                 bytes_up_max: above.bytes_up_max.min(rule.bytes_up_max),
                 bytes_down_max: above.bytes_down_max.min(rule.bytes_down_max),
@@ -398,8 +469,8 @@ fn speaking_rule<'a>(layer: &'a Layer, ask: &EgressAsk<'_>) -> Result<(usize, &'
         Act::Request { secure: false, .. } if port == 443 => {
             refuse(named, format!("{host}:443 speaks TLS only"))
         }
-        Act::Request { method, path, secure } => {
-            let Some(rule) = speaking.into_iter().find(|rule| rule.allows(method, path)) else {
+        Act::Request { method, path, query, secure } => {
+            let Some(rule) = speaking.into_iter().find(|rule| rule.allows(method, path, query)) else {
                 return refuse(named, format!("{method} {} is not allowed at {host}", shown(path.as_str())));
             };
             if rule.credential.is_some() && !secure {
@@ -422,6 +493,7 @@ fn shown(path: &str) -> &str {
 /// What is wrong with the URL, in words.
 pub fn decide_url(layers: &[Layer], method: &str, url: &str) -> Result<Result<Terms, Denial>, String> {
     let (host, port, path, secure) = parse_url(url)?;
+    let query = url.split('#').next().and_then(|url| url.split_once('?')).map(|(_, query)| query);
     let ask = |act| decide_egress(layers, &EgressAsk { host: &host, port, act });
     if secure {
         match ask(Act::Connect) {
@@ -429,7 +501,7 @@ pub fn decide_url(layers: &[Layer], method: &str, url: &str) -> Result<Result<Te
             other => return Ok(other),
         }
     }
-    Ok(ask(Act::Request { method, path: &path, secure }))
+    Ok(ask(Act::Request { method, path: &path, query, secure }))
 }
 
 /// A URL taken apart for a question: host, port, path, and whether it is https.

@@ -186,7 +186,8 @@ async fn send(
     event: &mut EgressRecord,
 ) -> Result<Sent, Refused> {
     let Asked { host, port, path, secure } = asked;
-    let act = Act::Request { method: request.method().as_str(), path, secure: *secure };
+    let (method, query) = (request.method().as_str(), request.uri().query());
+    let act = Act::Request { method, path, query, secure: *secure };
     let terms = decide_egress(&shared.plan.layers, &EgressAsk { host, port: *port, act })?;
     terms.permit.rule().clone_into(&mut event.rule);
     let rule = event.rule.clone();
