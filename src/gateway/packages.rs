@@ -397,6 +397,14 @@ impl PackageCache {
     }
 }
 
+impl Found {
+    /// The same entry with another head.
+    #[must_use]
+    pub fn with(&self, head: Head) -> Self {
+        Self { head, ..self.clone() }
+    }
+}
+
 impl Choice {
     fn has(&self, key: &Key) -> bool {
         self.policy.as_ref().is_none_or(|policy| *policy == key.policy)
@@ -416,6 +424,11 @@ impl Kept {
         self.file = Some(moved.unwrap_or_else(|| Err(io::ErrorKind::Interrupted.into()))?);
         self.left = length;
         Ok(())
+    }
+
+    /// Whether nothing is left of it.
+    pub fn is_over(&self) -> bool {
+        self.left == 0
     }
 
     /// The next piece; none at the end.
