@@ -423,6 +423,7 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
         (Some(_), before, None) => before,
         (Some(_), before, Some(own)) => before.zip(own).map(|(a, b)| MicroUsd(a.0.saturating_add(b.0))),
     };
+    let ran = record.ran().await?;
     Ok(Totals {
         charged_micro_usd: spend.charged,
         cli_micro_usd,
@@ -437,7 +438,8 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
         report_bytes: None,
         changes: None,
         quarantined: Vec::new(),
-        ran: record.ran().await?,
+        egress: ran.egress(),
+        ran,
     })
 }
 

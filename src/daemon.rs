@@ -25,8 +25,8 @@ use crate::config::{Config, PolicyShelf, unknown_name};
 use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
-use crate::gateway::packages::{CacheLimits, PackageCache};
 use crate::gateway::egress::{CorporateProxy, EgressLimits, Network, further_roots};
+use crate::gateway::packages::{CacheLimits, PackageCache};
 use crate::gateway::{self, Egress, Gateway, Reach};
 use crate::job::State;
 use crate::journal;
@@ -303,10 +303,7 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
 }
 
 /// How hosts and providers are reached from here.
-fn way_out(
-    config: &Config,
-    packages: Option<Arc<PackageCache>>,
-) -> anyhow::Result<(Arc<Egress>, Reach)> {
+fn way_out(config: &Config, packages: Option<Arc<PackageCache>>) -> anyhow::Result<(Arc<Egress>, Reach)> {
     let network = &config.network;
     let ca_text = match &network.ca_file {
         Some(path) => Some(

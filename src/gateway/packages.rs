@@ -62,8 +62,6 @@ pub struct Counters {
     pub revalidated: AtomicU64,
     /// Answers that could have been in it and were not.
     pub misses: AtomicU64,
-    /// Bytes that cells got from it.
-    pub served_bytes: AtomicU64,
     /// Entries that had to go for others, or for the disk.
     pub evicted: AtomicU64,
     /// Files that were not what they should be.
@@ -255,7 +253,8 @@ impl PackageCache {
     pub fn remove_chosen(&self, choice: &Choice) -> Sum {
         let mut removed = Sum::default();
         for name in self.index().names() {
-            if choice.prefix.is_some() && !self.disk.entry(name).is_some_and(|stored| choice.has(&stored.key)) {
+            if choice.prefix.is_some() && !self.disk.entry(name).is_some_and(|stored| choice.has(&stored.key))
+            {
                 continue;
             }
             let mut index = self.index();
@@ -276,7 +275,9 @@ impl PackageCache {
             if choice.policy.as_deref().is_some_and(|policy| *slot.policy != *policy) {
                 continue;
             }
-            let Some(stored) = self.disk.entry(name).filter(|stored| choice.has(&stored.key)) else { continue };
+            let Some(stored) = self.disk.entry(name).filter(|stored| choice.has(&stored.key)) else {
+                continue;
+            };
             if listed.len() == LISTED_MAX {
                 return (listed, true);
             }

@@ -212,11 +212,7 @@ impl Pump {
 }
 
 /// The next piece, and whether it is the last one. Cancel-safe where it is cancelled for good.
-async fn next(
-    body: &mut Source,
-    censor: &mut Censor,
-    cached: &AtomicU64,
-) -> Result<(Bytes, bool), String> {
+async fn next(body: &mut Source, censor: &mut Censor, cached: &AtomicU64) -> Result<(Bytes, bool), String> {
     match body {
         Source::Nothing => Ok((Bytes::new(), true)),
         Source::Kept(kept) => match kept.next().await {

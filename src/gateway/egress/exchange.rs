@@ -155,8 +155,9 @@ impl Passage<'_> {
         stream: Counted<Box<dyn Stream>>,
     ) -> Result<impl Stream + use<>, Refused> {
         let name = match host {
-            Host::Name(name) => ServerName::try_from(name.clone())
-                .map_err(|_| Refused::failed(self.rule(), "no TLS name"))?,
+            Host::Name(name) => {
+                ServerName::try_from(name.clone()).map_err(|_| Refused::failed(self.rule(), "no TLS name"))?
+            }
             Host::Address(address) => ServerName::IpAddress((*address).into()),
         };
         let connector = TlsConnector::from(Arc::clone(&self.shared.spec.egress.tls));

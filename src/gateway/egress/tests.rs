@@ -135,8 +135,12 @@ impl Cell {
         let key = rcgen::KeyPair::generate().unwrap();
         let internet = Arc::new(rcgen::CertifiedIssuer::self_signed(params, key).unwrap());
         let world = Arc::new(World::default());
-        let network =
-            Network { resolver: Arc::new(Fake(world.clone())), dialer: Arc::new(Fake(world.clone())), proxy, mirrors };
+        let network = Network {
+            resolver: Arc::new(Fake(world.clone())),
+            dialer: Arc::new(Fake(world.clone())),
+            proxy,
+            mirrors,
+        };
         let egress = finish(Egress::new(network, limits, Some(&internet.pem())).unwrap());
         let ca = Arc::new(CellCa::generate().unwrap());
         let dir = tempfile::tempdir().unwrap();

@@ -44,8 +44,9 @@ pub(super) fn ms(time: SystemTime) -> u64 {
 
 impl Stored {
     pub(super) fn new(key: Key, head: &Head, slot: &Slot) -> Self {
-        let text =
-            |(name, value): (&HeaderName, &HeaderValue)| Some((name.to_string(), value.to_str().ok()?.into()));
+        let text = |(name, value): (&HeaderName, &HeaderValue)| {
+            Some((name.to_string(), value.to_str().ok()?.into()))
+        };
         Self {
             key,
             at_ms: ms(head.at),
@@ -121,7 +122,8 @@ impl Disk {
     pub(super) fn load(&self) -> io::Result<Vec<(Hash, Slot)>> {
         let mut bodies = std::collections::HashMap::new();
         for (name, path) in self.names("bodies")? {
-            let length = fs::symlink_metadata(&path).ok().filter(fs::Metadata::is_file).map(|meta| meta.len());
+            let length =
+                fs::symlink_metadata(&path).ok().filter(fs::Metadata::is_file).map(|meta| meta.len());
             match length {
                 Some(length) => _ = bodies.insert(name, (length, false)),
                 None => remove(&path),
@@ -265,4 +267,3 @@ fn remove(path: &Path) {
         Ok(()) | Err(_) => {}
     }
 }
-

@@ -54,8 +54,14 @@ impl Fill {
         let (cache, job) = (Arc::clone(cache), Arc::clone(job));
         match made {
             Ok(file) => {
-                let filling =
-                    Filling { cache, job, file: Some(file), hasher: Sha256::new(), bytes: 0, promised: first };
+                let filling = Filling {
+                    cache,
+                    job,
+                    file: Some(file),
+                    hasher: Sha256::new(),
+                    bytes: 0,
+                    promised: first,
+                };
                 Some(Self { filling: Some(Box::new(filling)), buffer: BytesMut::new() })
             }
             Err(error) => {

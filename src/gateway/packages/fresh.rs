@@ -164,7 +164,9 @@ mod tests {
     #[test]
     fn what_never_changes_is_kept_unless_storing_is_forbidden() {
         let kept = |lines: &[(&str, &str)]| head(lines).is_kept(&key(), true);
-        assert!(kept(&[]) && kept(&[("cache-control", "private")]) && kept(&[("cache-control", "max-age=0")]));
+        assert!(
+            kept(&[]) && kept(&[("cache-control", "private")]) && kept(&[("cache-control", "max-age=0")])
+        );
         assert!(!kept(&[("cache-control", "no-store")]) && !kept(&[("vary", "*")]));
     }
 
@@ -203,7 +205,10 @@ mod tests {
         let new = old.renewed(&by, later).unwrap();
         assert!(new.is_fresh(&key(), &HeaderMap::new(), later + Duration::from_secs(59)));
         assert_eq!(new.headers.get("content-length").unwrap(), "5");
-        assert_eq!((new.headers.contains_key("x-old"), new.headers.contains_key("set-cookie")), (true, false));
+        assert_eq!(
+            (new.headers.contains_key("x-old"), new.headers.contains_key("set-cookie")),
+            (true, false)
+        );
         assert_eq!(old.renewed(&map(&[("etag", "\"b\"")]), later), None);
         let validators = old.validators();
         assert_eq!(validators.get("if-none-match").unwrap(), "\"a\"");
