@@ -5,6 +5,7 @@
 pub mod access;
 pub mod attach;
 pub mod audit;
+pub mod cache;
 pub mod changes;
 pub mod cost;
 pub mod doctor;
@@ -129,6 +130,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/unpark", post(jobs::unpark))
         .route("/v1/cost", get(cost::cost))
         .route("/v1/budgets", get(cost::budgets))
+        .route("/v1/cache", get(cache::list).delete(cache::remove))
         .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health))
         .route("/metrics", get(metrics))

@@ -499,6 +499,7 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
         (Some(_), before, None) => before,
         (Some(_), before, Some(own)) => before.zip(own).map(|(a, b)| MicroUsd(a.0.saturating_add(b.0))),
     };
+    let ran = record.ran().await?;
     Ok(Totals {
         charged_micro_usd: spend.charged,
         cli_micro_usd,
@@ -514,7 +515,8 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
         changes: None,
         quarantined: Vec::new(),
         verified: None,
-        ran: record.ran().await?,
+        egress: ran.egress(),
+        ran,
     })
 }
 

@@ -6,6 +6,7 @@ mod agent;
 mod apply;
 mod args;
 mod audit;
+mod cache;
 mod cancel;
 mod checkout;
 mod client;
@@ -76,6 +77,7 @@ enum Command {
     Unpark(unpark::UnparkArgs),
     Rm(rm::RmArgs),
     Cost(cost::CostArgs),
+    Cache(cache::CacheArgs),
     Serve(serve::ServeArgs),
     Image(image::ImageArgs),
     Agent(agent::AgentArgs),
@@ -184,6 +186,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Unpark(args) => wait(unpark::unpark(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
         Command::Cost(args) => wait(cost::cost(&args, context)),
+        Command::Cache(args) => wait(cache::cache(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
         Command::Image(args) => image::image(&args, context),
         Command::Agent(args) => agent::agent(&args, context),
@@ -214,6 +217,7 @@ impl Command {
             Self::Unpark(args) => args.json,
             Self::Rm(args) => args.json,
             Self::Cost(args) => args.json,
+            Self::Cache(args) => args.json(),
             Self::Image(args) => args.json(),
             Self::Agent(args) => args.json(),
             Self::Policy(args) => args.json(),

@@ -5,6 +5,7 @@
 
 mod access;
 mod budgets;
+mod cache;
 mod network;
 mod policies;
 mod providers;
@@ -28,6 +29,7 @@ pub use providers::{BUILT_IN as BUILT_IN_PROVIDER, anthropic};
 pub use settings::{SETTINGS, Setting};
 
 use crate::gateway::GatewayConfig;
+use crate::gateway::packages::CacheLimits;
 use raw::Layers;
 
 use crate::policy::Sets;
@@ -203,6 +205,8 @@ pub struct Config {
     pub defaults: Defaults,
     /// The way to the internet.
     pub network: Network,
+    /// How much of what package hosts answered is kept.
+    pub cache: CacheLimits,
     /// Bounds.
     pub limits: Limits,
     /// Money of users and of the daemon.
@@ -258,6 +262,7 @@ impl Config {
                 agent: layers.name("defaults.agent", &raw.defaults.agent)?,
             },
             network: Network::read(&layers, &raw.network)?,
+            cache: cache::limits(&layers, &raw.cache)?,
             limits: limits(&layers, &raw.limits, machine.cores)?,
             budgets: budgets::budgets(&layers, &raw.budgets)?,
             admin_uids: layers

@@ -191,10 +191,16 @@ pub enum Body {
         /// The credential that was added, by name.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         credential: Option<String>,
-        /// Bytes that left the cell.
+        /// The status of the host's answer, where the request was looked into.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        status: Option<u16>,
+        /// Bytes that left the cell, over the network.
         bytes_up: u64,
-        /// Bytes that came to it.
+        /// Bytes that came to it, over the network.
         bytes_down: u64,
+        /// Bytes that came to it from the package cache.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        cached_bytes: u64,
         /// How long it took, in milliseconds.
         duration_ms: u64,
     },
@@ -356,6 +362,23 @@ pub enum Stream {
     Stderr,
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(value: &u64) -> bool {
+    *value == 0
+}
+
+/// Bytes that a job exchanged with hosts beside its model.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(default)]
+pub struct EgressBytes {
+    /// Left its cells, over the network.
+    pub bytes_up: u64,
+    /// Came to them, over the network.
+    pub bytes_down: u64,
+    /// Came to them from the package cache.
+    pub cached_bytes: u64,
+}
+
 /// Totals of one job.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Totals {
@@ -394,6 +417,9 @@ pub struct Totals {
     /// What became of its verification, where it has one and came to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verified: Option<Verified>,
+    /// Bytes to and from hosts beside its model.
+    #[serde(default)]
+    pub egress: EgressBytes,
     /// What it ran on and how long each part took.
     #[serde(default)]
     pub ran: Ran,
@@ -428,9 +454,20 @@ pub struct Ran {
     pub egress_bytes_up: u64,
     /// Bytes that came from them.
     pub egress_bytes_down: u64,
+    /// Bytes that came from the package cache in their place.
+    pub egress_cached_bytes: u64,
 }
 
 impl Ran {
+    /// The sums of its way out.
+    pub fn egress(&self) -> EgressBytes {
+        EgressBytes {
+            bytes_up: self.egress_bytes_up,
+            bytes_down: self.egress_bytes_down,
+            cached_bytes: self.egress_cached_bytes,
+        }
+    }
+
     /// Takes one event of the journal; `last` is the state before it and since when.
     pub fn take(&mut self, line: &Line<'_>, last: &mut Option<(String, u64)>) {
         match line.kind {
@@ -451,6 +488,7 @@ impl Ran {
                 }
                 self.egress_bytes_up = self.egress_bytes_up.saturating_add(line.bytes_up);
                 self.egress_bytes_down = self.egress_bytes_down.saturating_add(line.bytes_down);
+                self.egress_cached_bytes = self.egress_cached_bytes.saturating_add(line.cached_bytes);
             }
             _ => {}
         }
@@ -540,6 +578,9 @@ pub struct Line<'a> {
     /// Bytes that came, for `egress`.
     #[serde(default)]
     pub bytes_down: u64,
+    /// Bytes from the package cache, for `egress`.
+    #[serde(default)]
+    pub cached_bytes: u64,
 }
 
 impl Body {

@@ -369,6 +369,7 @@ impl Record {
             GatewayEvent::Egress(reached) => {
                 let decision = if reached.allowed { Decision::Allow } else { Decision::Deny };
                 parts.metrics.egress(decision, reached.bytes_up, reached.bytes_down);
+                parts.metrics.cache_served(reached.cached_bytes);
                 Body::Egress {
                     host: reached.host.clone(),
                     port: reached.port,
@@ -378,8 +379,10 @@ impl Record {
                     rule: reached.rule.clone(),
                     reason: reached.reason.clone(),
                     credential: reached.credential.clone(),
+                    status: reached.status,
                     bytes_up: reached.bytes_up,
                     bytes_down: reached.bytes_down,
+                    cached_bytes: reached.cached_bytes,
                     duration_ms: reached.duration_ms,
                 }
             }

@@ -33,6 +33,7 @@ pub(super) async fn make(
 ) -> Result<EgressSpec, PrepareError> {
     let trusts = has_authorities(parts, plan);
     let (egress, dir, inspects) = (Arc::clone(&parts.egress), dir.to_owned(), plan.cell_inspects_egress());
+    let filler = job.clone();
     let sums = parts.settings.journal_dir(job).join(SUMS_FILE);
     let credentials = Arc::new(UserCredentials { gateway: Arc::clone(&parts.gateway), who: who.clone() });
     let made = tokio::task::spawn_blocking(move || {
@@ -46,7 +47,7 @@ pub(super) async fn make(
             put_readable(&run.join(JAVA_AUTHORITIES), &trust_store::pkcs12(&bundle.all))?;
         }
         let tally = Arc::new(Tally::open(&sums)?);
-        Ok::<_, std::io::Error>(EgressSpec { egress, ca, credentials, tally })
+        Ok::<_, std::io::Error>(EgressSpec { egress, job: filler, ca, credentials, tally })
     });
     let made = made.await.map_err(|e| failed(FailReason::Internal, e))?;
     made.map_err(|e| failed(FailReason::Internal, format!("cannot prepare the way out: {e}")))

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::fail::{ApiError, CliError};
+use crate::api::cache::{CacheRemoved, CacheView};
 use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
 use crate::api::wire::{Doctor, Health, JobList, JobView, WhoAmI};
@@ -160,6 +161,16 @@ impl Client {
     ) -> Result<CostReport, CliError> {
         let query: Vec<String> = query.map(|(key, value)| format!("{key}={}", encode(value))).collect();
         self.get(&format!("/v1/cost?{}", query.join("&"))).await
+    }
+
+    /// What is kept of package hosts; `query` is passed on.
+    pub(crate) async fn cache(&self, query: &[(&str, &str)]) -> Result<CacheView, CliError> {
+        self.get(&cache_path(query)).await
+    }
+
+    /// Removes what is kept of package hosts.
+    pub(crate) async fn remove_cache(&self, query: &[(&str, &str)]) -> Result<CacheRemoved, CliError> {
+        self.read(Request::delete(cache_path(query)).body(Full::default())).await
     }
 
     /// The report that a job left.
@@ -322,6 +333,11 @@ impl Client {
         }
         Err(CliError::Api(Box::new(ApiError::read(status.as_u16(), &bytes))))
     }
+}
+
+fn cache_path(query: &[(&str, &str)]) -> String {
+    let query: Vec<String> = query.iter().map(|(key, value)| format!("{key}={}", encode(value))).collect();
+    format!("/v1/cache?{}", query.join("&"))
 }
 
 async fn connect(socket: &Path) -> Result<tokio::net::UnixStream, CliError> {

@@ -5,6 +5,7 @@ use super::{Paint, Style, Text, one_line, words};
 use crate::agent_bundle::{Bundle, Qualification, Version};
 use crate::api::wire::{CheckVerdict, Doctor, Health, JobView};
 use crate::config::{PolicyOrigin, PolicySource};
+use crate::event::EgressBytes;
 use crate::job::{Outcome, State};
 use crate::money::MicroUsd;
 
@@ -153,6 +154,11 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
     if job.totals.peak_memory_bytes > 0 {
         let (memory, cpu) = (words::bytes(job.totals.peak_memory_bytes), job.totals.cpu_us / 1000);
         row("used", &format!("{memory} of memory at most · {} of CPU", words::duration(cpu)));
+    }
+    let egress = job.totals.egress;
+    if egress != EgressBytes::default() {
+        let [up, down, cached] = [egress.bytes_up, egress.bytes_down, egress.cached_bytes].map(words::size);
+        row("egress", &format!("{up} up · {down} down · {cached} from the package cache"));
     }
     if let Some(bytes) = job.report_bytes {
         row("report", &format!("{bytes} bytes: hotcell report {}", job.id));
