@@ -10,6 +10,8 @@ options="--yes --no-install-recommends -o APT::Sandbox::User=root -o Dpkg::Use-P
 # A package may want to start a service; a container being built has none.
 printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
 chmod 755 /usr/sbin/policy-rc.d
+# Manual pages are left out, but some packages need their directories.
+mkdir -p /usr/share/man/man1 /usr/share/man/man7
 if [ -d "$given/debs" ]; then
     # shellcheck disable=SC2086
     apt-get $options install "$given"/debs/*.deb
