@@ -169,7 +169,7 @@ pub struct BuildSpec {
 /// An image to make from another one by running something in it.
 #[derive(Debug, Clone)]
 pub struct Extend {
-    /// Image by id (`sha256:…`).
+    /// Image by id (`sha256:…`); one without an entry point and a user.
     pub image_id: String,
     /// Name of the container while this runs. One that ended and still has it is removed first.
     pub container: String,

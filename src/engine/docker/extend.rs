@@ -37,9 +37,8 @@ impl Docker {
     async fn create_helper(&self, spec: &Extend) -> Result<ContainerId, EngineError> {
         let body = json!({
             "Image": spec.image_id,
-            "Entrypoint": spec.command,
-            "Cmd": [],
-            "User": "0:0",
+            // Not as entry point, nor with a user: the image that is kept would have both.
+            "Cmd": spec.command,
             "HostConfig": {
                 "NetworkMode": "none",
                 "Binds": [format!("{}:/mnt", spec.dir.display())],

@@ -138,8 +138,8 @@ impl ImageEngine for DockerCli {
         Box::pin(async move {
             let (name, bind) = (extend.container.as_str(), format!("{}:/mnt", extend.dir.display()));
             let mut run = vec!["run", "--name", name, "--network", "none", "--volume", &bind];
-            run.extend(["--entrypoint", &extend.command[0], &extend.image_id]);
-            run.extend(extend.command[1..].iter().map(String::as_str));
+            run.push(&extend.image_id);
+            run.extend(extend.command.iter().map(String::as_str));
             let mut done = docker(&run).await.map(drop);
             if let (Ok(()), Some(tag)) = (&done, &extend.keep_as) {
                 let mut commit = vec!["commit"];
