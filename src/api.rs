@@ -4,6 +4,7 @@
 
 pub mod access;
 pub mod audit;
+mod auto;
 pub mod changes;
 pub mod cost;
 pub mod doctor;

@@ -12,6 +12,7 @@ mod debian;
 mod facts;
 mod fetch;
 mod layer;
+mod pick;
 mod program;
 mod recipe;
 mod through;
@@ -25,6 +26,7 @@ use std::time::Instant;
 
 pub use facts::{ImageFacts, Shell};
 pub use layer::Workshop;
+pub use pick::{Pick, pick};
 pub use through::EngineImages;
 pub use toolchain::{TOOLCHAINS, Toolchain, toolchain};
 pub use types::{

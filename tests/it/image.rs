@@ -5,6 +5,7 @@
 
 mod docker_cli;
 mod registry;
+mod toolchains;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;

@@ -28,7 +28,7 @@ impl DockerCli {
 
     /// Runs a script as a cell does: no network, no capability, read-only root, a private uid.
     pub(super) async fn run_locked(&self, image: &str, script: &str) -> Result<String, String> {
-        let home = "/home/agent:uid=1610612737,gid=1610612737,mode=700";
+        let home = "/home/agent:uid=1610612737,gid=1610612737,mode=700,exec";
         let arguments = [
             "run",
             "--rm",
