@@ -5,6 +5,7 @@
 pub mod access;
 pub mod attach;
 pub mod audit;
+mod auto;
 pub mod cache;
 pub mod changes;
 pub mod cost;

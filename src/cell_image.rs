@@ -1,6 +1,7 @@
-//! The image that cells run in: builds the default one, finds any one by digest, says what an image offers.
+//! The images that cells run in: builds the default one and those of toolchains, finds any one by digest, says what
+//! an image offers and which one fits a repository.
 //!
-//! Works through the engine only (and `mmdebstrap` where there is no registry). Never puts a credential, a mirror or
+//! Works through the engine only (and `mmdebstrap` and `apt-get` where there is no registry). Never puts a credential, a mirror or
 //! a certificate of this machine into an image, never runs anything from one, never trusts a name where a digest is
 //! known.
 
@@ -9,19 +10,28 @@ mod base;
 mod context;
 mod debian;
 mod facts;
+mod fetch;
+mod layer;
+mod pick;
+mod program;
 mod recipe;
 mod through;
+mod toolchain;
 mod tree;
 mod types;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use facts::{ImageFacts, Shell};
+pub use layer::Workshop;
+pub use pick::{Pick, pick};
 pub use through::EngineImages;
+pub use toolchain::{TOOLCHAINS, Toolchain, toolchain};
 pub use types::{
-    BaseSource, Build, BuildRequest, Built, EngineFault, EngineFuture, ImageEngine, ImageError, ImageInfo,
-    OnLine, OnProgress, Progress,
+    BaseSource, Build, BuildRequest, Built, EngineFault, EngineFuture, Extend, Found, ImageEngine,
+    ImageError, ImageInfo, Listed, OnLine, OnProgress, Progress, Standing,
 };
 
 use crate::agent_bundle::files::write_whole;
@@ -79,11 +89,13 @@ impl<'a> Images<'a> {
         };
         self.engine.tag(&info.id, &self.latest()).await?;
         let built = Built {
+            name: "cell".to_owned(),
+            versions: BTreeMap::new(),
             base: info.labels.get("hotcell.base").cloned().unwrap_or_default(),
             id: info.id,
             tag,
             size_bytes: info.size_bytes,
-            agent: bundle.version.to_string(),
+            agent: Some(bundle.version.to_string()),
             recipe,
             reused,
             duration_ms: started.elapsed().as_millis() as u64,
@@ -93,21 +105,56 @@ impl<'a> Images<'a> {
         Ok(built)
     }
 
-    /// The image behind `reference`. The default's name means the recorded digest, whatever the name points to now.
+    /// The image behind `reference`. A name of ours means the recorded digest, whatever it points to now.
     pub async fn resolve_image(&self, reference: &str) -> Result<ImageInfo, ImageError> {
-        let latest = self.latest();
-        let is_default = reference == latest || Some(reference) == latest.strip_suffix(":latest");
-        if is_default {
-            if let Some(built) = self.recorded() {
+        if let Some(name) = self.own_name(reference) {
+            let toolchain = toolchain(name);
+            if let Some(built) = self.recorded(name) {
                 let info = self.engine.image(&built.id).await?;
-                return info.ok_or(ImageError::Gone { id: built.id });
+                return info.ok_or(ImageError::Gone { name, id: built.id });
             }
             // Built by another state directory of this engine, or loaded from a file.
-            let info = self.engine.image(&latest).await?.filter(is_cell);
-            return info.ok_or(ImageError::NotBuilt);
+            let info = self.engine.image(&format!("{}/{name}:latest", self.prefix)).await?;
+            return match toolchain {
+                None => info.filter(is_cell).ok_or(ImageError::NotBuilt),
+                Some(toolchain) => {
+                    let info = info.filter(|info| layer::is_toolchain(info, toolchain));
+                    info.ok_or(ImageError::ToolchainNotBuilt { name })
+                }
+            };
         }
         let info = self.engine.image(reference).await?;
         info.ok_or_else(|| ImageError::NotPresent { reference: reference.chars().take(300).collect() })
+    }
+
+    /// All images that can be built, and how they stand in the engine.
+    pub async fn list(&self, agent: &Version) -> Result<Vec<Listed>, ImageError> {
+        let arch: Arch = self.engine.arch().await?.parse()?;
+        let mut all = Vec::new();
+        for name in ["cell"].into_iter().chain(TOOLCHAINS.iter().map(|toolchain| toolchain.name)) {
+            let recipe = match toolchain(name) {
+                Some(toolchain) => toolchain.hash(arch),
+                None => recipe::cell_hash(agent, arch),
+            };
+            let image = format!("{}/{name}", self.prefix);
+            let info = self.resolve_image(&image).await;
+            let (state, built) = match info {
+                Ok(info) => {
+                    let same = info.labels.get("hotcell.recipe") == Some(&recipe);
+                    let built_at_ms = self.recorded(name).map_or(0, |built| built.built_at_ms);
+                    let mut versions = layer::versions_of(&info);
+                    versions
+                        .extend(info.labels.get("hotcell.agent").map(|v| ("claude".to_owned(), v.clone())));
+                    let found = Found { id: info.id, size_bytes: info.size_bytes, built_at_ms, versions };
+                    (if same { Standing::Built } else { Standing::Outdated }, Some(found))
+                }
+                Err(ImageError::Gone { .. }) => (Standing::Gone, None),
+                Err(ImageError::NotBuilt | ImageError::ToolchainNotBuilt { .. }) => (Standing::NotBuilt, None),
+                Err(error) => return Err(error),
+            };
+            all.push(Listed { name: name.to_owned(), image, state, built });
+        }
+        Ok(all)
     }
 
     /// What an image (from [`Images::resolve_image`]) offers an agent. Cached by digest. An image for another
@@ -116,12 +163,20 @@ impl<'a> Images<'a> {
         facts::suitability(self.engine, image, &self.dir).await
     }
 
-    /// The recorded default image, if one was built here. A damaged record counts as none. Blocking.
-    pub fn recorded(&self) -> Option<Built> {
-        let text = std::fs::read(self.dir.join("cell.json")).ok()?;
+    /// The recorded image `name` (`cell` or a toolchain), if one was built here. A damaged record counts as none.
+    /// Blocking.
+    pub fn recorded(&self, name: &str) -> Option<Built> {
+        let text = std::fs::read(self.dir.join(format!("{name}.json"))).ok()?;
         serde_json::from_slice(&text)
-            .inspect_err(|error| tracing::warn!(%error, "images/cell.json is damaged; taken as absent"))
+            .inspect_err(|error| tracing::warn!(name, %error, "the record of an image is damaged; taken as absent"))
             .ok()
+    }
+
+    /// `cell` or a toolchain, where the reference is a name of ours.
+    fn own_name(&self, reference: &str) -> Option<&'static str> {
+        let name = reference.strip_prefix(self.prefix.as_str())?.strip_prefix('/')?;
+        let name = name.strip_suffix(":latest").unwrap_or(name);
+        if name == "cell" { Some("cell") } else { toolchain(name).map(|toolchain| toolchain.name) }
     }
 
     fn latest(&self) -> String {
@@ -206,7 +261,7 @@ impl<'a> Images<'a> {
     }
 
     fn record(&self, built: &Built) -> Result<(), ImageError> {
-        let path = self.dir.join("cell.json");
+        let path = self.dir.join(format!("{}.json", built.name));
         let io = ImageError::io("write", &path);
         std::fs::create_dir_all(&self.dir).map_err(io.clone())?;
         let text = serde_json::to_vec_pretty(built).map_err(|error| io(error.into()))?;

@@ -59,6 +59,8 @@ pub trait Engine: Send + Sync + 'static {
         changes: &'a [String],
         progress: &'a Progress,
     ) -> Reply<'a, ImageInfo>;
+    /// Runs a program of ours as root in a container of an image, without a network, and keeps what it changed.
+    fn extend<'a>(&'a self, spec: &'a Extend, progress: &'a Progress) -> Reply<'a, ()>;
     /// Gives an image another name.
     fn tag<'a>(&'a self, image: &'a str, reference: &'a str) -> Reply<'a, ()>;
     /// Removes an image or a name of it; one that is not there is success, one in use is `Conflict`.
@@ -162,6 +164,23 @@ pub struct BuildSpec {
     pub labels: BTreeMap<String, String>,
     /// Values of the recipe's `ARG`s. They stay in the image's history: never a secret.
     pub build_args: BTreeMap<String, String>,
+}
+
+/// An image to make from another one by running something in it.
+#[derive(Debug, Clone)]
+pub struct Extend {
+    /// Image by id (`sha256:…`); one without an entry point and a user.
+    pub image_id: String,
+    /// Name of the container while this runs. One that ended and still has it is removed first.
+    pub container: String,
+    /// Seen at `/mnt`, and writable.
+    pub dir: PathBuf,
+    /// The program with its arguments.
+    pub command: Vec<String>,
+    /// Name of the result; without one nothing is kept.
+    pub keep_as: Option<String>,
+    /// Dockerfile instructions such as `ENV PATH=/bin`.
+    pub changes: Vec<String>,
 }
 
 /// A container's id, as the engine gave it.

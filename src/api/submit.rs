@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::jobs::view;
 use super::peer::Peer;
-use super::sources;
+use super::{auto, sources};
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
 use crate::agent_bundle::{PINNED_VERSION, Version};
@@ -24,7 +24,7 @@ use crate::clock;
 use crate::event::Body;
 use crate::gateway::GatewayError;
 use crate::git::above::{self, Above};
-use crate::job::spec::{MountAt, SPEC_BYTES_MAX, SpecError, WorkspaceMode, taken_at};
+use crate::job::spec::{AUTO_IMAGE, MountAt, SPEC_BYTES_MAX, SpecError, WorkspaceMode, taken_at};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
 use crate::money::MicroUsd;
@@ -93,7 +93,9 @@ pub async fn submit(
     room(&api).await?;
     let id = new_id()?;
     let source = sources::fetch(&api, &identity, &mut spec, &plan, &id).await?;
-    let wish = Wish { spec: &spec, body: &body, identity: &identity, plan, from, day_usd: granted.day_usd };
+    let rules = (&*policies, &granted);
+    let wish =
+        Wish { spec: &spec, body: &body, identity: &identity, plan, from, day_usd: granted.day_usd, rules };
     let accepting = accept(&api, wish, source.as_ref().map(|kept| &kept.fetched), id.clone(), idem).await;
     if source.is_some() && !accepting.as_ref().is_ok_and(|accepted| accepted.fresh) {
         sources::forget(&api, &identity, &id).await;
@@ -132,6 +134,8 @@ struct Wish<'a> {
     plan: Plan,
     from: Option<JobId>,
     day_usd: Option<MicroUsd>,
+    /// What an image that is picked for it is held against.
+    rules: (&'a BTreeMap<String, Policy>, &'a Grant),
 }
 
 /// What became one.
@@ -151,10 +155,16 @@ async fn accept(
     id: JobId,
     idem: Option<(String, [u8; 32])>,
 ) -> Result<Stored, ApiError> {
-    let Wish { spec, body, identity, plan, from, day_usd } = wish;
-    let mut plan = plan;
-    let Opened { workspace, above, others, warnings: more } =
+    let Wish { spec, body, identity, mut plan, from, day_usd, rules } = wish;
+    let Opened { workspace, above, others, warnings: mut more } =
         open_workspaces(api, identity, spec, &plan).await?;
+    if plan.image == AUTO_IMAGE {
+        let pick = auto::picked(api, identity, workspace.as_ref()).await?;
+        let named = JobSpec { image: Some(pick.image.clone()), ..spec.clone() };
+        let again = self::plan(api, rules.0, &named, rules.1, identity);
+        plan = again.map_err(|error| auto::refused(error, &pick))?;
+        more.push(pick.why);
+    }
     let usual = spec.workspace.as_ref().is_some_and(|workspace| workspace.mount == MountAt::Workspace);
     if let Some(above) = above.as_ref().filter(|_| usual) {
         // As deep as it lies below the top of its repository; seen at its own path it does so anyway.
@@ -223,7 +233,9 @@ fn plan(
         ApiError::new(ErrorCode::AbovePolicy, error)
             .hint(format!("`hotcell policy show {name}` shows its limits"))
     })?;
-    granted.image(&plan.image)?;
+    if plan.image != AUTO_IMAGE {
+        granted.image(&plan.image)?;
+    }
     check_steps(&plan, spec)?;
     if spec.command.is_some() {
         // No model is asked.

@@ -110,6 +110,20 @@ fn debian_sources(files: &[String]) -> String {
     stanzas.join("\n")
 }
 
+/// The same archives, and the backports of our release beside it.
+pub(super) fn with_backports(sources: &str) -> String {
+    let mut all = sources.to_owned();
+    for stanza in sources.split("\n\n") {
+        let suites = stanza.lines().find(|line| line.starts_with("Suites:"));
+        let Some(suites) = suites.filter(|line| line.split(' ').any(|suite| suite == DEBIAN_SUITE)) else {
+            continue;
+        };
+        let backports = stanza.trim_end().replace(suites, &format!("Suites: {DEBIAN_SUITE}-backports"));
+        all = format!("{}\n\n{backports}\n", all.trim_end());
+    }
+    all
+}
+
 /// Which suites of our release the archive has, if it is a mirror of Debian.
 fn our_suites(archive: &Archive) -> Option<Vec<String>> {
     let foreign_key = archive.signed_by.as_ref().is_some_and(|key| !key.contains("debian-archive"));
@@ -244,6 +258,15 @@ mod tests {
         let files = ["deb http://ubuntu.test/ubuntu noble main\n".to_owned()];
         assert_eq!(debian_sources(&files), DEBIAN_SOURCES);
         assert_eq!(debian_sources(&[]), DEBIAN_SOURCES);
+    }
+
+    #[test]
+    fn the_backports_come_from_the_mirror_of_the_release() {
+        let all = with_backports(DEBIAN_SOURCES);
+        assert!(all.starts_with(DEBIAN_SOURCES.trim_end()));
+        assert_eq!(all.matches("Types: deb").count(), 3);
+        let last = all.split("\n\n").last().unwrap();
+        assert!(last.contains("/debian\nSuites: bookworm-backports\nComponents: main\nSigned-By: "), "{last}");
     }
 
     #[test]

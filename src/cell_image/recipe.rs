@@ -76,7 +76,8 @@ pub(super) fn cell_hash(agent: &Version, arch: Arch) -> String {
     hash(&[&base_hash(arch), CELL_DOCKERFILE, agent.as_str()])
 }
 
-fn hash(parts: &[&str]) -> String {
+/// Hash over the parts: 12 hex digits.
+pub(super) fn hash(parts: &[&str]) -> String {
     let mut digest = Sha256::new();
     for part in parts {
         // The length keeps neighbours apart.

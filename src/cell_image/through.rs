@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use super::types::{Build, EngineFault, EngineFuture, ImageEngine, ImageInfo, OnLine};
-use crate::engine::{BuildContext, BuildSpec, Engine, EngineError, Progress};
+use super::types::{Build, EngineFault, EngineFuture, Extend, ImageEngine, ImageInfo, OnLine};
+use crate::engine::{self, BuildContext, BuildSpec, Engine, EngineError, Progress};
 use crate::job::InstanceId;
 
 /// Lines of progress that wait to be shown; more are dropped by the engine's side.
@@ -103,6 +103,15 @@ impl ImageEngine for EngineImages {
             let imported =
                 with_lines(&quiet, async |progress| self.engine.import(tar, tag, changes, &progress).await);
             imported.await.map(|_| ()).map_err(fault("import an image"))
+        })
+    }
+
+    fn extend<'a>(&'a self, extend: &'a Extend, on_line: OnLine<'a>) -> EngineFuture<'a, ()> {
+        let Extend { image_id, container, dir, command, keep_as, changes } = extend.clone();
+        let spec = engine::Extend { image_id, container, dir, command, keep_as, changes };
+        Box::pin(async move {
+            let made = with_lines(on_line, async |progress| self.engine.extend(&spec, &progress).await);
+            made.await.map_err(fault("build an image"))
         })
     }
 

@@ -30,6 +30,8 @@ pub trait ImageEngine: Send + Sync {
     fn build<'a>(&'a self, build: &'a Build, on_line: OnLine<'a>) -> EngineFuture<'a, ()>;
     /// Makes an image of one layer from a root file system. `changes` are lines of a Dockerfile (`LABEL …`).
     fn import<'a>(&'a self, tar: &'a Path, tag: &'a str, changes: &'a [String]) -> EngineFuture<'a, ()>;
+    /// Runs a program of ours as root in a container of an image, without a network, and keeps what it changed.
+    fn extend<'a>(&'a self, extend: &'a Extend, on_line: OnLine<'a>) -> EngineFuture<'a, ()>;
     /// Gives an image another name.
     fn tag<'a>(&'a self, image_id: &'a str, tag: &'a str) -> EngineFuture<'a, ()>;
     /// Whether each path exists in the image, links followed; nothing of the image is run.
@@ -49,6 +51,23 @@ pub struct Build {
     pub args: Vec<(&'static str, String)>,
     /// Labels of the result.
     pub labels: Vec<(&'static str, String)>,
+}
+
+/// One image made from another by a program that runs in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Extend {
+    /// The image, by id.
+    pub image_id: String,
+    /// Name of the container meanwhile.
+    pub container: String,
+    /// Seen at `/mnt`, and writable.
+    pub dir: PathBuf,
+    /// The program with its arguments.
+    pub command: Vec<String>,
+    /// Name of the result; without one nothing is kept.
+    pub keep_as: Option<String>,
+    /// Lines of a Dockerfile (`LABEL …`).
+    pub changes: Vec<String>,
 }
 
 /// An image as the engine describes it.
@@ -113,16 +132,20 @@ pub enum BaseSource {
 pub struct BuildRequest {
     /// Version of the CLI, or a tag of the registry; `None`: the active one.
     pub agent: Option<String>,
-    /// Build base and image again even where they exist (takes in newer packages).
+    /// Build again even where it exists (takes in newer packages): the default image with its base, a toolchain's
+    /// image on the base that is there.
     pub force: bool,
     /// Where the base comes from.
     pub base: BaseSource,
 }
 
-/// The image that was built or found. Also the content of `<state>/images/cell.json`.
+/// The image that was built or found. Also the content of `<state>/images/<name>.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Built {
+    /// `cell`, or the toolchain.
+    #[serde(default = "cell_name")]
+    pub name: String,
     /// `sha256:…`.
     pub id: String,
     /// The exact name, `<prefix>/cell:<agent>-<recipe>`.
@@ -131,8 +154,12 @@ pub struct Built {
     pub size_bytes: Option<u64>,
     /// What the base was made from.
     pub base: String,
-    /// Version of the CLI in it.
-    pub agent: String,
+    /// Version of the CLI in it; a toolchain's image has none, each cell is given it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<String>,
+    /// Versions of what a toolchain's image is for, by Debian package.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub versions: BTreeMap<String, String>,
     /// Hash of the recipe.
     pub recipe: String,
     /// Whether it was there already.
@@ -141,6 +168,51 @@ pub struct Built {
     pub duration_ms: u64,
     /// When, in milliseconds since 1970.
     pub built_at_ms: u64,
+}
+
+fn cell_name() -> String {
+    "cell".to_owned()
+}
+
+/// An image that hotcell can build, as it is in the engine now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Listed {
+    /// `cell`, or the toolchain.
+    pub name: String,
+    /// What a job calls it.
+    pub image: String,
+    /// How it stands.
+    pub state: Standing,
+    /// What was built, where something was.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub built: Option<Found>,
+}
+
+/// What of an image of ours there is in the engine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Found {
+    /// `sha256:…`.
+    pub id: String,
+    /// Size of all layers, where the engine says so.
+    pub size_bytes: Option<u64>,
+    /// When, in milliseconds since 1970.
+    pub built_at_ms: u64,
+    /// Versions of what it is for, by Debian package; `claude` is the CLI.
+    pub versions: BTreeMap<String, String>,
+}
+
+/// How an image that hotcell can build stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Standing {
+    /// It is there, as this version of hotcell makes it.
+    Built,
+    /// It is there, from another recipe than this version's.
+    Outdated,
+    /// It was never built here.
+    NotBuilt,
+    /// It was built, and is no longer in the engine.
+    Gone,
 }
 
 /// Why there is no image.
@@ -154,14 +226,20 @@ pub enum ImageError {
     /// mmdebstrap needs root.
     #[error("unpacking Debian packages needs root; run `sudo hotcell image build`")]
     NotRoot,
-    /// mmdebstrap failed.
-    #[error("mmdebstrap failed ({why}); its last lines:\n{last}")]
-    Mmdebstrap {
+    /// A program of this machine failed.
+    #[error("{program} failed ({why}); its last lines:\n{last}")]
+    Program {
+        /// `mmdebstrap`, `apt-get`.
+        program: &'static str,
         /// Exit status.
         why: String,
         /// Last lines.
         last: String,
     },
+    /// apt is needed and missing.
+    #[error("the base is made from Debian packages, and this machine has no apt-get to fetch more of them; \
+             build on a Debian machine, or where a container registry answers (`hotcell image build --force`)")]
+    AptMissing,
     /// The base could not be had from the registry, and nothing else was allowed.
     #[error("cannot make the base from a registry: {0}; use `--base debian` where no registry is reachable")]
     Registry(String),
@@ -186,9 +264,17 @@ pub enum ImageError {
     /// The default image was never built.
     #[error("there is no cell image yet; run `hotcell image build`")]
     NotBuilt,
+    /// A toolchain's image was never built.
+    #[error("there is no image hotcell/{name} yet; run `hotcell image build {name}`")]
+    ToolchainNotBuilt {
+        /// The toolchain.
+        name: &'static str,
+    },
     /// The recorded image is gone from the engine.
-    #[error("the cell image {id} is no longer in the engine; run `hotcell image build`")]
+    #[error("the {name} image {id} is no longer in the engine; run `hotcell image build {name}`")]
     Gone {
+        /// `cell`, or the toolchain.
+        name: &'static str,
         /// Recorded id.
         id: String,
     },

@@ -1,6 +1,7 @@
-//! `hotcell image`: the image of the cells. Runs in this process, against the engine.
+//! `hotcell image`: the images of the cells. Runs in this process, against the engine.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, LazyLock};
 
 use clap::{Args, Subcommand};
 use tokio::sync::mpsc;
@@ -8,7 +9,12 @@ use tokio::sync::mpsc;
 use super::Context;
 use super::fail::{CliError, ExitCode};
 use super::serve::ConfigFlags;
-use crate::cell_image::{BuildRequest, Built, EngineImages, ImageError, Images, Progress};
+use super::render::tables;
+use crate::agent_bundle::Bundles;
+use crate::cell_image::{
+    BuildRequest, Built, EngineImages, ImageError, Images, Progress, TOOLCHAINS, Toolchain, Workshop,
+    toolchain,
+};
 use crate::config::Config;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
@@ -18,7 +24,7 @@ use crate::npm::Npm;
 /// Lines of progress that wait to be shown; more are dropped.
 const LINES_MAX: usize = 256;
 
-/// Build the image of the cells
+/// Build the images of the cells, and list them
 #[derive(Debug, Args)]
 pub(super) struct ImageArgs {
     #[command(subcommand)]
@@ -27,12 +33,27 @@ pub(super) struct ImageArgs {
 
 #[derive(Debug, Subcommand)]
 enum ImageCommand {
-    /// Build the default image through the engine, where it is not there yet
+    /// Build images through the engine, where they are not there yet: the default one, or those named
+    #[command(after_help = AFTER_HELP.as_str())]
     Build {
-        /// Build it again even where it is there
+        /// cell (the default image) or a toolchain
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+        /// Build the default image and all toolchains
+        #[arg(long, conflicts_with = "names")]
+        all: bool,
+        /// Build again even where it is there (newer packages; for the default image a new base, too)
         #[arg(long)]
         force: bool,
-        /// Print what was built as JSON at the end
+        /// Print what was built as JSON, one line for each image
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        config: ConfigFlags,
+    },
+    /// List the images that can be built, and which of them are there
+    Ls {
+        /// Print a JSON array
         #[arg(long)]
         json: bool,
         #[command(flatten)]
@@ -40,59 +61,154 @@ enum ImageCommand {
     },
 }
 
+/// The names, with what is in them.
+static AFTER_HELP: LazyLock<String> = LazyLock::new(|| {
+    let lines = TOOLCHAINS.iter().map(|toolchain| format!("  {:<7} {}\n", toolchain.name, toolchain.title));
+    let cell = "  cell    the default image: Node, Python, git and the CLI\n".to_owned();
+    let lines = [cell].into_iter().chain(lines).collect::<String>();
+    format!("Names:\n{lines}\nA job names one as hotcell/<NAME>, or has it picked with `--image auto`.")
+});
+
 impl ImageArgs {
     pub(super) fn json(&self) -> bool {
-        let ImageCommand::Build { json, .. } = &self.command;
-        *json
+        match &self.command {
+            ImageCommand::Build { json, .. } | ImageCommand::Ls { json, .. } => *json,
+        }
     }
 }
 
 pub(super) fn image(args: &ImageArgs, context: &mut Context) -> Result<ExitCode, CliError> {
-    let ImageCommand::Build { force, json, config } = &args.command;
-    let config = Config::load(&config.flags(), &context.machine)?;
-    let built = super::wait(build(&config, *force, context))?;
-    context.out.end_status();
-    if *json {
-        context.out.json(&built)?;
-        return Ok(ExitCode::Succeeded);
+    match &args.command {
+        ImageCommand::Build { names, all, force, json, config } => {
+            let wanted = wanted(names, *all)?;
+            let config = Config::load(&config.flags(), &context.machine)?;
+            super::wait(build_all(&config, &wanted, (*force, *json), context))
+        }
+        ImageCommand::Ls { json, config } => {
+            let config = Config::load(&config.flags(), &context.machine)?;
+            super::wait(list(&config, *json, context))
+        }
+    }
+}
+
+/// One image to build.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Cell,
+    Toolchain(&'static Toolchain),
+}
+
+/// What the names mean: the default image where there is none, each one once, in the order given.
+fn wanted(names: &[String], all: bool) -> Result<Vec<Wanted>, CliError> {
+    if all {
+        return Ok([Wanted::Cell].into_iter().chain(TOOLCHAINS.iter().map(Wanted::Toolchain)).collect());
+    }
+    let mut wanted = Vec::new();
+    for name in names {
+        let plain = name.strip_prefix("hotcell/").unwrap_or(name);
+        let one = if plain == "cell" { Some(Wanted::Cell) } else { toolchain(plain).map(Wanted::Toolchain) };
+        let one = one.ok_or_else(|| {
+            let known: Vec<&str> = TOOLCHAINS.iter().map(|toolchain| toolchain.name).collect();
+            let hint = format!("there are: cell, {}", known.join(", "));
+            CliError::usage_hint(format!("there is no recipe for an image {name:?}"), hint)
+        })?;
+        if !wanted.contains(&one) {
+            wanted.push(one);
+        }
+    }
+    Ok(if wanted.is_empty() { vec![Wanted::Cell] } else { wanted })
+}
+
+async fn engine(config: &Config) -> Result<EngineImages, CliError> {
+    let address = find_address(config.engine.as_deref()).map_err(|e| CliError::Away(e.into()))?;
+    let engine = Docker::connect(&address).await.map_err(|e| CliError::Away(e.into()))?;
+    let engine: Arc<dyn Engine> = Arc::new(engine);
+    // Helpers that look into images live for milliseconds; they need a label, not an owner.
+    Ok(EngineImages::new(engine, InstanceId::new(0)))
+}
+
+async fn build_all(
+    config: &Config,
+    wanted: &[Wanted],
+    (force, json): (bool, bool),
+    context: &mut Context,
+) -> Result<ExitCode, CliError> {
+    let port = engine(config).await?;
+    crate::daemon::make_state_dir(&config.state_dir).map_err(CliError::Local)?;
+    let npm = Npm::from_environment().map_err(|e| CliError::Local(e.into()))?;
+    let request = BuildRequest { agent: config.defaults.agent.clone(), force, ..BuildRequest::default() };
+    let images = Images::new(&port, &config.state_dir);
+    let mut workshop = Workshop::new();
+    for one in wanted {
+        let (lines, mut shown) = mpsc::channel::<Line>(LINES_MAX);
+        let on_progress = move |progress: Progress<'_>| {
+            // Progress never holds the build up.
+            let _ = lines.try_send(Line::of(progress));
+        };
+        let building = async {
+            match one {
+                Wanted::Cell => images.build(&npm, &request, &on_progress).await,
+                Wanted::Toolchain(toolchain) => {
+                    images.build_toolchain(toolchain, &npm, &request, &mut workshop, &on_progress).await
+                }
+            }
+        };
+        let mut building = std::pin::pin!(building);
+        let built = loop {
+            tokio::select! {
+                Some(line) = shown.recv() => line.show(context)?,
+                built = &mut building => break built.map_err(failed)?,
+            }
+        };
+        context.out.end_status();
+        tell(&built, json, context)?;
+    }
+    workshop.close().map_err(failed)?;
+    Ok(ExitCode::Succeeded)
+}
+
+fn tell(built: &Built, json: bool, context: &mut Context) -> Result<(), CliError> {
+    if json {
+        return context.out.json(built);
     }
     let how = if built.reused { "is there already" } else { "is built" };
     let megabytes = built.size_bytes.unwrap_or(0) / 1_000_000;
     let seconds = built.duration_ms as f64 / 1000.0;
+    let with = match &built.agent {
+        Some(agent) => format!("the CLI {agent}"),
+        None => versions(&built.versions),
+    };
     context.out.notice(&format!(
-        "{} {how}: {}, {megabytes} MB, from {}, with the CLI {}, in {seconds:.1} s",
-        built.tag, built.id, built.base, built.agent
-    ))?;
+        "{} {how}: {}, {megabytes} MB, from {}, with {with}, in {seconds:.1} s",
+        built.tag, built.id, built.base
+    ))
+}
+
+fn versions(all: &BTreeMap<String, String>) -> String {
+    all.iter().map(|(name, version)| format!("{name} {version}")).collect::<Vec<_>>().join(", ")
+}
+
+async fn list(config: &Config, json: bool, context: &mut Context) -> Result<ExitCode, CliError> {
+    let port = engine(config).await?;
+    let images = Images::new(&port, &config.state_dir);
+    let agent = match &config.defaults.agent {
+        Some(agent) => agent.parse(),
+        None => Bundles::new(&config.state_dir).active(),
+    };
+    let list = images.list(&agent.map_err(|e| CliError::Local(e.into()))?).await.map_err(failed)?;
+    if json {
+        context.out.json(&list)?;
+    } else {
+        context.out.print(&tables::images(context.out.paint, &list))?;
+    }
     Ok(ExitCode::Succeeded)
 }
 
-async fn build(config: &Config, force: bool, context: &mut Context) -> Result<Built, CliError> {
-    let address = find_address(config.engine.as_deref()).map_err(|e| CliError::Away(e.into()))?;
-    let engine = Docker::connect(&address).await.map_err(|e| CliError::Away(e.into()))?;
-    let engine: Arc<dyn Engine> = Arc::new(engine);
-    crate::daemon::make_state_dir(&config.state_dir).map_err(CliError::Local)?;
-    // Helpers that look into images live for milliseconds; they need a label, not an owner.
-    let port = EngineImages::new(engine, InstanceId::new(0));
-    let npm = Npm::from_environment().map_err(|e| CliError::Local(e.into()))?;
-    let request = BuildRequest { agent: config.defaults.agent.clone(), force, ..BuildRequest::default() };
-    let (lines, mut shown) = mpsc::channel::<Line>(LINES_MAX);
-    let on_progress = move |progress: Progress<'_>| {
-        // Progress never holds the build up.
-        let _ = lines.try_send(Line::of(progress));
-    };
-    let images = Images::new(&port, &config.state_dir);
-    let mut building = std::pin::pin!(images.build(&npm, &request, &on_progress));
-    loop {
-        tokio::select! {
-            Some(line) = shown.recv() => line.show(context)?,
-            built = &mut building => {
-                return built.map_err(|error| match &error {
-                    ImageError::Engine(fault) if fault.away => CliError::Away(error.into()),
-                    ImageError::Npm(_) => CliError::Away(error.into()),
-                    _ => CliError::Local(error.into()),
-                });
-            }
-        }
+fn failed(error: ImageError) -> CliError {
+    match &error {
+        ImageError::Engine(fault) if fault.away => CliError::Away(error.into()),
+        ImageError::Npm(_) => CliError::Away(error.into()),
+        _ => CliError::Local(error.into()),
     }
 }
 
@@ -130,5 +246,22 @@ pub(super) fn bytes(what: &str, done: u64, total: Option<u64>) -> String {
     match total {
         Some(total) => format!("{what}: {:.0} of {:.0} MB", megabytes(done), megabytes(total)),
         None => format!("{what}: {:.0} MB", megabytes(done)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_mean_images_and_each_one_is_built_once() {
+        let names = |names: &[&str]| wanted(&names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>(), false);
+        assert_eq!(names(&[]).unwrap(), [Wanted::Cell]);
+        let rust = Wanted::Toolchain(toolchain("rust").unwrap());
+        assert_eq!(names(&["rust", "hotcell/rust", "cell"]).unwrap(), [rust, Wanted::Cell]);
+        assert_eq!(wanted(&[], true).unwrap().len(), 1 + TOOLCHAINS.len());
+        let error = names(&["rust", "cobol"]).unwrap_err();
+        assert!(error.to_string().contains("\"cobol\""), "{error}");
+        assert_eq!(error.hint().unwrap(), "there are: cell, cc, go, java, node, python, rust");
     }
 }

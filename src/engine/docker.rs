@@ -6,6 +6,7 @@
 //! after the start; a removal answers before it has happened, or with "already in progress" or "busy", so it
 //! is repeated until inspect says 404; engines serialise creates and removes, so each has a limit of its own.
 
+mod extend;
 mod images;
 
 use std::collections::HashMap;
@@ -28,7 +29,7 @@ use tokio::time::{Instant, timeout};
 
 use self::images::IMAGE_MS_MAX;
 use super::{
-    BOOT_BYTES_MAX, BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Found,
+    BOOT_BYTES_MAX, BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Extend, Found,
     ImageInfo, LABEL_CELL, LABEL_INSTANCE, Progress, Reply, RuntimeInfo, address, config, container_name,
     normalise_arch, tail,
 };
@@ -371,6 +372,7 @@ impl Engine for Docker {
     fn import<'a>(&'a self, rootfs_tar: &'a Path, tag: &'a str, changes: &'a [String], progress: &'a Progress) -> Reply<'a, ImageInfo> {
         Box::pin(self.import_image(rootfs_tar, tag, changes, progress))
     }
+    fn extend<'a>(&'a self, spec: &'a Extend, progress: &'a Progress) -> Reply<'a, ()> { Box::pin(self.extend_image(spec, progress)) }
     fn tag<'a>(&'a self, image: &'a str, reference: &'a str) -> Reply<'a, ()> { Box::pin(self.tag_image(image, reference)) }
     fn remove_image<'a>(&'a self, reference: &'a str) -> Reply<'a, ()> { Box::pin(self.forget_image(reference)) }
     fn probe_paths<'a>(&'a self, instance: &'a InstanceId, image_id: &'a str, paths: &'a [&'a str]) -> Reply<'a, Vec<bool>> {

@@ -16,7 +16,7 @@ use super::rule::Rule;
 use super::sets::Sets;
 use super::steps::StepTable;
 use crate::change::hide::{HideError, HideRules};
-use crate::job::spec::{PermissionMode, Runtime, WorkspaceMode};
+use crate::job::spec::{AUTO_IMAGE, PermissionMode, Runtime, WorkspaceMode};
 use crate::money::MicroUsd;
 
 /// What jobs under this policy may do and spend: the ceiling.
@@ -369,7 +369,10 @@ impl Policy {
             ("agents.default", &self.agents.default, &self.agents.allow),
             ("providers.default", &self.providers.default, &self.providers.allow),
         ] {
+            // Not an image but a wish for one; what is picked is held against the list.
+            let picked = key == "images.default" && default.as_deref() == Some(AUTO_IMAGE);
             if let Some(name) = default
+                && !picked
                 && !allow.iter().any(|p| super::matches(p, name))
             {
                 return Err((

@@ -16,7 +16,9 @@ use super::output::Output;
 use super::requests::Requests;
 use super::rule::Rule;
 use super::steps::StepKind;
-use crate::job::spec::{Effort, JobSpec, PermissionMode, Runtime, WORKSPACE, WorkspaceMode, WorkspaceSpec};
+use crate::job::spec::{
+    AUTO_IMAGE, Effort, JobSpec, PermissionMode, Runtime, WORKSPACE, WorkspaceMode, WorkspaceSpec,
+};
 use crate::money::MicroUsd;
 
 /// Variables that steer the CLI, the loader or the way out: no job may set them, whatever its policy says.
@@ -330,7 +332,10 @@ impl Asked<'_> {
         }
         let own = |n: &Narrowing| n.images.as_ref()?.default.clone();
         let image = self.named(&spec.image, own, &policy.images.default, &defaults.image);
-        self.one_of("image", &image, &policy.images.allow, |n| n.images.as_ref().map(|m| &m.allow))?;
+        if image != AUTO_IMAGE {
+            // What is picked comes here once it is known.
+            self.one_of("image", &image, &policy.images.allow, |n| n.images.as_ref().map(|m| &m.allow))?;
+        }
         let own = |n: &Narrowing| n.providers.as_ref()?.default.clone();
         let provider = self.named(&spec.provider, own, &policy.providers.default, &defaults.provider);
         self.one_of("provider", &provider, &policy.providers.allow, |n| {

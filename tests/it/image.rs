@@ -5,6 +5,7 @@
 
 mod docker_cli;
 mod registry;
+mod toolchains;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
@@ -14,8 +15,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use hotcell::agent_bundle::{Arch, BundleError, Bundles, Libc, Platform, Qualification};
 use hotcell::cell_image::{
-    BaseSource, Build, BuildRequest, EngineFault, EngineFuture, ImageEngine, ImageError, ImageInfo, Images,
-    OnLine, Progress, Shell,
+    BaseSource, Build, BuildRequest, EngineFault, EngineFuture, Extend, ImageEngine, ImageError, ImageInfo,
+    Images, OnLine, Progress, Shell,
 };
 use hotcell::npm::{Npm, NpmError, Registry};
 
@@ -184,6 +185,9 @@ impl ImageEngine for FakeEngine {
     }
     fn import<'a>(&'a self, _: &'a Path, _: &'a str, _: &'a [String]) -> EngineFuture<'a, ()> {
         refused("import")
+    }
+    fn extend<'a>(&'a self, _: &'a Extend, _: OnLine<'a>) -> EngineFuture<'a, ()> {
+        refused("extend")
     }
     fn tag<'a>(&'a self, _: &'a str, _: &'a str) -> EngineFuture<'a, ()> {
         refused("tag")

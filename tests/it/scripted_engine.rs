@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use hotcell::config::{self, ApiKeySource, Config, Defaults, Limits};
 use hotcell::daemon::{self, Listeners, Shutdown};
 use hotcell::engine::{
-    BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Found, ImageInfo, Progress,
-    Reply, RuntimeInfo,
+    BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Extend, Found, ImageInfo,
+    Progress, Reply, RuntimeInfo,
 };
 use hotcell::job::{CellId, InstanceId};
 use serde_json::{Value, json};
@@ -135,6 +135,9 @@ impl Engine for Scripted {
         _: &'a Progress,
     ) -> Reply<'a, ImageInfo> {
         Box::pin(async { Err(refused("import")) })
+    }
+    fn extend<'a>(&'a self, _: &'a Extend, _: &'a Progress) -> Reply<'a, ()> {
+        Box::pin(async { Err(refused("extend")) })
     }
     fn tag<'a>(&'a self, _: &'a str, _: &'a str) -> Reply<'a, ()> {
         Box::pin(async { Ok(()) })

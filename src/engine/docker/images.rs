@@ -28,7 +28,7 @@ pub(super) const IMAGE_MS_MAX: u64 = 45 * 60_000;
 /// Symlinks followed by `probe_paths`.
 const LINKS_MAX: usize = 8;
 /// One line of progress, in characters.
-const PROGRESS_CHARS_MAX: usize = 2_000;
+pub(super) const PROGRESS_CHARS_MAX: usize = 2_000;
 
 impl Docker {
     pub(super) async fn find_image(&self, reference: &str) -> Result<Option<ImageInfo>, EngineError> {
@@ -269,7 +269,7 @@ async fn file_body(path: &Path) -> Result<Body, EngineError> {
 }
 
 /// References go into request paths: only what a reference may hold.
-fn check_reference(reference: &str) -> Result<(), EngineError> {
+pub(super) fn check_reference(reference: &str) -> Result<(), EngineError> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/' | b':' | b'@');
     let bad = reference.is_empty()
         || reference.len() > 512
@@ -283,7 +283,7 @@ fn check_reference(reference: &str) -> Result<(), EngineError> {
 }
 
 /// Name and tag; no tag for a digest, `latest` where there is none.
-fn split_tag(reference: &str) -> (&str, &str) {
+pub(super) fn split_tag(reference: &str) -> (&str, &str) {
     match reference.rsplit_once(':') {
         _ if reference.contains('@') => (reference, ""),
         Some((name, tag)) if !tag.contains('/') => (name, tag),

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Stdio;
 
-use hotcell::cell_image::{Build, EngineFault, EngineFuture, ImageEngine, ImageInfo, OnLine};
+use hotcell::cell_image::{Build, EngineFault, EngineFuture, Extend, ImageEngine, ImageInfo, OnLine};
 use tokio::process::Command;
 
 pub(super) struct DockerCli;
@@ -28,7 +28,7 @@ impl DockerCli {
 
     /// Runs a script as a cell does: no network, no capability, read-only root, a private uid.
     pub(super) async fn run_locked(&self, image: &str, script: &str) -> Result<String, String> {
-        let home = "/home/agent:uid=1610612737,gid=1610612737,mode=700";
+        let home = "/home/agent:uid=1610612737,gid=1610612737,mode=700,exec";
         let arguments = [
             "run",
             "--rm",
@@ -131,6 +131,26 @@ impl ImageEngine for DockerCli {
             }
             arguments.extend([tar.to_str().unwrap(), tag]);
             docker(&arguments).await.map(drop)
+        })
+    }
+
+    fn extend<'a>(&'a self, extend: &'a Extend, _: OnLine<'a>) -> EngineFuture<'a, ()> {
+        Box::pin(async move {
+            let (name, bind) = (extend.container.as_str(), format!("{}:/mnt", extend.dir.display()));
+            let mut run = vec!["run", "--name", name, "--network", "none", "--volume", &bind];
+            run.push(&extend.image_id);
+            run.extend(extend.command.iter().map(String::as_str));
+            let mut done = docker(&run).await.map(drop);
+            if let (Ok(()), Some(tag)) = (&done, &extend.keep_as) {
+                let mut commit = vec!["commit"];
+                for change in &extend.changes {
+                    commit.extend(["--change", change]);
+                }
+                commit.extend([name, tag]);
+                done = docker(&commit).await.map(drop);
+            }
+            docker(&["rm", "--force", name]).await?;
+            done
         })
     }
 
