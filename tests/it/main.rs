@@ -23,6 +23,7 @@ mod life;
 mod modes;
 mod money;
 mod output;
+mod packages;
 mod park;
 mod policies;
 mod provider;
