@@ -218,7 +218,7 @@ async fn frames_that_init_would_not_send_end_the_connection_and_are_reported() {
         (vec![0xff; 64], "reserved header bytes are not zero"),
         (Header::encode(3, BODY_BYTES_MAX + 1, 0).to_vec(), "frame over the size limit"),
         (Header::encode(99, 0, 0).to_vec(), "unknown frame kind"),
-        (Header::encode(8, 5, STEPS_MAX as u64).to_vec(), "a step over the limit"),
+        ([Header::encode(8, 5, STEPS_MAX as u64).as_slice(), &[0; 5]].concat(), "a step over the limit"),
         ([Header::encode(8, 5, 0).as_slice(), &[2, 0, 0, 0, 0]].concat(), "unknown exit status"),
         ([Header::encode(8, 6, 0).as_slice(), &[0; 6]].concat(), "bytes after the end"),
         (ToInit::Step { index: 0 }.encode(), "unknown frame kind"),

@@ -127,27 +127,17 @@ async fn session(cell: &Cell, link: Link, gvisor: bool) -> Link {
 
 /// Ctrl-C, a signal and the end of the input, each for what runs in the foreground of the shell.
 async fn interrupt(screen: &mut Screen) {
-    screen.type_in("echo slee''ping; sleep 1000\n");
+    // The group has the foreground before it says a word.
+    screen.type_in("(echo slee''ping; exec sleep 1000)\n");
     screen.until("\nsleeping\r\n").await;
     screen.type_in("\x03");
     screen.until("^C").await;
-    screen.type_in("echo sti''ll here\n");
-    screen.until("\nstill here\r\n").await;
-    screen.type_in("echo slee''ping; sleep 1000; echo wo''ken\n");
+    screen.type_in("echo sti''ll here $?\n");
+    screen.until("\nstill here 130\r\n").await;
+    screen.type_in("(echo slee''ping; exec sleep 1000); echo wo''ken $?\n");
     screen.until("\nsleeping\r\n").await;
-    // Until `sleep` is there it is the shell that runs in the foreground, which does not end by this one.
-    let handle = screen.link.handle();
-    let mut ticks = tokio::time::interval(Duration::from_millis(50));
-    {
-        let woken = screen.until("woken\r\n");
-        tokio::pin!(woken);
-        loop {
-            tokio::select! {
-                _ = &mut woken => break,
-                _ = ticks.tick() => handle.signal(libc::SIGTERM),
-            }
-        }
-    }
+    screen.link.handle().signal(libc::SIGTERM);
+    screen.until("woken 143\r\n").await;
     screen.type_in("echo rea''ding; cat; echo en''ded\n");
     screen.until("reading\r\n").await;
     screen.type_in("\x04");
