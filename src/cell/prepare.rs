@@ -650,6 +650,8 @@ pub(super) fn boot_with(
     boot.start_now = steps.is_empty();
     boot.steps = steps.into_iter().map(words).collect();
     boot.terminal = terminal.map(|size| (size.rows, size.cols));
+    // A person's command may open /dev/stdout, which no socket can be.
+    boot.pipes = !model && terminal.is_none();
     let forward = |port, name| PortForward { port, socket: PathBuf::from("/.hotcell").join(name) };
     boot.forwards = vec![forward(agent_way_out::EGRESS_PORT, "egress.sock")];
     if model {
