@@ -268,10 +268,9 @@ fn told_of_jobs() -> Value {
 
 /// What is kept of package hosts.
 fn cache() -> Value {
-    let which = || [
-        query("policy", "only of this policy"),
-        query("prefix", "only where the URL begins so; for admins"),
-    ];
+    let which = || {
+        [query("policy", "only of this policy"), query("prefix", "only where the URL begins so; for admins")]
+    };
     let mut of_delete = which().to_vec();
     of_delete.push(query("all", "1: all of it, where nothing else is named"));
     json!({

@@ -184,7 +184,8 @@ impl Images<'_> {
                 let mut versions = toolchain::versions(&toolchain.headline(), &names, status);
                 if toolchain.has_node_extras() {
                     let node = [recipe::node(layer.arch), toolchain::COREPACK];
-                    versions.extend(node.map(|pinned| (node_name(pinned.package), pinned.version.to_owned())));
+                    versions
+                        .extend(node.map(|pinned| (node_name(pinned.package), pinned.version.to_owned())));
                 }
                 self.layer_by_container(open, layer, &work, &versions, on_progress).await?;
             }

@@ -38,12 +38,7 @@ pub static TOOLCHAINS: [Toolchain; 6] = [
         packages: include_str!("../../images/cc/packages.txt"),
         env: "",
     },
-    Toolchain {
-        name: "go",
-        title: "Go",
-        packages: include_str!("../../images/go/packages.txt"),
-        env: "",
-    },
+    Toolchain { name: "go", title: "Go", packages: include_str!("../../images/go/packages.txt"), env: "" },
     Toolchain {
         name: "java",
         title: "JDK 17 and Maven",

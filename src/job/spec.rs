@@ -365,7 +365,9 @@ impl JobSpec {
     fn check_work(&self) -> Result<(), SpecError> {
         match (&self.command, self.prompt.trim().is_empty()) {
             (None, true) => return Err(field("prompt", "is empty, and there is no command")),
-            (Some(_), false) => return Err(field("command", "stands beside a prompt: a job has one of them")),
+            (Some(_), false) => {
+                return Err(field("command", "stands beside a prompt: a job has one of them"));
+            }
             (Some(_), true) if self.verify.is_some() => {
                 return Err(field("verify", "stands beside a command: it judges the work of an agent"));
             }
