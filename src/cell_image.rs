@@ -149,7 +149,9 @@ impl<'a> Images<'a> {
                     (if same { Standing::Built } else { Standing::Outdated }, Some(found))
                 }
                 Err(ImageError::Gone { .. }) => (Standing::Gone, None),
-                Err(ImageError::NotBuilt | ImageError::ToolchainNotBuilt { .. }) => (Standing::NotBuilt, None),
+                Err(ImageError::NotBuilt | ImageError::ToolchainNotBuilt { .. }) => {
+                    (Standing::NotBuilt, None)
+                }
                 Err(error) => return Err(error),
             };
             all.push(Listed { name: name.to_owned(), image, state, built });
@@ -168,7 +170,9 @@ impl<'a> Images<'a> {
     pub fn recorded(&self, name: &str) -> Option<Built> {
         let text = std::fs::read(self.dir.join(format!("{name}.json"))).ok()?;
         serde_json::from_slice(&text)
-            .inspect_err(|error| tracing::warn!(name, %error, "the record of an image is damaged; taken as absent"))
+            .inspect_err(
+                |error| tracing::warn!(name, %error, "the record of an image is damaged; taken as absent"),
+            )
             .ok()
     }
 

@@ -35,8 +35,8 @@ pub(super) async fn picked(
     let (identity, state_dir) = (identity.clone(), api.parts.settings.state_dir.clone());
     let names = tokio::task::spawn_blocking(move || names(&identity, &record, &state_dir));
     let names = names.await.map_err(|e| ApiError::new(ErrorCode::Internal, e))?;
-    let names =
-        names.map_err(|e| ApiError::new(ErrorCode::Workspace, format!("workspace.path: {e} (image: auto)")))?;
+    let names = names
+        .map_err(|e| ApiError::new(ErrorCode::Workspace, format!("workspace.path: {e} (image: auto)")))?;
     Ok(pick(names.iter().map(String::as_str), &default))
 }
 

@@ -266,7 +266,10 @@ mod tests {
         assert!(all.starts_with(DEBIAN_SOURCES.trim_end()));
         assert_eq!(all.matches("Types: deb").count(), 3);
         let last = all.split("\n\n").last().unwrap();
-        assert!(last.contains("/debian\nSuites: bookworm-backports\nComponents: main\nSigned-By: "), "{last}");
+        assert!(
+            last.contains("/debian\nSuites: bookworm-backports\nComponents: main\nSigned-By: "),
+            "{last}"
+        );
     }
 
     #[test]

@@ -131,7 +131,8 @@ pub(super) async fn node_extras(
         };
         write().map_err(io)
     });
-    task.await.map_err(|error| ImageError::io("unpack corepack in", Path::new("."))(io::Error::other(error)))?
+    task.await
+        .map_err(|error| ImageError::io("unpack corepack in", Path::new("."))(io::Error::other(error)))?
 }
 
 /// Headers of Node; those of its OpenSSL for this processor only.

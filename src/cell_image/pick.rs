@@ -28,7 +28,16 @@ const SIGNS: [(&str, &[&str]); 6] = [
     ),
     (
         "python",
-        &["pyproject.toml", "setup.py", "setup.cfg", "requirements*", "Pipfile", "poetry.lock", "uv.lock", "tox.ini"],
+        &[
+            "pyproject.toml",
+            "setup.py",
+            "setup.cfg",
+            "requirements*",
+            "Pipfile",
+            "poetry.lock",
+            "uv.lock",
+            "tox.ini",
+        ],
     ),
     ("node", &["package.json", "pnpm-workspace.yaml"]),
     (

@@ -237,8 +237,10 @@ pub enum ImageError {
         last: String,
     },
     /// apt is needed and missing.
-    #[error("the base is made from Debian packages, and this machine has no apt-get to fetch more of them; \
-             build on a Debian machine, or where a container registry answers (`hotcell image build --force`)")]
+    #[error(
+        "the base is made from Debian packages, and this machine has no apt-get to fetch more of them; \
+             build on a Debian machine, or where a container registry answers (`hotcell image build --force`)"
+    )]
     AptMissing,
     /// The base could not be had from the registry, and nothing else was allowed.
     #[error("cannot make the base from a registry: {0}; use `--base debian` where no registry is reachable")]

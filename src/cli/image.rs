@@ -8,8 +8,8 @@ use tokio::sync::mpsc;
 
 use super::Context;
 use super::fail::{CliError, ExitCode};
-use super::serve::ConfigFlags;
 use super::render::tables;
+use super::serve::ConfigFlags;
 use crate::agent_bundle::Bundles;
 use crate::cell_image::{
     BuildRequest, Built, EngineImages, ImageError, Images, Progress, TOOLCHAINS, Toolchain, Workshop,
@@ -255,7 +255,8 @@ mod tests {
 
     #[test]
     fn names_mean_images_and_each_one_is_built_once() {
-        let names = |names: &[&str]| wanted(&names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>(), false);
+        let names =
+            |names: &[&str]| wanted(&names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>(), false);
         assert_eq!(names(&[]).unwrap(), [Wanted::Cell]);
         let rust = Wanted::Toolchain(toolchain("rust").unwrap());
         assert_eq!(names(&["rust", "hotcell/rust", "cell"]).unwrap(), [rust, Wanted::Cell]);
