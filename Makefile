@@ -8,7 +8,7 @@ PREFIX ?= /usr/local
 # The engine's address, once `make engine` has found or started one.
 ENGINE  = $(shell .ci/engine address 2>/dev/null)
 
-.PHONY: help tools engine gvisor engine-stop image images build init demo sources test test-full lint bench bench-tools install clean
+.PHONY: help tools engine gvisor engine-stop image images build init demo sources packages test test-full lint bench bench-tools install clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,7 +48,10 @@ demo: image ## Run one real job from start to clean-up and show everything that 
 sources: tools ## Fetch the Debian source packages that the tests change, into target/debian-sources, once.
 	@.ci/sources git mercurial perl >/dev/null
 
-test: tools init engine sources ## Run all tests, those with the real engine and the real CLI too.
+packages: tools ## Fetch what the tests serve as package registries, into target/packages, once.
+	@.ci/packages >/dev/null
+
+test: tools init engine sources packages ## Run all tests, those with the real engine and the real CLI too.
 	$(CARGO) build --locked --bin hotcell
 	HOTCELL_ENGINE=$(ENGINE) target/debug/hotcell image build --all
 	@.ci/engine gvisor || echo "hotcell: the tests go on without gVisor: they look at how it is refused" >&2
@@ -64,7 +67,7 @@ lint: tools ## Format, clippy, docs, shell scripts: no warning is let through.
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --lib --locked --quiet
-	bash -n .ci/engine && bash -n .ci/tools && bash -n .ci/run && bash -n .ci/sources && bash -n tests/demo
+	bash -n .ci/engine && bash -n .ci/tools && bash -n .ci/run && bash -n .ci/sources && bash -n .ci/apt && bash -n .ci/packages && bash -n tests/demo
 
 # Made anew when the list of versions changes; half made, it is not taken for whole.
 BENCH_TOOLS = target/bench-tools

@@ -3,8 +3,10 @@
 //! Every error has the one shape of [`wire::ErrorBody`].
 
 pub mod access;
+pub mod attach;
 pub mod audit;
 mod auto;
+pub mod cache;
 pub mod changes;
 pub mod cost;
 pub mod doctor;
@@ -121,6 +123,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/apply", post(changes::apply))
         .route("/v1/jobs/{id}/checkout", post(changes::checkout))
         .route("/v1/jobs/{id}/discard", post(changes::discard))
+        .route("/v1/jobs/{id}/attach", post(attach::attach))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/audit", get(audit::daemon))
         .route("/v1/whoami", get(whoami::whoami))
@@ -128,6 +131,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/unpark", post(jobs::unpark))
         .route("/v1/cost", get(cost::cost))
         .route("/v1/budgets", get(cost::budgets))
+        .route("/v1/cache", get(cache::list).delete(cache::remove))
         .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health))
         .route("/metrics", get(metrics))

@@ -37,6 +37,11 @@ pub struct Record {
     pub what: What,
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(value: &u64) -> bool {
+    *value == 0
+}
+
 /// What was decided; `kind` in JSON.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -80,10 +85,16 @@ pub enum What {
         /// The credential that was added, by name.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         credential: Option<String>,
-        /// Bytes that left the cell.
+        /// The status of the host's answer, where the request was looked into.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        status: Option<u16>,
+        /// Bytes that left the cell, over the network.
         bytes_up: u64,
-        /// Bytes that came to it.
+        /// Bytes that came to it, over the network.
         bytes_down: u64,
+        /// Bytes that came to it from the package cache.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        cached_bytes: u64,
         /// How long it took, in milliseconds.
         duration_ms: u64,
     },

@@ -8,6 +8,8 @@
 //! Read in this order: [`prepare`], [`live`], `collect` below, [`park`] (instead of an end), [`record`] (journal
 //! and row together).
 
+pub mod attach;
+mod bare;
 mod beside;
 mod bundle;
 pub mod changes;
@@ -22,6 +24,8 @@ pub mod report;
 mod rooms;
 pub mod runtime;
 mod space;
+mod steps;
+mod verify;
 mod way_out;
 mod work;
 
@@ -36,7 +40,7 @@ use crate::agent_bundle::Bundles;
 use crate::change::Quarantined;
 use crate::clock;
 use crate::engine::{ContainerId, Engine, EngineError, Exit, container_name};
-use crate::event::{Body, Totals};
+use crate::event::{Body, Totals, Verified};
 use crate::gateway::{Egress, Gateway};
 use crate::git::above::Above;
 use crate::job::outcome::Failure;
@@ -53,9 +57,11 @@ use crate::source::Sources;
 use crate::store::Store;
 use crate::workspace::{self, WorkspaceRecord};
 
+use self::bare::{Bare, Main};
 use self::live::Live;
 use self::park::{Admission, Pauses, Seen};
 use self::record::{Feeds, Record, RecordError};
+use self::verify::Verdict;
 pub use self::space::Space;
 
 /// Pause before an engine that is away is asked again.
@@ -141,6 +147,8 @@ pub struct Parts {
     pub bundles: Bundles,
     /// Who follows which job.
     pub feeds: Feeds,
+    /// Clients that take part in commands.
+    pub attached: attach::Attachments,
     /// What live cells take of the disk.
     pub space: Arc<Space>,
     /// Runtimes that were tried.
@@ -289,8 +297,10 @@ pub async fn run(parts: Arc<Parts>, job: JobId, start: Start, stop: watch::Recei
         | State::Stopping { .. }
         | State::Parking { .. }
         | State::Collecting { .. }
+        | State::Verifying
         | State::Done(_) => Fate::Over,
     };
+    parts.attached.close(&job);
     record.finish(&parts);
     fate
 }
@@ -303,7 +313,7 @@ async fn walk(
     mut stop: watch::Receiver<StopWish>,
 ) -> Result<bool, RecordError> {
     let at_end = stop.clone();
-    let ended = match start {
+    let mut ended = match start {
         Start::Fresh => {
             if let Some(parked) = park::turned_away(parts, record).await {
                 record.step(parts, Input::Park(parked)).await?;
@@ -314,34 +324,66 @@ async fn walk(
                 let waited = clock::wall_ms().saturating_sub(record.created_ms);
                 parts.metrics.started(waited as f64 / 1000.0);
             }
-            let begun = Instant::now();
-            match prepare::prepare(parts, record, &mut stop).await {
-                Ok(prepared) => {
-                    parts.metrics.phase(Phase::Prepare, begun.elapsed().as_secs_f64());
-                    Live::new(parts, record, prepared, stop).run().await?
-                }
-                Err(prepare::PrepareError::Failed(failure)) => Ended::failed(failure),
-                Err(prepare::PrepareError::Stopped(reason, detail)) => {
-                    record.push(&Body::Stop { reason, detail })?;
-                    record.step(parts, Input::Stop(reason)).await?;
-                    Ended::failed(Failure::new(Phase::Prepare, FailReason::Internal, "stopped"))
-                }
-                Err(prepare::PrepareError::Record(error)) => return Err(error),
-            }
+            attempt(parts, record, &mut stop).await?
+        }
+        Start::Adopt { .. } if record.spec.command.is_some() => {
+            let words = "the daemon was restarted while the command ran".to_owned();
+            Ended::failed(Failure::new(Phase::Run, FailReason::CellLost, words))
         }
         Start::Adopt { cell, container } => match prepare::adopt(parts, record, cell, container).await? {
-            Some(prepared) => Live::new(parts, record, prepared, stop).run().await?,
+            Some(prepared) => Live::new(parts, record, prepared, stop.clone()).run().await?,
             None => replayed(record).await?,
         },
         Start::Close => replayed(record).await?,
     };
-    if let Some(parked) = park::instead_of_done(record, &ended, clock::wall_ms())
-        && park::shelve(parts, record, &ended, parked, &at_end).await?
-    {
-        return Ok(true);
+    loop {
+        if let Some(parked) = park::instead_of_done(record, &ended, clock::wall_ms())
+            && park::shelve(parts, record, &ended, parked, &at_end).await?
+        {
+            return Ok(true);
+        }
+        match collect(parts, record, ended, &mut stop).await? {
+            Collected::Done => return Ok(true),
+            Collected::Repair => ended = attempt(parts, record, &mut stop).await?,
+        }
     }
-    collect(parts, record, ended).await?;
-    Ok(true)
+}
+
+/// One cell of the job, from nothing to the end of its processes.
+async fn attempt(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    stop: &mut watch::Receiver<StopWish>,
+) -> Result<Ended, RecordError> {
+    let begun = Instant::now();
+    let prepared = |parts: &Parts| parts.metrics.phase(Phase::Prepare, begun.elapsed().as_secs_f64());
+    let failed = match record.spec.command.clone() {
+        None => match prepare::prepare(parts, record, stop).await {
+            Ok(cell) => {
+                prepared(parts);
+                return Live::new(parts, record, cell, stop.clone()).run().await;
+            }
+            Err(error) => error,
+        },
+        Some(command) => match bare::prepare_command(parts, record, &command, stop).await {
+            Ok((started, stages)) => {
+                prepared(parts);
+                let main = Main::Command { attached: command.attached };
+                let wall = Duration::from_millis(record.wall_left_ms());
+                return Bare::new(parts, record, started, (stages, main, wall), stop.clone()).run().await;
+            }
+            Err(error) => error,
+        },
+    };
+    match failed {
+        prepare::PrepareError::Failed(failure) => Ok(Ended::failed(failure)),
+        prepare::PrepareError::Stopped(reason, detail) => {
+            record.push(&Body::Stop { reason, detail })?;
+            record.step(parts, Input::Stop(reason)).await?;
+            Ok(Ended::failed(Failure::new(Phase::Prepare, FailReason::Internal, "stopped")))
+        }
+        prepare::PrepareError::Record(error) => Err(error),
+    }
 }
 
 /// What the journal alone says of how a job ended, when no daemon saw its end.
@@ -349,50 +391,84 @@ async fn replayed(record: &mut Record) -> Result<Ended, RecordError> {
     let replay = match record.replay().await {
         Ok(replay) => replay,
         Err(RecordError::Cut) => {
-            let (trouble, seen) = (None, Seen::default());
-            return Ok(Ended { session: None, exit: None, failure: None, trouble, seen });
+            return Ok(Ended::default());
         }
         Err(error) => return Err(error),
     };
     record.exit = replay.figures;
     let (session, seen) = (Some(replay.session), Seen::default());
-    Ok(Ended { session, exit: replay.exit, failure: None, trouble: replay.trouble, seen })
+    let (exit, trouble) = (replay.exit, replay.trouble);
+    Ok(Ended { session, exit, trouble, seen, ..Ended::default() })
 }
 
-/// From the end of the cell's processes to `Done`.
-async fn collect(parts: &Arc<Parts>, record: &mut Record, ended: Ended) -> Result<(), RecordError> {
+/// What is next for a job whose cell's processes are gone.
+enum Collected {
+    /// Nothing.
+    Done,
+    /// Its agent gets another try.
+    Repair,
+}
+
+/// From the end of the cell's processes to `Done`, or to another try.
+async fn collect(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    ended: Ended,
+    stop: &mut watch::Receiver<StopWish>,
+) -> Result<Collected, RecordError> {
     let begun = Instant::now();
-    let again = matches!(record.state(), State::Collecting { .. });
+    let again = matches!(record.state(), State::Collecting { .. } | State::Verifying);
     if !again {
         record.step(parts, Input::CellEnded).await?;
     }
     // Before the cell's scratch space is gone.
     let report_bytes = report::collect(parts, record).await?;
     let changed = changes::collect(parts, record, again).await?;
+    let mut outcome = ended.outcome();
+    let verify = record.spec.verify.clone().filter(|_| outcome == Outcome::Succeeded && !record.is_stopped());
+    let mut repairs = verify.as_ref().map_or(0, |verify| verify.repair_attempts);
+    repairs = repairs.saturating_sub(record.carry.repairs);
+    if repairs > 0 && !park::keep_for_repair(parts, record).await? {
+        repairs = 0;
+    }
     destroy(parts, &record.job).await;
-    park::forget_work(parts, &record.job).await;
     let quarantined = quarantine(parts, record).await?;
+    parts.metrics.phase(Phase::Collect, begun.elapsed().as_secs_f64());
+    let mut verified = None;
+    if let Some(verify) = verify {
+        if matches!(record.state(), State::Collecting { .. }) {
+            record.step(parts, Input::Verify).await?;
+        }
+        let verdict = verify::verify(parts, record, &verify, stop).await?;
+        if repairs > 0
+            && verdict.is_the_agents()
+            && let Verdict::Failed { failure, output } = &verdict
+        {
+            let carry = park::carry_on(parts, record, &ended).await?;
+            record.repair(parts, carry, verify::words(&verify, failure, output)).await?;
+            return Ok(Collected::Repair);
+        }
+        let passed = matches!(verdict, Verdict::Passed);
+        verified = Some(Verified { passed, repairs: record.carry.repairs });
+        if let Verdict::Failed { failure, .. } = verdict {
+            outcome = Outcome::Failed(failure);
+        }
+    }
+    park::forget_work(parts, &record.job).await;
     let left_open = parts.store.release_open(&record.job, clock::wall_ms()).await?;
     if left_open > 0 {
         parts.metrics.reaped(crate::metrics::Orphan::Reservation, left_open);
     }
     let mut totals = totals(parts, record, &ended).await?;
     (totals.report_bytes, totals.changes, totals.quarantined) = (report_bytes, changed, quarantined);
-    let outcome = match record.state() {
-        State::Collecting { stopped: Some(reason) } => Outcome::Stopped { reason: *reason },
-        State::Collecting { stopped: None }
-        | State::Queued
-        | State::Preparing
-        | State::Running
-        | State::Stopping { .. }
-        | State::Parking { .. }
-        | State::Parked { .. }
-        | State::Done(_) => ended.outcome(),
-    };
+    totals.verified = verified;
+    if let State::Collecting { stopped: Some(reason) } = record.state() {
+        outcome = Outcome::Stopped { reason: *reason };
+    }
     let answer = ended.session.as_ref().and_then(Session::answer).map(str::to_owned);
     let answer = answer.map(|text| record.accepted.plan.output.bounded_result(text));
-    parts.metrics.phase(Phase::Collect, begun.elapsed().as_secs_f64());
-    record.done(parts, outcome, totals, answer).await
+    record.done(parts, outcome, totals, answer).await?;
+    Ok(Collected::Done)
 }
 
 /// What the agent left in a workspace that it worked on in place, and would be obeyed on the host, is set aside.
@@ -423,6 +499,7 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
         (Some(_), before, None) => before,
         (Some(_), before, Some(own)) => before.zip(own).map(|(a, b)| MicroUsd(a.0.saturating_add(b.0))),
     };
+    let ran = record.ran().await?;
     Ok(Totals {
         charged_micro_usd: spend.charged,
         cli_micro_usd,
@@ -437,7 +514,9 @@ async fn totals(parts: &Arc<Parts>, record: &Record, ended: &Ended) -> Result<To
         report_bytes: None,
         changes: None,
         quarantined: Vec::new(),
-        ran: record.ran().await?,
+        verified: None,
+        egress: ran.egress(),
+        ran,
     })
 }
 
@@ -514,7 +593,7 @@ async fn sweep_one(parts: &Arc<Parts>, cell: &CellId) -> Result<(), LeftOver> {
 }
 
 /// What is known when a cell's processes are gone.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Ended {
     /// The conversation.
     pub session: Option<Session>,
@@ -526,12 +605,19 @@ pub struct Ended {
     pub trouble: Option<Trouble>,
     /// What parking depends on.
     pub seen: Seen,
+    /// The end of what the job's own command printed that failed.
+    pub output: Option<String>,
 }
 
 impl Ended {
     /// Ended before its CLI had anything to say.
     pub fn failed(failure: Failure) -> Self {
-        Self { session: None, exit: None, failure: Some(failure), trouble: None, seen: Seen::default() }
+        Self { failure: Some(failure), ..Self::default() }
+    }
+
+    /// The end of a cell in which no agent was.
+    fn of_command(exit: AgentExit, failure: Option<Failure>) -> Self {
+        Self { exit: Some(exit), failure, ..Self::default() }
     }
 
     /// How the job ended, when no stop was decided.
@@ -539,9 +625,23 @@ impl Ended {
         match (&self.failure, &self.session, &self.exit) {
             (Some(failure), _, _) => Outcome::Failed(failure.clone()),
             (None, Some(session), Some(exit)) => session.outcome(exit, self.trouble),
-            (None, _, _) => Outcome::Lost,
+            (None, None, Some(exit)) => command_outcome(exit),
+            (None, _, None) => Outcome::Lost,
         }
     }
+}
+
+/// How a command ended that ran in place of an agent.
+fn command_outcome(exit: &AgentExit) -> Outcome {
+    let (reason, mut words) = match (exit.code, exit.oom_kills) {
+        (0, _) => return Outcome::Succeeded,
+        (_, 0) => (FailReason::CommandFailed, format!("the command ended with code {}", exit.code)),
+        (_, _) => (FailReason::Oom, "the kernel killed processes of the cell for memory".to_owned()),
+    };
+    if !exit.stderr_tail.is_empty() {
+        words.push_str(&format!("; its last words on stderr: {}", exit.stderr_tail));
+    }
+    Outcome::Failed(Failure::new(Phase::Run, reason, words))
 }
 
 /// The exit as the session wants it.

@@ -6,6 +6,7 @@ mod agent;
 mod apply;
 mod args;
 mod audit;
+mod cache;
 mod cancel;
 mod checkout;
 mod client;
@@ -14,6 +15,7 @@ mod cost;
 mod diff;
 mod discard;
 mod doctor;
+mod exec;
 mod export;
 mod fail;
 mod follow;
@@ -59,6 +61,8 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::RunArgs>),
+    Exec(Box<exec::ExecArgs>),
+    Shell(Box<exec::ShellArgs>),
     Ls(ls::LsArgs),
     Show(show::ShowArgs),
     Logs(logs::LogsArgs),
@@ -73,6 +77,7 @@ enum Command {
     Unpark(unpark::UnparkArgs),
     Rm(rm::RmArgs),
     Cost(cost::CostArgs),
+    Cache(cache::CacheArgs),
     Serve(serve::ServeArgs),
     Image(image::ImageArgs),
     Agent(agent::AgentArgs),
@@ -165,6 +170,8 @@ fn execute(command: Command, context: &mut Context) -> ExitCode {
 fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliError> {
     match command {
         Command::Run(args) => run::run(*args, context),
+        Command::Exec(args) => exec::exec(*args, context),
+        Command::Shell(args) => exec::shell(*args, context),
         Command::Ls(args) => wait(ls::ls(&args, context)),
         Command::Show(args) => wait(show::show(&args, context)),
         Command::Logs(args) => wait(logs::logs(&args, context)),
@@ -179,6 +186,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Unpark(args) => wait(unpark::unpark(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
         Command::Cost(args) => wait(cost::cost(&args, context)),
+        Command::Cache(args) => wait(cache::cache(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
         Command::Image(args) => image::image(&args, context),
         Command::Agent(args) => agent::agent(&args, context),
@@ -209,6 +217,7 @@ impl Command {
             Self::Unpark(args) => args.json,
             Self::Rm(args) => args.json,
             Self::Cost(args) => args.json,
+            Self::Cache(args) => args.json(),
             Self::Image(args) => args.json(),
             Self::Agent(args) => args.json(),
             Self::Policy(args) => args.json(),
@@ -216,7 +225,9 @@ impl Command {
             Self::Health(args) => args.json,
             Self::Doctor(args) => args.json,
             Self::Version(args) => args.json,
-            Self::Report(_)
+            Self::Exec(_)
+            | Self::Shell(_)
+            | Self::Report(_)
             | Self::Export(_)
             | Self::Serve(_)
             | Self::Model(_)

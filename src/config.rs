@@ -5,10 +5,12 @@
 
 mod access;
 mod budgets;
+mod cache;
 mod network;
 mod policies;
 mod providers;
 mod raw;
+mod sets;
 mod settings;
 
 use std::collections::BTreeMap;
@@ -22,12 +24,15 @@ pub use policies::{
     BrokenPolicy, PolicyFileError, PolicyListing, PolicyOrigin, PolicyShelf, PolicySource, policy_sources,
     read_policy_text,
 };
+pub use sets::egress_sets;
 pub use providers::{BUILT_IN as BUILT_IN_PROVIDER, anthropic};
 pub use settings::{SETTINGS, Setting};
 
 use crate::gateway::GatewayConfig;
+use crate::gateway::packages::CacheLimits;
 use raw::Layers;
 
+use crate::policy::Sets;
 use crate::policy::access::Rule;
 
 /// A configuration that cannot be used.
@@ -190,6 +195,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// Directories of policy files; a later one wins over an earlier one and over the built-in ones.
     pub policy_dirs: Vec<PathBuf>,
+    /// Sets of hosts that policies may name.
+    pub egress_sets: Sets,
     /// Prices instead of the built-in ones.
     pub prices_file: Option<PathBuf>,
     /// The model providers and all credentials.
@@ -198,6 +205,8 @@ pub struct Config {
     pub defaults: Defaults,
     /// The way to the internet.
     pub network: Network,
+    /// How much of what package hosts answered is kept.
+    pub cache: CacheLimits,
     /// Bounds.
     pub limits: Limits,
     /// Money of users and of the daemon.
@@ -236,6 +245,7 @@ impl Config {
             policy_dirs: layers
                 .list("policy_dirs", &raw.policy_dirs, ':', absolute)?
                 .unwrap_or_else(|| config_dir.iter().map(|dir| dir.join("policies")).collect()),
+            egress_sets: sets::read(&layers, raw.egress_set)?,
             prices_file: layers.checked("prices_file", &raw.prices_file, absolute)?,
             gateway: providers::gateway(
                 &layers,
@@ -252,6 +262,7 @@ impl Config {
                 agent: layers.name("defaults.agent", &raw.defaults.agent)?,
             },
             network: Network::read(&layers, &raw.network)?,
+            cache: cache::limits(&layers, &raw.cache)?,
             limits: limits(&layers, &raw.limits, machine.cores)?,
             budgets: budgets::budgets(&layers, &raw.budgets)?,
             admin_uids: layers

@@ -26,6 +26,7 @@ use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
 use crate::gateway::egress::{CorporateProxy, EgressLimits, Network, further_roots};
+use crate::gateway::packages::{CacheLimits, PackageCache};
 use crate::gateway::{self, Egress, Gateway, Reach};
 use crate::job::State;
 use crate::journal;
@@ -242,7 +243,7 @@ async fn slot_limits(parts: &Parts, access: &Access, driver: &mut Driver) -> any
 async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<Parts>, Arc<PolicyShelf>)> {
     let state_dir = make_state_dir(&config.state_dir)?;
     check_init(&config.init_binary)?;
-    let shelf = Arc::new(PolicyShelf::open(&config.policy_dirs)?);
+    let shelf = Arc::new(PolicyShelf::open(&config.policy_dirs, &config.egress_sets)?);
     let policies = shelf.now();
     if !policies.contains_key(&config.defaults.policy) {
         let known = policies.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
@@ -260,7 +261,8 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
     let models: Vec<String> = prices.names().map(str::to_owned).collect();
     let metrics = Arc::new(Metrics::new(&agent, &models)?);
     let store = Store::open(&state_dir).await?;
-    let (egress, reach) = way_out(config)?;
+    let packages = packages(&state_dir, config.cache).await;
+    let (egress, reach) = way_out(config, packages)?;
     let limits = gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() };
     let gateway = Gateway::open(config.gateway.clone(), prices, limits, &reach).await?;
     let settings = Settings {
@@ -292,6 +294,7 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
         bundles,
         feeds,
         runtimes,
+        attached: Default::default(),
         space: Arc::default(),
         sources,
         admission,
@@ -301,7 +304,7 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
 }
 
 /// How hosts and providers are reached from here.
-fn way_out(config: &Config) -> anyhow::Result<(Arc<Egress>, Reach)> {
+fn way_out(config: &Config, packages: Option<Arc<PackageCache>>) -> anyhow::Result<(Arc<Egress>, Reach)> {
     let network = &config.network;
     let ca_text = match &network.ca_file {
         Some(path) => Some(
@@ -318,9 +321,25 @@ fn way_out(config: &Config) -> anyhow::Result<(Arc<Egress>, Reach)> {
         CorporateProxy { host, port, except: network.no_proxy.clone() }
     });
     let extra_roots = ca_text.as_deref().map(further_roots).transpose()?.unwrap_or_default();
-    let by = Network { proxy: proxy.clone(), ..Network::default() };
-    let egress = Egress::new(by, EgressLimits::default(), ca_text.as_deref())?;
+    let by = Network { proxy: proxy.clone(), mirrors: network.mirrors.clone(), ..Network::default() };
+    let mut egress = Egress::new(by, EgressLimits::default(), ca_text.as_deref())?;
+    if let Some(packages) = packages {
+        egress = egress.with_packages(packages);
+    }
     Ok((Arc::new(egress), Reach { proxy, extra_roots }))
+}
+
+/// What is kept of package hosts; none where the disk does not give it, without which jobs run all the same.
+async fn packages(state_dir: &Path, limits: CacheLimits) -> Option<Arc<PackageCache>> {
+    let dir = state_dir.join("packages");
+    let opened = tokio::task::spawn_blocking(move || PackageCache::open(&dir, limits)).await;
+    match opened.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
+        Ok(cache) => Some(cache),
+        Err(error) => {
+            tracing::error!(%error, "the package cache cannot be opened: jobs fetch everything anew");
+            None
+        }
+    }
 }
 
 /// A journal has at least four segments: smaller ones where the whole is small, or it would be larger than asked.

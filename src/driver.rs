@@ -3,6 +3,7 @@
 //! end like any other.
 
 mod endings;
+mod figures;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -376,6 +377,7 @@ impl Driver {
             | State::Stopping { .. }
             | State::Parking { .. }
             | State::Collecting { .. }
+            | State::Verifying
             | State::Done(_) => false,
         };
         if waits || record.state().is_done() {
@@ -555,6 +557,7 @@ pub async fn refresh_gauges(parts: &Parts) -> Result<(), StoreError> {
     let oldest = parts.store.oldest_queued_ms().await?;
     let age = oldest.map_or(0.0, |ms| clock::wall_ms().saturating_sub(ms) as f64 / 1000.0);
     parts.metrics.queue_age_s.set(age);
+    figures::refresh_cache(parts);
     refresh_money(parts).await
 }
 

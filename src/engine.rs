@@ -135,8 +135,8 @@ pub struct ImageInfo {
     pub labels: BTreeMap<String, String>,
     /// Size of all layers, in bytes.
     pub size_bytes: u64,
-    /// `PATH` of the image's environment.
-    pub path_env: Option<String>,
+    /// The image's environment, in its order; what has no `=` is left out.
+    pub env: Vec<(String, String)>,
     /// Paths the image declares as volumes. The engine puts a writable directory of its own at each, which
     /// no read-only root covers: mount something over them or refuse the image.
     pub volumes: Vec<String>,

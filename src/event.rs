@@ -121,6 +121,9 @@ pub enum Body {
         /// Set where the conversation of an earlier attempt is gone on with after a pause.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         paused: Option<Pause>,
+        /// Set where an earlier attempt's change set did not pass: what its agent is told.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        repair: Option<String>,
     },
     /// One frame that the CLI printed on stdout.
     Frame {
@@ -188,10 +191,16 @@ pub enum Body {
         /// The credential that was added, by name.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         credential: Option<String>,
-        /// Bytes that left the cell.
+        /// The status of the host's answer, where the request was looked into.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        status: Option<u16>,
+        /// Bytes that left the cell, over the network.
         bytes_up: u64,
-        /// Bytes that came to it.
+        /// Bytes that came to it, over the network.
         bytes_down: u64,
+        /// Bytes that came to it from the package cache.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        cached_bytes: u64,
         /// How long it took, in milliseconds.
         duration_ms: u64,
     },
@@ -264,6 +273,18 @@ pub enum Body {
         /// CPU time of the cell, in microseconds.
         cpu_us: u64,
     },
+    /// A command of the job's `setup` or `verify` begins or has ended; what it printed stands between the two.
+    Step {
+        /// Which of them.
+        stage: Stage,
+        /// Its place, from 0.
+        index: u32,
+        /// The command in one line.
+        command: String,
+        /// How it ended; absent when it begins.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ended: Option<StepEnd>,
+    },
     /// A limit was reached, or a stop was asked for.
     Stop {
         /// Which one.
@@ -302,6 +323,35 @@ pub enum Body {
     },
 }
 
+/// What commands of a job's own are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Before the agent, in its cell.
+    Setup,
+    /// After it, in a fresh one.
+    Verify,
+}
+
+impl Stage {
+    /// Its name in specs, events and words.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Setup => "setup",
+            Self::Verify => "verify",
+        }
+    }
+}
+
+/// How a command of the job's own ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct StepEnd {
+    /// Exit code; 128 + n for signal n.
+    pub code: i32,
+    /// How long it ran, in milliseconds.
+    pub duration_ms: u64,
+}
+
 /// A byte stream of a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -310,6 +360,23 @@ pub enum Stream {
     Stdout,
     /// Diagnostics.
     Stderr,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(value: &u64) -> bool {
+    *value == 0
+}
+
+/// Bytes that a job exchanged with hosts beside its model.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(default)]
+pub struct EgressBytes {
+    /// Left its cells, over the network.
+    pub bytes_up: u64,
+    /// Came to them, over the network.
+    pub bytes_down: u64,
+    /// Came to them from the package cache.
+    pub cached_bytes: u64,
 }
 
 /// Totals of one job.
@@ -347,9 +414,24 @@ pub struct Totals {
     /// What it left in a directory that it worked on in place, and would be obeyed there: set aside.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub quarantined: Vec<Quarantined>,
+    /// What became of its verification, where it has one and came to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified: Option<Verified>,
+    /// Bytes to and from hosts beside its model.
+    #[serde(default)]
+    pub egress: EgressBytes,
     /// What it ran on and how long each part took.
     #[serde(default)]
     pub ran: Ran,
+}
+
+/// What became of a job's verification.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Verified {
+    /// Whether every command ended well, the last time.
+    pub passed: bool,
+    /// How often the agent was given another try.
+    pub repairs: u32,
 }
 
 /// What a job ran on, how long each part took, and what it reached: read from its journal when it ends.
@@ -372,9 +454,20 @@ pub struct Ran {
     pub egress_bytes_up: u64,
     /// Bytes that came from them.
     pub egress_bytes_down: u64,
+    /// Bytes that came from the package cache in their place.
+    pub egress_cached_bytes: u64,
 }
 
 impl Ran {
+    /// The sums of its way out.
+    pub fn egress(&self) -> EgressBytes {
+        EgressBytes {
+            bytes_up: self.egress_bytes_up,
+            bytes_down: self.egress_bytes_down,
+            cached_bytes: self.egress_cached_bytes,
+        }
+    }
+
     /// Takes one event of the journal; `last` is the state before it and since when.
     pub fn take(&mut self, line: &Line<'_>, last: &mut Option<(String, u64)>) {
         match line.kind {
@@ -395,6 +488,7 @@ impl Ran {
                 }
                 self.egress_bytes_up = self.egress_bytes_up.saturating_add(line.bytes_up);
                 self.egress_bytes_down = self.egress_bytes_down.saturating_add(line.bytes_down);
+                self.egress_cached_bytes = self.egress_cached_bytes.saturating_add(line.cached_bytes);
             }
             _ => {}
         }
@@ -466,6 +560,9 @@ pub struct Line<'a> {
     /// The pause before it, for `attempt`.
     #[serde(default)]
     pub paused: Option<Pause>,
+    /// What the agent is told of what did not pass, for `attempt`.
+    #[serde(default)]
+    pub repair: Option<std::borrow::Cow<'a, str>>,
     /// The state's name, for `state`.
     #[serde(default)]
     pub state: Option<std::borrow::Cow<'a, str>>,
@@ -481,6 +578,9 @@ pub struct Line<'a> {
     /// Bytes that came, for `egress`.
     #[serde(default)]
     pub bytes_down: u64,
+    /// Bytes from the package cache, for `egress`.
+    #[serde(default)]
+    pub cached_bytes: u64,
 }
 
 impl Body {
@@ -499,6 +599,7 @@ impl Body {
             | Self::Tool { .. }
             | Self::Cell { .. }
             | Self::Exit { .. }
+            | Self::Step { .. }
             | Self::Stop { .. }
             | Self::Changes { .. }
             | Self::Note { .. }

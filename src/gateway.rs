@@ -27,6 +27,7 @@ pub mod ledger;
 mod messages;
 pub mod meter;
 pub mod pace;
+pub mod packages;
 mod provider;
 mod relay;
 pub mod secret;

@@ -26,7 +26,7 @@
 //!    [`job::JobSpec`]; [`policy::narrow()`] → [`policy::Plan`]; the workspace opened *as the peer*; the row `Queued`, on the disk before the id is told.
 //! 2. [`driver`] feeds [`scheduler::Scheduler`]: slots, priority, fairness between users, limits of credentials; jobs
 //!    that wait for a moment are parked ([`cell::park`]).
-//! 3. [`cell::prepare`]: a runtime that was tried ([`cell::runtime`]), the cell's row first, then directory, staged mount beside the scratch file system, `ctl.sock`,
+//! 3. [`cell::prepare`]: a runtime that was tried ([`cell::runtime`]), the cell's row first, then directory, staged mount and, beside it, scratch file system, `ctl.sock`,
 //!    `api.sock`, `egress.sock`, container, start. [`job::state`] is the state machine; [`cell::record`] moves row and journal.
 //! 4. [`cell::live`]: bytes come over [`link`] (acknowledged only once journaled), lines go to [`session`],
 //!    which judges every tool call by [`policy::judge`] and gives back what to send; what a call waits for (a path, a

@@ -45,7 +45,7 @@ use tokio_util::sync::CancellationToken;
 use crate::job::CellId;
 
 pub use boot::{Boot, CtlKey, PortForward};
-pub use wire::{ExitReason, ExitReport, ExitStatus, OutputStream};
+pub use wire::{ExitReason, ExitReport, ExitStatus, OutputStream, STEPS_MAX};
 
 use serve::Server;
 use state::Shared;
@@ -132,6 +132,15 @@ pub enum LinkEvent {
     StdinAcked {
         /// Offset after the last byte taken.
         offset: u64,
+    },
+    /// The main process of a step ended, and all it printed until then was handed out as [`LinkEvent::Stderr`].
+    /// Services that it started live on. Once per link and step: a link made anew, after a restart, tells the
+    /// end of the last step again.
+    StepEnded {
+        /// Which step of [`Boot::steps`].
+        index: u32,
+        /// How it ended; code 127 and a line in stderr where it could not be started.
+        status: ExitStatus,
     },
     /// The agent could not be started. The last event of a cell; answer with [`LinkHandle::bye`].
     SpawnFailed {
@@ -234,12 +243,14 @@ impl LinkHandle {
         self.shared.change(|state| state.stdin_at(offset, bytes))
     }
 
-    /// Closes the agent's stdin once it has taken everything given so far.
+    /// Closes the agent's stdin once it has taken everything given so far. A terminal is sent its end-of-file
+    /// character (twice after an unfinished line, which the first one only hands over), and stays open.
     pub fn close_stdin(&self) {
         self.shared.change(|state| state.close_stdin());
     }
 
-    /// Signals the agent's process group. While init is away up to 16 signals are kept; one that was on its
+    /// Signals the process group of the running step or the agent; of a terminal, the group in its foreground
+    /// (under gVisor always the agent's). While init is away up to 16 signals are kept; one that was on its
     /// way when the connection broke may be lost.
     pub fn signal(&self, number: i32) {
         self.shared.change(|state| state.signal(number));
@@ -255,9 +266,22 @@ impl LinkHandle {
         self.shared.change(|state| state.bye = true);
     }
 
-    /// Starts the agent of a cell that was booted with `start_now: false`.
+    /// Starts the agent of a cell that was booted with `start_now: false`. While a step runs it is kept until
+    /// that has ended, and takes the place of its [`LinkEvent::StepEnded`].
     pub fn start(&self) {
         self.shared.change(|state| state.start = true);
+    }
+
+    /// Runs a step of [`Boot::steps`]; [`LinkEvent::StepEnded`] follows. Nothing is run a second time: for one
+    /// that runs already its end is waited for, for one that ended the end is told (to a link that did not
+    /// hand it out). One that was asked for while another runs waits, and the other one's end is not told.
+    pub fn step(&self, index: u32) {
+        self.shared.change(|state| state.step = Some(index));
+    }
+
+    /// Tells the cell's terminal its size; told again on each new connection.
+    pub fn resize(&self, rows: u16, cols: u16) {
+        self.shared.change(|state| state.size = Some((rows, cols)));
     }
 }
 

@@ -19,7 +19,11 @@ use register::{
     counter, counters, float_counters, float_gauge, float_gauges, gauge, gauges, histogram, histograms,
 };
 
+mod cache;
 mod register;
+
+use cache::Cache;
+pub use cache::CacheFigures;
 
 /// Label of a model that the price list does not name.
 pub const OTHER_MODEL: &str = "other";
@@ -45,6 +49,7 @@ pub struct Metrics {
     jobs: Jobs,
     money: Money,
     doors: Doors,
+    cache: Cache,
     orphans_total: IntCounterVec,
 }
 
@@ -177,6 +182,7 @@ impl Metrics {
             jobs: Jobs::new(&registry)?,
             money: Money::new(&registry)?,
             doors: Doors::new(&registry)?,
+            cache: Cache::new(&registry)?,
             orphans_total: counters(
                 &registry,
                 "hotcell_orphans_reaped_total",
@@ -194,6 +200,7 @@ impl Metrics {
         self.jobs.seed();
         self.money.seed(&self.models);
         self.doors.seed();
+        self.cache.seed();
         for kind in Orphan::ALL {
             self.orphans_total.with_label_values(&[kind.as_str()]);
         }
@@ -317,6 +324,16 @@ impl Metrics {
         self.doors.egress_total.with_label_values(&[label]).inc();
         self.doors.egress_bytes_total.with_label_values(&["up"]).inc_by(bytes_up);
         self.doors.egress_bytes_total.with_label_values(&["down"]).inc_by(bytes_down);
+    }
+
+    /// A cell got bytes from the package cache.
+    pub fn cache_served(&self, bytes: u64) {
+        self.cache.served(bytes);
+    }
+
+    /// How the package cache stands.
+    pub fn set_cache(&self, figures: CacheFigures) {
+        self.cache.set(figures);
     }
 
     /// Something was left over and is removed.

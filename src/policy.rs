@@ -20,6 +20,8 @@ pub mod output;
 mod place;
 pub mod requests;
 pub mod rule;
+pub mod sets;
+pub mod steps;
 mod warn;
 pub mod writable;
 
@@ -28,8 +30,10 @@ pub use decide::{Ask, Denial, Permit, decide};
 pub use egress::{Act, EgressAsk, Host, decide_egress};
 pub use error::PolicyError;
 pub use file::{Policy, Unpriced};
-pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, narrow};
+pub use narrow::{Defaults, Layer, NarrowError, Plan, PlanLimits, is_reserved_variable, narrow};
 pub use narrowing::Narrowing;
+pub use sets::{EgressSet, Sets};
+pub use steps::{StepKind, check_step_egress};
 
 /// True where a text is what [`matches`] takes: a name, or the beginning of one with a final `*`.
 fn is_pattern(text: &str) -> bool {

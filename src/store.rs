@@ -4,8 +4,8 @@
 //!
 //! **One writer.** There is one writing connection and a bounded queue of requests for it. Requests that wait together
 //! share a transaction, each inside its own savepoint, so one `fdatasync` serves many submits; what is short is done
-//! on the thread that asks (`writer`). Readers are up to [`READERS_MAX`] connections of their own and never wait for the writer. The
-//! write-ahead log is folded into the database on a thread of its own (`fold`).
+//! on the thread that asks (`writer`). Readers are up to [`READERS_MAX`] connections of their own and never wait for
+//! the writer. The write-ahead log is folded into the database on a thread of its own (`fold`).
 //!
 //! **What survives what.** A reply means that the transaction is committed to the write-ahead log: it
 //! survives `kill -9` always. A power loss is another matter: submits, stops, cells and outcomes are synced
@@ -293,7 +293,7 @@ impl Store {
     ) -> Result<T, StoreError> {
         let permit = Arc::clone(&self.inner.queue_permits).acquire_owned().await;
         let permit = permit.map_err(|_| StoreError::Closed)?;
-        let (reply, mut answer) = oneshot::channel();
+        let (reply, answer) = oneshot::channel();
         let reply = move |result| {
             // A caller that went away does not undo what it asked for.
             let _ = reply.send(result);
@@ -303,15 +303,9 @@ impl Store {
             Durability::Now => self.inner.writer.send(work, reply)?,
             Durability::Soon => {
                 let put = self.inner.writer.put(work, reply)?;
-                // Others that are about to ask share the transaction.
+                // Others that are about to ask share the transaction; one of them may have done it by then.
                 tokio::task::yield_now().await;
-                match answer.try_recv() {
-                    Ok(result) => {
-                        put.done();
-                        return result.map_err(|error| error.at(&self.inner.file));
-                    }
-                    Err(_) => put.here(),
-                }
+                if answer.is_empty() { put.here() } else { put.done() }
             }
         }
         answer.await.map_err(|_| StoreError::Closed)?.map_err(|error| error.at(&self.inner.file))

@@ -133,6 +133,11 @@ pub async fn once(parts: &Arc<Parts>) -> Result<(), SweepError> {
     }
     kept(parts).await?;
     changes(parts).await?;
+    if let Some(cache) = parts.egress.packages().cloned()
+        && let Err(error) = tokio::task::spawn_blocking(move || cache.tend()).await
+    {
+        tracing::error!(%error, "the package cache was not looked after");
+    }
     sources(parts).await
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::provider::ProviderView;
+use super::surroundings;
 use crate::job::spec::PermissionMode;
 use crate::policy::requests::web_search_uses_max;
 use crate::policy::{Plan, judge};
@@ -123,18 +124,22 @@ fn built_in_tools(plan: &Plan) -> Option<Vec<String>> {
     tools
 }
 
-/// The agent's whole environment; nothing of the daemon's is inherited. `token` opens this cell's gateway
-/// socket and is worth nothing anywhere else; how it stands there is `provider`'s.
+/// The agent's whole environment but its way out; nothing of the daemon's is inherited, and of the image's no more than
+/// [`surroundings`] lets through. `token` opens this cell's gateway socket and is worth nothing anywhere else; how it
+/// stands there is `provider`'s.
 pub fn environment(
     plan: &Plan,
-    image_path: Option<&str>,
+    image: &[(String, String)],
     provider: &ProviderView,
     token: &str,
 ) -> BTreeMap<String, String> {
-    let path = image_path.unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
-    let mut env: BTreeMap<String, String> = plan.env.clone();
+    let mut env = surroundings::defaults(plan, image);
+    let path = env.remove("PATH").filter(|path| !path.is_empty());
+    let path = path.as_deref().unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    let path = format!("{path}:{HOME}/{}", surroundings::OWN_PROGRAMS);
+    env.extend(plan.env.clone());
     for (name, value) in [
-        ("PATH", path),
+        ("PATH", path.as_str()),
         ("HOME", HOME),
         ("TMPDIR", "/tmp"),
         ("LANG", "C.UTF-8"),

@@ -11,6 +11,8 @@ const RUN_DIR: &str = "/.hotcell";
 pub const ALL_AUTHORITIES: &str = "ca.pem";
 /// Its file with those alone that no tool knows by itself.
 pub const MORE_AUTHORITIES: &str = "ca-more.pem";
+/// Its file with all of them as Java wants them.
+pub const JAVA_AUTHORITIES: &str = "ca.p12";
 
 /// Variables whose file takes the place of a tool's own authorities.
 const ALL: [&str; 8] = [
@@ -26,9 +28,14 @@ const ALL: [&str; 8] = [
 /// Variables whose file comes beside them.
 const MORE: [&str; 2] = ["NODE_EXTRA_CA_CERTS", "DENO_CERT"];
 
+/// Java's trust store, as the cell sees it.
+pub(super) fn java_authorities() -> String {
+    format!("{RUN_DIR}/{JAVA_AUTHORITIES}")
+}
+
 /// The variables of a plan's way out; none where it reaches nothing. `authorities`: the two files are there.
 pub fn environment(plan: &Plan, authorities: bool) -> Vec<(String, String)> {
-    if !plan.has_egress() {
+    if !plan.cell_has_egress() {
         return Vec::new();
     }
     let proxy = format!("http://127.0.0.1:{EGRESS_PORT}");

@@ -3,6 +3,7 @@
 use axum::Json;
 use serde_json::{Value, json};
 
+use super::cache::{CacheRemoved, CacheView};
 use super::changes::ChangesView;
 use super::cost::{BudgetList, CostReport};
 use super::wire::{Doctor, ErrorBody, Health, JobList, JobView, WhoAmI};
@@ -31,6 +32,8 @@ pub fn openapi() -> Value {
         generator.subschema_for::<JobList>(),
         generator.subschema_for::<CostReport>(),
         generator.subschema_for::<BudgetList>(),
+        generator.subschema_for::<CacheView>(),
+        generator.subschema_for::<CacheRemoved>(),
         generator.subschema_for::<ChangesView>(),
         generator.subschema_for::<ApplyRequest>(),
         generator.subschema_for::<ApplyAnswer>(),
@@ -91,7 +94,7 @@ fn audit(operation: &str, summary: &str, more: Vec<Value>) -> Value {
 
 fn paths() -> Value {
     let mut all = serde_json::Map::new();
-    for paths in [jobs(), one_job(), changes_of_jobs(), told_of_jobs(), of_the_daemon()] {
+    for paths in [jobs(), one_job(), changes_of_jobs(), told_of_jobs(), of_the_daemon(), cache()] {
         if let Value::Object(paths) = paths {
             all.extend(paths);
         }
@@ -260,6 +263,30 @@ fn told_of_jobs() -> Value {
             "What was decided in all jobs of the user, for admins in those of all users",
             vec![query("after", "JOB:SEQ, the last event of a job that is known; may be given more than once")],
         ),
+    })
+}
+
+/// What is kept of package hosts.
+fn cache() -> Value {
+    let which = || [
+        query("policy", "only of this policy"),
+        query("prefix", "only where the URL begins so; for admins"),
+    ];
+    let mut of_delete = which().to_vec();
+    of_delete.push(query("all", "1: all of it, where nothing else is named"));
+    json!({
+        "/v1/cache": {
+            "get": {
+                "operationId": "showCache",
+                "summary": "What is kept of package hosts: for admins each entry, for others sizes by policy",
+                "parameters": which(),
+                "responses": { "200": answer("The cache", "CacheView"), "default": error() },
+            },
+            "delete": {
+                "operationId": "clearCache", "summary": "Remove entries; for admins", "parameters": of_delete,
+                "responses": { "200": answer("What is gone", "CacheRemoved"), "default": error() },
+            },
+        },
     })
 }
 

@@ -28,7 +28,7 @@ use crate::job::spec::{AUTO_IMAGE, MountAt, SPEC_BYTES_MAX, SpecError, Workspace
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
 use crate::money::MicroUsd;
-use crate::policy::{Grant, Narrowing, Plan, Policy, narrow};
+use crate::policy::{StepKind, check_step_egress, Grant, Narrowing, Plan, Policy, narrow};
 use crate::scheduler::Ticket;
 use crate::source::Fetched;
 use crate::store::{Batch, NewJob, StoreError, Submitted};
@@ -112,7 +112,11 @@ pub async fn submit(
         if !api.access.rules.is_empty() {
             api.driver.limit(identity.uid, granted.slots.and_then(|n| usize::try_from(n).ok())).await;
         }
-        let credential = api.parts.gateway.limited_with(&accepted.plan.provider, &accepted.plan.model);
+        let credential = match spec.command {
+            // It asks nobody.
+            Some(_) => String::new(),
+            None => api.parts.gateway.limited_with(&accepted.plan.provider, &accepted.plan.model),
+        };
         let ticket = Ticket { uid: identity.uid, priority: spec.priority, credential };
         api.driver.submitted(id, ticket).await;
     }
@@ -219,7 +223,8 @@ fn plan(
         )
         .hint("`hotcell policy ls` lists them")
     })?;
-    let own = spec.narrow.as_deref().map(|text| Narrowing::parse("narrow", text)).transpose();
+    let sets = api.policies.sets();
+    let own = spec.narrow.as_deref().map(|text| Narrowing::parse_with("narrow", text, &sets)).transpose();
     let own = own.map_err(|error| {
         ApiError::new(ErrorCode::InvalidSpec, error)
             .hint("`hotcell policy check --narrow FILE` checks a policy of your own")
@@ -230,6 +235,11 @@ fn plan(
     })?;
     if plan.image != AUTO_IMAGE {
         granted.image(&plan.image)?;
+    }
+    check_steps(&plan, spec)?;
+    if spec.command.is_some() {
+        // No model is asked.
+        return Ok(plan);
     }
     granted.provider(&plan.provider)?;
     usable(api, &plan.provider, who)?;
@@ -255,6 +265,19 @@ fn plan(
         );
     }
     Ok(plan)
+}
+
+/// What setup and verification are to reach must be open to them.
+fn check_steps(plan: &Plan, spec: &JobSpec) -> Result<(), ApiError> {
+    let setup = spec.setup.as_ref().and_then(|setup| setup.egress.as_deref());
+    let verify = spec.verify.as_ref().and_then(|verify| verify.egress.as_deref());
+    for (step, names) in [(StepKind::Setup, setup), (StepKind::Verify, verify)] {
+        check_step_egress(plan, step, names.unwrap_or_default()).map_err(|error| {
+            ApiError::new(ErrorCode::AbovePolicy, error)
+                .hint(format!("`hotcell policy show {}` shows what it opens", plan.policy))
+        })?;
+    }
+    Ok(())
 }
 
 /// Whether a provider is there and the user is one who may use its credential.

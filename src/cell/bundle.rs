@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use tokio::sync::watch;
 
-use super::prepare::{self, Names, PrepareError, failed};
+use super::prepare::{self, Launch, Names, PrepareError, failed};
 use super::record::Record;
 use super::rooms::{Kept, Tenant};
 use super::work::{self, Again};
@@ -162,7 +162,8 @@ async fn second_cell(
         }
         Source::Kept(image) => Some(Kept { image: image.to_path_buf(), session: PathBuf::new() }),
     };
-    let tenant = Tenant { uid: names.uid, runtime: chosen.runtime, claude: image.claude.clone() };
+    let claude = image.claude.clone();
+    let tenant = Tenant { uid: names.uid, runtime: chosen.runtime, claude, kept: true };
     let made = prepare::make_rooms(parts, record, &names, tenant, accepted, kept).await?;
     let (mut dirs, who) = (made.dirs, made.who);
     let dir = parts.settings.cells_dir().join(names.cell.as_str());
@@ -185,7 +186,8 @@ async fn second_cell(
     let at = record.accepted.plan.workspace_at.clone();
     let argv = bundle_command(&at, base, &format!("/tmp/{FILE}"), BUNDLE_BYTES_MAX);
     let settings = safe_directory();
-    let boot = prepare::boot_with(parts, record, &names, &image, WALL_MS, (argv, &settings))?;
+    let launch = Launch { more: &settings, ..Launch::of(argv, WALL_MS, record) };
+    let boot = prepare::boot_with(parts, record, &names, &image, launch)?;
     let mut link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), who.owner())
         .await
         .map_err(|e| failed(FailReason::Internal, e))?;

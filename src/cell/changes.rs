@@ -386,6 +386,14 @@ pub async fn discard(parts: &Parts, job: &Job) -> Result<(), ChangesError> {
     blocking(move || Ok(apply::discard(&shelf, uid)?)).await
 }
 
+/// Forgets the change set of a job whose agent goes on with its work: there will be another one.
+pub(super) async fn forget(parts: &Parts, job: &JobId) {
+    let shelf = shelf(parts, job);
+    if let Err(error) = blocking(move || Ok(shelf.forget_changes()?)).await {
+        tracing::warn!(%job, %error, "a change set that is to be made again is left");
+    }
+}
+
 /// Puts right what a dead daemon left half applied. What cannot be put right now stays noted and is tried again when
 /// the daemon starts next.
 pub async fn recover(parts: &Parts, job: &JobId) {

@@ -3,6 +3,7 @@
 //! to the cell only after they are in the journal, and sends nothing that is not journaled before.
 
 mod ending;
+mod setup;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use super::prepare::Prepared;
 use super::record::{ExitFigures, Record, RecordError};
 use super::rooms::inodes_max;
 use super::space::{Bounds, Watch};
+use super::steps::Steps;
 use super::work;
 use super::{Ended, Parts, StopWish, agent_exit, wait};
 use crate::agent::frames;
@@ -84,6 +86,10 @@ pub struct Live<'a> {
     unsent: Option<Vec<(u64, Vec<u8>)>>,
     pending: Vec<Step>,
     begun: Instant,
+    /// The job's own commands, until the last one has ended.
+    setup: Option<Steps>,
+    /// When the CLI was started.
+    started: Instant,
     booted: Option<Instant>,
     activity: Instant,
     ending: Ending,
@@ -124,8 +130,9 @@ impl<'a> Live<'a> {
             reserve_bytes: parts.settings.disk_reserve_bytes,
         };
         let watch = Watch::new(parts.space.clone(), record.job.clone(), cell_dir, bounds);
-        let Prepared { session, link, lease, cell, container, pending, sent, booted, age, trouble } =
+        let Prepared { session, link, lease, cell, container, setup, pending, sent, booted, age, trouble } =
             prepared;
+        let begun = now.checked_sub(age).unwrap_or(now);
         Self {
             parts,
             stop,
@@ -143,7 +150,9 @@ impl<'a> Live<'a> {
             pending,
             record,
             // A cell's wall limit goes on through a restart of the daemon.
-            begun: now.checked_sub(age).unwrap_or(now),
+            begun,
+            setup,
+            started: begun,
             booted: booted.then_some(now),
             activity: now,
             ending: Ending::NotYet,
@@ -168,6 +177,7 @@ impl<'a> Live<'a> {
     async fn live(&mut self) -> Result<AgentExit, RecordError> {
         let steps = std::mem::take(&mut self.pending);
         self.steps(steps).await?;
+        self.begin_setup()?;
         let parts = self.parts.clone();
         let container = self.container.clone();
         let mut ended = std::pin::pin!(wait(&parts, &container));
@@ -226,9 +236,10 @@ impl<'a> Live<'a> {
             Ending::NotYet => {
                 let silent = self.activity + Duration::from_millis(limits.silence_ms);
                 let wall = self.begun + self.wall;
-                match self.booted {
-                    Some(_) => silent.min(wall),
-                    None => (self.begun + self.parts.settings.boot_max).min(wall),
+                match (self.setup.as_ref().and_then(Steps::deadline), self.booted) {
+                    (Some(until), _) => until.min(wall),
+                    (None, Some(_)) => silent.min(wall),
+                    (None, None) => (self.started + self.parts.settings.boot_max).min(wall),
                 }
             }
         };
@@ -266,6 +277,11 @@ impl<'a> Live<'a> {
         if now >= self.begun + self.wall {
             let detail = format!("{} s from the start of the cell", limits.wall_ms / 1000);
             return self.end(StopReason::Deadline, detail).await;
+        }
+        if let Some(setup) = &self.setup {
+            let late = setup.late();
+            self.setup_failed(late);
+            return Ok(());
         }
         if self.booted.is_none() {
             let seconds = self.parts.settings.boot_max.as_secs();
@@ -354,6 +370,7 @@ impl<'a> Live<'a> {
                     .push(&Body::Note { text: format!("somebody in the cell spoke out of turn: {what}") })?;
                 self.record.commit()
             }
+            LinkEvent::StepEnded { index, status } => self.on_step(index, status).await,
             LinkEvent::Disconnected | LinkEvent::StdinAcked { .. } => Ok(()),
             // Taken by the loop itself.
             LinkEvent::Exited(_) | LinkEvent::SpawnFailed { .. } => Ok(()),
@@ -400,6 +417,9 @@ impl<'a> Live<'a> {
 
     fn on_stderr(&mut self, end: u64, bytes: &[u8]) -> Result<(), RecordError> {
         self.activity = Instant::now();
+        if let Some(setup) = &mut self.setup {
+            setup.heard(bytes);
+        }
         self.stderr.extend(bytes);
         let over = self.stderr.len().saturating_sub(STDERR_TAIL_BYTES);
         self.stderr.drain(..over);
@@ -432,7 +452,7 @@ impl<'a> Live<'a> {
                 Step::Booted => {
                     if self.booted.is_none() {
                         self.booted = Some(Instant::now());
-                        self.parts.metrics.phase(Phase::Boot, self.begun.elapsed().as_secs_f64());
+                        self.parts.metrics.phase(Phase::Boot, self.started.elapsed().as_secs_f64());
                         if matches!(self.record.state(), State::Preparing) {
                             self.record.step(self.parts, Input::Booted).await?;
                         }
@@ -507,6 +527,9 @@ impl<'a> Live<'a> {
         let more = std::iter::from_fn(|| self.lease.waiting_event()).take(GATEWAY_EVENTS_MAX - 1);
         let events: Vec<GatewayEvent> = std::iter::once(first).chain(more).collect();
         for event in &events {
+            if let Some(setup) = &mut self.setup {
+                setup.reached(event);
+            }
             self.record.note_gateway(self.parts, event, &mut self.trouble)?;
         }
         self.record.commit()?;

@@ -18,7 +18,7 @@ use crate::clock;
 use crate::engine::{ContainerId, container_name};
 use crate::event::{Body, Totals};
 use crate::gateway::GatewayEvent;
-use crate::job::{FailReason, Input, JobId, Outcome, ParkReason, Parked, Pause, State, StopReason};
+use crate::job::{Carry, FailReason, Input, JobId, Outcome, ParkReason, Parked, Pause, State, StopReason};
 use crate::money::{Calendar, Caps, MicroUsd, Scope};
 use crate::session::Trouble;
 use crate::store::{CellRow, Payer, Store};
@@ -190,6 +190,10 @@ pub fn continuation(pause: &Pause) -> String {
 
 /// What a job shares the provider's limits with: its credential, by name, and the class of its model.
 pub fn credential(parts: &Parts, record: &Record) -> String {
+    if record.spec.command.is_some() {
+        // It asks nobody.
+        return String::new();
+    }
     let plan = &record.accepted.plan;
     parts.gateway.limited_with(&plan.provider, &plan.model)
 }
@@ -210,6 +214,9 @@ pub(super) fn shared_until_ms(parts: &Parts, record: &Record, parked: &Parked) -
 
 /// Whether a job that has a slot must wait before it may have a cell.
 pub(super) async fn turned_away(parts: &Parts, record: &Record) -> Option<Parked> {
+    if record.spec.command.is_some() {
+        return None;
+    }
     let now_ms = clock::wall_ms();
     let credential = credential(parts, record);
     let candidate = Candidate {
@@ -254,6 +261,7 @@ pub(super) fn instead_of_done(record: &Record, ended: &Ended, now_ms: u64) -> Op
             | State::Stopping { .. }
             | State::Parked { .. }
             | State::Collecting { .. }
+            | State::Verifying
             | State::Done(_),
             _,
             _,
@@ -273,7 +281,6 @@ pub(super) async fn shelve(
     if !matches!(record.state(), State::Parking { .. }) {
         record.step(parts, Input::Park(parked)).await?;
     }
-    let created_boot_ms = parts.store.agent_cell_of(&record.job).await?.map(|cell| cell.created_boot_ms);
     match keep_work(parts, record).await {
         Ok(true) => {}
         Ok(false) => {
@@ -300,15 +307,41 @@ pub(super) async fn shelve(
         record.step(parts, Input::Stop(reason)).await?;
         return Ok(false);
     }
-    let mut carry = record.carry.clone();
+    let mut carry = carry_on(parts, record, ended).await?;
+    carry.parked(parked.why, now_ms, ended.seen.progressed);
+    record.shelve(parts, carry).await?;
+    Ok(true)
+}
+
+/// What the job's next attempt takes over, now that this one's cell is gone.
+pub(super) async fn carry_on(
+    parts: &Arc<Parts>,
+    record: &Record,
+    ended: &Ended,
+) -> Result<Carry, RecordError> {
+    let created_boot_ms = parts.store.agent_cell_of(&record.job).await?.map(|cell| cell.created_boot_ms);
     let totals = super::totals(parts, record, ended).await?;
+    let mut carry = Carry { repair: None, ..record.carry.clone() };
     carry.ran_ms += created_boot_ms.map_or(0, |ms| clock::boot_ms().saturating_sub(ms));
     (carry.turns, carry.tool_calls) = (totals.turns, totals.tool_calls);
     (carry.tool_denials, carry.cpu_us) = (totals.tool_denials, totals.cpu_us);
     (carry.peak_memory_bytes, carry.cli_micro_usd) = (totals.peak_memory_bytes, totals.cli_micro_usd);
-    carry.parked(parked.why, now_ms, ended.seen.progressed);
-    record.shelve(parts, carry).await?;
-    Ok(true)
+    Ok(carry)
+}
+
+/// Puts the work away so that the agent can repair it. False where that cannot be, which is told.
+///
+/// # Errors
+/// [`RecordError::Journal`].
+pub(super) async fn keep_for_repair(parts: &Arc<Parts>, record: &mut Record) -> Result<bool, RecordError> {
+    let why = match keep_work(parts, record).await {
+        Ok(true) => return Ok(true),
+        Ok(false) => "its disk is none of its own here".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    let text = format!("what does not pass cannot be repaired, since the agent's work cannot be kept: {why}");
+    record.push(&Body::Note { text })?;
+    Ok(false)
 }
 
 /// Puts the scratch space of the attempt's cell away, after its container is gone.
@@ -384,12 +417,12 @@ pub async fn end_waiting(
 ) -> Result<(), RecordError> {
     record.push(&Body::Stop { reason, detail })?;
     let changed = changes::collect_kept(parts, record).await?;
-    let ended = Ended { session: None, exit: None, failure: None, trouble: None, seen: Seen::default() };
-    let mut totals = super::totals(parts, record, &ended).await?;
+    let mut totals = super::totals(parts, record, &Ended::default()).await?;
     totals.changes = changed;
     let Totals { charged_micro_usd, cli_micro_usd, .. } = totals;
     let outcome = Outcome::Stopped { reason };
     record.done(parts, outcome.clone(), totals, None).await?;
+    parts.attached.close(&record.job);
     // Not before: until then a daemon that dies leaves a parked job, which goes on with it.
     forget_work(parts, &record.job).await;
     parts.metrics.ended(&outcome, None, charged_micro_usd, cli_micro_usd);

@@ -15,8 +15,9 @@ use super::committer::commit_environment;
 use super::live::CELL_BUFFER_BYTES_MAX;
 use super::record::{Record, RecordError};
 use super::rooms::{self, Dirs, Kept, Made, Tenant, Who};
-use super::{Accepted, Parts, StopWish, runtime, way_out};
-use crate::agent::{options, way_out as agent_way_out};
+use super::steps::{self, Steps};
+use super::{Accepted, Parts, StopWish, changes, runtime, way_out};
+use crate::agent::{options, surroundings, way_out as agent_way_out};
 use crate::agent_bundle::{Bundles, Platform, Version};
 use crate::cell_image::{EngineImages, ImageError, Images};
 use crate::clock;
@@ -25,19 +26,22 @@ use crate::event::Body;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
 use crate::git::above;
 use crate::job::outcome::Failure;
-use crate::job::spec::Runtime;
-use crate::job::{CellId, FailReason, JobId, Pause, Phase, StopReason};
+use crate::job::spec::{Runtime, TerminalSize};
+use crate::job::{CellId, FailReason, JobId, Phase, StopReason};
 use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
 use crate::metrics::CopyStep;
 use crate::money::Budget;
+use crate::policy::Plan;
 use crate::session::{Session, Step, Trouble};
 use crate::store::CellRow;
 use crate::workspace;
 
 /// How long init lets the agent live without a daemon, in milliseconds.
 const DEAD_MAN_MS: u64 = 15 * 60 * 1000;
+/// What programs are told of a terminal.
+const TERMINAL: &str = "xterm-256color";
 /// What init adds to the wall limit, so that the daemon's own deadline comes first, in milliseconds.
-const WALL_SLACK_MS: u64 = 10_000;
+pub(super) const WALL_SLACK_MS: u64 = 10_000;
 
 /// A started cell.
 #[derive(Debug)]
@@ -52,6 +56,8 @@ pub struct Prepared {
     pub cell: CellId,
     /// The engine's id.
     pub container: ContainerId,
+    /// The job's own commands, which come first.
+    pub(super) setup: Option<Steps>,
     /// Steps that are due at once.
     pub pending: Vec<Step>,
     /// Frames that an earlier daemon journaled as sent.
@@ -91,7 +97,54 @@ pub(super) fn failed(reason: FailReason, message: impl ToString) -> PrepareError
     PrepareError::Failed(Failure::new(Phase::Prepare, reason, message.to_string()))
 }
 
-/// Makes and starts a cell for a job.
+/// A cell that was started, whatever runs in it.
+#[derive(Debug)]
+pub(super) struct Started {
+    /// The way to PID 1.
+    pub(super) link: Link,
+    /// The way out.
+    pub(super) lease: Lease,
+    /// The cell.
+    pub(super) cell: CellId,
+    /// The engine's id.
+    pub(super) container: ContainerId,
+}
+
+/// A cell whose row is written, and nothing else.
+pub(super) struct Begun {
+    pub(super) image: Image,
+    pub(super) names: Names,
+    pub(super) tenant: Tenant,
+    engine_name: Option<String>,
+}
+
+/// What runs in a cell.
+pub(super) struct Launch<'a> {
+    /// The program and its arguments.
+    pub(super) argv: Vec<String>,
+    /// Variables beside the plan's.
+    pub(super) more: &'a [(String, String)],
+    /// Commands that run before it, one at a time, when they are asked for.
+    pub(super) steps: Vec<Vec<String>>,
+    /// It gets a terminal.
+    pub(super) terminal: Option<TerminalSize>,
+    /// Longest life, in milliseconds.
+    pub(super) wall_limit_ms: u64,
+    /// It may ask the model.
+    pub(super) model: bool,
+    /// What the tools in the cell are told of their way out.
+    pub(super) shown: &'a Plan,
+}
+
+impl<'a> Launch<'a> {
+    /// A program on its own, without a model.
+    pub(super) fn of(argv: Vec<String>, wall_limit_ms: u64, record: &'a Record) -> Self {
+        let shown = &record.accepted.plan;
+        Self { argv, more: &[], steps: Vec::new(), terminal: None, wall_limit_ms, model: false, shown }
+    }
+}
+
+/// Makes and starts a cell for a job's agent.
 ///
 /// # Errors
 /// [`PrepareError`]; the caller destroys by the row what was made.
@@ -100,48 +153,91 @@ pub async fn prepare(
     record: &mut Record,
     stop: &mut watch::Receiver<StopWish>,
 ) -> Result<Prepared, PrepareError> {
-    let found = find_image(parts, record, stop).await?;
-    let chosen = runtime::choose(parts, record, &found, stop).await?;
+    let begun = begin(parts, record, true, stop).await?;
+    let commits = commit_environment(record);
+    let (made, commits) = tokio::join!(make_directories(parts, record, &begun), commits);
+    let (dirs, session, who, resumed) = made?;
+    let mut plan = record.accepted.plan.clone();
+    // The limit holds for all attempts together.
+    let turns = u32::try_from(record.carry.turns).unwrap_or(u32::MAX);
+    plan.limits.max_turns = plan.limits.max_turns.saturating_sub(turns).max(1);
+    let setup = record.spec.setup.as_ref().map(|setup| Steps::setup(setup, begun.image.shell));
+    let first = setup.as_ref().map(|_| steps::setup_plan(record));
+    let launch = Launch {
+        argv: options::argv(&plan, &begun.names.session_id, resumed),
+        more: &commits,
+        steps: setup.as_ref().map(|setup| setup.argvs().to_vec()).unwrap_or_default(),
+        terminal: None,
+        wall_limit_ms: record.wall_left_ms() + WALL_SLACK_MS,
+        model: true,
+        shown: &plan,
+    };
+    let first = first.map(Arc::new);
+    let Started { link, lease, cell, container } =
+        finish(parts, record, &begun, (&dirs, &who), launch, first, stop).await?;
+    let pending = session.start();
+    let (sent, booted, age, trouble) = (Vec::new(), false, Duration::ZERO, None);
+    Ok(Prepared { session, link, lease, cell, container, setup, pending, sent, booted, age, trouble })
+}
+
+/// Finds what a cell is made of and writes its row. `agent`: it is the one that the job's agent or command runs in.
+pub(super) async fn begin(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    agent: bool,
+    stop: &mut watch::Receiver<StopWish>,
+) -> Result<Begun, PrepareError> {
+    let image = find_image(parts, record, stop).await?;
+    let chosen = runtime::choose(parts, record, &image, stop).await?;
     let former = parts.store.cell_of(&record.job).await?;
     let names = Names::new(former.as_ref(), &record.job)?;
-    parts.store.put_cell(names.row(record, Some(chosen.runtime))).await?;
+    parts.store.put_cell(names.row(record, Some(chosen.runtime).filter(|_| agent))).await?;
     let (cell, runtime, instead) = (names.cell.clone(), chosen.runtime, chosen.instead.clone());
-    let agent =
-        found.claude.parent().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
-    let image = Some(found.id.clone());
-    record.push(&Body::Cell { cell, runtime, instead, image, agent })?;
-    let tenant = Tenant { uid: names.uid, runtime, claude: found.claude.clone() };
-    let commits = commit_environment(record);
-    let (made, commits) = tokio::join!(make_directories(parts, record, &names, tenant), commits);
-    let (dirs, session, staged, resumed) = made?;
-    let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), staged.owner())
+    let version =
+        image.claude.parent().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    record.push(&Body::Cell { cell, runtime, instead, image: Some(image.id.clone()), agent: version })?;
+    let tenant = Tenant { uid: names.uid, runtime, claude: image.claude.clone(), kept: agent };
+    Ok(Begun { image, names, tenant, engine_name: chosen.engine_name })
+}
+
+/// Makes the ways into and out of a cell whose rooms are there, and starts it. `first`: what its commands before the
+/// main process may reach.
+pub(super) async fn finish(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    begun: &Begun,
+    (dirs, who): (&Dirs, &Who),
+    launch: Launch<'_>,
+    first: Option<Arc<Plan>>,
+    stop: &watch::Receiver<StopWish>,
+) -> Result<Started, PrepareError> {
+    let names = &begun.names;
+    let link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), who.owner())
         .await
         .map_err(|e| failed(FailReason::Internal, e))?;
-    let lease = match open_lease(parts, record, &names.cell, &names.token, &dirs.run, staged.owner()).await {
+    let (token, model, shown) = (&names.token, launch.model, launch.shown);
+    let door = Door { token, run: &dirs.run, owner: who.owner(), model, shown, first };
+    let lease = match open_lease(parts, record, &names.cell, door).await {
         Ok(lease) => lease,
         Err(error) => {
             leave_link(record, link).await;
             return Err(error);
         }
     };
-    let mut spec = cell_spec(parts, record, &names.cell, &found, &dirs, &staged);
-    spec.runtime = chosen.engine_name;
-    let boot = boot(parts, record, &names, &found, (resumed, &commits));
-    let started = match boot {
+    let mut spec = cell_spec(parts, record, &names.cell, &begun.image, dirs, who);
+    spec.runtime.clone_from(&begun.engine_name);
+    let started = match boot_with(parts, record, names, &begun.image, launch) {
         Ok(boot) => start(parts, &names.cell, &spec, &boot, stop).await,
         Err(error) => Err(error),
     };
-    let container = match started {
-        Ok(container) => container,
+    match started {
+        Ok(container) => Ok(Started { link, lease, cell: names.cell.clone(), container }),
         Err(error) => {
             lease.destroy().await;
             leave_link(record, link).await;
-            return Err(error);
+            Err(error)
         }
-    };
-    let pending = session.start();
-    let (sent, booted, age, trouble) = (Vec::new(), false, Duration::ZERO, None);
-    Ok(Prepared { session, link, lease, cell: names.cell, container, pending, sent, booted, age, trouble })
+    }
 }
 
 pub(super) async fn start(
@@ -212,7 +308,9 @@ pub async fn adopt(
             return Ok(None);
         }
     };
-    let lease = match open_lease(parts, record, &cell, &row.token, &run, owner).await {
+    let plan = record.accepted.plan.clone();
+    let door = Door { token: &row.token, run: &run, owner, model: true, shown: &plan, first: None };
+    let lease = match open_lease(parts, record, &cell, door).await {
         Ok(lease) => lease,
         Err(error) => {
             leave_link(record, link).await;
@@ -224,7 +322,10 @@ pub async fn adopt(
     };
     let (session, pending, sent, trouble) = (replay.session, replay.pending, replay.sent, replay.trouble);
     let age = Duration::from_millis(clock::boot_ms().saturating_sub(row.created_boot_ms));
-    Ok(Some(Prepared { session, link, lease, cell, container, pending, sent, booted: true, age, trouble }))
+    let (setup, booted) = (None, true);
+    let prepared =
+        Prepared { session, link, lease, cell, container, setup, pending, sent, booted, age, trouble };
+    Ok(Some(prepared))
 }
 
 pub(super) async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
@@ -239,7 +340,7 @@ pub(super) async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
 /// What the image gives.
 pub(super) struct Image {
     id: String,
-    path_env: Option<String>,
+    env: Vec<(String, String)>,
     pub(super) claude: PathBuf,
     pub(super) shell: &'static str,
     volumes: Vec<String>,
@@ -283,8 +384,8 @@ pub(super) async fn find_image(
         .await
         .map_err(|e| failed(FailReason::Internal, e))?
         .map_err(|e| failed(FailReason::AgentMissing, e))?;
-    let (path_env, volumes) = (details.path_env, details.volumes);
-    Ok(Image { id: info.id, path_env, claude, shell: facts.shell.path(), volumes })
+    let (env, volumes) = (details.env, details.volumes);
+    Ok(Image { id: info.id, env, claude, shell: facts.shell.path(), volumes })
 }
 
 fn bundle_path(
@@ -356,23 +457,25 @@ fn session_id(job: &JobId) -> String {
 async fn make_directories(
     parts: &Arc<Parts>,
     record: &mut Record,
-    names: &Names,
-    tenant: Tenant,
+    Begun { names, tenant, .. }: &Begun,
 ) -> Result<(Dirs, Session, Who, bool), PrepareError> {
-    let was_parked = record.carry.parked_ms;
-    let kept = was_parked.map(|_| Kept {
+    let before = record.carry.parked_ms;
+    let kept = before.map(|_| Kept {
         image: parts.settings.kept(&record.job),
         session: options::session_file(&names.session_id, &record.accepted.plan.workspace_at),
     });
-    let mut made = make_rooms(parts, record, names, tenant, record.accepted.clone(), kept).await?;
+    if record.carry.repair.is_some() {
+        // What did not pass is not what this attempt will have made.
+        changes::forget(parts, &record.job).await;
+    }
+    let mut made = make_rooms(parts, record, names, tenant.clone(), record.accepted.clone(), kept).await?;
     if let (Some(snapshot), set_up) = made.took {
         parts.metrics.copy_step(CopyStep::Snapshot, snapshot);
         parts.metrics.copy_step(CopyStep::SetUp, set_up);
     }
-    let paused = was_parked.filter(|_| made.resumed);
-    let paused = paused.map(|from_ms| Pause { from_ms, to_ms: clock::wall_ms() });
-    record.begin_attempt(&names.cell, paused)?;
-    if was_parked.is_some() && paused.is_none() {
+    let opening = record.opening(made.resumed, clock::wall_ms());
+    record.begin_attempt(&names.cell, &opening)?;
+    if before.is_some() && !made.resumed {
         let text = "there is no conversation of an earlier attempt to go on with: the task is given again";
         made.notes.push(text.to_owned());
     }
@@ -381,8 +484,8 @@ async fn make_directories(
     }
     record.commit()?;
     let append = prompt::append(record, made.claude_md.as_deref(), &made.dirs.parts);
-    let session = record.session(paused.as_ref(), append);
-    Ok((made.dirs, session, made.who, paused.is_some()))
+    let session = record.session(&opening, append);
+    Ok((made.dirs, session, made.who, made.resumed))
 }
 
 pub(super) async fn make_rooms(
@@ -399,28 +502,41 @@ pub(super) async fn make_rooms(
     tokio::task::spawn_blocking(make).await.map_err(|e| failed(FailReason::Internal, e))?
 }
 
+/// What a cell's lease is opened with.
+struct Door<'a> {
+    token: &'a str,
+    run: &'a Path,
+    owner: (u32, u32),
+    model: bool,
+    /// What the tools in it are told.
+    shown: &'a Plan,
+    /// What its first commands may reach.
+    first: Option<Arc<Plan>>,
+}
+
 async fn open_lease(
     parts: &Arc<Parts>,
     record: &Record,
     cell: &CellId,
-    token: &str,
-    run: &Path,
-    owner: (u32, u32),
+    Door { token, run, owner, model, shown, first }: Door<'_>,
 ) -> Result<Lease, PrepareError> {
     let budgets = budgets(parts, record).await?;
     let dir = run.parent().unwrap_or(run);
-    let egress = way_out::make(parts, &record.accepted.plan, &record.identity, dir, &record.job).await?;
+    let plan = Arc::new(record.accepted.plan.clone());
+    let egress = way_out::make(parts, shown, &record.identity, dir, &record.job).await?;
     let spec = LeaseSpec {
         job: record.job.clone(),
         cell: cell.clone(),
         token: token.to_owned(),
         identity: record.identity.clone(),
-        plan: Arc::new(record.accepted.plan.clone()),
+        plan,
         budgets,
         output_tokens_max: None,
         run_dir: run.to_owned(),
         socket_owner: Some(owner),
+        model,
         egress: Some(egress),
+        first,
     };
     let calendar = parts.settings.calendar.clone();
     let ledger = Arc::new(StoreLedger { store: parts.store.clone(), cell: cell.clone(), calendar });
@@ -501,48 +617,46 @@ pub(super) fn cell_spec(
     }
 }
 
-fn boot(
-    parts: &Parts,
-    record: &Record,
-    names: &Names,
-    image: &Image,
-    (resumed, commits): (bool, &[(String, String)]),
-) -> Result<Vec<u8>, PrepareError> {
-    let mut plan = record.accepted.plan.clone();
-    // The limit holds for all attempts together.
-    let turns = u32::try_from(record.carry.turns).unwrap_or(u32::MAX);
-    plan.limits.max_turns = plan.limits.max_turns.saturating_sub(turns).max(1);
-    let argv = options::argv(&plan, &names.session_id, resumed);
-    boot_with(parts, record, names, image, record.wall_left_ms() + WALL_SLACK_MS, (argv, commits))
-}
-
 pub(super) fn boot_with(
     parts: &Parts,
     record: &Record,
     names: &Names,
     image: &Image,
-    wall_limit_ms: u64,
-    (argv, more): (Vec<String>, &[(String, String)]),
+    launch: Launch<'_>,
 ) -> Result<Vec<u8>, PrepareError> {
+    let Launch { argv, more, steps, terminal, wall_limit_ms, model, shown } = launch;
     let plan = &record.accepted.plan;
-    let argv = argv.into_iter().map(OsString::from).collect();
+    let words = |argv: Vec<String>| argv.into_iter().map(OsString::from).collect::<Vec<_>>();
     let provider = parts.gateway.view(&plan.provider).map_err(|e| failed(FailReason::Internal, e))?;
-    let mut env = options::environment(plan, image.path_env.as_deref(), &provider, &names.token);
-    env.extend(agent_way_out::environment(plan, way_out::has_authorities(parts, plan)));
+    let mut env = options::environment(plan, &image.env, &provider, &names.token);
+    if !model {
+        // Nobody answers there.
+        provider.environment(&names.token).into_iter().for_each(|(name, _)| drop(env.remove(name)));
+    }
+    if terminal.is_some() {
+        env.insert("TERM".to_owned(), TERMINAL.to_owned());
+    }
     env.extend(more.iter().cloned());
+    surroundings::add_way_out(&mut env, shown, way_out::has_authorities(parts, shown));
     env.extend(record.accepted.above.iter().map(|_| above::across()));
     env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
-    let mut boot = Boot::new(names.cell.clone(), names.key.clone(), argv);
+    let mut boot = Boot::new(names.cell.clone(), names.key.clone(), words(argv));
     boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
     boot.cwd = PathBuf::from(&plan.workspace_at);
     boot.ctl_socket = PathBuf::from("/.hotcell/ctl.sock");
     boot.wall_limit_ms = wall_limit_ms;
     boot.dead_man_ms = DEAD_MAN_MS;
     boot.buffer_bytes_max = CELL_BUFFER_BYTES_MAX;
-    boot.forwards =
-        vec![PortForward { port: options::MODEL_PORT, socket: PathBuf::from("/.hotcell/api.sock") }];
-    let socket = PathBuf::from("/.hotcell/egress.sock");
-    boot.forwards.push(PortForward { port: agent_way_out::EGRESS_PORT, socket });
+    boot.start_now = steps.is_empty();
+    boot.steps = steps.into_iter().map(words).collect();
+    boot.terminal = terminal.map(|size| (size.rows, size.cols));
+    // A person's command may open /dev/stdout, which no socket can be.
+    boot.pipes = !model && terminal.is_none();
+    let forward = |port, name| PortForward { port, socket: PathBuf::from("/.hotcell").join(name) };
+    boot.forwards = vec![forward(agent_way_out::EGRESS_PORT, "egress.sock")];
+    if model {
+        boot.forwards.push(forward(options::MODEL_PORT, "api.sock"));
+    }
     boot.encode().map_err(|e| failed(FailReason::Internal, e))
 }
 

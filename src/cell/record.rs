@@ -89,6 +89,17 @@ pub struct Record {
     dir: std::path::PathBuf,
 }
 
+/// How the conversation of an attempt begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Opening {
+    /// With the task.
+    Task,
+    /// With the word that a pause is over.
+    Pause(Pause),
+    /// With what is to be repaired.
+    Words(String),
+}
+
 /// A conversation rebuilt from the journal.
 #[derive(Debug)]
 pub struct Replay {
@@ -192,16 +203,52 @@ impl Record {
     ///
     /// # Errors
     /// [`RecordError::Journal`].
-    pub fn begin_attempt(&mut self, cell: &CellId, paused: Option<Pause>) -> Result<(), RecordError> {
-        self.push(&Body::Attempt { attempt: self.attempt, cell: cell.clone(), paused })?;
+    pub fn begin_attempt(&mut self, cell: &CellId, opening: &Opening) -> Result<(), RecordError> {
+        let (paused, repair) = match opening {
+            Opening::Task => (None, None),
+            Opening::Pause(pause) => (Some(*pause), None),
+            Opening::Words(words) => (None, Some(words.clone())),
+        };
+        self.push(&Body::Attempt { attempt: self.attempt, cell: cell.clone(), paused, repair })?;
         (self.recovered.stdout_end, self.recovered.stderr_end, self.recovered.stdin_end) = (0, 0, 0);
         self.commit()
     }
 
-    /// A conversation for one attempt: it begins with the task, or with the word that the pause is over.
-    pub fn session(&self, paused: Option<&Pause>, append: String) -> Session {
-        let prompt = paused.map_or_else(|| self.spec.prompt.clone(), park::continuation);
+    /// How the conversation of the next attempt begins. `resumed`: that of an earlier one is there.
+    pub fn opening(&self, resumed: bool, now_ms: u64) -> Opening {
+        match (&self.carry.repair, self.carry.parked_ms) {
+            (Some(words), _) if resumed => Opening::Words(words.clone()),
+            (Some(words), _) => Opening::Words(format!("{}\n\n{words}", self.spec.prompt)),
+            (None, Some(from_ms)) if resumed => Opening::Pause(Pause { from_ms, to_ms: now_ms }),
+            (None, Some(_) | None) => Opening::Task,
+        }
+    }
+
+    /// A conversation for one attempt.
+    pub fn session(&self, opening: &Opening, append: String) -> Session {
+        let prompt = match opening {
+            Opening::Task => self.spec.prompt.clone(),
+            Opening::Pause(pause) => park::continuation(pause),
+            Opening::Words(words) => words.clone(),
+        };
         Session::new(self.accepted.plan.clone(), prompt, self.spec.system_prompt.clone(), append)
+    }
+
+    /// Whether a stop was decided.
+    pub fn is_stopped(&self) -> bool {
+        matches!(self.state, State::Collecting { stopped: Some(_) } | State::Stopping { .. })
+    }
+
+    /// Gives the agent another try: `words` is what it is told.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub async fn repair(&mut self, parts: &Parts, carry: Carry, words: String) -> Result<(), RecordError> {
+        let repairs = carry.repairs + 1;
+        let parked_ms = Some(clock::wall_ms());
+        let carry = Carry { repairs, repair: Some(words), parked_ms, ..carry };
+        self.attempt += 1;
+        self.carry_over(parts, Input::Repair, carry).await
     }
 
     /// Parks the job: its cell is gone and its work is put away.
@@ -209,10 +256,14 @@ impl Record {
     /// # Errors
     /// [`RecordError`].
     pub async fn shelve(&mut self, parts: &Parts, carry: Carry) -> Result<(), RecordError> {
+        self.carry_over(parts, Input::Shelved, carry).await
+    }
+
+    async fn carry_over(&mut self, parts: &Parts, input: Input, carry: Carry) -> Result<(), RecordError> {
         self.commit()?;
         self.journal.sync().await?;
         let (seq, now) = (self.journal.next_seq(), clock::wall_ms());
-        self.state = parts.store.shelve(&self.job, &self.state, carry.clone(), seq, now).await?;
+        self.state = parts.store.carry_over(&self.job, &self.state, &input, carry.clone(), (seq, now)).await?;
         self.carry = carry;
         self.journal.push(&Body::State { state: self.state.clone() }, now)?;
         self.commit()
@@ -318,6 +369,7 @@ impl Record {
             GatewayEvent::Egress(reached) => {
                 let decision = if reached.allowed { Decision::Allow } else { Decision::Deny };
                 parts.metrics.egress(decision, reached.bytes_up, reached.bytes_down);
+                parts.metrics.cache_served(reached.cached_bytes);
                 Body::Egress {
                     host: reached.host.clone(),
                     port: reached.port,
@@ -327,8 +379,10 @@ impl Record {
                     rule: reached.rule.clone(),
                     reason: reached.reason.clone(),
                     credential: reached.credential.clone(),
+                    status: reached.status,
                     bytes_up: reached.bytes_up,
                     bytes_down: reached.bytes_down,
+                    cached_bytes: reached.cached_bytes,
                     duration_ms: reached.duration_ms,
                 }
             }
@@ -363,7 +417,7 @@ impl Record {
     /// # Errors
     /// [`RecordError::Cut`] where the journal lost its middle, and a part of this attempt with it.
     pub async fn replay(&self) -> Result<Replay, RecordError> {
-        let mut replay = Replay::new(self.session(None, String::new()));
+        let mut replay = Replay::new(self.session(&Opening::Task, String::new()));
         let mut cut = false;
         let mut reader = Reader::open(&self.dir, 1, None);
         while let Some(chunk) = reader.next_chunk(REPLAY_CHUNK_BYTES).await? {
@@ -374,7 +428,9 @@ impl Record {
                     // What was before is another cell's.
                     "attempt" => {
                         cut = false;
-                        replay = Replay::new(self.session(line.paused.as_ref(), String::new()));
+                        let words = line.repair.map(|words| Opening::Words(words.into_owned()));
+                        let opening = words.or(line.paused.map(Opening::Pause)).unwrap_or(Opening::Task);
+                        replay = Replay::new(self.session(&opening, String::new()));
                     }
                     "truncated" => cut = true,
                     _ => replay.take(&line),

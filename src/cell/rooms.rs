@@ -65,6 +65,8 @@ pub(super) struct Tenant {
     pub(super) runtime: Runtime,
     /// The CLI's program, root's and execute-only.
     pub(super) claude: PathBuf,
+    /// What it writes to a copy is kept; else it is thrown away.
+    pub(super) kept: bool,
 }
 
 /// Whom the cell runs as.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::{Mutex, watch};
 
-use super::prepare::{self, Image, Names, PrepareError, engine_failure, failed};
+use super::prepare::{self, Image, Launch, Names, PrepareError, engine_failure, failed};
 use super::record::Record;
 use super::rooms::Tenant;
 use super::{Parts, StopWish};
@@ -324,14 +324,14 @@ async fn trial_cell(
     accepted.workspace = None;
     accepted.plan.workspace_mode = WorkspaceMode::None;
     accepted.plan.limits.disk_bytes = TRIAL_DISK_BYTES;
-    let tenant = Tenant { uid: names.uid, runtime, claude: image.claude.clone() };
+    let tenant = Tenant { uid: names.uid, runtime, claude: image.claude.clone(), kept: false };
     let made = prepare::make_rooms(parts, record, names, tenant, accepted, None).await?;
     let (dirs, who) = (made.dirs, made.who);
     let mut spec = prepare::cell_spec(parts, record, &names.cell, image, &dirs, &who);
     spec.runtime = Some(runtime.as_str().to_owned());
     let script = format!("echo {PROOF} >/tmp/{PROOF} && exec {} --version", options::CLI_PATH);
     let argv = vec![image.shell.to_owned(), "-c".to_owned(), script];
-    let boot = prepare::boot_with(parts, record, names, image, TRIAL_WALL_MS, (argv, &[]))?;
+    let boot = prepare::boot_with(parts, record, names, image, Launch::of(argv, TRIAL_WALL_MS, record))?;
     let mut link = Link::bind(&dirs.run, &names.cell, names.key.clone(), Resume::default(), who.owner())
         .await
         .map_err(|e| failed(FailReason::Internal, e))?;
@@ -414,6 +414,7 @@ pub(super) async fn listen(
             LinkEvent::Connected { .. }
             | LinkEvent::Disconnected
             | LinkEvent::StdinAcked { .. }
+            | LinkEvent::StepEnded { .. }
             | LinkEvent::Hostile { .. } => {}
         }
     }

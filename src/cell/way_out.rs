@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use super::Parts;
 use super::prepare::{PrepareError, failed};
-use crate::agent::way_out::{ALL_AUTHORITIES, MORE_AUTHORITIES};
+use crate::agent::trust_store;
+use crate::agent::way_out::{ALL_AUTHORITIES, JAVA_AUTHORITIES, MORE_AUTHORITIES};
 use crate::gateway::EgressSpec;
 use crate::gateway::egress::{CellCa, Tally, UserCredentials};
 use crate::job::{FailReason, Identity, JobId};
@@ -31,7 +32,8 @@ pub(super) async fn make(
     job: &JobId,
 ) -> Result<EgressSpec, PrepareError> {
     let trusts = has_authorities(parts, plan);
-    let (egress, dir, inspects) = (Arc::clone(&parts.egress), dir.to_owned(), plan.inspects_egress());
+    let (egress, dir, inspects) = (Arc::clone(&parts.egress), dir.to_owned(), plan.cell_inspects_egress());
+    let filler = job.clone();
     let sums = parts.settings.journal_dir(job).join(SUMS_FILE);
     let credentials = Arc::new(UserCredentials { gateway: Arc::clone(&parts.gateway), who: who.clone() });
     let made = tokio::task::spawn_blocking(move || {
@@ -40,11 +42,12 @@ pub(super) async fn make(
             let bundle = egress.bundle(ca.as_deref());
             let run = dir.join("run");
             for (name, text) in [(ALL_AUTHORITIES, &bundle.all), (MORE_AUTHORITIES, &bundle.more)] {
-                put_readable(&run.join(name), text)?;
+                put_readable(&run.join(name), text.as_bytes())?;
             }
+            put_readable(&run.join(JAVA_AUTHORITIES), &trust_store::pkcs12(&bundle.all))?;
         }
         let tally = Arc::new(Tally::open(&sums)?);
-        Ok::<_, std::io::Error>(EgressSpec { egress, ca, credentials, tally })
+        Ok::<_, std::io::Error>(EgressSpec { egress, job: filler, ca, credentials, tally })
     });
     let made = made.await.map_err(|e| failed(FailReason::Internal, e))?;
     made.map_err(|e| failed(FailReason::Internal, format!("cannot prepare the way out: {e}")))
@@ -52,7 +55,7 @@ pub(super) async fn make(
 
 /// Whether a cell of this plan finds the files of authorities.
 pub(super) fn has_authorities(parts: &Parts, plan: &Plan) -> bool {
-    plan.has_egress() && (plan.inspects_egress() || parts.egress.has_extra_roots())
+    plan.cell_has_egress() && (plan.cell_inspects_egress() || parts.egress.has_extra_roots())
 }
 
 fn authority(dir: &Path) -> std::io::Result<CellCa> {
@@ -70,7 +73,7 @@ fn authority(dir: &Path) -> std::io::Result<CellCa> {
 }
 
 /// Whole or not at all: after a restart the cell may be reading it.
-fn put_readable(path: &Path, text: &str) -> std::io::Result<()> {
+fn put_readable(path: &Path, text: &[u8]) -> std::io::Result<()> {
     let new = path.with_extension("new");
     std::fs::write(&new, text)?;
     std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o644))?;

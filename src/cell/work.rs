@@ -230,7 +230,7 @@ impl Site<'_> {
             ) => Mode::ReadOnly,
         };
         let is_copy = asked == WorkspaceMode::Copy;
-        let shelf = (is_copy && name.is_none())
+        let shelf = (is_copy && name.is_none() && self.tenant.kept)
             .then(|| Shelf::new(self.settings.state_dir.join("changes")).of(self.job));
         let sight = Sight { hide: &self.accepted.plan.hide, mode, shelf, replaced, settings };
         let (looked, staged, layered) =
@@ -266,7 +266,8 @@ impl Site<'_> {
         Ok((Placed { name, at, view, parts, over, under: None }, ids))
     }
 
-    /// Looks through a workspace and mounts it; whether a layer has to go over it.
+    /// Looks through a workspace and mounts it; whether a layer that hides has to go over a mount that is read-only. A
+    /// copy has its layers anyway.
     fn looked(
         &self,
         name: Option<&str>,

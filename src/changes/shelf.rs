@@ -233,6 +233,18 @@ impl JobShelf {
         Ok(Some((parsed.map_err(corrupt)?, hex(Sha256::digest(&json).into()))))
     }
 
+    /// Forgets the change set; its contents stay for the next one.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn forget_changes(&self) -> Result<(), ShelfError> {
+        let path = self.dir.join(CHANGES);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", &path)(error)),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
     /// Keeps one content; see [`Batch::put`].
     ///
     /// # Errors

@@ -6,10 +6,17 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
 
 use super::shelf::{JobShelf, Shelf};
 use crate::change::{Base, ChangeSet, Entry, Ignored, Node, Raw, Special, TreePath, VERSION, Verdict};
 use crate::job::JobId;
+
+const UNMOUNT_MAX: Duration = Duration::from_secs(60);
+const UNMOUNT_POLL: Duration = Duration::from_millis(5);
 
 /// A shelf, and the directory it lies in.
 pub(crate) fn shelf() -> (tempfile::TempDir, JobShelf) {
@@ -79,20 +86,13 @@ impl Disk {
     /// What the kernel was not told to put on the disk is lost. Nobody may have anything open there.
     pub(crate) fn cut_power(&self) {
         self.off.now();
-        let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
-        // A process that another test of this program starts has what was open here until it runs its own program.
-        while let Err(error) = rustix::mount::unmount(self.path(), rustix::mount::UnmountFlags::empty()) {
-            assert!(
-                error == rustix::io::Errno::BUSY && std::time::Instant::now() < until,
-                "unmount: {error}"
-            );
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
+        unmount(&self.path());
         // Another namespace of mounts may hold it for a moment; until then it would be mounted as it is, switched off.
         let held = Path::new("/sys/fs/ext4").join(Path::new(&self.device).file_name().expect("a name"));
+        let give_up = Instant::now() + UNMOUNT_MAX;
         while held.exists() {
-            assert!(std::time::Instant::now() < until, "{held:?} is still there");
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            assert!(Instant::now() < give_up, "{held:?} is still there");
+            std::thread::sleep(UNMOUNT_POLL);
         }
         self.mount();
     }
@@ -107,6 +107,16 @@ impl Drop for Disk {
         // Of a test that failed something may be open there still.
         let _ = std::process::Command::new("umount").arg("--lazy").arg(self.path()).status();
         let _ = std::process::Command::new("losetup").args(["-d", &self.device]).status();
+    }
+}
+
+/// Unmounts what was mounted here, as soon as nobody has anything open there.
+pub(crate) fn unmount(at: &Path) {
+    let give_up = Instant::now() + UNMOUNT_MAX;
+    // A process that another test of this program starts has what was open here until it runs its own program.
+    while let Err(error) = rustix::mount::unmount(at, UnmountFlags::empty()) {
+        assert!(error == Errno::BUSY && Instant::now() < give_up, "unmount: {error}");
+        std::thread::sleep(UNMOUNT_POLL);
     }
 }
 

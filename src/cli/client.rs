@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::fail::{ApiError, CliError};
+use crate::api::cache::{CacheRemoved, CacheView};
 use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
 use crate::api::wire::{Doctor, Health, JobList, JobView, WhoAmI};
@@ -50,6 +51,13 @@ pub(crate) struct Filter {
     pub(crate) policy: Option<String>,
     /// Jobs of all users (for admins).
     pub(crate) all_users: bool,
+}
+
+/// A connection that carries frames.
+pub(crate) struct Attached {
+    /// The frames' bytes.
+    pub(crate) socket: TokioIo<hyper::upgrade::Upgraded>,
+    _connection: AbortOnDropHandle<()>,
 }
 
 /// An answer whose connection lives as long as it does.
@@ -118,6 +126,21 @@ impl Client {
         self.read(request.body(Full::default())).await
     }
 
+    /// Takes part in a job's command: the connection, for frames.
+    pub(crate) async fn attach(&self, id: &JobId) -> Result<Attached, CliError> {
+        let request = Request::post(format!("/v1/jobs/{id}/attach"))
+            .header("connection", "upgrade")
+            .header("upgrade", crate::api::attach::PROTOCOL);
+        let answer = self.send(request.body(Full::default())).await?;
+        if answer.response.status() != hyper::StatusCode::SWITCHING_PROTOCOLS {
+            self.whole(answer).await?;
+            return Err(CliError::Protocol { what: "neither a connection nor an error".into() });
+        }
+        let upgraded = hyper::upgrade::on(answer.response).await;
+        let socket = upgraded.map_err(|e| CliError::ConnectionLost { what: e.to_string() })?;
+        Ok(Attached { socket: TokioIo::new(socket), _connection: answer.connection })
+    }
+
     /// Lets a parked job go on.
     pub(crate) async fn unpark(&self, id: &JobId) -> Result<JobView, CliError> {
         let request = Request::post(format!("/v1/jobs/{id}/unpark"));
@@ -138,6 +161,16 @@ impl Client {
     ) -> Result<CostReport, CliError> {
         let query: Vec<String> = query.map(|(key, value)| format!("{key}={}", encode(value))).collect();
         self.get(&format!("/v1/cost?{}", query.join("&"))).await
+    }
+
+    /// What is kept of package hosts; `query` is passed on.
+    pub(crate) async fn cache(&self, query: &[(&str, &str)]) -> Result<CacheView, CliError> {
+        self.get(&cache_path(query)).await
+    }
+
+    /// Removes what is kept of package hosts.
+    pub(crate) async fn remove_cache(&self, query: &[(&str, &str)]) -> Result<CacheRemoved, CliError> {
+        self.read(Request::delete(cache_path(query)).body(Full::default())).await
     }
 
     /// The report that a job left.
@@ -275,7 +308,7 @@ impl Client {
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
         let connection = AbortOnDropHandle::new(tokio::spawn(async move {
             // The error of a connection reaches whoever waits for its answer or body.
-            let _ = connection.await;
+            let _ = connection.with_upgrades().await;
         }));
         match tokio::time::timeout(wait_max, sender.send_request(request)).await {
             Ok(Ok(response)) => Ok(Answer { response, connection }),
@@ -300,6 +333,11 @@ impl Client {
         }
         Err(CliError::Api(Box::new(ApiError::read(status.as_u16(), &bytes))))
     }
+}
+
+fn cache_path(query: &[(&str, &str)]) -> String {
+    let query: Vec<String> = query.iter().map(|(key, value)| format!("{key}={}", encode(value))).collect();
+    format!("/v1/cache?{}", query.join("&"))
 }
 
 async fn connect(socket: &Path) -> Result<tokio::net::UnixStream, CliError> {

@@ -11,22 +11,23 @@ use crate::job::{Blame, FailReason, Outcome, StopReason};
 
 /// The exit codes of all commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
 pub enum ExitCode {
-    /// The command, and the job it waited for, succeeded.
-    Succeeded = 0,
-    /// The job failed, or some of several did.
-    Failed = 1,
-    /// The command line, the spec or what it asks for is not acceptable.
-    Usage = 2,
-    /// A limit or the budget ended the job.
-    Stopped = 3,
-    /// The daemon or the engine is unavailable; trying again later may help.
-    Unavailable = 4,
-    /// A batch stopped at a gate.
-    Gate = 5,
-    /// The user cancelled the job, or left with Ctrl-C.
-    Cancelled = 130,
+    /// 0: the command, and the job it waited for, succeeded.
+    Succeeded,
+    /// 1: the job failed, or some of several did.
+    Failed,
+    /// 2: the command line, the spec or what it asks for is not acceptable.
+    Usage,
+    /// 3: a limit or the budget ended the job.
+    Stopped,
+    /// 4: the daemon or the engine is unavailable; trying again later may help.
+    Unavailable,
+    /// 5: a batch stopped at a gate.
+    Gate,
+    /// 130: the user cancelled the job, or left with Ctrl-C.
+    Cancelled,
+    /// That of the command which ran in a cell.
+    Command(u8),
 }
 
 /// The table as `--help` shows it.
@@ -39,6 +40,7 @@ Exit codes of all commands:
     4  the daemon, the engine or the required runtime is unavailable
     5  stopped at a gate
   130  cancelled by the user
+hotcell exec and hotcell shell: the code of what ran in the cell, once it ran; 126 and 127 where it could not be started.
 
 Errors are three lines on standard error: what happened, whose fault it is, what to do next.
 With --json they are one line of JSON on standard output instead:
@@ -89,6 +91,20 @@ impl ExitCode {
         }
     }
 
+    /// The number.
+    pub(crate) fn value(self) -> u8 {
+        match self {
+            Self::Succeeded => 0,
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::Stopped => 3,
+            Self::Unavailable => 4,
+            Self::Gate => 5,
+            Self::Cancelled => 130,
+            Self::Command(code) => code,
+        }
+    }
+
     /// The code for several things done one after the other.
     pub(crate) fn of_all(codes: &[Self]) -> Self {
         match codes {
@@ -101,7 +117,7 @@ impl ExitCode {
 
 impl From<ExitCode> for std::process::ExitCode {
     fn from(code: ExitCode) -> Self {
-        Self::from(code as u8)
+        Self::from(code.value())
     }
 }
 
@@ -295,10 +311,10 @@ mod tests {
 
     #[test]
     fn each_end_of_a_job_has_its_exit_code() {
-        let failed = |reason| ExitCode::of(&Outcome::Failed(Failure::new(Phase::Run, reason, "x"))) as u8;
-        let stopped = |reason| ExitCode::of(&Outcome::Stopped { reason }) as u8;
-        assert_eq!(ExitCode::of(&Outcome::Succeeded) as u8, 0);
-        assert_eq!(ExitCode::of(&Outcome::Lost) as u8, 1);
+        let failed = |reason| ExitCode::of(&Outcome::Failed(Failure::new(Phase::Run, reason, "x"))).value();
+        let stopped = |reason| ExitCode::of(&Outcome::Stopped { reason }).value();
+        assert_eq!(ExitCode::of(&Outcome::Succeeded).value(), 0);
+        assert_eq!(ExitCode::of(&Outcome::Lost).value(), 1);
         assert_eq!(failed(FailReason::Oom), 1);
         assert_eq!(failed(FailReason::EngineUnavailable), 4);
         assert_eq!(failed(FailReason::RuntimeUnavailable), 4);

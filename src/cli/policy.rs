@@ -78,9 +78,9 @@ pub(super) fn policy(args: &PolicyArgs, context: &mut Context) -> Result<ExitCod
     };
     let config = Config::load(&config.flags(), &context.machine)?;
     let PolicyCommand::Show { name, .. } = &args.command else {
-        return list(json, PolicyListing::read(&config.policy_dirs), context);
+        return list(json, PolicyListing::read(&config.policy_dirs, &config.egress_sets), context);
     };
-    let source = &find(PolicyListing::read(&config.policy_dirs), name)?;
+    let source = &find(PolicyListing::read(&config.policy_dirs, &config.egress_sets), name)?;
     if json {
         context.out.json(&as_json(name, source))?;
     } else {
@@ -140,7 +140,7 @@ mod tests {
         for (name, flags) in [
             ("ls", &["config", "policy-dirs"][..]),
             ("show", &["config", "policy-dirs"]),
-            ("check", &[]),
+            ("check", &["config"]),
             (
                 "explain",
                 &[

@@ -3,6 +3,7 @@
 //! A reader that went away (a closed pipe) ends the command without a word.
 
 pub(crate) mod audit;
+pub(crate) mod cache;
 pub(crate) mod cost;
 pub(crate) mod diff;
 pub(crate) mod escape;

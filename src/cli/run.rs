@@ -20,7 +20,7 @@ use crate::api::wire::JobView;
 use crate::job::Outcome;
 use crate::job::source::looks_like_url;
 use crate::job::spec::{JobSpec, NARROW_BYTES_MAX, PROMPT_BYTES_MAX, SPEC_BYTES_MAX, SpecError};
-use crate::policy::Narrowing;
+use crate::policy::{Narrowing, Sets};
 use ending::Wish;
 
 /// Most attempts to submit when the connection breaks before the answer came.
@@ -72,6 +72,8 @@ pub(super) struct RunArgs {
     #[arg(long, conflicts_with = "json")]
     raw: bool,
     #[command(flatten)]
+    steps: StepFlags,
+    #[command(flatten)]
     agent: AgentFlags,
     #[command(flatten)]
     limits: LimitFlags,
@@ -82,7 +84,7 @@ pub(super) struct RunArgs {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Mode {
+pub(super) enum Mode {
     /// A private copy: the directory itself stays as it is until you apply what was changed
     Copy,
     /// In place: what the agent writes is written to the directory itself
@@ -141,8 +143,22 @@ struct AgentFlags {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Steps")]
+struct StepFlags {
+    /// Command line that runs in the cell before the agent; can be given several times
+    #[arg(long, value_name = "COMMAND")]
+    setup: Vec<String>,
+    /// Command line that judges the result, in a fresh cell without a model; can be given several times
+    #[arg(long, value_name = "COMMAND")]
+    verify: Vec<String>,
+    /// How often the agent gets the output of a failed verification and another try
+    #[arg(long, value_name = "N", requires = "verify")]
+    repair: Option<u32>,
+}
+
+#[derive(Debug, Args)]
 #[command(next_help_heading = "Limits")]
-struct LimitFlags {
+pub(super) struct LimitFlags {
     /// Turns of the model
     #[arg(long, value_name = "N", value_parser = args::count, allow_hyphen_values = true)]
     max_turns: Option<u32>,
@@ -280,7 +296,7 @@ async fn finish(follow: Follow<'_>, args: &RunArgs, context: &mut Context) -> Re
 }
 
 /// Submits, and again with the same key when the answer got lost.
-async fn submit(client: &Client, spec: Bytes, key: &str) -> Result<JobView, CliError> {
+pub(super) async fn submit(client: &Client, spec: Bytes, key: &str) -> Result<JobView, CliError> {
     let mut attempt = 1;
     loop {
         match client.submit(spec.clone(), key).await {
@@ -290,7 +306,7 @@ async fn submit(client: &Client, spec: Bytes, key: &str) -> Result<JobView, CliE
     }
 }
 
-fn random_key() -> Result<String, CliError> {
+pub(super) fn random_key() -> Result<String, CliError> {
     let random = || getrandom::u64().map_err(|e| CliError::Local(anyhow::anyhow!("no random number: {e}")));
     Ok(format!("run-{:016x}{:016x}", random()?, random()?))
 }
@@ -334,13 +350,15 @@ fn job_spec(args: &RunArgs, context: &Context) -> Result<Bytes, CliError> {
         }
         prompt => put(&mut spec, "prompt", prompt),
     }
-    workspace(args, &mut spec)?;
+    workspace(args.workspace.as_deref(), args.name.as_ref(), args.mode, &mut spec)?;
+    steps(&args.steps, &mut spec);
     put(&mut spec, "from", args.from.as_ref());
     put(&mut spec, "policy", args.policy.as_ref());
     if let Some(path) = &args.narrow {
         let text = read_text("the narrowing policy", path, NARROW_BYTES_MAX)?;
-        // Checked here, where the file has its name.
-        Narrowing::parse(&path.display().to_string(), &text).map_err(|e| CliError::usage(e.to_string()))?;
+        // Checked here, where the file has its name. Which sets of hosts there are, the daemon knows.
+        Narrowing::parse_with(&path.display().to_string(), &text, &Sets::of_another_daemon())
+            .map_err(|e| CliError::usage(e.to_string()))?;
         put(&mut spec, "narrow", Some(text));
     }
     agent(&args.agent, context, &mut spec)?;
@@ -387,7 +405,7 @@ fn read_spec(path: &Path, has_prompt: bool) -> Result<Map<String, Value>, CliErr
     Ok(spec)
 }
 
-fn spec_error(error: SpecError) -> CliError {
+pub(super) fn spec_error(error: SpecError) -> CliError {
     CliError::usage_hint(error.to_string(), "`hotcell schema` prints what a job spec may hold")
 }
 
@@ -406,15 +424,21 @@ fn read_text(what: &str, path: &Path, bytes_max: usize) -> Result<String, CliErr
     String::from_utf8(bytes).map_err(|_| CliError::usage(format!("{what} is not UTF-8")))
 }
 
-fn workspace(args: &RunArgs, spec: &mut Map<String, Value>) -> Result<(), CliError> {
-    let source = args.workspace.as_deref().and_then(|given| source(given, args.name.is_some()));
+/// Where the job works: `given` is a directory or an address, `name` what of it is fetched.
+pub(super) fn workspace(
+    given: Option<&Path>,
+    name: Option<&String>,
+    mode: Option<Mode>,
+    spec: &mut Map<String, Value>,
+) -> Result<(), CliError> {
+    let source = given.and_then(|given| source(given, name.is_some()));
     if let Some(url) = source {
         let mut git = Map::new();
         put(&mut git, "url", Some(url));
-        put(&mut git, "ref", args.name.as_ref());
+        put(&mut git, "ref", name);
         object(spec, "workspace").remove("path");
         put(object(spec, "workspace"), "git", Some(git));
-    } else if let Some(dir) = &args.workspace {
+    } else if let Some(dir) = given {
         object(spec, "workspace").remove("git");
         let path = dir.canonicalize().map_err(|e| {
             CliError::usage_hint(
@@ -428,7 +452,7 @@ fn workspace(args: &RunArgs, spec: &mut Map<String, Value>) -> Result<(), CliErr
         let text = path.to_str().ok_or_else(|| CliError::usage("the workspace's path is not UTF-8"))?;
         put(object(spec, "workspace"), "path", Some(text));
     }
-    let mode = args.mode.and_then(|mode| mode.to_possible_value());
+    let mode = mode.and_then(|mode| mode.to_possible_value());
     match mode {
         Some(mode) if spec.contains_key("workspace") => {
             put(object(spec, "workspace"), "mode", Some(mode.get_name()));
@@ -468,7 +492,16 @@ fn agent(flags: &AgentFlags, context: &Context, spec: &mut Map<String, Value>) -
     ] {
         put(spec, key, Some(args::tools(lists)).filter(|_| !lists.is_empty()));
     }
-    for entry in &flags.env {
+    environment(&flags.env, context, spec)
+}
+
+/// Variables, each `NAME=VALUE` or the name of one of this command's own.
+pub(super) fn environment(
+    given: &[String],
+    context: &Context,
+    spec: &mut Map<String, Value>,
+) -> Result<(), CliError> {
+    for entry in given {
         let (name, value) = match entry.split_once('=') {
             Some((name, value)) => (name, value),
             None => {
@@ -482,7 +515,19 @@ fn agent(flags: &AgentFlags, context: &Context, spec: &mut Map<String, Value>) -
     Ok(())
 }
 
-fn limits(flags: &LimitFlags, spec: &mut Map<String, Value>) {
+fn steps(flags: &StepFlags, spec: &mut Map<String, Value>) {
+    for (key, lines) in [("setup", &flags.setup), ("verify", &flags.verify)] {
+        put(object(spec, key), "commands", Some(lines).filter(|lines| !lines.is_empty()));
+        if object(spec, key).is_empty() {
+            spec.remove(key);
+        }
+    }
+    if let Some(tries) = flags.repair {
+        put(object(spec, "verify"), "repair_attempts", Some(tries));
+    }
+}
+
+pub(super) fn limits(flags: &LimitFlags, spec: &mut Map<String, Value>) {
     let mut given = Map::new();
     put(&mut given, "cost_usd", flags.cost);
     put(&mut given, "max_turns", flags.max_turns);
@@ -497,14 +542,14 @@ fn limits(flags: &LimitFlags, spec: &mut Map<String, Value>) {
     }
 }
 
-fn put<T: serde::Serialize>(spec: &mut Map<String, Value>, key: &str, value: Option<T>) {
+pub(super) fn put<T: serde::Serialize>(spec: &mut Map<String, Value>, key: &str, value: Option<T>) {
     if let Some(value) = value {
         spec.insert(key.to_owned(), json!(value));
     }
 }
 
 /// The object under `key`, made where it is not there.
-fn object<'a>(spec: &'a mut Map<String, Value>, key: &str) -> &'a mut Map<String, Value> {
+pub(super) fn object<'a>(spec: &'a mut Map<String, Value>, key: &str) -> &'a mut Map<String, Value> {
     let entry = spec.entry(key).or_insert_with(|| json!({}));
     if !entry.is_object() {
         *entry = json!({});

@@ -1,12 +1,20 @@
 //! `[network]`: how the daemon reaches the internet where a corporate proxy stands before it. With a proxy, names are
-//! still decided here, but their addresses are looked up and checked by the proxy.
+//! still decided here, but their addresses are looked up and checked by the proxy. `[network.mirrors]`: what stands in
+//! for hosts; addresses named there are not checked.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Deserialize;
+use toml::Spanned;
 
 use super::raw::{Layers, Opt};
 use super::{ConfigError, absolute};
+use crate::gateway::egress::Mirror;
+use crate::policy::Host;
+
+/// Most mirrors.
+const MIRRORS_MAX: usize = 256;
 
 /// The way to the internet.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -17,6 +25,8 @@ pub struct Network {
     pub no_proxy: Vec<String>,
     /// Further certificate authorities, in PEM: for the model, for egress and in the cells.
     pub ca_file: Option<PathBuf>,
+    /// What stands in for hosts of egress, by their names.
+    pub mirrors: BTreeMap<String, Mirror>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -25,6 +35,7 @@ pub(super) struct RawNetwork {
     proxy: Opt<String>,
     no_proxy: Opt<Vec<String>>,
     ca_file: Opt<String>,
+    mirrors: BTreeMap<String, Spanned<String>>,
 }
 
 impl Network {
@@ -35,8 +46,33 @@ impl Network {
                 .list("network.no_proxy", &raw.no_proxy, ',', parse_exception)?
                 .unwrap_or_default(),
             ca_file: layers.checked("network.ca_file", &raw.ca_file, absolute)?,
+            mirrors: mirrors(layers, &raw.mirrors)?,
         })
     }
+}
+
+fn mirrors(
+    layers: &Layers<'_>,
+    raw: &BTreeMap<String, Spanned<String>>,
+) -> Result<BTreeMap<String, Mirror>, ConfigError> {
+    let mut mirrors = BTreeMap::new();
+    for (name, url) in raw {
+        let wrong = |problem: String| ConfigError::Entry {
+            origin: layers.place(url),
+            key: format!("network.mirrors.{name:?}"),
+            problem,
+        };
+        let host = Host::parse(name)
+            .map_err(|error| wrong(format!("is no host that a mirror can stand in for: it {error}")))?;
+        let mirror = Mirror::parse(url.get_ref()).map_err(|problem| wrong(format!("the URL {problem}")))?;
+        if mirrors.len() == MIRRORS_MAX {
+            return Err(wrong(format!("is one too many: at most {MIRRORS_MAX} mirrors are read")));
+        }
+        if mirrors.insert(host.to_string(), mirror).is_some() {
+            return Err(wrong("stands twice, in two spellings".into()));
+        }
+    }
+    Ok(mirrors)
 }
 
 fn parse_proxy(text: &str) -> Result<(String, u16), String> {

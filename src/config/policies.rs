@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::policy::{Policy, PolicyError};
+use crate::policy::{Policy, PolicyError, Sets};
 
 /// Most policies of one daemon.
 const POLICIES_MAX: usize = 1000;
@@ -67,8 +67,11 @@ const BUILT_IN: [(&str, &str); 5] = [
 /// # Errors
 /// [`PolicyFileError`] for the first file that cannot be read or parsed: a daemon must not start with half
 /// of its policies.
-pub fn policy_sources(dirs: &[PathBuf]) -> Result<BTreeMap<String, PolicySource>, PolicyFileError> {
-    let listing = PolicyListing::read(dirs);
+pub fn policy_sources(
+    dirs: &[PathBuf],
+    sets: &Sets,
+) -> Result<BTreeMap<String, PolicySource>, PolicyFileError> {
+    let listing = PolicyListing::read(dirs, sets);
     match listing.broken.into_iter().next() {
         Some(broken) => Err(broken.error),
         None => Ok(listing.all),
@@ -86,6 +89,8 @@ pub struct PolicyListing {
     read: BTreeMap<PathBuf, (Stamp, PolicySource)>,
     /// Every file that was seen, as it was.
     seen: Vec<(PathBuf, Option<Stamp>)>,
+    /// The sets of hosts that they may name.
+    sets: Sets,
 }
 
 /// A file, or a directory of them, that cannot be used.
@@ -122,16 +127,16 @@ impl Stamp {
 }
 
 impl PolicyListing {
-    /// Reads all of them.
-    pub fn read(dirs: &[PathBuf]) -> Self {
-        Self::after(dirs, &Self::default())
+    /// Reads all of them. `sets` are the sets of hosts that they may name.
+    pub fn read(dirs: &[PathBuf], sets: &Sets) -> Self {
+        Self::after(dirs, &Self { sets: sets.clone(), ..Self::default() })
     }
 
     /// Reads what is new since `last`; what cannot be used any more stays as it was there.
     fn after(dirs: &[PathBuf], last: &Self) -> Self {
-        let mut new = Self::default();
+        let mut new = Self { sets: last.sets.clone(), ..Self::default() };
         for (name, text) in BUILT_IN {
-            match Policy::parse(name, text) {
+            match Policy::parse_with(name, text, &last.sets) {
                 Ok(policy) => {
                     let source =
                         PolicySource { policy, text: text.to_owned(), origin: PolicyOrigin::BuiltIn };
@@ -165,7 +170,7 @@ impl PolicyListing {
         if let Some((stamp, source)) = old.filter(|(old, _)| Some(*old) == stamp) {
             return self.put(path, *stamp, source.clone());
         }
-        match (read_source(&path), stamp) {
+        match (read_source(&path, &last.sets), stamp) {
             (Ok(source), Some(stamp)) => self.put(path, stamp, source),
             (Ok(_), None) => {}
             (Err(error), _) => {
@@ -208,8 +213,8 @@ impl PolicyShelf {
     ///
     /// # Errors
     /// As [`policy_sources`].
-    pub fn open(dirs: &[PathBuf]) -> Result<Self, PolicyFileError> {
-        let mut listing = PolicyListing::read(dirs);
+    pub fn open(dirs: &[PathBuf], sets: &Sets) -> Result<Self, PolicyFileError> {
+        let mut listing = PolicyListing::read(dirs, sets);
         if !listing.broken.is_empty() {
             return Err(listing.broken.swap_remove(0).error);
         }
@@ -234,6 +239,11 @@ impl PolicyShelf {
         state.1.clone()
     }
 
+    /// The sets of hosts that policies, and users' own files, may name.
+    pub fn sets(&self) -> Sets {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).0.sets.clone()
+    }
+
     /// What could not be used at the last look, in words.
     pub fn problems(&self) -> Vec<String> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -250,11 +260,11 @@ fn by_name(listing: &PolicyListing) -> BTreeMap<String, Policy> {
     listing.all.iter().map(|(name, source)| (name.clone(), source.policy.clone())).collect()
 }
 
-fn read_source(path: &Path) -> Result<PolicySource, PolicyFileError> {
+fn read_source(path: &Path, sets: &Sets) -> Result<PolicySource, PolicyFileError> {
     let name = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
     let text = super::raw::read_bounded(path).map_err(|e| read_error(path, e))?;
-    let policy =
-        Policy::parse(name, &text).map_err(|error| PolicyFileError::Parse(error.in_file(path.display())))?;
+    let policy = Policy::parse_with(name, &text, sets)
+        .map_err(|error| PolicyFileError::Parse(error.in_file(path.display())))?;
     Ok(PolicySource { policy, text, origin: PolicyOrigin::File(path.to_owned()) })
 }
 
@@ -275,10 +285,10 @@ fn toml_files(dir: &Path) -> Result<Vec<PathBuf>, PolicyFileError> {
     let mut files = Vec::new();
     for entry in entries.take(POLICIES_MAX * 10) {
         let path = entry.map_err(|e| read_error(dir, e))?.path();
-        // A price list may lie beside the policies, as in the source tree.
-        let prices = path.file_name().is_some_and(|name| name == "prices.toml");
+        // A price list and sets of hosts may lie beside the policies, as in the source tree.
+        let others = path.file_name().is_some_and(|name| name == "prices.toml" || name == "sets.toml");
         let named = path.file_stem().is_some_and(|stem| stem.to_str().is_some());
-        if path.extension().is_some_and(|ext| ext == "toml") && named && !prices {
+        if path.extension().is_some_and(|ext| ext == "toml") && named && !others {
             files.push(path);
         }
     }
@@ -300,7 +310,8 @@ mod tests {
         let text = BUILT_IN[0].1.replace("cost_usd = 1.0", "cost_usd = 3.0");
         std::fs::write(dir.path().join("default.toml"), text).expect("write");
         std::fs::write(dir.path().join("notes.txt"), "no policy").expect("write");
-        let all = policy_sources(&[dir.path().to_owned(), dir.path().join("absent")]).expect("policies");
+        let all = policy_sources(&[dir.path().to_owned(), dir.path().join("absent")], &Sets::built_in())
+            .expect("policies");
         assert_eq!(all.keys().collect::<Vec<_>>(), ["default", "refactor", "review", "trusted", "untrusted"]);
         assert_eq!(all["default"].policy.limits.cost_usd, 3.0);
         assert_eq!(all["trusted"].origin, PolicyOrigin::BuiltIn);
@@ -310,7 +321,8 @@ mod tests {
     fn a_broken_file_is_named() {
         let dir = tempfile::tempdir().expect("dir");
         std::fs::write(dir.path().join("mine.toml"), "descripton = 1").expect("write");
-        let error = policy_sources(&[dir.path().to_owned()]).expect_err("broken").to_string();
+        let error =
+            policy_sources(&[dir.path().to_owned()], &Sets::built_in()).expect_err("broken").to_string();
         assert!(error.contains("mine.toml") && error.contains("descripton"), "{error}");
     }
 
@@ -320,7 +332,7 @@ mod tests {
         let (mine, other) = (dir.path().join("mine.toml"), dir.path().join("other.toml"));
         let text = |usd: &str| BUILT_IN[0].1.replace("cost_usd = 1.0", &format!("cost_usd = {usd}"));
         std::fs::write(&mine, text("3.0")).expect("write");
-        let shelf = PolicyShelf::open(&[dir.path().to_owned()]).expect("policies");
+        let shelf = PolicyShelf::open(&[dir.path().to_owned()], &Sets::built_in()).expect("policies");
         let first = shelf.now();
         assert!(Arc::ptr_eq(&first, &shelf.now()), "nothing changed, nothing is read");
         std::fs::write(&mine, text("4.25")).expect("write");

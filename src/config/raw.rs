@@ -1,6 +1,7 @@
 //! The TOML file as it stands, and the layers above it. Keeps for every value where it came from, so that an
 //! error can say so; checks nothing but what the caller's parser checks.
 
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +12,7 @@ use super::access::{Names, RawAccess};
 use super::providers::{RawCredential, RawProviders};
 use super::settings::Setting;
 use super::{ApiKeySource, ConfigError, Flags, Machine};
+use crate::policy::EgressSet;
 use crate::policy::access::Rule;
 
 /// Largest configuration or policy file that is read, in bytes.
@@ -29,12 +31,14 @@ pub(super) struct RawConfig {
     pub(super) metrics: Opt<String>,
     pub(super) policy_dirs: Opt<Vec<String>>,
     pub(super) prices_file: Opt<String>,
+    pub(super) egress_set: BTreeMap<String, Spanned<EgressSet>>,
     pub(super) provider: RawProviders,
     pub(super) credential: Vec<Spanned<RawCredential>>,
     pub(super) defaults: RawDefaults,
     pub(super) limits: RawLimits,
     pub(super) budgets: super::budgets::RawBudgets,
     pub(super) network: super::network::RawNetwork,
+    pub(super) cache: super::cache::RawCache,
     pub(super) admin_uids: Opt<Vec<u32>>,
     pub(super) access: Vec<Spanned<RawAccess>>,
     pub(super) init_binary: Opt<String>,

@@ -39,7 +39,7 @@ const fn everyday(key: &'static str, value_name: &'static str, help: &'static st
 }
 
 /// All settings.
-pub const SETTINGS: [Setting; 33] = [
+pub const SETTINGS: [Setting; 36] = [
     everyday(
         "state_dir",
         "DIR",
@@ -139,6 +139,13 @@ pub const SETTINGS: [Setting; 33] = [
         "FILE",
         "Further certificate authorities (PEM), for the model, for egress and in the cells [default: none]",
     ),
+    setting(
+        "cache.bytes_max",
+        "BYTES",
+        "Size of the cache of packages; 0 keeps nothing [default: 21474836480]",
+    ),
+    setting("cache.entry_bytes_max", "BYTES", "Largest file that it keeps [default: 2147483648]"),
+    setting("cache.free_bytes_min", "BYTES", "Disk space that it leaves free [default: 2147483648]"),
     setting("admin_uids", "UID[,UID…]", "Users who see and cancel everybody's jobs [default: 0]"),
     setting("init_binary", "FILE", "The static hotcell-init [default: beside this executable]"),
     everyday("log", "FILTER", "What is logged, e.g. info,hotcell=debug [default: info]"),

@@ -181,8 +181,39 @@ fn the_table_of_settings_and_the_file_have_the_same_keys() {
     assert!(raw.is_ok(), "{raw:?}");
     // A key of the file that the table lacks would have neither a flag nor a variable.
     let unknown = toml::from_str::<RawConfig>("zzz = 1").expect_err("unknown").to_string();
-    // Lists of entries stand in the file only.
-    for key in unknown.split('`').skip(3).step_by(2).filter(|key| !["access", "credential"].contains(key)) {
+    // Entries, of which there are several, stand in the file only.
+    let several = |key: &&str| ["access", "credential", "egress_set"].contains(key);
+    for key in unknown.split('`').skip(3).step_by(2).filter(|key| !several(key)) {
         assert!(SETTINGS.iter().any(|s| s.key.split('.').next() == Some(key)), "{key}");
     }
+}
+
+#[test]
+fn a_set_of_hosts_is_read_and_a_mistake_in_one_is_named() {
+    let read = |text: &str| {
+        let dir = tempfile::tempdir().expect("dir");
+        let file = dir.path().join("config.toml");
+        std::fs::write(&file, format!("\n{text}")).expect("write");
+        let flags = Flags { config: Some(file), ..Flags::default() };
+        let words = |error: ConfigError| error.to_string().replace(&dir.path().display().to_string(), "DIR");
+        (
+            egress_sets(&flags, &machine(&[], false)).map_err(words),
+            Config::load(&flags, &machine(&[], false)).map(|config| config.egress_sets),
+        )
+    };
+    let host = "[[egress_set.npm.host]]\nname = 'npm.corp.example'\n";
+    let (sets, config) = read(&format!("{host}inspect = true\ncredential = 'corp'"));
+    let sets = sets.expect("sets");
+    assert_eq!(sets.get("npm").expect("npm").hosts[0].name, "npm.corp.example");
+    assert!(sets.get("pypi").is_some());
+    assert_eq!(config.expect("config"), sets);
+    let error = read(&format!("{host}paths = ['/x']")).0.expect_err("no inspect");
+    assert!(
+        error.starts_with("DIR/config.toml, line 2: egress_set.npm.host[0].paths: needs inspect"),
+        "{error}"
+    );
+    let error = read(&format!("{host}port = 1")).0.expect_err("no such key");
+    assert!(error.contains("unknown field `port`"), "{error}");
+    let error = read("[[egress_set.Big.host]]\nname = 'a.example'").0.expect_err("name");
+    assert!(error.contains("egress_set.Big: is not the name of a set"), "{error}");
 }

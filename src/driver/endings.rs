@@ -85,6 +85,7 @@ impl Endings {
             | State::Stopping { .. }
             | State::Parking { .. }
             | State::Collecting { .. }
+            | State::Verifying
             | State::Done(_) => Input::Submitted { job: job.clone(), ticket },
         };
         let parts = parts.clone();

@@ -152,7 +152,7 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
     })
 }
 
-/// A usual body takes 0.1 ms to look through; one of many megabytes must not hold up other cells.
+/// A usual body takes less than 0.1 ms to look through; one of many megabytes must not hold up other cells.
 async fn read_facts(lease: &Shared, body: &Bytes) -> Result<BodyFacts, Refused> {
     let known = lease.recall.known();
     let read = if body.len() <= BODY_BYTES_INLINE {

@@ -264,6 +264,11 @@ impl Credentials {
         self.named(name).and_then(|named| named.allows(who))
     }
 
+    /// Whether each user has another value of it.
+    pub fn is_per_user(&self, name: &str) -> bool {
+        self.0.get(name).is_some_and(|named| matches!(named.spec.source, CredentialSource::Command(_)))
+    }
+
     /// The header that carries a credential. Only against a permit of the policy for this very request.
     ///
     /// # Errors

@@ -5,14 +5,19 @@
 //! One connection's road: [`door`](self) reads CONNECT or an absolute-form request → the policy decides
 //! ([`crate::policy::decide_egress`]) → [`route`] resolves once and checks every address ([`address`]) → TLS passes
 //! through when its ClientHello names the same host ([`hello`]), or is taken apart with the cell's own authority
-//! ([`ca`]) and each request in it is judged and written anew (`forward`). What happened becomes an event (`telling`),
-//! and counts over the whole life of the job ([`Tally`]).
+//! ([`ca`]) and each request in it is judged and written anew (`forward`), answered from the package cache (`cached`) or
+//! sent to the host or what stands in for it (`exchange`, [`mirror`]), and its answer passed back (`back`). What
+//! happened becomes an event (`telling`), and counts over the whole life of the job ([`Tally`]).
 
 pub mod address;
+mod back;
 pub mod ca;
+mod cached;
 mod door;
+mod exchange;
 mod forward;
 pub mod hello;
+pub mod mirror;
 mod names;
 pub mod route;
 mod tally;
@@ -33,13 +38,15 @@ use serde::Serialize;
 
 pub use ca::{CaError, CellCa};
 pub(super) use door::Door;
+pub use mirror::Mirror;
 pub use names::SystemResolver;
 pub use route::{CorporateProxy, Dial, Network, Resolve, RouteError};
 pub use tally::{Tally, Used};
 
 use super::Gateway;
 use super::credentials::Injected;
-use crate::job::Identity;
+use super::packages::PackageCache;
+use crate::job::{Identity, JobId};
 use crate::policy::Permit;
 
 /// Name of the socket in the cell's run directory.
@@ -82,6 +89,9 @@ impl Default for EgressLimits {
 pub trait Credentials: Send + Sync {
     /// The credential of this name, against a permit of the policy; why there is none, in words without it.
     fn header<'a>(&'a self, name: &'a str, permit: &'a Permit) -> route::Later<'a, Result<Injected, String>>;
+
+    /// The user for whom alone the credential of this name is read; none where it is the same for all.
+    fn whose(&self, name: &str) -> Option<u32>;
 }
 
 /// The daemon's credentials, for one user.
@@ -103,6 +113,10 @@ impl Credentials for UserCredentials {
             })
         })
     }
+
+    fn whose(&self, name: &str) -> Option<u32> {
+        self.gateway.credentials().is_per_user(name).then_some(self.who.uid)
+    }
 }
 
 /// What the ways out of all cells share.
@@ -112,6 +126,7 @@ pub struct Egress {
     tls: Arc<rustls::ClientConfig>,
     roots: String,
     extra_roots: String,
+    packages: Option<Arc<PackageCache>>,
 }
 
 impl fmt::Debug for Egress {
@@ -154,7 +169,18 @@ impl Egress {
             .with_no_client_auth();
         tls.alpn_protocols = vec![b"http/1.1".to_vec()];
         let (roots, extra_roots) = (pem(&native.certs), pem(&extra));
-        Ok(Self { network, limits, tls: Arc::new(tls), roots, extra_roots })
+        Ok(Self { network, limits, tls: Arc::new(tls), roots, extra_roots, packages: None })
+    }
+
+    /// The same with a package cache.
+    #[must_use]
+    pub fn with_packages(self, packages: Arc<PackageCache>) -> Self {
+        Self { packages: Some(packages), ..self }
+    }
+
+    /// What is kept of package hosts, where anything is.
+    pub fn packages(&self) -> Option<&Arc<PackageCache>> {
+        self.packages.as_ref()
     }
 
     /// Whether a corporate proxy's authorities, or others, were named.
@@ -211,6 +237,8 @@ fn pem(certificates: &[CertificateDer<'_>]) -> String {
 pub struct EgressSpec {
     /// What all cells share.
     pub egress: Arc<Egress>,
+    /// The job, for what it may fill of the package cache.
+    pub job: JobId,
     /// The cell's authority; without one no inspected host is reached.
     pub ca: Option<Arc<CellCa>>,
     /// The credentials that this job's submitter may use.
@@ -245,14 +273,18 @@ pub struct EgressRecord {
     pub allowed: bool,
     /// The rule that decided.
     pub rule: String,
-    /// Why it was refused, failed or ended early.
+    /// Why it was refused, failed or ended early; what to look at where the host wants to know who asks.
     pub reason: Option<String>,
     /// The credential that was added, by name.
     pub credential: Option<String>,
+    /// The status of the host's answer, where the request was looked into.
+    pub status: Option<u16>,
     /// Bytes that left the cell, as they went over the wire.
     pub bytes_up: u64,
     /// Bytes that came to it.
     pub bytes_down: u64,
+    /// Bytes of a body that came from the package cache and over no network.
+    pub cached_bytes: u64,
     /// How long it took.
     pub duration_ms: u64,
 }

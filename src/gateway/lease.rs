@@ -63,8 +63,12 @@ pub struct LeaseSpec {
     pub run_dir: PathBuf,
     /// Host uid and gid that may connect, beside root; `None`: the daemon's own.
     pub socket_owner: Option<(u32, u32)>,
+    /// It may ask the model; else there is no socket for that.
+    pub model: bool,
     /// The way out to hosts; without it there is none, and no socket for it.
     pub egress: Option<EgressSpec>,
+    /// What its way out leads to at first, where that is not what the plan says: until [`Lease::settle_in`].
+    pub first: Option<Arc<Plan>>,
 }
 
 impl fmt::Debug for LeaseSpec {
@@ -78,9 +82,12 @@ impl fmt::Debug for LeaseSpec {
 pub struct Lease {
     pub(super) shared: Arc<Shared>,
     events: mpsc::Receiver<GatewayEvent>,
-    acceptor: JoinHandle<()>,
-    socket: PathBuf,
+    /// None: it may not ask the model.
+    acceptor: Option<JoinHandle<()>>,
+    run_dir: PathBuf,
     door: Option<Door>,
+    /// What the door after the first one is opened with.
+    next: Option<(EgressSpec, Option<(u32, u32)>)>,
     destroyed: bool,
 }
 
@@ -141,13 +148,14 @@ impl Lease {
         ledger: Arc<dyn Ledger>,
     ) -> io::Result<Self> {
         let (run_dir, owner) = (spec.run_dir.clone(), spec.socket_owner);
-        let way_out = spec.egress.is_some();
+        let (way_out, model) = (spec.egress.is_some(), spec.model);
         let (listener, egress_listener) = tokio::task::spawn_blocking(move || {
             let egress = if way_out { Some(bind(&run_dir, egress::SOCKET, owner)?) } else { None };
-            Ok::<_, io::Error>((bind(&run_dir, SOCKET, owner)?, egress))
+            let model = if model { Some(bind(&run_dir, SOCKET, owner)?) } else { None };
+            Ok::<_, io::Error>((model, egress))
         })
         .await??;
-        let listener = UnixListener::from_std(listener)?;
+        let listener = listener.map(UnixListener::from_std).transpose()?;
         let egress_listener = egress_listener.map(UnixListener::from_std).transpose()?;
         let (sender, events) = mpsc::channel(EVENTS_MAX);
         let limits = &gateway.limits;
@@ -173,11 +181,32 @@ impl Lease {
             events: sender,
             gateway,
         });
-        let door = egress_listener.zip(spec.egress).map(|(listener, egress)| {
-            Door::open(listener, egress, Arc::clone(&shared.plan), shared.cell.clone())
-        });
-        let acceptor = tokio::spawn(accept(Arc::clone(&shared), listener));
-        Ok(Self { shared, events, acceptor, socket: spec.run_dir.join(SOCKET), door, destroyed: false })
+        let next = spec.first.as_ref().and_then(|_| Some((spec.egress.clone()?, spec.socket_owner)));
+        let first = spec.first.unwrap_or_else(|| Arc::clone(&shared.plan));
+        let door = egress_listener
+            .zip(spec.egress)
+            .map(|(listener, egress)| Door::open(listener, egress, first, shared.cell.clone()));
+        let acceptor = listener.map(|listener| tokio::spawn(accept(Arc::clone(&shared), listener)));
+        Ok(Self { shared, events, acceptor, run_dir: spec.run_dir, door, next, destroyed: false })
+    }
+
+    /// From now on the way out leads to what the plan says: what was open until then is closed. Gives the events that
+    /// nobody read yet.
+    ///
+    /// # Errors
+    /// When the new socket cannot be made: then there is no way out any more.
+    pub async fn settle_in(&mut self) -> io::Result<Vec<GatewayEvent>> {
+        let Some((egress, owner)) = self.next.take() else { return Ok(Vec::new()) };
+        let last = match self.door.take() {
+            Some(door) => door.destroy().await,
+            None => Vec::new(),
+        };
+        let run_dir = self.run_dir.clone();
+        let bound = tokio::task::spawn_blocking(move || bind(&run_dir, egress::SOCKET, owner)).await??;
+        let listener = UnixListener::from_std(bound)?;
+        let (plan, cell) = (Arc::clone(&self.shared.plan), self.shared.cell.clone());
+        self.door = Some(Door::open(listener, egress, plan, cell));
+        Ok(last.into_iter().map(GatewayEvent::Egress).collect())
     }
 
     /// The next event. Cancel-safe. Does not return while nothing happens.
@@ -220,7 +249,9 @@ impl Lease {
             Some(door) => door.destroy().await,
             None => Vec::new(),
         };
-        if let Err(error) = (&mut self.acceptor).await {
+        if let Some(acceptor) = &mut self.acceptor
+            && let Err(error) = acceptor.await
+        {
             tracing::error!(%error, cell = %self.shared.cell, "the model socket's task ended badly");
         }
         self.shared.tasks.close();
@@ -232,7 +263,7 @@ impl Lease {
                 tracing::error!(job = %self.shared.job, open, "requests are not settled: reservations stay");
             }
         }
-        for socket in [self.socket.clone(), self.socket.with_file_name(egress::SOCKET)] {
+        for socket in [SOCKET, egress::SOCKET].map(|name| self.run_dir.join(name)) {
             if let Err(error) = tokio::fs::remove_file(&socket).await
                 && error.kind() != io::ErrorKind::NotFound
             {

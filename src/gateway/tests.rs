@@ -196,6 +196,8 @@ async fn lease(
         run_dir: dir.path().to_owned(),
         socket_owner: None,
         egress: None,
+        model: true,
+        first: None,
     };
     gateway.lease(spec, Arc::clone(ledger) as Arc<dyn Ledger>).await.unwrap()
 }
@@ -755,6 +757,8 @@ async fn a_ledger_that_fails_stops_requests_and_settlements_are_tried_again() {
         run_dir: other.path().to_owned(),
         socket_owner: None,
         egress: None,
+        model: true,
+        first: None,
     };
     let flaky = gateway.lease(spec, Arc::clone(&ledger) as Arc<dyn Ledger>).await.unwrap();
     std::mem::replace(&mut world.lease, flaky).destroy().await;

@@ -73,7 +73,7 @@ pub fn masked(text: &str) -> Masked {
                         what.push(name);
                         blank(&mut out, source);
                     }
-                    Judged::Other(value) => {
+                    Judged::Cleaned(value) => {
                         what.push(name);
                         out.push_str(&format!("{} = {}", variable.key, quoted(&value)));
                         blank(&mut out, source);
@@ -113,9 +113,11 @@ fn name_of(variable: &Variable) -> String {
     }
 }
 
+/// What becomes of a variable.
 enum Judged {
     Same,
-    Other(String),
+    /// It stays, with this value.
+    Cleaned(String),
     Drop,
 }
 
@@ -188,7 +190,7 @@ fn judge(variable: &Variable) -> Judged {
         return Judged::Drop;
     }
     match clean {
-        Cow::Owned(clean) if clean != *value => Judged::Other(clean),
+        Cow::Owned(clean) if clean != *value => Judged::Cleaned(clean),
         Cow::Owned(_) | Cow::Borrowed(_) => Judged::Same,
     }
 }

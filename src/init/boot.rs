@@ -2,7 +2,7 @@
 //! (`src/link.rs`). It must never allocate by a length that it has not checked, or panic on any input.
 
 use super::hash::DIGEST_BYTES;
-use super::wire::{CELL_BYTES_MAX, Reader, VERSION, WireError};
+use super::wire::{CELL_BYTES_MAX, Reader, STEPS_MAX, VERSION, WireError};
 
 /// Largest boot message.
 pub const BOOT_BYTES_MAX: usize = 4 << 20;
@@ -34,7 +34,7 @@ pub struct BootMessage {
     pub cwd: Vec<u8>,
     /// Where `ctl.sock` is.
     pub ctl_path: Vec<u8>,
-    /// From the agent's start to SIGTERM; 0 is no limit.
+    /// From the start of the first step, or of the agent where there is none, to SIGTERM; 0 is no limit.
     pub wall_limit_ms: u64,
     /// Time without a daemon after which the agent is ended.
     pub dead_man_ms: u64,
@@ -46,6 +46,12 @@ pub struct BootMessage {
     pub forwards: Vec<Forward>,
     /// Start the agent at once, or wait for a Start frame.
     pub start_now: bool,
+    /// Commands that Step frames run before the agent, in its environment and directory.
+    pub steps: Vec<Vec<Vec<u8>>>,
+    /// The agent's streams are a terminal of this many rows and columns.
+    pub terminal: Option<(u16, u16)>,
+    /// The agent's streams are pipes, which it can open again by name (`/dev/stdout`), in place of sockets.
+    pub pipes: bool,
 }
 
 impl BootMessage {
@@ -74,6 +80,16 @@ impl BootMessage {
             put_bytes(&mut body, &forward.path);
         }
         body.push(u8::from(self.start_now));
+        put_len(&mut body, self.steps.len());
+        for step in &self.steps {
+            put_len(&mut body, step.len());
+            step.iter().for_each(|argument| put_bytes(&mut body, argument));
+        }
+        body.push(u8::from(self.terminal.is_some()));
+        let (rows, cols) = self.terminal.unwrap_or_default();
+        body.extend_from_slice(&rows.to_le_bytes());
+        body.extend_from_slice(&cols.to_le_bytes());
+        body.push(u8::from(self.pipes));
         let mut message = BOOT_MAGIC.to_vec();
         put_bytes(&mut message, &body);
         message
@@ -108,6 +124,12 @@ impl BootMessage {
             buffer_bytes_max: reader.u32()?,
             forwards: reader.list(FORWARDS_MAX, |r| Ok(Forward { port: r.u16()?, path: r.bytes(4096)? }))?,
             start_now: reader.flag()?,
+            steps: reader.list(STEPS_MAX, |r| r.list(ENTRIES_MAX, |r| r.bytes(BOOT_BYTES_MAX)))?,
+            terminal: {
+                let (there, size) = (reader.flag()?, (reader.u16()?, reader.u16()?));
+                there.then_some(size)
+            },
+            pipes: reader.flag()?,
         };
         reader.end()?;
         boot.check()?;
@@ -117,6 +139,7 @@ impl BootMessage {
     /// Whether init can act on it; the daemon asks before it sends.
     pub fn check(&self) -> Result<(), WireError> {
         let strings = self.argv.iter().chain(self.env.iter().flat_map(|(name, value)| [name, value]));
+        let strings = strings.chain(self.steps.iter().flatten());
         if strings.chain([&self.cwd, &self.ctl_path]).any(|bytes| bytes.contains(&0)) {
             return Err(WireError("a NUL byte in argv, env or a path"));
         }
@@ -125,6 +148,18 @@ impl BootMessage {
         }
         if self.argv.first().is_none_or(Vec::is_empty) {
             return Err(WireError("no command"));
+        }
+        if self.steps.len() > STEPS_MAX {
+            return Err(WireError("more than 64 steps"));
+        }
+        if self.steps.iter().any(|step| step.first().is_none_or(Vec::is_empty)) {
+            return Err(WireError("a step without a command"));
+        }
+        if self.start_now && !self.steps.is_empty() {
+            return Err(WireError("steps before an agent that is started at once"));
+        }
+        if self.terminal.is_some() && self.pipes {
+            return Err(WireError("both a terminal and pipes"));
         }
         if self.cell.len() > CELL_BYTES_MAX || self.forwards.len() > FORWARDS_MAX {
             return Err(WireError("cell id or list of forwards over the limit"));

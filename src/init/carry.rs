@@ -1,16 +1,17 @@
-//! The agent's three streams and the bytes of them that init holds: output until the daemon acknowledged it,
-//! stdin until the agent took it. It must never drop a byte, read when there is no room, or close the
-//! agent's stdin by itself.
+//! The streams of the agent and the steps, and the bytes of them that init holds: output until the daemon
+//! acknowledged it, stdin until the agent took it. It must never drop a byte, read when there is no room, or
+//! close the agent's stdin by itself.
 
+use std::fs::File;
 use std::io::{ErrorKind, Write};
-use std::net::Shutdown;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
 
 use crate::child::Streams;
 use crate::ring::Ring;
+use crate::source::{Kind, Source};
 use crate::sys;
-use crate::wire::{Held, OUTPUT_CHUNK_BYTES_MAX, STDIN_WINDOW_BYTES, WireError};
+use crate::terminal::Terminal;
+use crate::wire::{Held, STDIN_WINDOW_BYTES, WireError};
 
 /// One output stream.
 pub(crate) struct Output {
@@ -18,7 +19,8 @@ pub(crate) struct Output {
     pub(crate) ring: Ring,
     /// End of what was written to the present connection.
     pub(crate) sent: u64,
-    source: Option<UnixStream>,
+    /// Whose it is; of stderr there may be many, the agent's and those of the steps.
+    sources: Vec<Source>,
 }
 
 /// The agent's stdin.
@@ -26,6 +28,8 @@ pub(crate) struct Stdin {
     ring: Ring,
     sink: Sink,
     close_at: Option<u64>,
+    /// The last byte taken, for the end of a terminal's input.
+    last: Option<u8>,
     /// The daemon does not yet know how much was taken.
     pub(crate) ack_due: bool,
 }
@@ -35,34 +39,105 @@ enum Sink {
     /// There is no agent yet: bytes are kept.
     Coming,
     /// To the agent.
-    Open(UnixStream),
+    Open(File),
+    /// To a terminal: all but these last bytes, which end its input, has been written.
+    Ending(File, Vec<u8>),
     /// The agent closed it, ended, or it was closed on demand: bytes are dropped.
     Gone,
 }
 
-/// All three.
+/// All of them.
 pub(crate) struct Carry {
     /// stdout, stderr.
     pub(crate) output: [Output; 2],
     /// stdin.
     pub(crate) stdin: Stdin,
+    terminal: Option<Terminal>,
 }
 
 impl Carry {
     /// Streams without an agent yet: stdin is gathered, output is open.
     pub(crate) fn new(buffer_bytes_max: usize) -> Self {
-        let output = || Output { ring: Ring::new(buffer_bytes_max), sent: 0, source: None };
-        let stdin =
-            Stdin { ring: Ring::new(STDIN_WINDOW_BYTES), sink: Sink::Coming, close_at: None, ack_due: false };
-        Self { output: [output(), output()], stdin }
+        let output = || Output { ring: Ring::new(buffer_bytes_max), sent: 0, sources: Vec::new() };
+        let ring = Ring::new(STDIN_WINDOW_BYTES);
+        let stdin = Stdin { ring, sink: Sink::Coming, close_at: None, last: None, ack_due: false };
+        Self { output: [output(), output()], stdin, terminal: None }
     }
 
     /// Connects the agent's ends.
     pub(crate) fn attach(&mut self, streams: Streams) {
         self.stdin.sink = Sink::Open(streams.stdin);
-        for (output, source) in self.output.iter_mut().zip(streams.output) {
-            output.source = Some(source);
+        let kind = if streams.terminal.is_some() { Kind::Terminal } else { Kind::Agent };
+        for (output, file) in self.output.iter_mut().zip(streams.output) {
+            output.sources.extend(file.map(|file| Source::new(file, kind)));
         }
+        self.terminal = streams.terminal;
+        self.stdin.write(self.terminal.as_ref());
+    }
+
+    /// Connects what a step and its children print: it goes to stderr, since stdout is the agent's.
+    pub(crate) fn attach_step(&mut self, index: u32, file: File) {
+        self.stderr().sources.push(Source::new(file, Kind::Step(index)));
+    }
+
+    /// The main process of a step ended: what it printed is not told as ended before it was read.
+    pub(crate) fn owe(&mut self, index: u32) {
+        self.stderr().sources.iter_mut().for_each(|source| source.owe(index));
+    }
+
+    /// The end of stderr, once everything that is due was read.
+    pub(crate) fn printed(&self) -> Option<u64> {
+        let [_, stderr] = &self.output;
+        stderr.sources.iter().all(|source| source.due() == 0).then(|| stderr.ring.end())
+    }
+
+    /// Words of init's own in stderr; false where there is no room for them.
+    pub(crate) fn say(&mut self, words: &str) -> bool {
+        self.stderr().ring.push(words.as_bytes())
+    }
+
+    fn stderr(&mut self) -> &mut Output {
+        let [_, stderr] = &mut self.output;
+        stderr
+    }
+
+    /// The agent's terminal, if that is what it has.
+    pub(crate) fn terminal(&self) -> Option<&Terminal> {
+        self.terminal.as_ref()
+    }
+
+    /// Adds what to poll: one entry for stdin and one for each source.
+    pub(crate) fn interests(&self, fds: &mut Vec<libc::pollfd>) {
+        fds.push(self.stdin.interest());
+        for output in &self.output {
+            let room = output.ring.free() > 0;
+            fds.extend(output.sources.iter().map(|source| source.interest(room)));
+        }
+    }
+
+    /// Moves what [`Carry::interests`] found to be ready, in its order.
+    pub(crate) fn work(&mut self, fds: &[libc::pollfd]) {
+        let mut ready = fds.iter().map(|fd| fd.revents != 0);
+        if ready.next() == Some(true) {
+            self.write_stdin();
+        }
+        for Output { ring, sources, .. } in &mut self.output {
+            sources.retain_mut(|source| {
+                let ready = ready.next().unwrap_or(false);
+                !(ready || source.look_in_ms().is_some()) || source.read(ring)
+            });
+        }
+    }
+
+    /// When something is to be read without being polled, in milliseconds from now.
+    pub(crate) fn look_in_ms(&self) -> Option<u64> {
+        let roomy = self.output.iter().filter(|output| output.ring.free() > 0);
+        roomy.flat_map(|output| output.sources.iter().filter_map(Source::look_in_ms)).min()
+    }
+
+    /// Writes what the agent takes.
+    pub(crate) fn write_stdin(&mut self) {
+        self.stdin.write(self.terminal.as_ref());
     }
 
     /// What init holds, for its Proof.
@@ -90,36 +165,19 @@ impl Carry {
 
     /// Whether everything the agent printed was read and sent.
     pub(crate) fn drained(&self) -> bool {
-        self.output.iter().all(|output| output.source.is_none() && output.sent == output.ring.end())
+        self.output.iter().all(|output| output.sources.is_empty() && output.sent == output.ring.end())
     }
 
     /// Ends the streams after the last process: what is in them can still be read, then they end.
     pub(crate) fn shut(&mut self) {
-        for source in self.output.iter().filter_map(|output| output.source.as_ref()) {
-            // Even where a descriptor was passed out of the cell, nothing can be added after this.
-            let _ = source.shutdown(Shutdown::Read);
+        for output in &mut self.output {
+            output.sources.retain_mut(Source::close);
         }
         self.stdin.give_up();
     }
 }
 
 impl Output {
-    /// What to poll: nothing while there is no room, which holds the agent.
-    pub(crate) fn interest(&self) -> Option<libc::pollfd> {
-        let source = self.source.as_ref().filter(|_| self.ring.free() > 0)?;
-        Some(sys::interest(source.as_raw_fd(), libc::POLLIN))
-    }
-
-    /// Reads once.
-    pub(crate) fn read(&mut self) {
-        let Some(source) = self.source.as_ref().filter(|_| self.ring.free() > 0) else { return };
-        match self.ring.read_from(source, OUTPUT_CHUNK_BYTES_MAX) {
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-            Ok(count) if count > 0 => {}
-            _ => self.source = None,
-        }
-    }
-
     /// Forgets what the daemon has for good.
     pub(crate) fn acknowledged(&mut self, offset: u64) -> Result<(), WireError> {
         if offset > self.sent {
@@ -131,7 +189,7 @@ impl Output {
 }
 
 impl Stdin {
-    /// Takes a chunk from the daemon.
+    /// Takes a chunk from the daemon; [`Carry::write_stdin`] hands it on.
     pub(crate) fn receive(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WireError> {
         if offset != self.ring.end() || self.close_at.is_some() {
             return Err(WireError("stdin out of order"));
@@ -139,7 +197,6 @@ impl Stdin {
         if !self.ring.push(bytes) {
             return Err(WireError("stdin beyond the window"));
         }
-        self.write();
         Ok(())
     }
 
@@ -149,17 +206,17 @@ impl Stdin {
             return Err(WireError("stdin closed out of order"));
         }
         self.close_at = Some(offset);
-        self.write();
         Ok(())
     }
 
-    /// What to poll.
-    pub(crate) fn interest(&self) -> Option<libc::pollfd> {
+    fn interest(&self) -> libc::pollfd {
         match &self.sink {
             Sink::Open(sink) if self.ring.base() < self.ring.end() => {
-                Some(sys::interest(sink.as_raw_fd(), libc::POLLOUT))
+                sys::interest(sink.as_raw_fd(), libc::POLLOUT)
             }
-            _ => None,
+            Sink::Ending(sink, _) => sys::interest(sink.as_raw_fd(), libc::POLLOUT),
+            // A negative descriptor is skipped by poll.
+            _ => sys::interest(-1, 0),
         }
     }
 
@@ -168,22 +225,21 @@ impl Stdin {
         self.ring.base()
     }
 
-    /// Writes what the agent takes.
-    pub(crate) fn write(&mut self) {
-        while let Sink::Open(sink) = &self.sink {
-            let mut sink = sink;
+    fn write(&mut self, terminal: Option<&Terminal>) {
+        loop {
             let [piece, _] = self.ring.slices(self.ring.base(), self.ring.end());
-            if piece.is_empty() {
-                if self.close_at.is_some() {
-                    self.sink = Sink::Gone;
+            let (sink, piece) = match &self.sink {
+                Sink::Open(sink) if !piece.is_empty() => (sink, piece),
+                Sink::Open(_) if self.close_at.is_some() => {
+                    self.end(terminal);
+                    continue;
                 }
-                return;
-            }
+                Sink::Ending(sink, rest) => (sink, rest.as_slice()),
+                _ => break,
+            };
+            let mut sink = sink;
             match sink.write(piece) {
-                Ok(count) => {
-                    self.ring.release(self.ring.base() + count as u64);
-                    self.ack_due = true;
-                }
+                Ok(count) => self.written(count),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(_) => self.sink = Sink::Gone,
@@ -195,8 +251,33 @@ impl Stdin {
         }
     }
 
+    fn written(&mut self, count: usize) {
+        if let Sink::Ending(_, rest) = &mut self.sink {
+            rest.drain(..count);
+            if rest.is_empty() {
+                self.sink = Sink::Gone;
+            }
+            return;
+        }
+        let to = self.ring.base() + count as u64;
+        if let Some(before) = to.checked_sub(1).filter(|before| *before >= self.ring.base()) {
+            let [piece, _] = self.ring.slices(before, to);
+            self.last = piece.first().copied();
+        }
+        self.ring.release(to);
+        self.ack_due = true;
+    }
+
+    /// Everything was written: a stream is closed, a terminal is told.
+    fn end(&mut self, terminal: Option<&Terminal>) {
+        self.sink = match (std::mem::replace(&mut self.sink, Sink::Gone), terminal) {
+            (Sink::Open(sink), Some(terminal)) => Sink::Ending(sink, terminal.end_of_input(self.last)),
+            _ => Sink::Gone,
+        };
+    }
+
     fn give_up(&mut self) {
         self.sink = Sink::Gone;
-        self.write();
+        self.write(None);
     }
 }

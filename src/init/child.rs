@@ -1,7 +1,8 @@
-//! The agent's process and everything it leaves behind: start it, signal its group, reap, kill all. It must
-//! never wait, and never signal a process that is not of this cell.
+//! The agent's process, those of the steps, and everything they leave behind: start, signal the group, reap,
+//! kill all. It must never wait, and never signal a process that is not of this cell.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::io::{Seek, Write};
 use std::net::Shutdown;
@@ -14,6 +15,7 @@ use std::process::{Command, Stdio};
 
 use crate::boot::BootMessage;
 use crate::sys;
+use crate::terminal::Terminal;
 use crate::wire::ExitStatus;
 
 /// Ends taken per look, so that a flood of short children cannot hold the loop.
@@ -21,21 +23,31 @@ const REAP_MAX: usize = 4096;
 /// How much sooner than init the kernel takes the agent's processes when memory is short (of 1000).
 const OOM_SCORE_MORE: i32 = 200;
 
-/// init's ends of the agent's three streams, non-blocking.
+/// init's ends of the agent's streams, non-blocking.
 pub(crate) struct Streams {
     /// Written by init.
-    pub(crate) stdin: UnixStream,
-    /// Read by init: stdout, stderr.
-    pub(crate) output: [UnixStream; 2],
+    pub(crate) stdin: File,
+    /// Read by init: stdout, stderr. A terminal has only the first.
+    pub(crate) output: [Option<File>; 2],
+    /// The terminal that they are.
+    pub(crate) terminal: Option<Terminal>,
 }
 
-/// The agent's process group.
+/// A process's own ends of its streams.
+struct Ends {
+    stdin: Stdio,
+    stdout: Stdio,
+    stderr: Stdio,
+    terminal: bool,
+}
+
+/// The process group of the agent or of a step.
 #[derive(Clone, Copy)]
 pub(crate) struct Agent {
     pid: libc::pid_t,
 }
 
-/// Why the agent could not be started.
+/// Why a program could not be started.
 pub(crate) struct SpawnError {
     /// The system's number for it; 0 where there is none.
     pub(crate) errno: i32,
@@ -50,48 +62,110 @@ impl SpawnError {
     }
 }
 
-/// A stream between init and the agent that carries bytes in one direction only.
-fn one_way(init_writes: bool) -> io::Result<(UnixStream, OwnedFd)> {
+/// A stream between init and the agent that carries bytes in one direction only: init's end, the agent's.
+fn one_way(init_writes: bool, pipe: bool) -> Result<(File, Stdio), SpawnError> {
+    let made = if pipe { new_pipe(init_writes) } else { new_socket(init_writes) };
+    made.map_err(|error| SpawnError::new(if pipe { "pipe" } else { "socketpair" }, &error))
+}
+
+fn new_socket(init_writes: bool) -> io::Result<(File, Stdio)> {
     let (ours, theirs) = UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     ours.shutdown(if init_writes { Shutdown::Read } else { Shutdown::Write })?;
-    Ok((ours, theirs.into()))
+    Ok((OwnedFd::from(ours).into(), OwnedFd::from(theirs).into()))
+}
+
+fn new_pipe(init_writes: bool) -> io::Result<(File, Stdio)> {
+    let (reader, writer) = io::pipe()?;
+    let (reader, writer) = (OwnedFd::from(reader), OwnedFd::from(writer));
+    let (ours, theirs) = if init_writes { (writer, reader) } else { (reader, writer) };
+    sys::set_nonblocking(&ours)?;
+    Ok((ours.into(), theirs.into()))
 }
 
 /// Starts the agent in its own session, with the boot message's environment and nothing else.
 pub(crate) fn spawn(boot: &BootMessage, oom: &mut OomScore) -> Result<(Agent, Streams), SpawnError> {
+    let (ends, streams) = match boot.terminal {
+        Some(size) => terminal(size).map_err(|error| SpawnError::new("open a terminal", &error))?,
+        None => {
+            let (stdin, agent_stdin) = one_way(true, boot.pipes)?;
+            let (stdout, agent_stdout) = one_way(false, boot.pipes)?;
+            let (stderr, agent_stderr) = one_way(false, boot.pipes)?;
+            let ends =
+                Ends { stdin: agent_stdin, stdout: agent_stdout, stderr: agent_stderr, terminal: false };
+            (ends, Streams { stdin, output: [Some(stdout), Some(stderr)], terminal: None })
+        }
+    };
+    Ok((launch(boot, &boot.argv, ends, oom)?, streams))
+}
+
+fn terminal(size: (u16, u16)) -> io::Result<(Ends, Streams)> {
+    let (terminal, end) = Terminal::open(size)?;
+    let (stdin, stdout, stderr) = (end.try_clone()?.into(), end.try_clone()?.into(), end.into());
+    let ends = Ends { stdin, stdout, stderr, terminal: true };
+    let (stdin, output) = (terminal.carrier()?, [Some(terminal.carrier()?), None]);
+    Ok((ends, Streams { stdin, output, terminal: Some(terminal) }))
+}
+
+/// Starts a step: what it prints, on both streams, comes out of the pipe. Where it cannot be started, why is all
+/// there is in it.
+pub(crate) fn spawn_step(
+    boot: &BootMessage,
+    index: u32,
+    oom: &mut OomScore,
+) -> io::Result<(File, Option<Agent>)> {
+    let (ours, theirs) = io::pipe()?;
+    let ours = OwnedFd::from(ours);
+    sys::set_nonblocking(&ours)?;
+    let (stdout, stderr) = (theirs.try_clone()?.into(), theirs.try_clone()?.into());
+    let ends = Ends { stdin: Stdio::null(), stdout, stderr, terminal: false };
+    let started = match boot.steps.get(index as usize) {
+        Some(argv) => launch(boot, argv, ends, oom),
+        None => Err(SpawnError { errno: 0, what: "there is no such step".to_owned() }),
+    };
+    let agent = match started {
+        Ok(agent) => Some(agent),
+        Err(error) => {
+            let mut theirs = theirs;
+            // An empty pipe takes a line without waiting.
+            writeln!(theirs, "hotcell-init: step {index}: {}", error.what)?;
+            None
+        }
+    };
+    Ok((ours.into(), agent))
+}
+
+fn launch(boot: &BootMessage, argv: &[Vec<u8>], ends: Ends, oom: &mut OomScore) -> Result<Agent, SpawnError> {
     let text = |bytes: &'_ [u8]| String::from_utf8_lossy(bytes).chars().take(1024).collect::<String>();
-    let pair = |init_writes| one_way(init_writes).map_err(|error| SpawnError::new("socketpair", &error));
-    let (stdin, agent_stdin) = pair(true)?;
-    let (stdout, agent_stdout) = pair(false)?;
-    let (stderr, agent_stderr) = pair(false)?;
+    let (program, arguments) =
+        argv.split_first().ok_or(SpawnError { errno: 0, what: "no command".to_owned() })?;
     let cwd = Path::new(OsStr::from_bytes(&boot.cwd));
     // Asked first, because the error of the spawn does not say whether the directory or the program is missing.
     std::fs::metadata(cwd)
         .map_err(|error| SpawnError::new(&format!("working directory {}", text(&boot.cwd)), &error))?;
-    let mut command = Command::new(OsStr::from_bytes(&boot.argv[0]));
+    let mut command = Command::new(OsStr::from_bytes(program));
     command
-        .args(boot.argv[1..].iter().map(|argument| OsStr::from_bytes(argument)))
+        .args(arguments.iter().map(|argument| OsStr::from_bytes(argument)))
         .env_clear()
         .envs(boot.env.iter().map(|(name, value)| (OsStr::from_bytes(name), OsStr::from_bytes(value))))
         .current_dir(cwd)
-        .stdin(Stdio::from(agent_stdin))
-        .stdout(Stdio::from(agent_stdout))
-        .stderr(Stdio::from(agent_stderr));
+        .stdin(ends.stdin)
+        .stdout(ends.stdout)
+        .stderr(ends.stderr);
+    let terminal = ends.terminal;
     // SAFETY: the hook makes async-signal-safe system calls only.
     unsafe {
-        command.pre_exec(|| {
+        command.pre_exec(move || {
             sys::default_signals();
-            sys::new_session()
+            sys::new_session()?;
+            if terminal { sys::control_stdin() } else { Ok(()) }
         });
     }
     oom.raise();
     let spawned = command.spawn();
     oom.restore();
-    let child =
-        spawned.map_err(|error| SpawnError::new(&format!("start {}", text(&boot.argv[0])), &error))?;
-    let agent = Agent { pid: child.id() as libc::pid_t };
-    Ok((agent, Streams { stdin, output: [stdout, stderr] }))
+    let child = spawned.map_err(|error| SpawnError::new(&format!("start {}", text(program)), &error))?;
+    Ok(Agent { pid: child.id() as libc::pid_t })
 }
 
 /// init's own place in the kernel's choice of a victim. The file is opened before init becomes unreadable,
@@ -127,9 +201,17 @@ impl OomScore {
 }
 
 impl Agent {
-    /// Signals the agent's process group.
-    pub(crate) fn signal(self, signal: i32) {
-        sys::kill(-self.pid, signal);
+    /// Signals its process group; where it has a terminal, the group in the foreground.
+    pub(crate) fn signal(self, signal: i32, terminal: Option<&Terminal>) {
+        sys::kill(-terminal.and_then(Terminal::foreground).unwrap_or(self.pid), signal);
+    }
+
+    /// Asks it to end. At a terminal as if that were closed, too: an interactive shell does not end by SIGTERM.
+    pub(crate) fn terminate(self, terminal: Option<&Terminal>) {
+        self.signal(libc::SIGTERM, terminal);
+        if terminal.is_some() {
+            sys::kill(-self.pid, libc::SIGHUP);
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use crate::boot::BootMessage;
 use crate::carry::Carry;
+use crate::steps::News;
 use crate::sys;
 use crate::wire::{
     FromInit, HEADER_BYTES, Handshake, Header, OUTPUT_CHUNK_BYTES_MAX, OutputStream, STDIN_CHUNK_BYTES_MAX,
@@ -34,6 +35,10 @@ pub(crate) enum Order {
     Kill,
     /// Start the agent.
     Start,
+    /// Run a step.
+    Step(u32),
+    /// The terminal's new rows and columns.
+    Resize(u16, u16),
     /// Nothing more to report.
     Bye,
 }
@@ -77,6 +82,7 @@ struct Connection {
     control_written: usize,
     data: Option<Data>,
     last_stream: OutputStream,
+    news_sent: u64,
     last_frame_sent: bool,
     blocked: bool,
 }
@@ -103,6 +109,8 @@ pub(crate) struct Work<'a> {
     pub(crate) carry: &'a mut Carry,
     /// Whether the agent was started.
     pub(crate) started: bool,
+    /// How the last step ended, while the daemon is to be told.
+    pub(crate) news: Option<&'a News>,
     /// Exited or SpawnFailed, once it is known.
     pub(crate) last_frame: Option<&'a FromInit>,
 }
@@ -173,6 +181,7 @@ impl Ctl {
             control_written: 0,
             data: None,
             last_stream: OutputStream::Stderr,
+            news_sent: 0,
             last_frame_sent: false,
             // The greeting waits to be written.
             blocked: true,
@@ -325,6 +334,14 @@ impl Connection {
             self.control_written = 0;
             return true;
         }
+        // Before more output: a service may print for ever.
+        let stderr_sent = work.carry.output[OutputStream::Stderr.index()].sent;
+        if let Some(news) = work.news.filter(|news| news.number > self.news_sent && news.ready(stderr_sent)) {
+            self.news_sent = news.number;
+            self.control = news.frame().encode();
+            self.control_written = 0;
+            return true;
+        }
         let turns = match self.last_stream {
             OutputStream::Stdout => [OutputStream::Stderr, OutputStream::Stdout],
             OutputStream::Stderr => [OutputStream::Stdout, OutputStream::Stderr],
@@ -394,13 +411,21 @@ fn again(error: io::Error) -> io::Result<bool> {
 
 fn live(frame: ToInit<'_>, work: &mut Work<'_>, orders: &mut Vec<Order>) -> Result<(), Fault> {
     match frame {
-        ToInit::Stdin { offset, bytes } => work.carry.stdin.receive(offset, bytes)?,
-        ToInit::CloseStdin { offset } => work.carry.stdin.close(offset)?,
+        ToInit::Stdin { offset, bytes } => {
+            work.carry.stdin.receive(offset, bytes)?;
+            work.carry.write_stdin();
+        }
+        ToInit::CloseStdin { offset } => {
+            work.carry.stdin.close(offset)?;
+            work.carry.write_stdin();
+        }
         ToInit::Ack { stream, offset } => work.carry.output[stream.index()].acknowledged(offset)?,
         ToInit::Signal { number } => orders.push(Order::Signal(number)),
         ToInit::Kill => orders.push(Order::Kill),
         ToInit::Bye => orders.push(Order::Bye),
         ToInit::Start => orders.push(Order::Start),
+        ToInit::Step { index } => orders.push(Order::Step(index)),
+        ToInit::Resize { rows, cols } => orders.push(Order::Resize(rows, cols)),
         ToInit::Challenge { .. } | ToInit::Welcome { .. } => {
             return Err(WireError("a handshake frame after the handshake").into());
         }

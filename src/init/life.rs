@@ -1,11 +1,17 @@
-//! A cell's life as PID 1 sees it, in one loop on one thread: start the agent, carry its streams, hold its
-//! deadlines, and when it ends, kill what it left, drain what it printed, report, and stay until the daemon
-//! has the report. It must never report an end before the output, and never wait for anything but `poll`.
+//! A cell's life as PID 1 sees it, in one loop on one thread: run the steps that are asked for, start the agent,
+//! carry the streams, hold the deadlines, and when the agent ends, kill what is left, drain what was printed,
+//! report, and stay until the daemon has the report. It must never report an end before the output, and never
+//! wait for anything but `poll`.
 //!
 //! ```text
-//! Waiting ──Start──▶ Running ──agent ended──▶ Ending ──no process left──▶ Over ──Bye──▶ exit
-//!    └──────────────────┴── could not be started ─────────────────────────▲
+//!    ┌──step ended──┐
+//!    ▼              │
+//! Waiting ──Step─▶ Stepping
+//!    │              │ by a limit or Kill
+//!    └──Start──▶ Running ──agent ended──▶ Ending ──no process left──▶ Over ──Bye──▶ exit
+//!    └──────────────┴── could not be started ─┘
 //! ```
+//! What a step leaves running lives on, until the cell ends.
 
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,6 +20,7 @@ use crate::boot::BootMessage;
 use crate::carry::Carry;
 use crate::child::{self, Agent, OomScore, SpawnError};
 use crate::ctl::{Ctl, Order, Work};
+use crate::steps::Steps;
 use crate::sys;
 use crate::usage::Usage;
 use crate::wire::{ExitReason, ExitReport, ExitStatus, FromInit};
@@ -21,17 +28,25 @@ use crate::wire::{ExitReason, ExitReport, ExitStatus, FromInit};
 const KILL_AGAIN_MS: u64 = 20;
 /// How long processes that do not die (in the kernel) may hold the report.
 const ENDING_MS_MAX: u64 = 5_000;
-/// Exit code of init when the agent could not be started.
+/// Exit code of init when the agent could not be started, and what a step that could not be ends with.
 const EXIT_SPAWN_FAILED: u8 = 127;
 
 enum Phase {
     Waiting,
+    Stepping { index: u32, main: Agent },
     Running(Agent),
-    Ending { status: ExitStatus, kill_at_ms: u64, give_up_at_ms: u64 },
+    Ending { end: End, kill_at_ms: u64, give_up_at_ms: u64 },
     Over { last_frame: FromInit, since_ms: u64 },
 }
 
-/// The agent is being ended, and why; the first reason stays.
+/// What the cell's end will be told as.
+#[derive(Clone)]
+enum End {
+    Exited(ExitStatus),
+    Unstarted { errno: i32, message: String },
+}
+
+/// The agent or a step is being ended, and why; the first reason stays.
 struct Stop {
     reason: ExitReason,
     kill_at_ms: u64,
@@ -46,6 +61,9 @@ pub(crate) struct Life {
     child_signal: std::fs::File,
     usage: Usage,
     phase: Phase,
+    steps: Steps,
+    /// Asked for while a step runs: what comes after it.
+    wish: Option<Order>,
     stop: Option<Stop>,
     wall_at_ms: Option<u64>,
     look_again: bool,
@@ -62,6 +80,8 @@ impl Life {
             child_signal: child_signal.into(),
             usage: Usage::now(),
             phase: Phase::Waiting,
+            steps: Steps::new(),
+            wish: None,
             stop: None,
             wall_at_ms: None,
             look_again: false,
@@ -70,17 +90,15 @@ impl Life {
         }
     }
 
-    /// Reports that the cell's own set-up failed, in place of starting the agent.
+    /// Ends the cell because its set-up failed or the agent could not be started.
     pub(crate) fn fail(&mut self, error: SpawnError) {
-        let last_frame = FromInit::SpawnFailed { errno: error.errno, message: error.what };
-        self.phase = Phase::Over { last_frame, since_ms: sys::now_ms() };
-        self.carry.shut();
+        self.end(End::Unstarted { errno: error.errno, message: error.what });
     }
 
     /// Lives until the daemon has the report; returns the exit code.
     pub(crate) fn run(&mut self) -> u8 {
         if self.boot.start_now {
-            self.start();
+            self.obey(Order::Start);
         }
         loop {
             let now_ms = sys::now_ms();
@@ -94,17 +112,66 @@ impl Life {
     }
 
     fn start(&mut self) {
-        if !matches!(self.phase, Phase::Waiting) {
-            return;
-        }
+        self.steps.forget();
+        self.begin_wall();
         match child::spawn(&self.boot, &mut self.oom) {
             Ok((agent, streams)) => {
                 self.carry.attach(streams);
                 self.phase = Phase::Running(agent);
-                let limit_ms = Some(self.boot.wall_limit_ms).filter(|limit_ms| *limit_ms > 0);
-                self.wall_at_ms = limit_ms.map(|limit_ms| sys::now_ms().saturating_add(limit_ms));
             }
             Err(error) => self.fail(error),
+        }
+    }
+
+    /// Runs a step, unless it ran already.
+    fn step(&mut self, index: u32) {
+        match self.phase {
+            Phase::Ending { .. } | Phase::Over { .. } => {}
+            Phase::Stepping { index: running, .. } if running == index => {}
+            _ if self.steps.again(index) => {}
+            Phase::Stepping { .. } => self.wish = Some(Order::Step(index)),
+            Phase::Waiting => self.begin_step(index),
+            Phase::Running(_) => self.refuse_step(index, "the command was started before it"),
+        }
+    }
+
+    fn begin_step(&mut self, index: u32) {
+        self.steps.forget();
+        self.begin_wall();
+        match child::spawn_step(&self.boot, index, &mut self.oom) {
+            Ok((output, main)) => {
+                self.carry.attach_step(index, output);
+                match main {
+                    Some(main) => self.phase = Phase::Stepping { index, main },
+                    None => self.step_ended(index, ExitStatus::Code(EXIT_SPAWN_FAILED.into())),
+                }
+            }
+            Err(error) => self.refuse_step(index, &error.to_string()),
+        }
+    }
+
+    fn refuse_step(&mut self, index: u32, why: &str) {
+        // Where there is no room for the words, the code has to do.
+        self.carry.say(&format!("hotcell-init: step {index}: {why}\n"));
+        self.step_ended(index, ExitStatus::Code(EXIT_SPAWN_FAILED.into()));
+    }
+
+    fn step_ended(&mut self, index: u32, status: ExitStatus) {
+        self.carry.owe(index);
+        self.steps.end(index, status);
+        if let Phase::Stepping { .. } = self.phase {
+            self.phase = Phase::Waiting;
+        }
+        if let Some(wish) = self.wish.take() {
+            self.obey(wish);
+        }
+    }
+
+    /// The wall-clock limit runs from the first thing that is started.
+    fn begin_wall(&mut self) {
+        let limit_ms = self.boot.wall_limit_ms;
+        if limit_ms > 0 && self.wall_at_ms.is_none() {
+            self.wall_at_ms = Some(sys::now_ms().saturating_add(limit_ms));
         }
     }
 
@@ -113,29 +180,35 @@ impl Life {
         self.ctl.last_contact_ms().saturating_add(self.boot.dead_man_ms)
     }
 
+    /// The limit that has passed.
+    fn limit(&self, now_ms: u64) -> Option<ExitReason> {
+        if self.wall_at_ms.is_some_and(|at_ms| now_ms >= at_ms) {
+            return Some(ExitReason::WallLimit);
+        }
+        (now_ms >= self.dead_man_at_ms()).then_some(ExitReason::DeadMan)
+    }
+
     /// Acts on what is due.
     fn tick(&mut self, now_ms: u64) {
+        let limit = self.limit(now_ms);
         match self.phase {
-            Phase::Waiting if now_ms >= self.dead_man_at_ms() => self.over_unstarted(ExitReason::DeadMan),
-            Phase::Running(agent) => {
-                let reason = if self.wall_at_ms.is_some_and(|at_ms| now_ms >= at_ms) {
-                    Some(ExitReason::WallLimit)
-                } else {
-                    (now_ms >= self.dead_man_at_ms()).then_some(ExitReason::DeadMan)
-                };
-                match (&mut self.stop, reason) {
-                    (Some(stop), _) if now_ms >= stop.kill_at_ms => {
-                        child::kill_all();
-                        stop.kill_at_ms = now_ms + KILL_AGAIN_MS;
-                    }
-                    (None, Some(reason)) => {
-                        agent.signal(libc::SIGTERM);
-                        let kill_at_ms = now_ms.saturating_add(self.boot.kill_grace_ms);
-                        self.stop = Some(Stop { reason, kill_at_ms });
-                    }
-                    _ => {}
+            Phase::Waiting => {
+                if let Some(reason) = limit {
+                    self.end_unstarted(reason);
                 }
             }
+            Phase::Running(main) | Phase::Stepping { main, .. } => match (&mut self.stop, limit) {
+                (Some(stop), _) if now_ms >= stop.kill_at_ms => {
+                    child::kill_all();
+                    stop.kill_at_ms = now_ms + KILL_AGAIN_MS;
+                }
+                (None, Some(reason)) => {
+                    main.terminate(self.carry.terminal());
+                    let kill_at_ms = now_ms.saturating_add(self.boot.kill_grace_ms);
+                    self.stop = Some(Stop { reason, kill_at_ms });
+                }
+                _ => {}
+            },
             Phase::Ending { ref mut kill_at_ms, give_up_at_ms, .. } => {
                 if now_ms >= *kill_at_ms {
                     child::kill_all();
@@ -146,7 +219,7 @@ impl Life {
                     self.over();
                 }
             }
-            Phase::Waiting | Phase::Over { .. } => {}
+            Phase::Over { .. } => {}
         }
     }
 
@@ -172,114 +245,136 @@ impl Life {
         if self.look_again {
             return 0;
         }
+        let limit_at_ms = || self.dead_man_at_ms().min(self.wall_at_ms.unwrap_or(u64::MAX));
         let phase_at_ms = match &self.phase {
-            Phase::Waiting => self.dead_man_at_ms(),
-            Phase::Running(_) => match &self.stop {
+            Phase::Waiting => limit_at_ms(),
+            Phase::Running(_) | Phase::Stepping { .. } => match &self.stop {
                 Some(stop) => stop.kill_at_ms,
-                None => self.dead_man_at_ms().min(self.wall_at_ms.unwrap_or(u64::MAX)),
+                None => limit_at_ms(),
             },
             Phase::Ending { kill_at_ms, .. } => *kill_at_ms,
             Phase::Over { since_ms, .. } => self.leave_at_ms(*since_ms),
         };
-        phase_at_ms.min(self.ctl.deadline_ms().unwrap_or(u64::MAX)).saturating_sub(now_ms)
+        let at_ms = phase_at_ms.min(self.ctl.deadline_ms().unwrap_or(u64::MAX));
+        at_ms.saturating_sub(now_ms).min(self.carry.look_in_ms().unwrap_or(u64::MAX))
     }
 
     /// Waits for something to happen, once, and handles it.
     fn turn(&mut self, now_ms: u64) {
         // A negative descriptor is skipped by poll.
         let none = sys::interest(-1, 0);
-        let mut fds = [
+        let mut fds = vec![
             sys::interest(self.child_signal.as_raw_fd(), libc::POLLIN),
             self.ctl.interest().unwrap_or(none),
-            self.carry.stdin.interest().unwrap_or(none),
-            self.carry.output[0].interest().unwrap_or(none),
-            self.carry.output[1].interest().unwrap_or(none),
         ];
+        self.carry.interests(&mut fds);
         sys::poll(&mut fds, self.timeout_ms(now_ms));
-        let [children, ctl, stdin, stdout, stderr] = fds.map(|fd| fd.revents != 0);
-        if stdout {
-            self.carry.output[0].read();
-        }
-        if stderr {
-            self.carry.output[1].read();
-        }
-        if stdin {
-            self.carry.stdin.write();
-        }
-        if children || self.look_again {
+        let (own, streams) = fds.split_at(2);
+        self.carry.work(streams);
+        if own[0].revents != 0 || self.look_again {
             let mut signals = [0; 1024];
             let _ = self.child_signal.read(&mut signals);
             self.reap();
         }
-        let mut orders = Vec::new();
-        let started = !matches!(self.phase, Phase::Waiting);
-        let last_frame = match &self.phase {
-            Phase::Over { last_frame, .. } => Some(last_frame),
-            _ => None,
-        };
-        let mut work = Work { carry: &mut self.carry, started, last_frame };
-        if ctl {
-            self.ctl.receive(&mut work, &mut orders);
+        if own[1].revents != 0 {
+            let mut orders = Vec::new();
+            self.with_ctl(|ctl, work| ctl.receive(work, &mut orders));
+            orders.into_iter().for_each(|order| self.obey(order));
         }
-        self.ctl.send(&mut work);
-        orders.into_iter().for_each(|order| self.obey(order));
+        self.steps.settle(&self.carry);
+        self.with_ctl(Ctl::send);
+    }
+
+    fn with_ctl(&mut self, work: impl FnOnce(&mut Ctl, &mut Work<'_>)) {
+        let started = !matches!(self.phase, Phase::Waiting | Phase::Stepping { .. });
+        let (news, last_frame) = match &self.phase {
+            Phase::Waiting | Phase::Stepping { .. } | Phase::Running(_) => (self.steps.news(), None),
+            Phase::Ending { .. } => (None, None),
+            Phase::Over { last_frame, .. } => (None, Some(last_frame)),
+        };
+        work(&mut self.ctl, &mut Work { carry: &mut self.carry, started, news, last_frame });
     }
 
     fn obey(&mut self, order: Order) {
         match (order, &self.phase) {
-            (Order::Start, _) => self.start(),
-            (Order::Signal(number), Phase::Running(agent)) => agent.signal(number),
-            (Order::Kill, Phase::Running(_)) => {
+            (Order::Start, Phase::Waiting) => self.start(),
+            (Order::Start, Phase::Stepping { .. }) => self.wish = Some(Order::Start),
+            (Order::Step(index), _) => self.step(index),
+            (Order::Signal(number), Phase::Running(main) | Phase::Stepping { main, .. }) => {
+                main.signal(number, self.carry.terminal());
+            }
+            (Order::Kill, Phase::Running(_) | Phase::Stepping { .. }) => {
                 let kill_at_ms = sys::now_ms() + KILL_AGAIN_MS;
                 self.stop.get_or_insert(Stop { reason: ExitReason::Killed, kill_at_ms }).kill_at_ms =
                     kill_at_ms;
                 child::kill_all();
             }
-            (Order::Kill, Phase::Waiting) => self.over_unstarted(ExitReason::Killed),
+            (Order::Kill, Phase::Waiting) => self.end_unstarted(ExitReason::Killed),
+            (Order::Resize(rows, cols), _) => self.resize(rows, cols),
             (Order::Bye, Phase::Over { .. }) => self.bye = true,
             _ => {}
         }
     }
 
+    /// Before the agent's start, the size that its terminal will have.
+    fn resize(&mut self, rows: u16, cols: u16) {
+        self.boot.terminal = self.boot.terminal.map(|_| (rows, cols));
+        if let Some(terminal) = self.carry.terminal() {
+            terminal.resize(rows, cols);
+        }
+    }
+
     fn reap(&mut self) {
-        let agent = match self.phase {
-            Phase::Running(agent) => Some(agent),
+        let main = match self.phase {
+            Phase::Running(main) | Phase::Stepping { main, .. } => Some(main),
             _ => None,
         };
-        let ended = child::reap(agent);
+        let ended = child::reap(main);
         self.look_again = ended.more;
-        if let Some(status) = ended.agent {
-            child::kill_all();
-            let now_ms = sys::now_ms();
-            let (kill_at_ms, give_up_at_ms) = (now_ms + KILL_AGAIN_MS, now_ms + ENDING_MS_MAX);
-            self.phase = Phase::Ending { status, kill_at_ms, give_up_at_ms };
+        match (ended.agent, &self.phase) {
+            (Some(status), Phase::Stepping { index, .. }) if self.stop.is_none() => {
+                let index = *index;
+                self.step_ended(index, status);
+            }
+            (Some(status), _) => self.end(End::Exited(status)),
+            (None, Phase::Ending { .. }) if ended.none_left => self.over(),
+            (None, _) => {}
         }
-        if ended.none_left && matches!(self.phase, Phase::Ending { .. }) {
-            self.over();
-        }
+    }
+
+    /// Nothing of the agent's can happen any more: what is left is killed.
+    fn end(&mut self, end: End) {
+        child::kill_all();
+        let now_ms = sys::now_ms();
+        let (kill_at_ms, give_up_at_ms) = (now_ms + KILL_AGAIN_MS, now_ms + ENDING_MS_MAX);
+        self.phase = Phase::Ending { end, kill_at_ms, give_up_at_ms };
+        self.look_again = true;
+    }
+
+    fn end_unstarted(&mut self, reason: ExitReason) {
+        self.stop.get_or_insert(Stop { reason, kill_at_ms: sys::now_ms() });
+        self.end(End::Exited(ExitStatus::Signal(libc::SIGKILL)));
     }
 
     /// No process is left: what is in the streams is all there will be.
     fn over(&mut self) {
-        let Phase::Ending { status, .. } = self.phase else { return };
-        let reason = self.stop.as_ref().map_or(ExitReason::Agent, |stop| stop.reason);
-        self.report(status, reason);
+        let Phase::Ending { end, .. } = &self.phase else { return };
+        let last_frame = match end.clone() {
+            End::Exited(status) => FromInit::Exited(self.report(status)),
+            End::Unstarted { errno, message } => FromInit::SpawnFailed { errno, message },
+        };
+        self.phase = Phase::Over { last_frame, since_ms: sys::now_ms() };
+        self.carry.shut();
     }
 
-    fn over_unstarted(&mut self, reason: ExitReason) {
-        self.report(ExitStatus::Signal(libc::SIGKILL), reason);
-    }
-
-    fn report(&mut self, status: ExitStatus, reason: ExitReason) {
+    fn report(&self, status: ExitStatus) -> ExitReport {
         let used = self.usage.since();
-        let report = ExitReport {
+        ExitReport {
             status,
-            reason,
+            reason: self.stop.as_ref().map_or(ExitReason::Agent, |stop| stop.reason),
             oom_kills: used.oom_kills,
             peak_memory_bytes: used.peak_memory_bytes,
             cpu_us: used.cpu_us,
-        };
-        self.phase = Phase::Over { last_frame: FromInit::Exited(report), since_ms: sys::now_ms() };
-        self.carry.shut();
+        }
     }
 }

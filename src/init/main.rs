@@ -1,5 +1,5 @@
-//! hotcell-init, PID 1 of a cell: reads one boot message from its stdin, starts the agent on socket pairs,
-//! carries its streams to the daemon over `ctl.sock` without loss, forwards local ports to the daemon's
+//! hotcell-init, PID 1 of a cell: reads one boot message from its stdin, runs the steps that the daemon asks
+//! for, starts the agent on socket pairs, pipes or a terminal, carries its streams to the daemon over `ctl.sock` without loss, forwards local ports to the daemon's
 //! sockets, holds the deadlines, reaps, and reports the end. Linked statically, std and libc only. It must
 //! never trust anything that comes from the cell, close the agent's stdin by itself, or show its key.
 
@@ -14,7 +14,10 @@ mod forward;
 mod hash;
 mod life;
 mod ring;
+mod source;
+mod steps;
 mod sys;
+mod terminal;
 mod usage;
 #[allow(dead_code, unreachable_pub)]
 mod wire;

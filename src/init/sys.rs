@@ -102,6 +102,74 @@ pub(crate) fn new_session() -> io::Result<()> {
     check(unsafe { libc::setsid() }).map(|_| ())
 }
 
+/// Makes the terminal that is descriptor 0 the controlling one of this session. Async-signal-safe.
+pub(crate) fn control_stdin() -> io::Result<()> {
+    // SAFETY: integers only.
+    check(unsafe { libc::ioctl(0, libc::TIOCSCTTY as _, 0) }).map(|_| ())
+}
+
+/// Lets the other end of a terminal be opened; its number below /dev/pts.
+pub(crate) fn unlock_terminal(ours: &impl AsRawFd) -> io::Result<libc::c_uint> {
+    let (unlocked, mut number): (libc::c_int, libc::c_uint) = (0, 0);
+    // SAFETY: the first call reads an int, the second writes an unsigned one, both through valid pointers.
+    unsafe {
+        check(libc::ioctl(ours.as_raw_fd(), libc::TIOCSPTLCK as _, &raw const unlocked))?;
+        check(libc::ioctl(ours.as_raw_fd(), libc::TIOCGPTN as _, &raw mut number))?;
+    }
+    Ok(number)
+}
+
+/// Sets the size of a terminal; where that is refused it keeps the one it has.
+pub(crate) fn set_terminal_size(terminal: &impl AsRawFd, rows: u16, cols: u16) {
+    let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the call reads a winsize through a valid pointer.
+    unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ as _, &raw const size) };
+}
+
+/// Lets a terminal's own line editing take a character of several bytes for one.
+pub(crate) fn terminal_takes_utf8(terminal: &impl AsRawFd) {
+    if let Some(mut settings) = terminal_settings(terminal) {
+        settings.c_iflag |= libc::IUTF8;
+        // SAFETY: the call reads a termios through a valid pointer.
+        unsafe { libc::tcsetattr(terminal.as_raw_fd(), libc::TCSANOW, &raw const settings) };
+    }
+}
+
+/// The character that ends the input of a terminal.
+pub(crate) fn end_of_file_character(terminal: &impl AsRawFd) -> Option<u8> {
+    terminal_settings(terminal)?.c_cc.get(libc::VEOF).copied()
+}
+
+fn terminal_settings(terminal: &impl AsRawFd) -> Option<libc::termios> {
+    // SAFETY: `termios` is plain data that the call fills through a valid pointer.
+    unsafe {
+        let mut settings: libc::termios = mem::zeroed();
+        check(libc::tcgetattr(terminal.as_raw_fd(), &raw mut settings)).ok().map(|_| settings)
+    }
+}
+
+/// The process group in a terminal's foreground.
+pub(crate) fn foreground_group(terminal: &impl AsRawFd) -> Option<libc::pid_t> {
+    let mut group: libc::pid_t = 0;
+    // SAFETY: the call writes a pid through a valid pointer.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGPGRP as _, &raw mut group) }).ok()?;
+    Some(group)
+}
+
+/// Bytes that can be read from a pipe or socket now; 0 where the system does not say.
+pub(crate) fn unread_bytes(source: &impl AsRawFd) -> u64 {
+    let mut count: libc::c_int = 0;
+    // SAFETY: the call writes an int through a valid pointer.
+    let result = unsafe { libc::ioctl(source.as_raw_fd(), libc::FIONREAD as _, &raw mut count) };
+    if result < 0 { 0 } else { u64::try_from(count).unwrap_or(0) }
+}
+
+/// Ends a socket after the bytes that are in it; false where it is none.
+pub(crate) fn shutdown_read(socket: &impl AsRawFd) -> bool {
+    // SAFETY: integers only.
+    unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RD) == 0 }
+}
+
 /// Waits for one of `fds`, at most `timeout_ms`.
 pub(crate) fn poll(fds: &mut [libc::pollfd], timeout_ms: u64) {
     let timeout = timeout_ms.min(60_000) as libc::c_int;
@@ -210,7 +278,7 @@ pub(crate) fn connect_unix(path: &Path, wait_ms: u32) -> io::Result<OwnedFd> {
 }
 
 /// Makes reads and writes of this descriptor return at once.
-pub(crate) fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+pub(crate) fn set_nonblocking(fd: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: fcntl with integers on a descriptor that is open.
     unsafe {
         let flags = check(libc::fcntl(fd.as_raw_fd(), libc::F_GETFL))?;

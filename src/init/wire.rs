@@ -1,5 +1,5 @@
-//! The protocol between hotcell-init (PID 1 of a cell) and the daemon on `ctl.sock`: handshake and frames. One definition for both sides: `src/link.rs` includes this file
-//! by path. It must never do IO, allocate by a length that it has not checked, or panic on any input.
+//! The protocol between hotcell-init (PID 1 of a cell) and the daemon on `ctl.sock`: handshake and frames. One
+//! definition for both sides: `src/link.rs` includes this file by path. It must never do IO, allocate by a length that it has not checked, or panic on any input.
 //!
 //! A frame is a header of 16 bytes (kind u8, three zero bytes, body length u32, argument u64, all little
 //! endian) and a body. Stream bytes carry their offset in the stream as the argument.
@@ -13,11 +13,15 @@
 //! From then on each side sends the bytes from the offset that the other one named. init forgets output only
 //! when it is acknowledged; the daemon sends at most [`STDIN_WINDOW_BYTES`] beyond the last acknowledged byte
 //! of stdin, so that a frame which kills is never stuck behind input that the agent does not read.
+//!
+//! Before the agent the daemon may have the steps of the boot message run: each `Step` is answered by one
+//! `StepEnded`, after all that the step printed. init sends it again on each new connection until the daemon
+//! asks for something else, and again whenever the daemon asks for that step again.
 
 use super::hash::{DIGEST_BYTES, equal_in_constant_time, hmac_sha256};
 
 /// Protocol version; both sides come from one build, so another version is an error.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Bytes in a frame header.
 pub const HEADER_BYTES: usize = 16;
 /// Largest body of any frame.
@@ -32,6 +36,8 @@ pub const STDIN_WINDOW_BYTES: usize = 1 << 20;
 pub const MESSAGE_BYTES_MAX: usize = 4096;
 /// Longest cell id.
 pub const CELL_BYTES_MAX: usize = 64;
+/// Most steps of one cell.
+pub const STEPS_MAX: usize = 64;
 /// Largest body before the handshake is over.
 pub const HANDSHAKE_BODY_BYTES_MAX: usize = 256;
 
@@ -68,6 +74,23 @@ pub enum ExitStatus {
     Code(i32),
     /// This signal ended it.
     Signal(i32),
+}
+
+impl ExitStatus {
+    fn to_wire(self) -> (u8, i32) {
+        match self {
+            Self::Code(code) => (0, code),
+            Self::Signal(signal) => (1, signal),
+        }
+    }
+
+    fn from_wire(how: u8, value: i32) -> Result<Self, WireError> {
+        match how {
+            0 => Ok(Self::Code(value)),
+            1 => Ok(Self::Signal(value)),
+            _ => Err(WireError("unknown exit status")),
+        }
+    }
 }
 
 /// Who or what made the agent end.
@@ -197,6 +220,7 @@ mod kind {
     pub(super) const STDIN_ACK: u8 = 5;
     pub(super) const SPAWN_FAILED: u8 = 6;
     pub(super) const EXITED: u8 = 7;
+    pub(super) const STEP_ENDED: u8 = 8;
     pub(super) const CHALLENGE: u8 = 33;
     pub(super) const WELCOME: u8 = 34;
     pub(super) const STDIN: u8 = 35;
@@ -207,6 +231,8 @@ mod kind {
     pub(super) const KILL: u8 = 40;
     pub(super) const BYE: u8 = 41;
     pub(super) const START: u8 = 42;
+    pub(super) const STEP: u8 = 43;
+    pub(super) const RESIZE: u8 = 44;
 }
 
 /// The header of an output frame.
@@ -236,6 +262,8 @@ pub enum FromInit {
     SpawnFailed { errno: i32, message: String },
     /// The agent ended, and all its output was sent before this frame.
     Exited(ExitReport),
+    /// The main process of a step ended, and all it printed until then was sent before this frame.
+    StepEnded { index: u32, status: ExitStatus },
 }
 
 impl FromInit {
@@ -261,10 +289,7 @@ impl FromInit {
                 (kind::SPAWN_FAILED, u64::from(errno.unsigned_abs()))
             }
             Self::Exited(report) => {
-                let (how, value) = match report.status {
-                    ExitStatus::Code(code) => (0u8, code),
-                    ExitStatus::Signal(signal) => (1, signal),
-                };
+                let (how, value) = report.status.to_wire();
                 let reason = match report.reason {
                     ExitReason::Agent => 0u8,
                     ExitReason::WallLimit => 1,
@@ -277,6 +302,12 @@ impl FromInit {
                 body.extend_from_slice(&report.peak_memory_bytes.to_le_bytes());
                 body.extend_from_slice(&report.cpu_us.to_le_bytes());
                 (kind::EXITED, 0)
+            }
+            Self::StepEnded { index, status } => {
+                let (how, value) = status.to_wire();
+                body.push(how);
+                body.extend_from_slice(&value.to_le_bytes());
+                (kind::STEP_ENDED, u64::from(*index))
             }
         };
         frame(kind, argument, &body)
@@ -299,6 +330,10 @@ impl FromInit {
                 Self::SpawnFailed { errno, message: String::from_utf8_lossy(text).into_owned() }
             }
             kind::EXITED => Self::Exited(read_report(&mut reader)?),
+            kind::STEP_ENDED => {
+                let (index, how, value) = (step_index(header)?, reader.u8()?, reader.u32()? as i32);
+                Self::StepEnded { index, status: ExitStatus::from_wire(how, value)? }
+            }
             _ => return Err(WireError("unknown frame kind")),
         };
         reader.end()?;
@@ -309,11 +344,7 @@ impl FromInit {
 fn read_report(reader: &mut Reader<'_>) -> Result<ExitReport, WireError> {
     let (how, reason, value) = (reader.u8()?, reader.u8()?, reader.u32()? as i32);
     Ok(ExitReport {
-        status: match how {
-            0 => ExitStatus::Code(value),
-            1 => ExitStatus::Signal(value),
-            _ => return Err(WireError("unknown exit status")),
-        },
+        status: ExitStatus::from_wire(how, value)?,
         reason: match reason {
             0 => ExitReason::Agent,
             1 => ExitReason::WallLimit,
@@ -340,7 +371,8 @@ pub enum ToInit<'a> {
     CloseStdin { offset: u64 },
     /// init may forget the stream's bytes before this offset.
     Ack { stream: OutputStream, offset: u64 },
-    /// Send this signal to the agent's process group.
+    /// Send this signal to the process group of the running step or the agent; of a terminal, to the group in
+    /// its foreground.
     Signal { number: i32 },
     /// Kill every process of the cell but init.
     Kill,
@@ -348,6 +380,10 @@ pub enum ToInit<'a> {
     Bye,
     /// Start the agent of a cell that was booted without `start_now`.
     Start,
+    /// Run this step of the boot message.
+    Step { index: u32 },
+    /// The terminal has this size now.
+    Resize { rows: u16, cols: u16 },
 }
 
 impl<'a> ToInit<'a> {
@@ -374,6 +410,8 @@ impl<'a> ToInit<'a> {
             Self::Kill => (kind::KILL, 0, &[]),
             Self::Bye => (kind::BYE, 0, &[]),
             Self::Start => (kind::START, 0, &[]),
+            Self::Step { index } => (kind::STEP, u64::from(*index), &[]),
+            Self::Resize { rows, cols } => (kind::RESIZE, u64::from(*rows) << 16 | u64::from(*cols), &[]),
         };
         frame(kind, argument, body)
     }
@@ -394,10 +432,23 @@ impl<'a> ToInit<'a> {
             kind::KILL => Self::Kill,
             kind::BYE => Self::Bye,
             kind::START => Self::Start,
+            kind::STEP => Self::Step { index: step_index(header)? },
+            kind::RESIZE if argument <= u64::from(u32::MAX) => {
+                Self::Resize { rows: (argument >> 16) as u16, cols: argument as u16 }
+            }
+            kind::RESIZE => return Err(WireError("terminal size out of range")),
             _ => return Err(WireError("unknown frame kind")),
         };
         reader.end()?;
         Ok(frame)
+    }
+}
+
+/// The step that a frame is about.
+fn step_index(header: &Header) -> Result<u32, WireError> {
+    match u32::try_from(header.argument) {
+        Ok(index) if (index as usize) < STEPS_MAX => Ok(index),
+        _ => Err(WireError("a step over the limit")),
     }
 }
 

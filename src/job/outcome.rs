@@ -21,25 +21,32 @@ pub enum Blame {
 pub enum Phase {
     /// Workspace, image, lease, container.
     Prepare,
+    /// The job's own commands before its agent.
+    Setup,
     /// From the start of PID 1 until the CLI answered `initialize`.
     Boot,
     /// The conversation.
     Run,
     /// Reading back what the job left, and destroying the cell.
     Collect,
+    /// The job's own commands after its agent.
+    Verify,
 }
 
 impl Phase {
     /// All phases in order; metrics are seeded from it.
-    pub const ALL: [Self; 4] = [Self::Prepare, Self::Boot, Self::Run, Self::Collect];
+    pub const ALL: [Self; 6] =
+        [Self::Prepare, Self::Setup, Self::Boot, Self::Run, Self::Collect, Self::Verify];
 
     /// The name used in metrics and JSON.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Prepare => "prepare",
+            Self::Setup => "setup",
             Self::Boot => "boot",
             Self::Run => "run",
             Self::Collect => "collect",
+            Self::Verify => "verify",
         }
     }
 }
@@ -104,6 +111,16 @@ pub enum FailReason {
     ContainerStart,
     /// PID 1 of the cell did not report in time, or the link to it was lost for good.
     CellLost,
+    /// A command of `setup` ended with an error.
+    SetupFailed,
+    /// The commands of `setup` took longer than they may.
+    SetupDeadline,
+    /// A command of `verify` ended with an error.
+    VerifyFailed,
+    /// The commands of `verify` took longer than they may.
+    VerifyDeadline,
+    /// The command of a job without an agent ended with an error.
+    CommandFailed,
     /// The CLI could not be executed or ended before it answered `initialize`.
     AgentStart,
     /// The CLI ended with an error, or said that the turn failed.
@@ -130,7 +147,7 @@ pub enum FailReason {
 
 impl FailReason {
     /// All reasons; metrics are seeded from it.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 26] = [
         Self::ImageUnavailable,
         Self::ImageUnsuitable,
         Self::RuntimeUnavailable,
@@ -141,6 +158,11 @@ impl FailReason {
         Self::ContainerCreate,
         Self::ContainerStart,
         Self::CellLost,
+        Self::SetupFailed,
+        Self::SetupDeadline,
+        Self::VerifyFailed,
+        Self::VerifyDeadline,
+        Self::CommandFailed,
         Self::AgentStart,
         Self::AgentError,
         Self::AgentProtocol,
@@ -167,6 +189,11 @@ impl FailReason {
             Self::ContainerCreate => "container_create",
             Self::ContainerStart => "container_start",
             Self::CellLost => "cell_lost",
+            Self::SetupFailed => "setup_failed",
+            Self::SetupDeadline => "setup_deadline",
+            Self::VerifyFailed => "verify_failed",
+            Self::VerifyDeadline => "verify_deadline",
+            Self::CommandFailed => "command_failed",
             Self::AgentStart => "agent_start",
             Self::AgentError => "agent_error",
             Self::AgentProtocol => "agent_protocol",
@@ -186,6 +213,11 @@ impl FailReason {
         match self {
             Self::ImageUnsuitable
             | Self::WorkspaceMoved
+            | Self::SetupFailed
+            | Self::SetupDeadline
+            | Self::VerifyFailed
+            | Self::VerifyDeadline
+            | Self::CommandFailed
             | Self::AgentStart
             | Self::AgentError
             | Self::AgentProtocol

@@ -87,6 +87,10 @@ pub struct Carry {
     pub limit_parkings: u32,
     /// When the first of that row began, in milliseconds since 1970.
     pub limited_since_ms: Option<u64>,
+    /// How often its agent was given another try, since what it made did not pass.
+    pub repairs: u32,
+    /// What the agent is told of that at the beginning of its next attempt.
+    pub repair: Option<String>,
 }
 
 impl Carry {

@@ -2,12 +2,14 @@
 //! limit, or an error that names the key and its place. A spec asks; the policy decides
 //! (`policy::narrow`): nothing here grants anything.
 
+mod steps;
 mod workspace;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+pub use steps::{CommandSpec, SetupSpec, StepCommand, TerminalSize, VerifySpec};
 pub use workspace::{MountAt, OTHERS_MAX, OtherMode, OtherSpec, WORKSPACE, WorkspaceSpec, taken_at};
 
 /// Longest prompt, in bytes.
@@ -47,8 +49,18 @@ pub enum SpecError {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct JobSpec {
-    /// What the agent shall do; 1 byte to 1 MiB.
+    /// What the agent shall do; 1 byte to 1 MiB. A job has this or a command.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub prompt: String,
+    /// A command that runs in the cell in place of an agent: no model, no cost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<CommandSpec>,
+    /// What runs in the cell before the agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub setup: Option<SetupSpec>,
+    /// What judges the changed workspace after the agent, in a fresh cell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify: Option<VerifySpec>,
     /// The directory it works on; none means an empty one that is thrown away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workspace: Option<WorkspaceSpec>,
@@ -297,9 +309,7 @@ impl JobSpec {
     }
 
     fn check(&self) -> Result<(), SpecError> {
-        if self.prompt.trim().is_empty() {
-            return Err(field("prompt", "is empty"));
-        }
+        self.check_work()?;
         text("prompt", &self.prompt, PROMPT_BYTES_MAX)?;
         for (key, value) in
             [("system_prompt", &self.system_prompt), ("append_system_prompt", &self.append_system_prompt)]
@@ -349,6 +359,30 @@ impl JobSpec {
             return Err(field("priority", "must be from -100 to 100"));
         }
         self.limits.check()
+    }
+
+    /// What the job does: a task for an agent, or a command.
+    fn check_work(&self) -> Result<(), SpecError> {
+        match (&self.command, self.prompt.trim().is_empty()) {
+            (None, true) => return Err(field("prompt", "is empty, and there is no command")),
+            (Some(_), false) => return Err(field("command", "stands beside a prompt: a job has one of them")),
+            (Some(_), true) if self.verify.is_some() => {
+                return Err(field("verify", "stands beside a command: it judges the work of an agent"));
+            }
+            (Some(command), true) => command.check()?,
+            (None, false) => {}
+        }
+        self.setup.as_ref().map_or(Ok(()), SetupSpec::check)?;
+        self.verify.as_ref().map_or(Ok(()), VerifySpec::check)
+    }
+
+    /// What the job does, in the words of whoever submitted it.
+    pub fn task(&self) -> String {
+        match &self.command {
+            Some(command) if command.argv.is_empty() => "(shell)".to_owned(),
+            Some(command) => command.argv.join(" "),
+            None => self.prompt.clone(),
+        }
     }
 
     fn check_maps(&self) -> Result<(), SpecError> {

@@ -15,6 +15,10 @@
 //!   │ │ └───────► Parked(until) ──────────────────────────┤
 //!   │ └────────────────┘ Unpark                           │
 //!   └─────────────────────────────────────────────────────┘
+//!
+//!   Collecting ── Verify ──► Verifying ── Repair ──► Preparing
+//!                               │  └── Stop ──► Stopping(reason)
+//!                               └── Finish ──► Done(outcome)
 //! ```
 //!
 //! *Invariant*: every move goes through [`State::next`] and is stored by a compare-and-set before the act
@@ -55,6 +59,8 @@ pub enum State {
         /// Set where a stop was decided before.
         stopped: Option<StopReason>,
     },
+    /// The agent's cell is gone and its change set is kept; the job's own commands judge it in a fresh one.
+    Verifying,
     /// Over; nothing of the cell is left.
     Done(Outcome),
 }
@@ -78,6 +84,10 @@ pub enum Input {
     Unpark,
     /// All processes of the cell are proven gone.
     CellEnded,
+    /// The agent has done its task and its change set is on the disk: it is to be judged.
+    Verify,
+    /// It did not pass, and the agent gets another try.
+    Repair,
     /// Results are read back and nothing of the cell is left, or it never had a cell.
     Finish(Outcome),
 }
@@ -94,8 +104,9 @@ pub struct IllegalMove {
 
 impl State {
     /// The names, in order; metrics are seeded from it.
-    pub const NAMES: [&'static str; 8] =
-        ["queued", "preparing", "running", "stopping", "parking", "parked", "collecting", "done"];
+    pub const NAMES: [&'static str; 9] = [
+        "queued", "preparing", "running", "stopping", "parking", "parked", "collecting", "verifying", "done",
+    ];
 
     /// The name used in rows, metrics and JSON.
     pub fn name(&self) -> &'static str {
@@ -107,6 +118,7 @@ impl State {
             Self::Parking { .. } => "parking",
             Self::Parked { .. } => "parked",
             Self::Collecting { .. } => "collecting",
+            Self::Verifying => "verifying",
             Self::Done(_) => "done",
         }
     }
@@ -127,7 +139,9 @@ impl State {
     /// [`IllegalMove`] where the diagram has no such arrow.
     pub fn next(&self, input: &Input) -> Result<Self, IllegalMove> {
         let illegal = || Err(IllegalMove { from: self.name(), input: input.clone() });
-        use Input::{Admit, Booted, CellEnded, Finish, Park, Requeue, Shelved, Stop, Unpark};
+        use Input::{
+            Admit, Booted, CellEnded, Finish, Park, Repair, Requeue, Shelved, Stop, Unpark, Verify,
+        };
         match (self, input) {
             (Self::Queued, Admit) => Ok(Self::Preparing),
             (Self::Queued, Park(parked)) => Ok(Self::Parked { parked: *parked }),
@@ -136,40 +150,61 @@ impl State {
                 Ok(Self::Done(Outcome::Stopped { reason: *reason }))
             }
             (Self::Queued | Self::Parked { .. }, Finish(outcome)) => Ok(Self::Done(outcome.clone())),
-            (Self::Queued, Requeue | Booted | Shelved | Unpark | CellEnded) => illegal(),
+            (Self::Queued, Requeue | Booted | Shelved | Unpark | CellEnded | Verify | Repair) => illegal(),
 
             (Self::Parked { .. }, Unpark) => Ok(Self::Queued),
-            (Self::Parked { .. }, Admit | Requeue | Booted | Park(_) | Shelved | CellEnded) => illegal(),
+            (
+                Self::Parked { .. },
+                Admit | Requeue | Booted | Park(_) | Shelved | CellEnded | Verify | Repair,
+            ) => illegal(),
 
             (Self::Preparing, Requeue) => Ok(Self::Queued),
             (Self::Preparing, Booted) => Ok(Self::Running),
             (Self::Preparing | Self::Running, Stop(reason)) => Ok(Self::Stopping { reason: *reason }),
             (Self::Preparing | Self::Running, Park(parked)) => Ok(Self::Parking { parked: *parked }),
             (Self::Preparing | Self::Running, CellEnded) => Ok(Self::Collecting { stopped: None }),
-            (Self::Preparing, Admit | Shelved | Unpark | Finish(_)) => illegal(),
-            (Self::Running, Admit | Requeue | Booted | Shelved | Unpark | Finish(_)) => illegal(),
+            (Self::Preparing, Admit | Shelved | Unpark | Finish(_) | Verify | Repair) => illegal(),
+            (
+                Self::Running,
+                Admit | Requeue | Booted | Shelved | Unpark | Finish(_) | Verify | Repair,
+            ) => illegal(),
 
             (Self::Parking { .. }, Stop(reason)) => Ok(Self::Stopping { reason: *reason }),
             (Self::Parking { parked }, Shelved) => Ok(Self::Parked { parked: *parked }),
             // Its task was over before it could be parked, or its work cannot be gone on with.
             (Self::Parking { .. }, CellEnded) => Ok(Self::Collecting { stopped: None }),
-            (Self::Parking { .. }, Admit | Requeue | Booted | Park(_) | Unpark | Finish(_)) => illegal(),
+            (
+                Self::Parking { .. },
+                Admit | Requeue | Booted | Park(_) | Unpark | Finish(_) | Verify | Repair,
+            ) => illegal(),
 
             (Self::Stopping { reason }, CellEnded) => Ok(Self::Collecting { stopped: Some(*reason) }),
             (Self::Stopping { reason }, Stop(_)) => Ok(Self::Stopping { reason: *reason }),
-            (Self::Stopping { .. }, Admit | Requeue | Booted | Park(_) | Shelved | Unpark | Finish(_)) => {
-                illegal()
-            }
+            (
+                Self::Stopping { .. },
+                Admit | Requeue | Booted | Park(_) | Shelved | Unpark | Finish(_) | Verify | Repair,
+            ) => illegal(),
 
             (Self::Collecting { .. }, Finish(outcome)) => Ok(Self::Done(outcome.clone())),
             (Self::Collecting { stopped }, Stop(_)) => Ok(Self::Collecting { stopped: *stopped }),
-            (Self::Collecting { .. }, Admit | Requeue | Booted | Park(_) | Shelved | Unpark | CellEnded) => {
-                illegal()
-            }
+            (Self::Collecting { stopped: None }, Verify) => Ok(Self::Verifying),
+            (
+                Self::Collecting { .. },
+                Admit | Requeue | Booted | Park(_) | Shelved | Unpark | CellEnded | Verify | Repair,
+            ) => illegal(),
+
+            (Self::Verifying, Finish(outcome)) => Ok(Self::Done(outcome.clone())),
+            (Self::Verifying, Repair) => Ok(Self::Preparing),
+            (Self::Verifying, Stop(reason)) => Ok(Self::Stopping { reason: *reason }),
+            (
+                Self::Verifying,
+                Admit | Requeue | Booted | Park(_) | Shelved | Unpark | CellEnded | Verify,
+            ) => illegal(),
 
             (
                 Self::Done(_),
-                Admit | Requeue | Booted | Stop(_) | Park(_) | Shelved | Unpark | CellEnded | Finish(_),
+                Admit | Requeue | Booted | Stop(_) | Park(_) | Shelved | Unpark | CellEnded | Finish(_) | Verify
+                | Repair,
             ) => illegal(),
         }
     }
@@ -193,6 +228,8 @@ mod tests {
             Just(Input::Shelved),
             Just(Input::Unpark),
             Just(Input::CellEnded),
+            Just(Input::Verify),
+            Just(Input::Repair),
             Just(Input::Finish(Outcome::Succeeded)),
             Just(Input::Finish(Outcome::Lost)),
         ]
@@ -216,6 +253,18 @@ mod tests {
         let stopped = State::Parking { parked: PARKED }.next(&Input::Stop(reason));
         assert_eq!(stopped, Ok(State::Stopping { reason }));
         assert!(State::Stopping { reason }.next(&Input::Park(PARKED)).is_err());
+    }
+
+    #[test]
+    fn what_is_verified_was_collected_and_can_be_repaired_stopped_or_done() {
+        let verifying = State::Collecting { stopped: None }.next(&Input::Verify);
+        assert_eq!(verifying, Ok(State::Verifying));
+        let reason = StopReason::Budget;
+        assert!(State::Collecting { stopped: Some(reason) }.next(&Input::Verify).is_err(), "a stop wins");
+        assert!(State::Running.next(&Input::Verify).is_err());
+        assert_eq!(State::Verifying.next(&Input::Repair), Ok(State::Preparing));
+        assert_eq!(State::Verifying.next(&Input::Stop(reason)), Ok(State::Stopping { reason }));
+        assert!(State::Verifying.next(&Input::Finish(Outcome::Succeeded)).is_ok_and(|state| state.is_done()));
     }
 
     proptest! {

@@ -81,7 +81,7 @@ fn a_new_attempt_begins_its_streams_again() {
     journal.push(&Body::Sent { end: 12, frame: sent }, 1).unwrap();
     let cell = crate::job::CellId::new(7);
     let paused = Some(crate::job::Pause { from_ms: 1, to_ms: 2 });
-    journal.push(&Body::Attempt { attempt: 2, cell, paused }, 2).unwrap();
+    journal.push(&Body::Attempt { attempt: 2, cell, paused, repair: None }, 2).unwrap();
     journal.commit().unwrap();
     drop(journal);
     let (mut journal, recovered) = Journal::open(dir.path(), Limits::default()).unwrap();

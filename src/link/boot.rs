@@ -88,7 +88,8 @@ pub struct Boot {
     pub cwd: PathBuf,
     /// `ctl.sock` as the cell sees it.
     pub ctl_socket: PathBuf,
-    /// From the agent's start to SIGTERM, in milliseconds; 0 is no limit.
+    /// From the start of the first step, or of the agent where there is none, to SIGTERM, in milliseconds; 0 is
+    /// no limit. It goes on between steps and is not begun again by the agent's start.
     pub wall_limit_ms: u64,
     /// Time without a daemon after which init ends the agent, in milliseconds.
     pub dead_man_ms: u64,
@@ -98,8 +99,18 @@ pub struct Boot {
     pub buffer_bytes_max: u32,
     /// Ports that init listens on.
     pub forwards: Vec<PortForward>,
-    /// Start the agent at once; else [`super::LinkHandle::start`] does.
+    /// Start the agent at once; else [`super::LinkHandle::start`] does. Must be false where there are steps.
     pub start_now: bool,
+    /// Commands that [`super::LinkHandle::step`] runs before the agent, in its environment and directory, at
+    /// most [`super::STEPS_MAX`].
+    pub steps: Vec<Vec<OsString>>,
+    /// Rows and columns where the agent's three streams are a terminal: its output is the link's stdout, and
+    /// the link's stdin is what is typed. TERM is the environment's. gVisor's terminals know Ctrl-C and Ctrl-D
+    /// only since 2023: before, an agent under it ends by its own words, by Kill or by a limit.
+    pub terminal: Option<(u16, u16)>,
+    /// The agent's streams are pipes in place of sockets, for programs that open `/dev/stdin`, `/dev/stdout` or
+    /// `/dev/stderr`. Not together with a terminal.
+    pub pipes: bool,
 }
 
 impl Boot {
@@ -119,6 +130,9 @@ impl Boot {
             buffer_bytes_max: 4 << 20,
             forwards: Vec::new(),
             start_now: true,
+            steps: Vec::new(),
+            terminal: None,
+            pipes: false,
         }
     }
 
@@ -143,11 +157,14 @@ impl Boot {
                 .map(|forward| Forward { port: forward.port, path: path(&forward.socket) })
                 .collect(),
             start_now: self.start_now,
+            steps: self.steps.iter().map(|step| step.iter().map(bytes).collect()).collect(),
+            terminal: self.terminal,
+            pipes: self.pipes,
         };
         message.check().map_err(|WireError(what)| LinkError::Boot { what })?;
         let encoded = message.encode();
         if encoded.len() > BOOT_BYTES_MAX {
-            return Err(LinkError::Boot { what: "command and environment are over 4 MiB" });
+            return Err(LinkError::Boot { what: "command, steps and environment are over 4 MiB" });
         }
         Ok(encoded)
     }

@@ -62,6 +62,12 @@ pub(super) struct State {
     pub(super) bye: bool,
     /// Start was asked for.
     pub(super) start: bool,
+    /// The step that was asked for last.
+    pub(super) step: Option<u32>,
+    /// The terminal's size.
+    pub(super) size: Option<(u16, u16)>,
+    /// Steps whose end was handed out, as bits.
+    steps_ended: u64,
     acked: [u64; 2],
     pieces: VecDeque<Bytes>,
     stdin_base: u64,
@@ -81,6 +87,8 @@ pub(super) struct Told {
     kill: bool,
     bye: bool,
     start: bool,
+    step: Option<u32>,
+    size: Option<(u16, u16)>,
 }
 
 impl State {
@@ -137,6 +145,15 @@ impl State {
         self.stdin_closed = true;
     }
 
+    /// The end of a step arrived; whether it is news.
+    pub(super) fn step_ended(&mut self, index: u32) -> bool {
+        // The wire lets no step over 63 through.
+        let bit = 1u64.checked_shl(index).unwrap_or(0);
+        let news = self.steps_ended & bit == 0;
+        self.steps_ended |= bit;
+        news
+    }
+
     /// A connection begins: what it need not be told.
     pub(super) fn connected(&mut self, held: &Held) -> Told {
         (self.taken, self.init_has) = (held.stdin_taken, held.stdin_received);
@@ -177,6 +194,19 @@ impl State {
     pub(super) fn frames(&mut self, told: &mut Told) -> Vec<Bytes> {
         let mut frames = Vec::new();
         let mut push = |frame: ToInit<'_>| frames.push(Bytes::from(frame.encode()));
+        // A step is not asked for any more once the agent is wanted.
+        if let Some(index) = self.step.filter(|_| !self.start)
+            && told.step != self.step
+        {
+            told.step = self.step;
+            push(ToInit::Step { index });
+        }
+        if let Some((rows, cols)) = self.size
+            && told.size != self.size
+        {
+            told.size = self.size;
+            push(ToInit::Resize { rows, cols });
+        }
         for (flag, known, frame) in [
             (self.start, &mut told.start, ToInit::Start),
             (self.kill, &mut told.kill, ToInit::Kill),

@@ -152,6 +152,12 @@ async fn take(
                 let again = std::mem::replace(&mut state.ended, true);
                 Ok((!again).then_some(LinkEvent::Exited(report)))
             }
+            // Sent again until the daemon asks for something else.
+            FromInit::StepEnded { .. } if state.ended => Err(End::Hostile("the end of a step after the end")),
+            FromInit::StepEnded { index, status } => {
+                let news = state.step_ended(index);
+                Ok(news.then_some(LinkEvent::StepEnded { index, status }))
+            }
             FromInit::Hello { .. } | FromInit::Proof { .. } => {
                 Err(End::Hostile("a handshake frame after the handshake"))
             }

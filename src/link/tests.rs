@@ -210,10 +210,18 @@ async fn frames_that_init_would_not_send_end_the_connection_and_are_reported() {
         (output(OutputStream::Stdout, 1, b"gap"), "output out of order"),
         (output(OutputStream::Stderr, 0, b""), "output out of order"),
         (FromInit::StdinAck { offset: 1 }.encode(), "acknowledged input that was not sent"),
-        ([exited, output(OutputStream::Stdout, 0, b"late")].concat(), "output after the end"),
+        ([exited.clone(), output(OutputStream::Stdout, 0, b"late")].concat(), "output after the end"),
+        (
+            [exited, FromInit::StepEnded { index: 0, status: ExitStatus::Code(0) }.encode()].concat(),
+            "the end of a step after the end",
+        ),
         (vec![0xff; 64], "reserved header bytes are not zero"),
         (Header::encode(3, BODY_BYTES_MAX + 1, 0).to_vec(), "frame over the size limit"),
         (Header::encode(99, 0, 0).to_vec(), "unknown frame kind"),
+        ([Header::encode(8, 5, STEPS_MAX as u64).as_slice(), &[0; 5]].concat(), "a step over the limit"),
+        ([Header::encode(8, 5, 0).as_slice(), &[2, 0, 0, 0, 0]].concat(), "unknown exit status"),
+        ([Header::encode(8, 6, 0).as_slice(), &[0; 6]].concat(), "bytes after the end"),
+        (ToInit::Step { index: 0 }.encode(), "unknown frame kind"),
         (ToInit::Kill.encode(), "unknown frame kind"),
         (
             FromInit::Proof { held: Held::default(), mac: [0; 32] }.encode(),
@@ -251,6 +259,56 @@ async fn the_report_is_handed_out_once_and_orders_are_repeated_after_a_reconnect
         drop(socket);
         assert_eq!(fixture.next().await, LinkEvent::Disconnected);
     }
+    fixture.link.destroy().await.expect("it ends");
+}
+
+/// The orders that wait on a connection, until a last one of ours.
+async fn orders(fixture: &Fixture, socket: &mut UnixStream) -> Vec<String> {
+    fixture.link.handle().signal(libc::SIGUSR1);
+    let mut orders = Vec::new();
+    loop {
+        let (header, body) = frame(socket).await.expect("an order");
+        match ToInit::decode(&header, &body).expect("an order that init accepts") {
+            ToInit::Signal { number: libc::SIGUSR1 } => return orders,
+            order => orders.push(format!("{order:?}")),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_step_is_asked_for_on_each_connection_until_another_one_or_the_agent_is_and_its_end_told_once() {
+    let mut fixture = fixture(Resume::default()).await;
+    let handle = fixture.link.handle();
+    let ended = |index, code| FromInit::StepEnded { index, status: ExitStatus::Code(code) };
+    handle.step(0);
+    for round in 0..3 {
+        let mut socket = fixture.connect(Held::default()).await;
+        assert_eq!(orders(&fixture, &mut socket).await, ["Step { index: 0 }"]);
+        // Once by itself and once because it was asked, as init does.
+        socket.write_all(&[ended(0, 3).encode(), ended(0, 3).encode()].concat()).await.expect("its end");
+        if round == 0 {
+            let news = LinkEvent::StepEnded { index: 0, status: ExitStatus::Code(3) };
+            assert_eq!(fixture.next().await, news);
+        }
+        drop(socket);
+        assert_eq!(fixture.next().await, LinkEvent::Disconnected);
+    }
+    handle.resize(24, 80);
+    handle.resize(50, 132);
+    handle.step(63);
+    let mut socket = fixture.connect(Held::default()).await;
+    assert_eq!(orders(&fixture, &mut socket).await, ["Step { index: 63 }", "Resize { rows: 50, cols: 132 }"]);
+    socket.write_all(&ended(63, -1).encode()).await.expect("its end");
+    let news = LinkEvent::StepEnded { index: 63, status: ExitStatus::Code(-1) };
+    assert_eq!(fixture.next().await, news);
+    handle.start();
+    handle.resize(1, 0);
+    assert_eq!(orders(&fixture, &mut socket).await, ["Resize { rows: 1, cols: 0 }", "Start"]);
+    drop(socket);
+    assert_eq!(fixture.next().await, LinkEvent::Disconnected);
+    let mut socket = fixture.connect(Held { started: true, ..Held::default() }).await;
+    assert_eq!(orders(&fixture, &mut socket).await, ["Resize { rows: 1, cols: 0 }"]);
+    drop(socket);
     fixture.link.destroy().await.expect("it ends");
 }
 
@@ -363,18 +421,54 @@ proptest! {
     fn a_boot_message_comes_out_as_it_went_in(
         argv in proptest::collection::vec("[a-z]{1,20}", 1..8),
         env in proptest::collection::vec(("[A-Z]{1,9}", "[^\0]{0,40}"), 0..8),
+        steps in proptest::collection::vec(proptest::collection::vec("[a-z]{1,9}", 1..4), 0..=STEPS_MAX),
+        terminal in proptest::option::of(any::<(u16, u16)>()),
+        pipes: bool,
         cut in any::<prop::sample::Index>(),
     ) {
         let mut boot = Boot::new(CellId::new(3), CtlKey([9; 32]), argv.iter().map(Into::into).collect());
         boot.env = env.iter().map(|(name, value)| (name.into(), value.into())).collect();
         boot.forwards = vec![PortForward { port: 3129, socket: "/.hotcell/api.sock".into() }];
+        boot.steps = steps.iter().map(|step| step.iter().map(Into::into).collect()).collect();
+        boot.start_now = steps.is_empty();
+        (boot.terminal, boot.pipes) = (terminal, pipes && terminal.is_none());
         let encoded = boot.encode().expect("a valid message");
         let (start, body) = encoded.split_first_chunk::<8>().expect("a start");
         prop_assert_eq!(BootMessage::body_bytes(start), Ok(body.len()));
         let decoded = BootMessage::decode(body).expect("it decodes");
         prop_assert_eq!(&decoded.argv, &argv.iter().map(|a| a.as_bytes().to_vec()).collect::<Vec<_>>());
         prop_assert_eq!(decoded.env.len(), env.len());
+        let words = |step: &Vec<String>| step.iter().map(|word| word.as_bytes().to_vec()).collect::<Vec<_>>();
+        prop_assert_eq!(&decoded.steps, &steps.iter().map(words).collect::<Vec<_>>());
+        prop_assert_eq!((decoded.terminal, decoded.pipes), (terminal, boot.pipes));
+        prop_assert_eq!(decoded.start_now, boot.start_now);
         prop_assert!(BootMessage::decode(&body[..cut.index(body.len())]).is_err());
+    }
+}
+
+proptest! {
+    #[test]
+    fn frames_of_steps_and_sizes_come_out_as_they_went_in(
+        index in 0..STEPS_MAX as u32, value: i32, signal: bool, rows: u16, cols: u16, beyond in 64u64..,
+    ) {
+        let split = |bytes: &[u8]| {
+            let header = Header::parse(bytes.first_chunk().expect("a header"), BODY_BYTES_MAX).expect("ours");
+            (header, bytes[HEADER_BYTES..].to_vec())
+        };
+        let status = if signal { ExitStatus::Signal(value) } else { ExitStatus::Code(value) };
+        let ended = FromInit::StepEnded { index, status };
+        let (header, body) = split(&ended.encode());
+        prop_assert_eq!(FromInit::decode(&header, &body), Ok(ended));
+        prop_assert!(FromInit::decode(&header, &body[..4]).is_err());
+        for order in [ToInit::Step { index }, ToInit::Resize { rows, cols }] {
+            let (header, body) = split(&order.encode());
+            prop_assert_eq!(ToInit::decode(&header, &body), Ok(order));
+            prop_assert!(ToInit::decode(&header, &[0]).is_err());
+        }
+        let (step, _) = split(&Header::encode(43, 0, beyond));
+        prop_assert_eq!(ToInit::decode(&step, &[]), Err(WireError("a step over the limit")));
+        let (size, _) = split(&Header::encode(44, 0, beyond | 1 << 32));
+        prop_assert_eq!(ToInit::decode(&size, &[]), Err(WireError("terminal size out of range")));
     }
 }
 
@@ -405,6 +499,12 @@ fn a_boot_message_that_init_would_refuse_is_not_sent() {
         |boot| boot.argv.push("x".repeat(5 << 20).into()),
         |boot| boot.dead_man_ms = 0,
         |boot| boot.buffer_bytes_max = 0,
+        |boot| boot.steps = vec![vec!["x".into()]],
+        |boot| (boot.start_now, boot.steps) = (false, vec![vec![]]),
+        |boot| (boot.start_now, boot.steps) = (false, vec![vec!["".into()]]),
+        |boot| (boot.start_now, boot.steps) = (false, vec![vec!["x".into(), "a\0b".into()]]),
+        |boot| (boot.start_now, boot.steps) = (false, vec![vec!["x".into()]; STEPS_MAX + 1]),
+        |boot| (boot.terminal, boot.pipes) = (Some((24, 80)), true),
     ] {
         assert!(matches!(boot(change), Err(LinkError::Boot { .. })));
     }

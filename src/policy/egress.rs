@@ -8,29 +8,28 @@
 //! inspect = true                 # look into TLS, with a certificate authority that only this cell trusts
 //! methods = ["GET"]
 //! paths = ["/simple/**"]
+//!
+//! [egress]
+//! sets = ["npm"]                 # hosts under one name, see `super::sets`
 //! ```
 
+mod check;
+mod hint;
 mod host;
 mod path;
-
-use std::net::IpAddr;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub(super) use check::{HOSTS_MAX, check_rules};
 pub use host::{Host, HostError};
 pub use path::CanonicalPath;
 
 use super::Plan;
 use super::decide::{Denial, Permit, permit};
 use super::narrow::Layer;
+use super::sets::Sets;
 
-/// Most hosts of one policy.
-const HOSTS_MAX: usize = 256;
-/// Most ports, methods or paths of one host.
-const HOST_ENTRIES_MAX: usize = 256;
-/// What `everything` must say.
-const EVERYTHING: &str = "yes, any host";
 /// What a job may reach. Empty: nothing.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -38,6 +37,9 @@ pub struct Egress {
     /// The explicit word without which no host may be `*` or a whole top-level domain: `yes, any host`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub everything: Option<String>,
+    /// Named sets of hosts that are open, too: built-in ones and those of the daemon's configuration.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sets: Vec<String>,
     /// Hosts; of several names that fit, the most exact one speaks.
     #[serde(default, rename = "host")]
     pub hosts: Vec<HostRule>,
@@ -61,9 +63,22 @@ pub struct HostRule {
     /// Globs of paths: `*` within one part, `**` alone over many. Absent: all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paths: Option<Vec<String>>,
+    /// Queries, each exactly as it stands behind the `?`; "" is none. Absent: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queries: Option<Vec<String>>,
     /// A credential of the daemon's configuration, by name, that is added to each request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credential: Option<String>,
+    /// Keep whole answers to GET for all jobs under this policy. Only the policy's own word counts.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub cache: bool,
+    /// Globs of paths whose content never changes: what is kept of them is not asked for again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub immutable: Vec<String>,
+    /// The set that it came from. Written where sets are opened, never in a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(skip)]
+    pub set: Option<String>,
     /// Most bytes that may leave the cells of one job through this rule.
     #[serde(default = "up_max")]
     pub bytes_up_max: u64,
@@ -73,6 +88,11 @@ pub struct HostRule {
     /// Most connections at a time.
     #[serde(default = "connections_max")]
     pub connections_max: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn https() -> Vec<u16> {
@@ -113,6 +133,8 @@ pub enum Act<'a> {
         method: &'a str,
         /// The path, without its query.
         path: &'a CanonicalPath,
+        /// What stands behind its `?`.
+        query: Option<&'a str>,
         /// Whether it came through TLS.
         secure: bool,
     },
@@ -127,6 +149,10 @@ pub struct Terms {
     pub inspect: bool,
     /// The credential to add to a request, by name; only where every layer names the same.
     pub credential: Option<String>,
+    /// Keep the answer for other jobs under the policy, and answer from what is kept. The policy's own rule says it.
+    pub cache: bool,
+    /// What this path answers never changes. Only of a request, and only with `cache`.
+    pub immutable: bool,
     /// The rule of the policy whose bytes and connections are counted together.
     pub account: String,
     /// Most bytes that may leave the job through that rule.
@@ -138,52 +164,34 @@ pub struct Terms {
 }
 
 impl Egress {
-    /// Rules that reach nothing, whatever the names' addresses are, as (key, words).
-    pub(super) fn warnings(&self) -> Vec<(String, String)> {
-        let dead = self.hosts.iter().enumerate().filter(|(_, rule)| rule.is_private());
-        dead.map(|(index, _)| {
-            let words = "can never fit: private, loopback and link-local addresses are always refused";
-            (format!("egress.host[{index}].name"), words.to_owned())
-        })
-        .collect()
-    }
-
-    /// Key and problem of the first thing that cannot be.
-    pub(super) fn check(&self) -> Result<(), (String, String)> {
-        if self.everything.as_deref().is_some_and(|word| word != EVERYTHING) {
-            return Err(("egress.everything".into(), format!("can only be {EVERYTHING:?}")));
-        }
-        if self.hosts.len() > HOSTS_MAX {
-            return Err((
-                "egress.host".into(),
-                format!("{} hosts; at most {HOSTS_MAX} are read", self.hosts.len()),
-            ));
-        }
-        for (index, rule) in self.hosts.iter().enumerate() {
-            let wrong = |(key, problem): (&str, String)| (format!("egress.host[{index}].{key}"), problem);
-            rule.check(self.everything.is_some()).map_err(wrong)?;
-            let name = rule.canonical_name();
-            let same = |other: &&HostRule| {
-                other.canonical_name() == name && other.ports.iter().any(|port| rule.ports.contains(port))
-            };
-            let twice = self.hosts[..index].iter().find(same);
-            if twice.is_some_and(|other| !other.inspect || !rule.inspect) {
-                let problem =
-                    format!("{name} stands twice; rules of one host and port must all have inspect = true");
-                return Err(wrong(("name", problem)));
-            }
+    /// Opens the sets that it names: their rules stand behind its own. Done once, where its file is read.
+    pub(super) fn open(&mut self, key: &str, sets: &Sets) -> Result<(), (String, String)> {
+        for (index, name) in self.sets.iter().enumerate() {
+            let rules = sets.rules(name).map_err(|problem| (format!("{key}.sets[{index}]"), problem))?;
+            self.hosts.extend(rules);
         }
         Ok(())
     }
 
     /// Whether there is a host at all.
     pub fn is_empty(&self) -> bool {
-        self.hosts.is_empty()
+        self.hosts.iter().all(HostRule::is_closed)
     }
 
     /// Whether some host is looked into.
     pub fn inspects(&self) -> bool {
         self.hosts.iter().any(|rule| rule.inspect)
+    }
+
+    /// Whether some host that `rule` is about may be open here too, on some port of its.
+    pub fn meets(&self, rule: &HostRule) -> bool {
+        let below = |wide: &HostRule, close: &HostRule| {
+            let bare = Host::parse(close.name.trim_start_matches('.'));
+            close.name != "*" && bare.is_ok_and(|host| wide.exactness(&host).is_some()) || wide.name == "*"
+        };
+        let open = self.hosts.iter().filter(|own| !own.is_closed());
+        open.filter(|own| own.ports.iter().any(|port| rule.ports.contains(port)))
+            .any(|own| below(own, rule) || below(rule, own))
     }
 
     /// Names of the credentials that its rules add.
@@ -192,7 +200,7 @@ impl Egress {
     }
 
     /// The rules of the most exact name that fits, in the file's order.
-    fn speaking(&self, host: &Host, port: u16) -> Vec<&HostRule> {
+    pub(super) fn speaking(&self, host: &Host, port: u16) -> Vec<&HostRule> {
         let fitting = self.hosts.iter().filter(|rule| rule.ports.contains(&port));
         let ranked: Vec<_> = fitting.filter_map(|rule| Some((rule.exactness(host)?, rule))).collect();
         let best = ranked.iter().map(|(rank, _)| *rank).max();
@@ -201,116 +209,7 @@ impl Egress {
 }
 
 impl HostRule {
-    /// True for what everybody knows as an address of this host or its own networks. The gateway refuses more.
-    fn is_private(&self) -> bool {
-        let name = self.name.trim_start_matches('.');
-        match Host::parse(name) {
-            Ok(Host::Name(name)) => name == "localhost" || name.ends_with(".localhost"),
-            Ok(Host::Address(IpAddr::V4(v4))) => v4.is_private() || v4.is_loopback() || v4.is_link_local(),
-            Ok(Host::Address(IpAddr::V6(v6))) => {
-                v6.is_unique_local() || v6.is_loopback() || v6.is_unicast_link_local()
-            }
-            Err(_) => false,
-        }
-    }
-
-    fn check(&self, everything: bool) -> Result<(), (&'static str, String)> {
-        let explicit = |what: &str| {
-            let problem = format!("{what}; if that is meant, [egress] must say everything = {EVERYTHING:?}");
-            Err(("name", problem))
-        };
-        match self.name.as_str() {
-            "*" if everything => {}
-            "*" => return explicit("opens every host on the internet"),
-            name if name.starts_with('*') => {
-                let below = name.trim_start_matches('*');
-                return Err(("name", format!("{name:?}: write {below:?} for a name and all names below it")));
-            }
-            name => {
-                let (bare, suffix) = name.strip_prefix('.').map_or((name, false), |bare| (bare, true));
-                let host = Host::parse(bare).map_err(|e| ("name", format!("{name:?} {e}")))?;
-                match host {
-                    Host::Address(_) if suffix => {
-                        return Err(("name", format!("{name:?}: an address has no names below it")));
-                    }
-                    Host::Name(bare) if suffix && !bare.contains('.') && !everything => {
-                        return explicit(&format!("{name:?} opens a whole top-level domain"));
-                    }
-                    Host::Address(_) | Host::Name(_) => {}
-                }
-            }
-        }
-        if self.ports.is_empty() || self.ports.contains(&0) {
-            return Err(("ports", "must name at least one port from 1 to 65535".into()));
-        }
-        for (key, entries) in [
-            ("ports", self.ports.len()),
-            ("methods", self.methods.as_ref().map_or(0, Vec::len)),
-            ("paths", self.paths.as_ref().map_or(0, Vec::len)),
-        ] {
-            if entries > HOST_ENTRIES_MAX {
-                return Err((key, format!("has {entries} entries; at most {HOST_ENTRIES_MAX} are read")));
-            }
-        }
-        self.check_inspected()?;
-        for (key, least, value) in [
-            ("bytes_up_max", 1024, self.bytes_up_max),
-            ("bytes_down_max", 1024, self.bytes_down_max),
-            ("connections_max", 1, u64::from(self.connections_max)),
-        ] {
-            if value < least {
-                return Err((key, format!("is {value}; the least that is of use is {least}")));
-            }
-        }
-        Ok(())
-    }
-
-    /// What can only be seen where the request is looked into.
-    fn check_inspected(&self) -> Result<(), (&'static str, String)> {
-        let given = [
-            ("methods", self.methods.is_some()),
-            ("paths", self.paths.is_some()),
-            ("credential", self.credential.is_some()),
-        ];
-        if let Some((key, _)) = given.into_iter().find(|(_, given)| *given && !self.inspect) {
-            return Err((key, "needs inspect = true: nobody can see it from outside of TLS".into()));
-        }
-        let token = |text: &str| {
-            !text.is_empty()
-                && text.len() <= 64
-                && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
-        };
-        for method in self.methods.iter().flatten() {
-            if !token(method) || *method != method.to_ascii_uppercase() {
-                return Err(("methods", format!("{method:?} is no method in upper case")));
-            }
-            if ["CONNECT", "TRACE"].contains(&method.as_str()) {
-                return Err(("methods", format!("{method} is never passed on")));
-            }
-        }
-        for (key, list) in [("methods", &self.methods), ("paths", &self.paths)] {
-            if list.as_ref().is_some_and(Vec::is_empty) {
-                return Err((key, "is empty: nothing would pass; leave it out for all".into()));
-            }
-        }
-        for glob in self.paths.iter().flatten() {
-            path::check_glob(glob).map_err(|why| ("paths", format!("{glob:?} {why}")))?;
-        }
-        if self.credential.as_deref().is_some_and(|name| !token(name)) {
-            return Err((
-                "credential",
-                "is not the name of a credential: letters, digits, '-' and '_'".into(),
-            ));
-        }
-        if self.credential.is_some()
-            && (self.name == "*" || self.name.matches('.').count() < 2 && self.name.starts_with('.'))
-        {
-            return Err(("credential", "cannot go to every host of a whole domain: name the host".into()));
-        }
-        Ok(())
-    }
-
-    fn canonical_name(&self) -> String {
+    pub(super) fn canonical_name(&self) -> String {
         let (dot, bare) = self.name.strip_prefix('.').map_or(("", self.name.as_str()), |bare| (".", bare));
         Host::parse(bare).map_or_else(|_| self.name.clone(), |host| format!("{dot}{host}"))
     }
@@ -328,9 +227,45 @@ impl HostRule {
         }
     }
 
-    fn allows(&self, method: &str, path: &CanonicalPath) -> bool {
+    fn allows(&self, method: &str, path: &CanonicalPath, query: Option<&str>) -> bool {
         let method = self.methods.as_ref().is_none_or(|list| list.iter().any(|m| m == method));
-        method && self.paths.as_ref().is_none_or(|list| list.iter().any(|glob| path.fits(glob)))
+        let query = query.unwrap_or_default();
+        method
+            && self.paths.as_ref().is_none_or(|list| list.iter().any(|glob| path.fits(glob)))
+            && self.queries.as_ref().is_none_or(|list| list.iter().any(|own| own == query))
+    }
+
+    /// A rule that only keeps less exact ones from speaking for its host.
+    pub(super) fn is_closed(&self) -> bool {
+        self.methods.as_ref().is_some_and(Vec::is_empty)
+    }
+
+    /// Closes it: what it adds is not for this step, and no less exact rule may speak in its stead.
+    pub(super) fn close(&mut self) {
+        (self.inspect, self.methods, self.credential) = (true, Some(Vec::new()), None);
+        (self.cache, self.immutable) = (false, Vec::new());
+    }
+
+    /// Whether what is kept of such a request is never asked for again.
+    fn holds_for_ever(&self, act: Act<'_>) -> bool {
+        match act {
+            Act::Connect => false,
+            Act::Request { path, .. } => self.cache && self.immutable.iter().any(|glob| path.fits(glob)),
+        }
+    }
+}
+
+impl Layer {
+    /// A rule by the key that it stands under and its name.
+    fn rule_name(&self, rule: &HostRule) -> String {
+        let key = self.egress_key();
+        match &rule.set {
+            Some(set) => format!("{key}.sets {set} {}", rule.name),
+            None => {
+                let own = self.egress.hosts.iter().position(|other| std::ptr::eq(other, rule)).unwrap_or(0);
+                format!("{key}.host[{own}] {}", rule.name)
+            }
+        }
     }
 }
 
@@ -349,17 +284,19 @@ impl Plan {
 /// Answers whether something may be reached, and how. Every layer must allow it; limits are the lowest of all.
 ///
 /// # Errors
-/// [`Denial`] when a layer does not allow it.
+/// [`Denial`] when a layer does not allow it; it says what would.
 pub fn decide_egress(layers: &[Layer], ask: &EgressAsk<'_>) -> Result<Terms, Denial> {
     let mut terms: Option<Terms> = None;
-    for layer in layers {
-        let (index, rule) = speaking_rule(layer, ask)?;
-        let name = format!("egress.host[{index}] {}", rule.name);
+    for (index, layer) in layers.iter().enumerate() {
+        let rule = speaking_rule(layer, ask).map_err(|unmet| hint::denial(layers, index, ask, unmet))?;
+        let name = layer.rule_name(rule);
         terms = Some(match terms {
             None => Terms {
                 permit: permit(name),
                 inspect: rule.inspect,
                 credential: rule.credential.clone(),
+                cache: rule.cache,
+                immutable: rule.holds_for_ever(ask.act),
                 account: rule.canonical_name(),
                 bytes_up_max: rule.bytes_up_max,
                 bytes_down_max: rule.bytes_down_max,
@@ -369,6 +306,8 @@ pub fn decide_egress(layers: &[Layer], ask: &EgressAsk<'_>) -> Result<Terms, Den
                 permit: permit(name),
                 inspect: above.inspect || rule.inspect,
                 credential: above.credential.filter(|name| rule.credential.as_ref() == Some(name)),
+                cache: above.cache,
+                immutable: above.immutable,
                 account: above.account,
                 bytes_up_max: above.bytes_up_max.min(rule.bytes_up_max),
                 bytes_down_max: above.bytes_down_max.min(rule.bytes_down_max),
@@ -379,39 +318,40 @@ pub fn decide_egress(layers: &[Layer], ask: &EgressAsk<'_>) -> Result<Terms, Den
     terms.ok_or_else(|| Denial { rule: "layers".into(), reason: "the job has no policy".into() })
 }
 
-/// The rule of one layer that allows it, with its place in the file.
-fn speaking_rule<'a>(layer: &'a Layer, ask: &EgressAsk<'_>) -> Result<(usize, &'a HostRule), Denial> {
+/// Why a layer does not allow something.
+enum Unmet<'a> {
+    /// No rule speaks of the host and port.
+    Unknown,
+    /// What its rule adds is not for this step.
+    Closed(&'a HostRule),
+    /// Plain HTTP on the port of TLS.
+    OnlyTls(&'a HostRule),
+    /// No rule of the host has the method, the path or the query.
+    Request(&'a HostRule),
+    /// A credential would go over plain HTTP.
+    Plain(&'a HostRule),
+}
+
+/// The rule of one layer that allows it.
+fn speaking_rule<'a>(layer: &'a Layer, ask: &EgressAsk<'_>) -> Result<&'a HostRule, Unmet<'a>> {
     let EgressAsk { host, port, act } = *ask;
-    let refuse = |rule: String, reason: String| {
-        let reason = format!("{reason} (policy {}, rule {rule})", layer.name);
-        Err(Denial { rule, reason })
-    };
     let speaking = layer.egress.speaking(host, port);
-    let place =
-        |rule: &HostRule| layer.egress.hosts.iter().position(|other| std::ptr::eq(other, rule)).unwrap_or(0);
-    let Some(first) = speaking.first().copied() else {
-        return refuse("egress".into(), format!("{host}:{port} is not among the hosts that may be reached"));
-    };
-    let named = format!("egress.host[{}] {}", place(first), first.name);
+    let open = speaking.iter().find(|rule| !rule.is_closed());
+    let Some(first) = speaking.first().copied() else { return Err(Unmet::Unknown) };
+    let Some(open) = open.copied() else { return Err(Unmet::Closed(first)) };
     match act {
-        Act::Connect => Ok((place(first), first)),
-        Act::Request { secure: false, .. } if port == 443 => {
-            refuse(named, format!("{host}:443 speaks TLS only"))
-        }
-        Act::Request { method, path, secure } => {
-            let Some(rule) = speaking.into_iter().find(|rule| rule.allows(method, path)) else {
-                return refuse(named, format!("{method} {} is not allowed at {host}", shown(path.as_str())));
-            };
-            if rule.credential.is_some() && !secure {
-                return refuse(named, format!("what goes to {host} with a credential must go through TLS"));
-            }
-            Ok((place(rule), rule))
+        Act::Connect => Ok(open),
+        Act::Request { secure: false, .. } if port == 443 => Err(Unmet::OnlyTls(open)),
+        Act::Request { method, path, query, secure } => {
+            let allows = |rule: &&HostRule| rule.allows(method, path, query);
+            let rule = speaking.into_iter().find(allows).ok_or(Unmet::Request(open))?;
+            if rule.credential.is_some() && !secure { Err(Unmet::Plain(rule)) } else { Ok(rule) }
         }
     }
 }
 
 /// Answers people read hold at most this much of a path.
-fn shown(path: &str) -> &str {
+pub(super) fn shown(path: &str) -> &str {
     path.get(..200).unwrap_or(path)
 }
 
@@ -422,6 +362,7 @@ fn shown(path: &str) -> &str {
 /// What is wrong with the URL, in words.
 pub fn decide_url(layers: &[Layer], method: &str, url: &str) -> Result<Result<Terms, Denial>, String> {
     let (host, port, path, secure) = parse_url(url)?;
+    let query = url.split('#').next().and_then(|url| url.split_once('?')).map(|(_, query)| query);
     let ask = |act| decide_egress(layers, &EgressAsk { host: &host, port, act });
     if secure {
         match ask(Act::Connect) {
@@ -429,7 +370,7 @@ pub fn decide_url(layers: &[Layer], method: &str, url: &str) -> Result<Result<Te
             other => return Ok(other),
         }
     }
-    Ok(ask(Act::Request { method, path: &path, secure }))
+    Ok(ask(Act::Request { method, path: &path, query, secure }))
 }
 
 /// A URL taken apart for a question: host, port, path, and whether it is https.

@@ -1,6 +1,8 @@
 //! A policy file: TOML → [`Policy`]. Unknown keys, empty lists and limits that no job could meet are
 //! errors that name the file, the line and the key. Parsing only; reading the file is the daemon's.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -11,6 +13,8 @@ use super::error::PolicyError;
 use super::output::Output;
 use super::requests::Requests;
 use super::rule::Rule;
+use super::sets::Sets;
+use super::steps::StepTable;
 use crate::change::hide::{HideError, HideRules};
 use crate::job::spec::{AUTO_IMAGE, PermissionMode, Runtime, WorkspaceMode};
 use crate::money::MicroUsd;
@@ -65,6 +69,12 @@ pub struct Policy {
     /// What a job may reach beside its model.
     #[serde(default)]
     pub egress: Egress,
+    /// The steps before the agent.
+    #[serde(default)]
+    pub setup: StepTable,
+    /// The steps after it.
+    #[serde(default)]
+    pub verify: StepTable,
     /// What its requests for the model may hold.
     #[serde(default)]
     pub requests: Requests,
@@ -77,6 +87,12 @@ pub struct Policy {
     /// Rules on tool calls, in order.
     #[serde(default, rename = "rule")]
     pub rules: Vec<Rule>,
+    /// Variables of the sets that it opens.
+    #[serde(skip)]
+    pub set_env: BTreeMap<String, String>,
+    /// All sets that there are, with their hosts as `name:port`: for the words of refusals.
+    #[serde(skip)]
+    pub known_sets: BTreeMap<String, Vec<String>>,
 }
 
 /// Model providers a job may use.
@@ -291,17 +307,38 @@ impl Policy {
         super::place::place_of(text, key)
     }
 
-    /// Parses and checks the text of the file `<name>.toml`.
+    /// Parses and checks the text of the file `<name>.toml`, with the built-in sets of hosts.
     ///
     /// # Errors
     /// [`PolicyError`], naming file, line and key.
     pub fn parse(name: &str, text: &str) -> Result<Self, PolicyError> {
+        Self::parse_with(name, text, &Sets::built_in())
+    }
+
+    /// The same with these sets.
+    ///
+    /// # Errors
+    /// [`PolicyError`], naming file, line and key.
+    pub fn parse_with(name: &str, text: &str, sets: &Sets) -> Result<Self, PolicyError> {
         let file = format!("{name}.toml");
         let mut policy: Self = toml::from_str(text).map_err(|e| PolicyError::syntax(&file, text, &e))?;
         name.clone_into(&mut policy.name);
         policy.hash = Sha256::digest(text.as_bytes()).iter().map(|b| format!("{b:02x}")).collect();
-        policy.check().map_err(|(key, problem)| PolicyError::at(&file, text, key, problem))?;
+        let checked = policy.check().and_then(|()| policy.open(sets));
+        checked.map_err(|(key, problem)| PolicyError::at(&file, text, key, problem))?;
         Ok(policy)
+    }
+
+    /// Opens the sets that it names.
+    fn open(&mut self, sets: &Sets) -> Result<(), (String, String)> {
+        self.egress.open("egress", sets)?;
+        self.setup.open("setup", sets)?;
+        self.verify.open("verify", sets)?;
+        let steps = [&self.setup, &self.verify];
+        let names = steps.into_iter().flat_map(StepTable::sets).chain(&self.egress.sets);
+        self.set_env = sets.env(names);
+        self.known_sets = sets.hosts();
+        Ok(())
     }
 
     fn check(&self) -> Result<(), (String, String)> {
@@ -350,7 +387,9 @@ impl Policy {
             }
         }
         self.models.unpriced.map_or(Ok(()), |unpriced| unpriced.rates().map(|_| ()))?;
-        self.egress.check()?;
+        self.egress.check("egress")?;
+        self.setup.check("setup")?;
+        self.verify.check("verify")?;
         self.requests.check()?;
         self.output.check()?;
         super::writable::check(self.workspace.writable.as_deref())?;

@@ -15,7 +15,10 @@ use super::narrowing::Narrowing;
 use super::output::Output;
 use super::requests::Requests;
 use super::rule::Rule;
-use crate::job::spec::{AUTO_IMAGE, Effort, JobSpec, PermissionMode, Runtime, WORKSPACE, WorkspaceMode, WorkspaceSpec};
+use super::steps::StepKind;
+use crate::job::spec::{
+    AUTO_IMAGE, Effort, JobSpec, PermissionMode, Runtime, WORKSPACE, WorkspaceMode, WorkspaceSpec,
+};
 use crate::money::MicroUsd;
 
 /// Variables that steer the CLI, the loader or the way out: no job may set them, whatever its policy says.
@@ -48,6 +51,11 @@ pub(super) const ENV_RESERVED: [&str; 27] = [
     "IS_SANDBOX",
     "OTEL_*",
 ];
+
+/// True for a variable that steers the CLI, the loader or the way out: it is the daemon's, whoever asks.
+pub fn is_reserved_variable(name: &str) -> bool {
+    ENV_RESERVED.iter().any(|pattern| matches(pattern, name))
+}
 
 /// A job that asks for more than its policy allows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -130,6 +138,9 @@ pub struct Plan {
     pub workspace_at: String,
     /// Environment variables of the agent.
     pub env: BTreeMap<String, String>,
+    /// Variables of the sets of hosts that its policy opens; those above win.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub set_env: BTreeMap<String, String>,
     /// What it may use up.
     pub limits: PlanLimits,
 }
@@ -157,7 +168,7 @@ pub struct PlanLimits {
 }
 
 /// What one file says about single things: tools, models, hosts, requests.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layer {
     /// The file's name, for the words of a refusal.
@@ -172,6 +183,18 @@ pub struct Layer {
     pub rules: Vec<Rule>,
     /// What may be reached.
     pub egress: Egress,
+    /// What the steps before the agent may reach; as `egress` where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub setup_egress: Option<Egress>,
+    /// What the steps after it may reach; as `egress` where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify_egress: Option<Egress>,
+    /// Which step's `egress` is, where it is not the agent's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress_of: Option<StepKind>,
+    /// All sets of hosts that there are, with their hosts as `name:port`: for the words of refusals.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub known_sets: BTreeMap<String, Vec<String>>,
     /// What requests for the model may hold.
     pub requests: Requests,
 }
@@ -185,6 +208,10 @@ impl Layer {
             models_allow: policy.models.allow.clone(),
             rules: policy.rules.clone(),
             egress: policy.egress.clone(),
+            setup_egress: policy.setup.egress.clone(),
+            verify_egress: policy.verify.egress.clone(),
+            egress_of: None,
+            known_sets: policy.known_sets.clone(),
             requests: policy.requests.clone(),
         }
     }
@@ -232,6 +259,7 @@ pub fn narrow(
         workspace_mode: workspace_mode(spec, policy)?,
         workspace_at: spec.workspace.as_ref().map_or_else(usual_place, WorkspaceSpec::seen_at),
         env: spec.env.clone(),
+        set_env: policy.set_env.clone(),
         limits: limits(spec, policy)?,
     })
 }
@@ -345,7 +373,7 @@ impl Asked<'_> {
     fn env(&self) -> Result<(), NarrowError> {
         for name in self.spec.env.keys() {
             let key = format!("env.{name}");
-            if ENV_RESERVED.iter().any(|p| matches(p, name)) {
+            if is_reserved_variable(name) {
                 let why = "this variable steers the CLI or its way out and is the daemon's";
                 return Err(self.deny(&key, name, why.to_owned()));
             }

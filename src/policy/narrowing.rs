@@ -15,6 +15,8 @@ use super::file::{Agents, Env, Images, Models, Policy, Providers, Tools};
 use super::narrow::{Layer, NarrowError};
 use super::requests::Requests;
 use super::rule::Rule;
+use super::sets::Sets;
+use super::steps::StepTable;
 use crate::job::spec::{LimitsSpec, PermissionMode, Runtime, WorkspaceMode};
 
 /// What a user's own file says.
@@ -63,6 +65,12 @@ pub struct Narrowing {
     /// What a job may reach beside its model.
     #[serde(default)]
     pub egress: Option<Egress>,
+    /// The steps before the agent; what they reach is as `egress` here where this says nothing.
+    #[serde(default)]
+    pub setup: StepTable,
+    /// The steps after it.
+    #[serde(default)]
+    pub verify: StepTable,
     /// What its requests for the model may hold.
     #[serde(default)]
     pub requests: Option<Requests>,
@@ -90,20 +98,38 @@ pub struct NarrowWorkspaces {
 }
 
 impl Narrowing {
-    /// Parses and checks the text of a user's file.
+    /// Parses and checks the text of a user's file, with the built-in sets of hosts.
     ///
     /// # Errors
     /// [`PolicyError`], naming file, line and key.
     pub fn parse(name: &str, text: &str) -> Result<Self, PolicyError> {
+        Self::parse_with(name, text, &Sets::built_in())
+    }
+
+    /// The same with these sets.
+    ///
+    /// # Errors
+    /// [`PolicyError`], naming file, line and key.
+    pub fn parse_with(name: &str, text: &str, sets: &Sets) -> Result<Self, PolicyError> {
         let mut narrowing: Self = toml::from_str(text).map_err(|e| PolicyError::syntax(name, text, &e))?;
         name.clone_into(&mut narrowing.name);
-        narrowing.check().map_err(|(key, problem)| PolicyError::at(name, text, key, problem))?;
+        let checked = narrowing.check().and_then(|()| narrowing.open(sets));
+        checked.map_err(|(key, problem)| PolicyError::at(name, text, key, problem))?;
         Ok(narrowing)
     }
 
     /// What in it can have no effect, as (key, words).
     pub fn warnings(&self) -> Vec<(String, String)> {
         super::warn::narrowing(self)
+    }
+
+    /// Opens the sets that it names.
+    fn open(&mut self, sets: &Sets) -> Result<(), (String, String)> {
+        if let Some(egress) = &mut self.egress {
+            egress.open("egress", sets)?;
+        }
+        self.setup.open("setup", sets)?;
+        self.verify.open("verify", sets)
     }
 
     fn check(&self) -> Result<(), (String, String)> {
@@ -131,8 +157,10 @@ impl Narrowing {
         ])?;
         super::writable::check(self.workspace.writable.as_deref())?;
         if let Some(egress) = &self.egress {
-            egress.check()?;
+            egress.check("egress")?;
         }
+        self.setup.check("setup")?;
+        self.verify.check("verify")?;
         if let Some(requests) = &self.requests {
             requests.check()?;
         }
@@ -211,6 +239,12 @@ impl Narrowing {
     pub(super) fn layer(&self, policy: &Policy) -> Layer {
         let every = || vec!["*".to_owned()];
         let tools = self.tools.as_ref();
+        // What this file says of a step, else of all, else nothing: then the policy's word is repeated.
+        let step = |own: &StepTable, policys: &StepTable| match (&own.egress, &self.egress) {
+            (Some(own), _) => Some(own.clone()),
+            (None, Some(_)) => None,
+            (None, None) => policys.egress.clone(),
+        };
         Layer {
             name: self.name.clone(),
             tools_allow: tools.map_or_else(every, |t| t.allow.clone()),
@@ -218,7 +252,10 @@ impl Narrowing {
             models_allow: self.models.as_ref().map_or_else(every, |m| m.allow.clone()),
             rules: self.rules.clone(),
             egress: self.egress.clone().unwrap_or_else(|| policy.egress.clone()),
+            setup_egress: step(&self.setup, &policy.setup),
+            verify_egress: step(&self.verify, &policy.verify),
             requests: self.requests.clone().unwrap_or_else(|| policy.requests.clone()),
+            ..Layer::default()
         }
     }
 }

@@ -18,7 +18,12 @@ pub(super) fn policy(policy: &Policy) -> Vec<Warning> {
     found.extend(env(&policy.env.allow));
     found.extend(writable(Some(&policy.workspace.modes), policy.workspace.writable.is_some()));
     found.extend(rules(&policy.rules, &policy.tools.allow, &policy.tools.deny));
-    found.extend(policy.egress.warnings());
+    found.extend(policy.egress.warnings("egress"));
+    found.extend(
+        [("setup", &policy.setup), ("verify", &policy.verify)]
+            .iter()
+            .flat_map(|(key, step)| step.warnings(key)),
+    );
     found
 }
 
@@ -31,7 +36,10 @@ pub(super) fn narrowing(own: &Narrowing) -> Vec<Warning> {
     found.extend(env(own.env.as_ref().map_or(&[][..], |env| &env.allow)));
     found.extend(writable(own.workspace.modes.as_deref(), own.workspace.writable.is_some()));
     found.extend(rules(&own.rules, allow, deny));
-    found.extend(own.egress.iter().flat_map(super::egress::Egress::warnings));
+    found.extend(own.egress.iter().flat_map(|egress| egress.warnings("egress")));
+    found.extend(
+        [("setup", &own.setup), ("verify", &own.verify)].iter().flat_map(|(key, step)| step.warnings(key)),
+    );
     found
 }
 

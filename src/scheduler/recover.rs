@@ -79,7 +79,11 @@ pub fn plan(rows: &[Row], found: &[FoundCell]) -> Vec<Action> {
             // A stop was decided or the cell is gone: what the journal holds decides the outcome. What was being
             // parked is parked: its work is put away once its cell is gone.
             (
-                State::Running | State::Stopping { .. } | State::Parking { .. } | State::Collecting { .. },
+                State::Running
+                | State::Stopping { .. }
+                | State::Parking { .. }
+                | State::Collecting { .. }
+                | State::Verifying,
                 _,
             ) => Action::Close { job: row.job.clone() },
             (State::Parked { parked }, _) => Action::Park { job: row.job.clone(), until_ms: parked.until_ms },
@@ -109,6 +113,7 @@ mod tests {
             Just(State::Parking { parked: PARKED }),
             Just(State::Parked { parked: PARKED }),
             Just(State::Collecting { stopped: None }),
+            Just(State::Verifying),
             Just(State::Done(Outcome::Succeeded)),
         ]
     }

@@ -1,7 +1,7 @@
 //! Folds the write-ahead log into the database, on a thread and a connection of its own: what is long about it, the
 //! disk, must hold up no request. The log begins anew only when a writer finds all of it folded, so where writes
-//! never pause the writer's thread folds the last few pages itself. It must never lose a commit: SQLite syncs the log before
-//! it folds.
+//! never pause the writer's thread folds the last few pages itself. It must never lose a commit: SQLite syncs the log
+//! before it folds.
 
 use std::cell::Cell;
 use std::path::Path;

@@ -240,7 +240,7 @@ impl Store {
             let sql = "SELECT id, uid, priority, state_json, \
                        CASE WHEN json_valid(plan_json) THEN plan_json ->> '$.plan.provider' END, model \
                        FROM jobs WHERE state IN ('queued', 'preparing', 'running', 'stopping', 'parking', \
-                       'parked', 'collecting') ORDER BY n";
+                       'parked', 'collecting', 'verifying') ORDER BY n";
             let mut statement = db.prepare_cached(sql)?;
             let rows = statement.query_map([], |row| {
                 let (uid, priority) = (row.get(1)?, row.get(2)?);
@@ -274,7 +274,9 @@ impl Store {
             | Input::Booted
             | Input::Shelved
             | Input::Unpark
-            | Input::CellEnded => Durability::Soon,
+            | Input::CellEnded
+            | Input::Verify
+            | Input::Repair => Durability::Soon,
         };
         self.write(durability, move |db| {
             let actual = state_of(db, &job)?;
@@ -288,26 +290,27 @@ impl Store {
         .await
     }
 
-    /// Parks a job whose cell is gone, with what its next attempt takes over; on the disk before it returns.
+    /// Moves a job whose cell is gone by `input`, with what its next attempt takes over; on the disk before it returns.
+    /// `seq` and `now_ms` as in [`Store::transition`].
     ///
     /// # Errors
     /// Those of [`Store::transition`].
-    pub async fn shelve(
+    pub async fn carry_over(
         &self,
         job: &JobId,
         expected: &State,
+        input: &Input,
         carry: Carry,
-        seq: u64,
-        now_ms: u64,
+        (seq, now_ms): (u64, u64),
     ) -> Result<State, StoreError> {
-        let (job, expected) = (job.clone(), expected.clone());
+        let (job, expected, input) = (job.clone(), expected.clone(), input.clone());
         self.write(Durability::Now, move |db| {
             let actual = state_of(db, &job)?;
             if actual != expected {
                 return Err(StoreError::Conflict { actual: Box::new(actual) });
             }
-            let next = actual.next(&Input::Shelved)?;
-            put_state(db, &job, &next, Some(seq), &Input::Shelved, now_ms)?;
+            let next = actual.next(&input)?;
+            put_state(db, &job, &next, Some(seq), &input, now_ms)?;
             db.prepare_cached("UPDATE jobs SET carry_json = ?2 WHERE id = ?1")?
                 .execute(params![job.as_str(), text(&carry)?])?;
             Ok(next)
@@ -552,7 +555,7 @@ fn put_state(
     let started_ms = matches!(input, Input::Admit).then_some(now_ms);
     let ended_ms = state.is_done().then_some(now_ms);
     // The next cell is another try.
-    let tried = u32::from(matches!(input, Input::Requeue | Input::Shelved));
+    let tried = u32::from(matches!(input, Input::Requeue | Input::Shelved | Input::Repair));
     let sql = "UPDATE jobs SET state = ?2, state_json = ?3, state_seq = ?4, \
                started_ms = coalesce(started_ms, ?5), ended_ms = ?6, outcome = ?7, attempt = attempt + ?8 \
                WHERE id = ?1";

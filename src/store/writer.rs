@@ -1,8 +1,10 @@
 //! The writer: requests in order, those that wait together in one transaction (each in its own savepoint), and only
 //! then the replies. Who hands in a request that need not be on the disk does the work for all that wait, where nobody
 //! else is at it: two switches of threads cost more than the transaction. What must be on the disk, what is late and
-//! what the disk makes long is for the writer's own thread; `fdatasync` is on another, which replies to those that
-//! asked for it: nobody else waits for the disk. What nobody waits for is put where the next request takes it along.
+//! what the disk makes long wakes the writer's own thread; `fdatasync` is on another, which replies to those that asked
+//! for it. Nobody else waits for the disk, unless it is still at one sync when the next is due. What nobody waits for is
+//! put where the next request takes it along.
+//!
 //! It must never reply before the commit, never to who asked for a sync before the sync, never keep a caller's thread
 //! for longer than two batches, and never let one request's failure take another's work along.
 
@@ -130,7 +132,7 @@ impl Writer {
 }
 
 /// A request that waits for the next one. Dropped before it was done it wakes the thread, so that nothing is left
-/// behind by who goes away.
+/// behind by who goes away or panics.
 pub(super) struct Put<'a> {
     writer: &'a Writer,
     waits: bool,
@@ -138,17 +140,13 @@ pub(super) struct Put<'a> {
 
 impl Put<'_> {
     /// Has it done by the thread.
-    pub(super) fn nudge(mut self) {
-        self.waits = false;
-        self.writer.shared.ring();
+    pub(super) fn nudge(self) {
+        drop(self);
     }
 
     /// Does it, and all that waits besides, on this thread where that is as well.
     pub(super) fn here(mut self) {
-        self.waits = false;
-        if !self.writer.shared.work_here() {
-            self.writer.shared.ring();
-        }
+        self.waits = !self.writer.shared.work_here();
     }
 
     /// It was answered.
@@ -517,6 +515,28 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         store.close().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_transaction_that_panics_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).await.unwrap();
+        let (reply, answer) = tokio::sync::oneshot::channel::<Result<usize, StoreError>>();
+        let (asking, waiting) = (store.clone(), store.clone());
+        let asked = tokio::spawn(async move {
+            let work = move |_: &Connection| -> Result<(), StoreError> {
+                let later = |db: &Connection| Ok(db.execute(NOTE, [])?);
+                let put = waiting.inner.writer.put(later, move |result| drop(reply.send(result)))?;
+                // It is left to who is at it: to this transaction.
+                put.here();
+                panic!("in a transaction");
+            };
+            asking.write(Durability::Soon, work).await
+        });
+        assert!(asked.await.unwrap_err().is_panic());
+        let answer = tokio::time::timeout(Duration::from_secs(20), answer).await;
+        assert!(answer.expect("nobody refuses it").is_err(), "dropped, which means closed");
+        assert_eq!(store.close().await, Err(StoreError::Closed));
     }
 
     #[tokio::test]

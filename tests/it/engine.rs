@@ -445,7 +445,7 @@ async fn an_image_is_known_by_its_id_and_all_its_names() {
         let info = b.engine.info().await.unwrap();
         assert_eq!((info.os.as_str(), &info.arch), ("linux", &b.image.arch));
         assert!(info.runtimes.contains_key(&info.default_runtime), "{info:?}");
-        assert_eq!(b.image.path_env.as_deref(), Some("/here/bin"));
+        assert!(b.image.env.contains(&("PATH".to_owned(), "/here/bin".to_owned())), "{:?}", b.image.env);
         assert_eq!(b.image.labels["test"], b.instance.as_str());
         assert_eq!(b.engine.image(&b.image.id).await.unwrap().as_ref(), Some(&b.image));
         let second = format!("hotcell-test:second-{}", b.instance);

@@ -1,7 +1,12 @@
 //! hotcell-init as an ordinary process, against a real [`Link`]: streams that survive lost links byte for
-//! byte, back-pressure, authentication, deadlines, forwards, and what is left of the agent's children.
+//! byte, back-pressure, authentication, deadlines, forwards, and what is left of the agent's children. Steps and
+//! terminals in modules below.
 //!
 //! Only what needs a pid namespace of its own (deafness to signals, kill of everything) is tested in a cell.
+
+mod cell;
+mod steps;
+mod terminal;
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -135,6 +140,7 @@ async fn finish(link: &mut Link) -> (Vec<u8>, Vec<u8>, ExitReport) {
                 link.handle().bye();
                 return (stdout, stderr, report);
             }
+            event @ LinkEvent::StepEnded { .. } => panic!("{event:?}"),
             LinkEvent::SpawnFailed { message, .. } => panic!("the agent did not start: {message}"),
             _ => {}
         }
@@ -339,7 +345,7 @@ fn flood(socket: &Path, kind: usize, stop: &std::sync::atomic::AtomicBool) -> us
                 let cell = CellId::new(7);
                 let mut hello = vec![1, 0, 0, 0, 34 + cell.as_str().len() as u8];
                 hello.resize(16, 0);
-                hello.extend_from_slice(&[1, 0]);
+                hello.extend_from_slice(&[2, 0]);
                 hello.extend_from_slice(&[9; 32]);
                 hello.extend_from_slice(cell.as_str().as_bytes());
                 let mut proof = vec![2, 0, 0, 0, 81];

@@ -92,8 +92,8 @@ fn image(reference: &str) -> ImageInfo {
         format!("sha256:{}", "a".repeat(64))
     };
     let labels = BTreeMap::new();
-    let (os, path_env, volumes) = ("linux".to_owned(), None, Vec::new());
-    ImageInfo { id, arch: "x64".to_owned(), os, labels, size_bytes: 1, path_env, volumes }
+    let (os, env, volumes) = ("linux".to_owned(), Vec::new(), Vec::new());
+    ImageInfo { id, arch: "x64".to_owned(), os, labels, size_bytes: 1, env, volumes }
 }
 
 impl Engine for Scripted {
@@ -373,6 +373,7 @@ fn config(dir: &Path, slots: u32) -> Config {
     let (base_url, api_key) = ("http://127.0.0.1:9".into(), ApiKeySource::File(dir.join("key")));
     Config {
         network: Default::default(),
+        cache: hotcell::gateway::packages::CacheLimits::default(),
         file: None,
         state_dir: dir.join("state"),
         socket: dir.join("s"),
@@ -381,6 +382,7 @@ fn config(dir: &Path, slots: u32) -> Config {
         engine: None,
         metrics: None,
         policy_dirs: vec![dir.join("policies")],
+        egress_sets: hotcell::policy::Sets::built_in(),
         prices_file: None,
         gateway: config::anthropic(base_url, api_key),
         defaults: Defaults { policy, model, image, agent: None },

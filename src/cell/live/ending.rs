@@ -114,6 +114,7 @@ impl Live<'_> {
             seen.note(&event);
         }
         record.commit()?;
-        Ok(Ended { session: Some(session), exit: Some(exit), failure, trouble, seen })
+        let (session, exit, output) = (Some(session), Some(exit), None);
+        Ok(Ended { session, exit, failure, trouble, seen, output })
     }
 }

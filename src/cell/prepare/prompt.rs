@@ -2,10 +2,11 @@
 //! know of its cell. What comes from the repository is marked as such.
 
 use super::super::record::Record;
+use crate::agent::surroundings;
 use crate::workspace::StagedPart;
 
 pub(super) fn append(record: &Record, claude_md: Option<&str>, writable: &[StagedPart]) -> String {
-    let mut parts: Vec<String> = Vec::new();
+    let mut parts: Vec<String> = vec![surroundings::words(&record.accepted.plan)];
     if let Some(text) = claude_md {
         // It must not end before its end: what follows would read as the user's words.
         let text = text.replace("</CLAUDE.md>", "<\\/CLAUDE.md>");

@@ -59,7 +59,6 @@ impl Sight<'_> {
         record: &WorkspaceRecord,
         fd: &OwnedFd,
     ) -> Result<Looked, WorkspaceError> {
-        let path = || record.path.clone();
         let thread = |source| io(record, source);
         let compile = || HideRules::new(self.hide);
         let compiled = |rules: Result<HideRules, HideError>| {
@@ -95,7 +94,8 @@ impl Sight<'_> {
         {
             guarded = Guarded::of(looked).map_err(|count| {
                 let hint = "use the copy mode";
-                WorkspaceError::TooMany { path: path(), count, what: "protected", max: GUARDS_MAX, hint }
+                let path = record.path.clone();
+                WorkspaceError::TooMany { path, count, what: "protected", max: GUARDS_MAX, hint }
             })?;
             guards = guards_of(looked, self.mode, &hidden, &replaced);
             notes.extend(without_links(looked, &mut hidden));

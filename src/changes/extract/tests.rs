@@ -13,6 +13,7 @@ use rustix::fs::{FileType, XattrFlags};
 
 use super::super::listing::{ListLimits, list};
 use super::super::shelf::Shelf;
+use super::super::testing::unmount;
 use super::*;
 use crate::change::{Entry, Flag, Node, Special, Verdict};
 use crate::job::JobId;
@@ -112,12 +113,7 @@ impl World {
         let flags = rustix::mount::MountFlags::empty();
         rustix::mount::mount("overlay", self.at("ws"), "overlay", flags, &*options).expect("mount");
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| edit(&self.at("ws"))));
-        // A process that another test of this program starts has what was open here until it runs its own program.
-        let until = Instant::now() + Duration::from_secs(10);
-        while let Err(error) = rustix::mount::unmount(self.at("ws"), rustix::mount::UnmountFlags::empty()) {
-            assert!(error == rustix::io::Errno::BUSY && Instant::now() < until, "unmount: {error}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        unmount(&self.at("ws"));
         assert_eq!(fs::read_dir(self.at("ws")).expect("list").count(), 0, "unmounted");
         result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }

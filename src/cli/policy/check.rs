@@ -8,7 +8,8 @@ use serde::Serialize;
 use super::super::Context;
 use super::super::fail::{CliError, ExitCode};
 use super::super::render::{Style, Text};
-use crate::config::read_policy_text;
+use super::super::serve::{Concerns, ConfigFlags};
+use crate::config::{egress_sets, read_policy_text};
 use crate::policy::{Narrowing, Policy, PolicyError};
 
 #[derive(Debug, Args)]
@@ -25,6 +26,18 @@ pub(super) struct CheckArgs {
     /// Print a JSON array of {file, line, column, key, severity, reason}, severity "error" or "warning"
     #[arg(long)]
     pub(super) json: bool,
+    #[command(flatten)]
+    config: ConfigFlags<OnlyFile>,
+}
+
+/// No setting but the configuration itself, whose sets of hosts a policy may name.
+#[derive(Debug, Clone)]
+struct OnlyFile;
+
+impl Concerns for OnlyFile {
+    fn has(_: &str) -> bool {
+        false
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -45,10 +58,11 @@ pub(super) fn check(args: &CheckArgs, context: &mut Context) -> Result<ExitCode,
     let text = read_policy_text(&args.file)?;
     let name = args.file.file_stem().and_then(|s| s.to_str()).unwrap_or("policy").to_owned();
     let shown = args.file.display().to_string();
+    let sets = &egress_sets(&args.config.flags(), &context.machine)?;
     let warnings = if args.narrow {
-        Narrowing::parse(&name, &text).map(|own| own.warnings())
+        Narrowing::parse_with(&name, &text, sets).map(|own| own.warnings())
     } else {
-        Policy::parse(&name, &text).map(|policy| policy.warnings())
+        Policy::parse_with(&name, &text, sets).map(|policy| policy.warnings())
     };
     let error = |error: PolicyError| error.in_file(&shown);
     let warnings: Result<Vec<PolicyError>, PolicyError> = match warnings {

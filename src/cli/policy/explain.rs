@@ -73,14 +73,15 @@ impl Concerns for PolicyDefaults {
 pub(super) fn explain(args: &ExplainArgs, context: &mut Context) -> Result<ExitCode, CliError> {
     let config = Config::load(&args.config.flags(), &context.machine)?;
     let policy = match &args.file {
-        Some(path) => parse_file(path, Policy::parse)?,
+        Some(path) => parse_file(path, |name, text| Policy::parse_with(name, text, &config.egress_sets))?,
         None => {
             let name = args.policy.as_deref().unwrap_or(&config.defaults.policy);
-            let found = super::find(PolicyListing::read(&config.policy_dirs), name)?;
+            let found = super::find(PolicyListing::read(&config.policy_dirs, &config.egress_sets), name)?;
             found.policy
         }
     };
-    let own = args.narrow.as_deref().map(|path| parse_file(path, Narrowing::parse)).transpose()?;
+    let narrowing = |name: &str, text: &str| Narrowing::parse_with(name, text, &config.egress_sets);
+    let own = args.narrow.as_deref().map(|path| parse_file(path, narrowing)).transpose()?;
     let answer = answer(args, &policy, own.as_ref(), &config)?;
     if args.json {
         context.out.json(&json!({

@@ -52,6 +52,8 @@ fn line(what: &What) -> (Style, String, String) {
             credential,
             bytes_up,
             bytes_down,
+            status,
+            cached_bytes,
             ..
         } => {
             let (style, word) = decided(*decision);
@@ -61,7 +63,10 @@ fn line(what: &What) -> (Style, String, String) {
                 (None, _) => format!("{host}:{port}"),
             };
             let with = credential.as_ref().map(|name| format!(", with {name}")).unwrap_or_default();
-            let size = format!("{bytes_up} B up, {bytes_down} B down{with}");
+            let cached = Some(cached_bytes).filter(|bytes| **bytes > 0);
+            let cached = cached.map(|bytes| format!(", {bytes} B cached")).unwrap_or_default();
+            let said = status.map(|status| format!("status {status}, ")).unwrap_or_default();
+            let size = format!("{said}{bytes_up} B up, {bytes_down} B down{cached}{with}");
             (style, word.into(), format!("{request}  {size}  [{rule}]{}", because(reason.as_ref())))
         }
         What::Request { model, reserved_micro_usd, credential } => {

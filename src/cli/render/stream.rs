@@ -7,7 +7,7 @@ use super::escape::Neutraliser;
 use super::words;
 use super::{LINE_CHARS_MAX, Paint, Style, Text, one_line};
 use crate::api::wire::JobView;
-use crate::event::{Body, Decision, Refusal, Stream, Totals};
+use crate::event::{Body, Decision, Refusal, Stage, StepEnd, Stream, Totals};
 use crate::job::spec::Runtime;
 use crate::job::{Outcome, State, StopReason};
 use crate::money::MicroUsd;
@@ -141,6 +141,7 @@ impl StreamView {
             Body::Cell { runtime, instead: None, .. } if runtime != Runtime::default() => {
                 self.remark(Style::Dim, &format!("· it runs on {}", words::runtime(runtime)))
             }
+            Body::Step { stage, index, command, ended } => self.step(stage, index, &command, ended),
             Body::Note { text } => self.remark(Style::Dim, &format!("· {text}")),
             Body::Truncated { first, last } => {
                 self.remark(Style::Warn, &format!("… events {first} to {last} are gone: the journal's limit"))
@@ -176,6 +177,18 @@ impl StreamView {
             | Body::Request { .. }
             | Body::Cell { .. }
             | Body::Exit { .. } => self.text(),
+        }
+    }
+
+    fn step(&self, stage: Stage, index: u32, command: &str, ended: Option<StepEnd>) -> Text {
+        let (stage, number) = (stage.as_str(), index + 1);
+        match ended {
+            None => self.remark(Style::Dim, &format!("· {stage} {number}: {}", one_line(command, LINE_CHARS_MAX))),
+            Some(StepEnd { code: 0, .. }) => self.text(),
+            Some(StepEnd { code, duration_ms }) => {
+                let took = words::duration(duration_ms);
+                self.remark(Style::Warn, &format!("! {stage} {number} ended with code {code} after {took}"))
+            }
         }
     }
 

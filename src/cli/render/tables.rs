@@ -6,6 +6,7 @@ use crate::agent_bundle::{Bundle, Qualification, Version};
 use crate::api::wire::{CheckVerdict, Doctor, Health, JobView};
 use crate::cell_image::{Listed, Standing};
 use crate::config::{PolicyOrigin, PolicySource};
+use crate::event::EgressBytes;
 use crate::job::{Outcome, State};
 use crate::money::MicroUsd;
 
@@ -44,7 +45,7 @@ pub(super) fn table(paint: Paint, head: &[&str], rows: &[Vec<(Style, String)>]) 
 fn standing(state: &State) -> (Style, String) {
     match state {
         State::Queued => (Style::Dim, "queued".into()),
-        State::Preparing | State::Collecting { .. } => (Style::Plain, state.name().into()),
+        State::Preparing | State::Collecting { .. } | State::Verifying => (Style::Plain, state.name().into()),
         State::Running => (Style::Bold, "running".into()),
         State::Parking { parked } => (Style::Warn, format!("parking ({})", parked.why.as_str())),
         State::Parked { parked } => (Style::Warn, format!("parked ({})", parked.why.as_str())),
@@ -154,6 +155,11 @@ pub(crate) fn job(paint: Paint, job: &JobView, now_ms: u64) -> Text {
     if job.totals.peak_memory_bytes > 0 {
         let (memory, cpu) = (words::bytes(job.totals.peak_memory_bytes), job.totals.cpu_us / 1000);
         row("used", &format!("{memory} of memory at most · {} of CPU", words::duration(cpu)));
+    }
+    let egress = job.totals.egress;
+    if egress != EgressBytes::default() {
+        let [up, down, cached] = [egress.bytes_up, egress.bytes_down, egress.cached_bytes].map(words::size);
+        row("egress", &format!("{up} up · {down} down · {cached} from the package cache"));
     }
     if let Some(bytes) = job.report_bytes {
         row("report", &format!("{bytes} bytes: hotcell report {}", job.id));

@@ -62,6 +62,15 @@ pub(crate) fn bytes(n: u64) -> String {
     if mib < 1024 { format!("{mib} MiB") } else { format!("{:.1} GiB", mib as f64 / 1024.0) }
 }
 
+/// A size that may be small: `17 B`, `3 KiB`, `512 MiB`.
+pub(crate) fn size(n: u64) -> String {
+    match n {
+        0..1024 => format!("{n} B"),
+        1024..0x10_0000 => format!("{} KiB", n >> 10),
+        _ => bytes(n),
+    }
+}
+
 /// `1 turn`, `2 turns`.
 pub(crate) fn plural(n: u64, noun: &str) -> String {
     if n == 1 { format!("1 {noun}") } else { format!("{n} {noun}s") }
@@ -159,6 +168,14 @@ fn after_failure(reason: FailReason, job: &str) -> String {
             "the daemon's log has the engine's own words; hotcell health checks the engine".into()
         }
         FailReason::CellLost => "submit it again; if it happens often, the daemon's log says more".into(),
+        FailReason::SetupFailed | FailReason::VerifyFailed => {
+            format!("hotcell logs {job} shows what it printed; hotcell shell with the same policy and image lets you try it")
+        }
+        FailReason::SetupDeadline => "give it more with setup.timeout_s; hotcell logs shows where it hung".into(),
+        FailReason::VerifyDeadline => {
+            "give it more with verify.timeout_s; hotcell logs shows where it hung".into()
+        }
+        FailReason::CommandFailed => format!("hotcell logs {job} shows what it printed"),
         FailReason::AgentStart => {
             "the message ends with what the CLI printed; try another image or version (--image, --agent)"
                 .into()

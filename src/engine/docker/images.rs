@@ -243,14 +243,15 @@ impl Step for BuildInfo {
 fn image_info(found: ImageInspect) -> Result<ImageInfo, EngineError> {
     let incomplete = || EngineError::Protocol { what: "inspect an image", detail: "it has no id".to_owned() };
     let config = found.config.unwrap_or_default();
-    let path_env =
-        config.env.unwrap_or_default().iter().find_map(|v| v.strip_prefix("PATH=").map(str::to_owned));
+    let variable =
+        |text: &String| text.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let env = config.env.unwrap_or_default().iter().filter_map(variable).collect();
     Ok(ImageInfo {
         id: found.id.ok_or_else(incomplete)?,
         arch: normalise_arch(&found.architecture.unwrap_or_default()),
         os: found.os.unwrap_or_default(),
         labels: config.labels.unwrap_or_default().into_iter().collect(),
-        path_env,
+        env,
         size_bytes: found.size.unwrap_or(0).max(0).unsigned_abs(),
         volumes: config.volumes.unwrap_or_default(),
     })

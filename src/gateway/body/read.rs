@@ -1,5 +1,6 @@
-//! The walk over the fields of a request body ([`super::top`]): one pass, no copies of text. Every object it looks into is refused when a field
-//! stands twice in it, however the names are spelled: the provider might take the other one.
+//! The walk over the fields of a request body ([`super::top`]): one pass, no copies of text. Every object it looks
+//! into is refused when a field stands twice in it, however the names are spelled: the provider might take the other
+//! one.
 
 use std::borrow::Cow;
 use std::fmt;

@@ -66,6 +66,8 @@ impl Recall {
         for fragment in fresh {
             let fragment = shared.one(fragment);
             let mut own = locked(&self.0);
+            // Another request of the same time may have brought it.
+            own.retain(|kept| !Arc::ptr_eq(kept, &fragment));
             own.insert(0, fragment);
             let (parts_max, bytes_max) = OWN_MAX;
             own.truncate(parts_max);

@@ -484,6 +484,9 @@ fn leases_keep_few_parts_and_share_those_that_are_the_same() {
     keep(&one, &long_body("", "", ""));
     keep(&two, &long_body("", "", ""));
     assert!(one.known().iter().zip(two.known()).all(|(a, b)| std::sync::Arc::ptr_eq(a, &b)));
+    let (_, fresh) = BodyFacts::read_knowing(long_body("", "", "").as_bytes(), &[]).unwrap();
+    one.keep(fresh, &shared);
+    assert_eq!(one.known().len(), 2, "two requests at a time bring the same parts");
     (0..50).for_each(|n| keep(&one, &long_body(&n.to_string(), "", "")));
     assert_eq!(one.known().len(), 6);
     let huge = long_body(&"y".repeat(300 << 10), "", "");

@@ -44,6 +44,7 @@ const FIELDS: &[&str] = &[
 /// Fields that change the price, with the one value that does not. The CLI sends none of them.
 const PRICED: [(&str, &str); 3] =
     [("inference_geo", "global"), ("service_tier", "standard_only"), ("speed", "standard")];
+
 /// A body's top level.
 #[derive(Default)]
 pub(super) struct Top<'a> {
@@ -95,7 +96,8 @@ pub(super) fn read<'a>(body: &'a [u8], known: &[Arc<Fragment>]) -> Result<Top<'a
 struct Cursor<'a> {
     body: &'a [u8],
     at: usize,
-    /// Up to here all bytes are known to be text; serde does not look at strings that nobody wants.
+    /// All bytes before this one are known to be text (UTF-8): they were checked here, or belong to a part that was
+    /// read before. Serde alone does not make sure of that: it passes strings that nobody wants without a look.
     unchecked_from: usize,
 }
 

@@ -23,7 +23,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::route::{RouteError, Way};
+use super::route::{Line, RouteError};
 use super::wire::{Account, Meter};
 use super::{EgressRecord, EgressSpec, forward, tunnel};
 use crate::job::CellId;
@@ -293,7 +293,7 @@ pub(super) struct Admitted {
     pub(super) host: Host,
     pub(super) port: u16,
     pub(super) terms: Terms,
-    pub(super) way: Way,
+    pub(super) line: Line,
     pub(super) meter: Arc<Meter>,
     pub(super) began: Instant,
 }
@@ -357,9 +357,16 @@ async fn open(
     let meter = shared.enter(&terms)?;
     let egress = &shared.spec.egress;
     let rule = terms.permit.rule().to_owned();
-    let way = egress.network.check(&host, port).await.map_err(|error| Refused::route(&rule, &error))?;
     let inspect = terms.inspect;
-    let admitted = Admitted { host, port, terms, way, meter, began };
+    if !inspect && egress.network.mirror(&host).is_some() {
+        let words = format!(
+            "{host} has a mirror in [network.mirrors], to which TLS cannot be passed through: the rule {rule} needs \
+             inspect = true"
+        );
+        return Err(Refused::new(StatusCode::FORBIDDEN, "network.mirrors", words));
+    }
+    let line = egress.network.line(&host, port, true).await.map_err(|error| Refused::route(&rule, &error))?;
+    let admitted = Admitted { host, port, terms, line, meter, began };
     if inspect {
         let tls = match &shared.spec.ca {
             Some(ca) => {
@@ -370,7 +377,7 @@ async fn open(
         let upgrade = hyper::upgrade::on(&mut request);
         shared.tasks.spawn(tunnel::inspect(Arc::clone(shared), upgrade, admitted, tls));
     } else {
-        let dialled = egress.network.dial(&admitted.way, &admitted.host, port).await;
+        let dialled = egress.network.dial(&admitted.line).await;
         let stream = dialled.map_err(|error| Refused::route(&rule, &error))?;
         let upgrade = hyper::upgrade::on(&mut request);
         shared.tasks.spawn(tunnel::pass(Arc::clone(shared), upgrade, admitted, stream));

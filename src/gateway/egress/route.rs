@@ -1,7 +1,9 @@
 //! From a host that the policy allowed to a connection: resolve once, check every address, dial one of those that
 //! were checked. Behind a corporate proxy the name is handed to that proxy, and which addresses it may have is for
-//! the proxy to say. It must never look a name up a second time, nor dial what was not checked.
+//! the proxy to say. A host that has a mirror is not looked up at all: the mirror's address is the administrator's word
+//! and is not checked. It must never look a name up a second time, nor dial what was neither checked nor named.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -19,6 +21,7 @@ use tokio::time::timeout;
 use tower_service::Service;
 
 use super::address::{own_addresses, refused};
+use super::mirror::Mirror;
 use super::names::SystemResolver;
 use crate::policy::Host;
 
@@ -97,17 +100,21 @@ pub struct Network {
     pub dialer: Arc<dyn Dial>,
     /// Where there is one, names go to it.
     pub proxy: Option<CorporateProxy>,
+    /// What stands in for hosts, by their names.
+    pub mirrors: BTreeMap<String, Mirror>,
 }
 
 impl fmt::Debug for Network {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Network").field("proxy", &self.proxy).finish_non_exhaustive()
+        let mut shown = f.debug_struct("Network");
+        shown.field("proxy", &self.proxy).field("mirrors", &self.mirrors).finish_non_exhaustive()
     }
 }
 
 impl Default for Network {
     fn default() -> Self {
-        Self { resolver: Arc::new(SystemResolver::default()), dialer: Arc::new(TcpDialer), proxy: None }
+        let resolver = Arc::new(SystemResolver::default());
+        Self { resolver, dialer: Arc::new(TcpDialer), proxy: None, mirrors: BTreeMap::new() }
     }
 }
 
@@ -140,45 +147,96 @@ pub enum RouteError {
 
 /// A way that was checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Way {
+enum Way {
     /// To one of these addresses.
     Addresses(Vec<SocketAddr>),
     /// Through the corporate proxy, by name.
     Proxy,
 }
 
+/// Whoever answers for a host, and the way there: the host itself, or its mirror.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Line {
+    way: Way,
+    /// Who is dialled.
+    pub(super) host: Host,
+    /// On which port.
+    pub(super) port: u16,
+    /// Whether they speak TLS.
+    pub(super) secure: bool,
+    /// What stands before each path.
+    pub(super) base: String,
+    /// Whether they may be sent a credential: they speak TLS, or are on this machine.
+    pub(super) trusted: bool,
+    /// What they are called in words for a cell.
+    shown: String,
+}
+
 impl Network {
-    /// The one look-up of a host, and the check of everything it gave.
-    pub(super) async fn check(&self, host: &Host, port: u16) -> Result<Way, RouteError> {
+    /// What stands in for a host.
+    pub(super) fn mirror(&self, host: &Host) -> Option<&Mirror> {
+        // Most machines have none.
+        if self.mirrors.is_empty() { None } else { self.mirrors.get(&host.to_string()) }
+    }
+
+    /// The one look-up of a host, and the check of everything it gave; of a mirror's, the look-up alone.
+    pub(super) async fn line(&self, host: &Host, port: u16, secure: bool) -> Result<Line, RouteError> {
+        let Some(mirror) = self.mirror(host) else {
+            let (way, shown) = (self.check(host, port).await?, host.to_string());
+            let (host, base) = (host.clone(), String::new());
+            return Ok(Line { way, host, port, secure, base, trusted: secure, shown });
+        };
+        let shown = format!("the mirror of {host}");
+        let way = if self.goes_by_proxy(&mirror.host) {
+            Way::Proxy
+        } else {
+            Way::Addresses(self.look_up(&mirror.host, mirror.port, &shown).await?.1)
+        };
+        let Mirror { secure, host, port, base } = mirror.clone();
+        Ok(Line { way, host, port, secure, base, trusted: secure || mirror.is_local(), shown })
+    }
+
+    fn goes_by_proxy(&self, host: &Host) -> bool {
+        self.proxy.as_ref().is_some_and(|proxy| proxy.is_for(&host.to_string()))
+    }
+
+    async fn check(&self, host: &Host, port: u16) -> Result<Way, RouteError> {
         let shown = host.to_string();
-        let addresses = match host {
-            _ if self.proxy.as_ref().is_some_and(|proxy| proxy.is_for(&shown)) => {
-                return match host {
-                    // An address needs no look-up, so that its check is ours even here.
-                    Host::Address(address) => judge(&shown, &[*address]).map(|()| Way::Proxy),
-                    Host::Name(_) => Ok(Way::Proxy),
-                };
-            }
+        if self.goes_by_proxy(host) {
+            return match host {
+                // An address needs no look-up, so that its check is ours even here.
+                Host::Address(address) => judge(&shown, &[*address]).map(|()| Way::Proxy),
+                Host::Name(_) => Ok(Way::Proxy),
+            };
+        }
+        let (all, tried) = self.look_up(host, port, &shown).await?;
+        judge(&shown, &all)?;
+        Ok(Way::Addresses(tried))
+    }
+
+    /// All addresses, and those that are tried.
+    async fn look_up(
+        &self,
+        host: &Host,
+        port: u16,
+        shown: &str,
+    ) -> Result<(Vec<IpAddr>, Vec<SocketAddr>), RouteError> {
+        let all = match host {
             Host::Address(address) => vec![*address],
             Host::Name(name) => match timeout(RESOLVE_WAIT, self.resolver.resolve(name)).await {
                 Ok(Ok(found)) if !found.is_empty() => found,
-                Ok(Ok(_) | Err(_)) | Err(_) => return Err(RouteError::Unknown(shown)),
+                Ok(Ok(_) | Err(_)) | Err(_) => return Err(RouteError::Unknown(shown.to_owned())),
             },
         };
-        judge(&shown, &addresses)?;
-        let tried = addresses.into_iter().take(ADDRESSES_TRIED_MAX);
-        Ok(Way::Addresses(tried.map(|address| SocketAddr::new(address, port)).collect()))
+        let tried = all.iter().take(ADDRESSES_TRIED_MAX).map(|address| SocketAddr::new(*address, port));
+        let tried = tried.collect();
+        Ok((all, tried))
     }
 
-    /// Connects on a way that was checked.
-    pub(super) async fn dial(
-        &self,
-        way: &Way,
-        host: &Host,
-        port: u16,
-    ) -> Result<Box<dyn Stream>, RouteError> {
-        let silent = || RouteError::Silent(host.to_string());
-        match (way, &self.proxy) {
+    /// Connects to whoever answers.
+    pub(super) async fn dial(&self, line: &Line) -> Result<Box<dyn Stream>, RouteError> {
+        let silent = || RouteError::Silent(line.shown.clone());
+        match (&line.way, &self.proxy) {
             (Way::Addresses(addresses), _) => {
                 for address in addresses {
                     if let Ok(Ok(stream)) = timeout(DIAL_WAIT, self.dialer.dial(*address)).await {
@@ -188,13 +246,13 @@ impl Network {
                 Err(silent())
             }
             (Way::Proxy, Some(proxy)) => {
-                let shown = host.to_string();
+                let named = line.host.to_string();
                 let dialled = timeout(DIAL_WAIT, TcpStream::connect((proxy.host.as_str(), proxy.port))).await;
                 let stream = dialled.map_err(|_| silent())?.map_err(|_| silent())?;
                 let connected =
-                    timeout(DIAL_WAIT, ask_proxy(stream, &shown, port)).await.map_err(|_| silent())?;
-                let stream = connected.map_err(|status| RouteError::Proxy { host: shown, status })?;
-                Ok(Box::new(stream))
+                    timeout(DIAL_WAIT, ask_proxy(stream, &named, line.port)).await.map_err(|_| silent())?;
+                let refused = |status| RouteError::Proxy { host: line.shown.clone(), status };
+                Ok(Box::new(connected.map_err(refused)?))
             }
             (Way::Proxy, None) => Err(silent()),
         }

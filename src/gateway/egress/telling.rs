@@ -4,6 +4,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::EgressRecord;
@@ -19,13 +20,20 @@ pub(super) struct Telling {
     event: EgressRecord,
     /// Bytes of the meter, up and down, that stand in an event or are none of this one's.
     told: (u64, u64),
+    /// Bytes that came from the package cache, and those of them that were told.
+    cached: (Arc<AtomicU64>, u64),
     began: Instant,
 }
 
 impl Telling {
     /// `before`: bytes of the meter that are not its own.
     pub(super) fn new(event: EgressRecord, before: (u64, u64), began: Instant) -> Self {
-        Self { event, told: before, began }
+        Self { event, told: before, cached: (Arc::default(), 0), began }
+    }
+
+    /// Counts what comes from the package cache.
+    pub(super) fn cached(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.cached.0)
     }
 
     /// Tells of what moved, now and then. May be dropped at any time.
@@ -33,12 +41,13 @@ impl Telling {
         loop {
             tokio::time::sleep(shared.spec.egress.limits.told_every).await;
             let event = self.next(meter);
-            if (event.bytes_up, event.bytes_down) != (0, 0) {
+            if (event.bytes_up, event.bytes_down, event.cached_bytes) != (0, 0, 0) {
                 let reason = Some(STILL_OPEN.to_owned());
                 let told = (self.told.0 + event.bytes_up, self.told.1 + event.bytes_down);
+                let cached = self.cached.1 + event.cached_bytes;
                 shared.record(EgressRecord { reason, ..event }).await;
                 // Nothing is awaited between the event's going and this.
-                self.told = told;
+                (self.told, self.cached.1) = (told, cached);
             }
         }
     }
@@ -50,7 +59,8 @@ impl Telling {
 
     /// Tells the rest.
     pub(super) async fn end(self, shared: &Shared, meter: Arc<Meter>, reason: Option<String>) {
-        let event = EgressRecord { reason, ..self.next(&meter) };
+        let event = self.next(&meter);
+        let event = EgressRecord { reason: reason.or(event.reason.clone()), ..event };
         // The rule's place is free before its event can be read.
         drop(meter);
         shared.record(event).await;
@@ -61,6 +71,7 @@ impl Telling {
         EgressRecord {
             bytes_up: up - self.told.0,
             bytes_down: down - self.told.1,
+            cached_bytes: self.cached.0.load(Ordering::Relaxed) - self.cached.1,
             duration_ms: elapsed_ms(self.began),
             ..self.event.clone()
         }

@@ -28,8 +28,10 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use super::route::{Later, Stream};
 use super::*;
 use crate::gateway::secret::{Secret, Secrets};
-use crate::job::{CellId, JobSpec};
+use crate::job::{CellId, JobId, JobSpec};
 use crate::policy::{Defaults, Plan, Policy, narrow};
+
+type Mirrors = std::collections::BTreeMap<String, Mirror>;
 
 const PUBLIC: &str = "93.184.215.14";
 const TOKEN: &str = "canary-token-91c1";
@@ -95,6 +97,10 @@ impl Credentials for OneCredential {
             Ok(Injected { name, value, secrets: Secrets::of([&Secret::new(TOKEN.to_owned())]) })
         })
     }
+
+    fn whose(&self, _: &str) -> Option<u32> {
+        None
+    }
 }
 
 /// A cell's way out, with the internet that it leads to.
@@ -114,18 +120,33 @@ impl Cell {
     }
 
     async fn with(rules: &str, limits: EgressLimits, proxy: Option<CorporateProxy>) -> Self {
+        Self::made(rules, limits, proxy, Mirrors::new(), |egress| egress).await
+    }
+
+    async fn made(
+        rules: &str,
+        limits: EgressLimits,
+        proxy: Option<CorporateProxy>,
+        mirrors: Mirrors,
+        finish: impl FnOnce(Egress) -> Egress,
+    ) -> Self {
         let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
         let key = rcgen::KeyPair::generate().unwrap();
         let internet = Arc::new(rcgen::CertifiedIssuer::self_signed(params, key).unwrap());
         let world = Arc::new(World::default());
-        let network =
-            Network { resolver: Arc::new(Fake(world.clone())), dialer: Arc::new(Fake(world.clone())), proxy };
-        let egress = Egress::new(network, limits, Some(&internet.pem())).unwrap();
+        let network = Network {
+            resolver: Arc::new(Fake(world.clone())),
+            dialer: Arc::new(Fake(world.clone())),
+            proxy,
+            mirrors,
+        };
+        let egress = finish(Egress::new(network, limits, Some(&internet.pem())).unwrap());
         let ca = Arc::new(CellCa::generate().unwrap());
         let dir = tempfile::tempdir().unwrap();
         let spec = EgressSpec {
             egress: Arc::new(egress),
+            job: JobId::new(1, 1),
             ca: Some(ca.clone()),
             credentials: Arc::new(OneCredential),
             tally: Arc::new(Tally::open(&dir.path().join("sums")).unwrap()),

@@ -14,7 +14,8 @@ use tokio_rustls::TlsAcceptor;
 
 use super::EgressRecord;
 use super::door::{Admitted, Shared};
-use super::forward::{self, Origin};
+use super::exchange::Origin;
+use super::forward;
 use super::route::Stream;
 use super::telling::Telling;
 use super::wire::{self, Prefixed};
@@ -89,9 +90,9 @@ pub(super) async fn inspect(
             return finish(&shared, admitted, telling, allowed, Some(reason)).await;
         }
     };
-    let Admitted { host, port, way, meter, .. } = admitted;
+    let Admitted { host, port, line, meter, .. } = admitted;
     // Each request has its own event; the tunnel itself has none.
-    let origin = Arc::new(Origin::new(host, port, way, meter));
+    let origin = Arc::new(Origin::new(host, port, line, meter));
     let service = service_fn(|request| {
         let (shared, origin) = (Arc::clone(&shared), Arc::clone(&origin));
         async move { Ok::<_, Infallible>(forward::inspected(&shared, &origin, request).await) }

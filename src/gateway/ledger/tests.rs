@@ -93,6 +93,8 @@ impl World {
                 plan: self.plan.clone(),
                 budgets: caps.of_job(Some(MicroUsd(5_000_000)), None, None),
                 egress: None,
+                model: true,
+                first: None,
                 output_tokens_max: None,
                 run_dir,
                 socket_owner: None,

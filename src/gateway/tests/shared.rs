@@ -162,6 +162,8 @@ async fn a_count_that_does_not_come_back_holds_up_no_other_cell() {
         plan: plan(vec!["*".into()]),
         budgets: Vec::new(),
         egress: None,
+        model: true,
+        first: None,
         output_tokens_max: None,
         run_dir: other_dir.path().to_owned(),
         socket_owner: None,

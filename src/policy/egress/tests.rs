@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::check::HOST_ENTRIES_MAX;
 use super::*;
 use crate::policy::{Ask, Policy, decide};
 
@@ -20,7 +21,8 @@ fn problem(egress: &str) -> String {
 
 #[test]
 fn a_host_that_is_always_refused_is_a_warning() {
-    let told = |name: &str| !egress(&format!("[[egress.host]]\nname = {name:?}")).warnings().is_empty();
+    let told =
+        |name: &str| !egress(&format!("[[egress.host]]\nname = {name:?}")).warnings("egress").is_empty();
     for name in ["localhost", "a.localhost", "10.0.0.1", "127.0.0.1", "169.254.169.254", "[::1]", "[fd00::1]"]
     {
         assert!(told(name), "{name}");
@@ -31,15 +33,7 @@ fn a_host_that_is_always_refused_is_a_warning() {
 }
 
 fn layer(text: &str) -> Layer {
-    Layer {
-        name: "test".into(),
-        tools_allow: Vec::new(),
-        tools_deny: Vec::new(),
-        models_allow: Vec::new(),
-        rules: Vec::new(),
-        egress: egress(text),
-        requests: Default::default(),
-    }
+    Layer { name: "test".into(), egress: egress(text), ..Layer::default() }
 }
 
 fn connect(layers: &[Layer], host: &str, port: u16) -> Result<Terms, Denial> {
@@ -48,7 +42,9 @@ fn connect(layers: &[Layer], host: &str, port: u16) -> Result<Terms, Denial> {
 
 fn request(layers: &[Layer], method: &str, url: &str) -> Result<Terms, Denial> {
     let (host, port, path, secure) = parse_url(url).expect(url);
-    decide_egress(layers, &EgressAsk { host: &host, port, act: Act::Request { method, path: &path, secure } })
+    let query = url.split_once('?').map(|(_, query)| query);
+    let act = Act::Request { method, path: &path, query, secure };
+    decide_egress(layers, &EgressAsk { host: &host, port, act })
 }
 
 #[test]
@@ -78,6 +74,12 @@ fn mistakes_are_named_with_their_key_and_place() {
         ("name = \"a.b\"\nbytes_up_max = 0", &["egress.host[1].bytes_up_max"]),
         ("name = \"OK.example.\"", &["stands twice"]),
         ("name = \"a.b\"\nport = 443", &["port"]),
+        ("name = \"a.b\"\nqueries = [\"\"]", &["egress.host[1].queries", "inspect = true"]),
+        ("name = \"a.b\"\ninspect = true\nqueries = []", &["egress.host[1].queries", "is empty"]),
+        ("name = \"a.b\"\ninspect = true\nqueries = [\"a b\"]", &["is no query that passes"]),
+        ("name = \"a.b\"\ncache = true", &["egress.host[1].cache", "inspect = true"]),
+        ("name = \"a.b\"\nimmutable = [\"/**\"]", &["egress.host[1].immutable", "cache = true"]),
+        ("name = \"a.b\"\nports = [80]\ncache = true\nimmutable = [\"x\"]", &["immutable", "begin with '/'"]),
     ] {
         let error = rule(text);
         assert!(words.iter().all(|word| error.contains(word)), "{text}: {error}");
@@ -145,6 +147,44 @@ fn methods_and_paths_of_several_rules_add_up() {
     {
         assert!(request(&layers, method, &format!("https://git.example{path}")).is_err(), "{method} {path}");
     }
+}
+
+#[test]
+fn a_query_is_compared_as_a_whole() {
+    let layers = [layer(
+        "[[egress.host]]\nname = \"git.example\"\ninspect = true\nmethods = [\"GET\"]\npaths = [\"/**/info/refs\"]\n\
+         queries = [\"service=git-upload-pack\"]\n",
+    )];
+    let allowed =
+        |query: &str| request(&layers, "GET", &format!("https://git.example/a/b/info/refs{query}")).is_ok();
+    assert!(allowed("?service=git-upload-pack"));
+    for query in [
+        "",
+        "?",
+        "?service=git-receive-pack",
+        "?service=git-upload-pack&service=git-receive-pack",
+        "?x=1&service=git-upload-pack",
+        "?service=git%2Dupload-pack",
+    ] {
+        assert!(!allowed(query), "{query}");
+    }
+}
+
+#[test]
+fn only_the_policys_own_rule_has_answers_kept() {
+    let kept =
+        "[[egress.host]]\nname = \"a.example\"\ninspect = true\ncache = true\nimmutable = [\"/files/**\"]\n";
+    let plain = "[[egress.host]]\nname = \"a.example\"\ninspect = true\n";
+    let of = |first: &str, second: &str, path: &str| {
+        let layers = [layer(first), layer(second)];
+        let terms = request(&layers, "GET", &format!("https://a.example{path}")).expect("allowed");
+        (terms.cache, terms.immutable)
+    };
+    assert_eq!(of(kept, plain, "/files/x"), (true, true));
+    assert_eq!(of(kept, plain, "/index"), (true, false));
+    assert_eq!(of(plain, kept, "/files/x"), (false, false));
+    let terms = connect(&[layer(kept)], "a.example", 443).expect("allowed");
+    assert_eq!((terms.cache, terms.immutable), (true, false));
 }
 
 #[test]
