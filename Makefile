@@ -8,7 +8,7 @@ PREFIX ?= /usr/local
 # The engine's address, once `make engine` has found or started one.
 ENGINE  = $(shell .ci/engine address 2>/dev/null)
 
-.PHONY: help tools engine gvisor engine-stop image build init demo sources packages test test-full lint bench bench-tools install clean
+.PHONY: help tools engine gvisor engine-stop image images build init demo sources packages test test-full lint bench bench-tools install clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ build: tools init ## Build hotcell and hotcell-init into target/release.
 image: build engine ## Build the cell image (Node, the Claude Code CLI, git, ripgrep, common tools).
 	HOTCELL_ENGINE=$(ENGINE) target/release/hotcell image build
 
+images: build engine ## Build the cell image and those of all toolchains (Rust, Go, Java, Python, Node, C and C++).
+	HOTCELL_ENGINE=$(ENGINE) target/release/hotcell image build --all
+
 demo: image ## Run one real job from start to clean-up and show everything that happens.
 	@HOTCELL_ENGINE=$(ENGINE) tests/demo
 
@@ -50,7 +53,7 @@ packages: tools ## Fetch what the tests serve as package registries, into target
 
 test: tools init engine sources packages ## Run all tests, those with the real engine and the real CLI too.
 	$(CARGO) build --locked --bin hotcell
-	HOTCELL_ENGINE=$(ENGINE) target/debug/hotcell image build
+	HOTCELL_ENGINE=$(ENGINE) target/debug/hotcell image build --all
 	@.ci/engine gvisor || echo "hotcell: the tests go on without gVisor: they look at how it is refused" >&2
 	HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --locked --no-fail-fast
 

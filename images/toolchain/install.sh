@@ -31,9 +31,12 @@ rm -f /usr/sbin/policy-rc.d
 if [ -e "$given/rootfs.tar" ]; then
     tar --numeric-owner -C / -xf "$given/rootfs.tar"
 fi
-if [ -e "$given/corepack" ] && command -v corepack >/dev/null; then
+if command -v corepack >/dev/null; then
     corepack enable --install-directory /usr/local/bin
 fi
+
+# What the toolchain's own recipe does at the end; for most it is empty.
+. "$given/finish.sh"
 
 # Mount points of a cell.
 mkdir -p /.hotcell /.hotcell-agent /workspace /home/agent

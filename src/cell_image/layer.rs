@@ -177,7 +177,8 @@ impl Images<'_> {
                 on_progress(Progress::Step(&format!("fetching the packages of {}", toolchain.name)));
                 let packages: Vec<String> = toolchain.packages().into_iter().map(on_our_suite).collect();
                 let debs = archive.fetch(&packages, on_progress).await?;
-                let names = given(&work, &debs).map_err(ImageError::io("put packages in", &work))?;
+                let names =
+                    given(&work, &debs, toolchain).map_err(ImageError::io("put packages in", &work))?;
                 if toolchain.has_node_extras() {
                     debian::node_extras(npm, layer.arch, &work, on_progress).await?;
                 }
@@ -240,6 +241,7 @@ impl Images<'_> {
             let mut tar = TarWriter::create(&context)?;
             tar.text("Dockerfile", &layer.toolchain.dockerfile(), 0o644)?;
             tar.text("install.sh", INSTALL_SH, 0o644)?;
+            tar.text("finish.sh", layer.toolchain.finish, 0o644)?;
             tar.finish()
         };
         write().map_err(ImageError::io("write", &context))?;
@@ -306,7 +308,7 @@ fn on_our_suite(package: &str) -> String {
 }
 
 /// Puts the packages and the installer where the container will see them. Answers the packages' file names.
-fn given(work: &Path, debs: &[PathBuf]) -> io::Result<Vec<String>> {
+fn given(work: &Path, debs: &[PathBuf], toolchain: &Toolchain) -> io::Result<Vec<String>> {
     std::fs::create_dir(work.join("debs"))?;
     let mut names = Vec::new();
     for deb in debs {
@@ -315,6 +317,7 @@ fn given(work: &Path, debs: &[PathBuf]) -> io::Result<Vec<String>> {
         names.push(name.to_string_lossy().into_owned());
     }
     std::fs::write(work.join("install.sh"), INSTALL_SH)?;
+    std::fs::write(work.join("finish.sh"), toolchain.finish)?;
     Ok(names)
 }
 

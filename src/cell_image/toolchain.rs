@@ -28,6 +28,8 @@ pub struct Toolchain {
     pub title: &'static str,
     packages: &'static str,
     env: &'static str,
+    /// What `install.sh` does last.
+    pub(super) finish: &'static str,
 }
 
 /// All of them, by name.
@@ -37,31 +39,42 @@ pub static TOOLCHAINS: [Toolchain; 6] = [
         title: "C and C++ with CMake, Ninja, Meson and the autotools",
         packages: include_str!("../../images/cc/packages.txt"),
         env: "",
+        finish: "",
     },
-    Toolchain { name: "go", title: "Go", packages: include_str!("../../images/go/packages.txt"), env: "" },
+    Toolchain {
+        name: "go",
+        title: "Go",
+        packages: include_str!("../../images/go/packages.txt"),
+        env: include_str!("../../images/go/env.txt"),
+        finish: include_str!("../../images/go/finish.sh"),
+    },
     Toolchain {
         name: "java",
         title: "JDK 17 and Maven",
         packages: include_str!("../../images/java/packages.txt"),
         env: include_str!("../../images/java/env.txt"),
+        finish: "",
     },
     Toolchain {
         name: "node",
         title: "Node with yarn, pnpm and a compiler for its native packages",
         packages: include_str!("../../images/node/packages.txt"),
         env: include_str!("../../images/node/env.txt"),
+        finish: "",
     },
     Toolchain {
         name: "python",
         title: "Python with pip, venv and a C compiler",
         packages: include_str!("../../images/python/packages.txt"),
         env: include_str!("../../images/python/env.txt"),
+        finish: "",
     },
     Toolchain {
         name: "rust",
         title: "Rust with Cargo, Clippy and rustfmt",
         packages: include_str!("../../images/rust/packages.txt"),
         env: "",
+        finish: "",
     },
 ];
 
@@ -97,10 +110,8 @@ impl Toolchain {
         let extras = if self.has_node_extras() { COREPACK.integrity } else { "" };
         let (packages, env) = (lines(self.packages).collect::<Vec<_>>(), self.env().join("\n"));
         let packages = packages.join("\n");
-        let parts =
-            [recipe::base_hash(arch).as_str(), self.name, &packages, &env, INSTALL_SH, DOCKERFILE, extras]
-                .map(str::to_owned);
-        recipe::hash(&parts.each_ref().map(String::as_str))
+        let base = recipe::base_hash(arch);
+        recipe::hash(&[&base, self.name, &packages, &env, self.finish, INSTALL_SH, DOCKERFILE, extras])
     }
 
     /// The Dockerfile with the image's environment.

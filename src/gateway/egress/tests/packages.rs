@@ -65,10 +65,13 @@ async fn serve_pages(host: Arc<Host>, mut stream: impl AsyncRead + AsyncWrite + 
             .collect();
         let has = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.clone());
         let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
-        let mut page = host.pages.lock().unwrap().get(&path).cloned().unwrap_or_else(|| Page {
-            status: 404,
-            ..Page::of("none", &[])
-        });
+        let mut page = host
+            .pages
+            .lock()
+            .unwrap()
+            .get(&path)
+            .cloned()
+            .unwrap_or_else(|| Page { status: 404, ..Page::of("none", &[]) });
         host.came.lock().unwrap().push(Came { line: line.clone(), headers: headers.clone() });
         let etag = page.headers.iter().find(|(name, _)| *name == "etag").map(|(_, value)| value.clone());
         if etag.is_some() && has("if-none-match") == etag {
@@ -291,7 +294,10 @@ async fn a_cell_may_want_what_is_newest() {
 #[tokio::test]
 async fn accept_and_compression_make_entries_of_their_own() {
     let jobs = Jobs::new();
-    jobs.host.put("/thing", Page::of("x", &[("cache-control", "max-age=3600"), ("vary", "accept, accept-encoding")]));
+    jobs.host.put(
+        "/thing",
+        Page::of("x", &[("cache-control", "max-age=3600"), ("vary", "accept, accept-encoding")]),
+    );
     let asks = [
         "GET /thing",
         "GET /thing\nAccept: application/json",
@@ -307,11 +313,8 @@ async fn accept_and_compression_make_entries_of_their_own() {
     let came: Vec<(String, String)> =
         jobs.host.came().iter().map(|c| (seen(c, "accept"), seen(c, "accept-encoding"))).collect();
     let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
-    let expected = [
-        pair("", "identity"),
-        pair("application/json", "identity"),
-        pair("application/json", "gzip"),
-    ];
+    let expected =
+        [pair("", "identity"), pair("application/json", "identity"), pair("application/json", "gzip")];
     assert_eq!(came, expected, "the last one is what the first one got");
     for ask in asks {
         assert_eq!(jobs.one(ask).await.event.cached_bytes, 1, "{ask}");
@@ -462,8 +465,10 @@ async fn nothing_that_a_job_sends_changes_what_the_next_one_gets() {
         jobs.host.came()
     };
     jobs.cache.remove_chosen(&Choice::default());
-    let asks: Vec<String> =
-        evil.iter().map(|header| format!("GET /thing\nAccept: */*\n{header}")).chain([
+    let asks: Vec<String> = evil
+        .iter()
+        .map(|header| format!("GET /thing\nAccept: */*\n{header}"))
+        .chain([
             format!("GET /thing\nAccept: */*\n{}", evil.join("\n")),
             "GET /%74hing\nAccept: */*".to_owned(),
             "GET /%74%68ing\nAccept: */*".to_owned(),
@@ -478,7 +483,8 @@ async fn nothing_that_a_job_sends_changes_what_the_next_one_gets() {
         jobs.cache.remove_chosen(&Choice::default());
     }
     // Another query, another path, another spelling of the host: another entry, or none.
-    for ask in ["GET /thing?x=1", "GET /thing?", "GET /thing/", "GET /thing;x", "GET /thing%2F", "GET /Thing"] {
+    for ask in ["GET /thing?x=1", "GET /thing?", "GET /thing/", "GET /thing;x", "GET /thing%2F", "GET /Thing"]
+    {
         jobs.one(&format!("{ask}\nAccept: */*")).await;
         jobs.host.came();
         assert_eq!(jobs.one("GET /thing\nAccept: */*").await.body, b"good", "{ask}");
@@ -506,7 +512,10 @@ async fn nothing_that_a_job_sends_changes_what_the_next_one_gets() {
     jobs.cache.remove_chosen(&Choice::default());
     let mut cell = jobs.job(&rule("a.example", RULES)).await;
     let answer = cell
-        .inspected("a.example", "GET /thing HTTP/1.1\r\nHost: a.example\r\nContent-Length: 4\r\nConnection: close\r\n\r\nevil")
+        .inspected(
+            "a.example",
+            "GET /thing HTTP/1.1\r\nHost: a.example\r\nContent-Length: 4\r\nConnection: close\r\n\r\nevil",
+        )
         .await;
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     cell.event().await;
@@ -562,8 +571,13 @@ async fn one_job_fills_half_and_the_least_recently_used_goes_first() {
         drop(dir);
     }
     assert!(jobs.cache.size().0 <= 1 << 20);
-    let there: Vec<String> =
-        jobs.cache.list(&Choice::default()).0.iter().map(|l| l.key.url.rsplit('/').next().unwrap().to_owned()).collect();
+    let there: Vec<String> = jobs
+        .cache
+        .list(&Choice::default())
+        .0
+        .iter()
+        .map(|l| l.key.url.rsplit('/').next().unwrap().to_owned())
+        .collect();
     assert!(there.contains(&"a".to_owned()) && !there.contains(&"b".to_owned()), "{there:?}");
     assert!(jobs.cache.counters.evicted.load(Ordering::Relaxed) > 0);
 }
@@ -622,7 +636,11 @@ async fn a_body_that_was_changed_on_the_disk_is_fetched_anew() {
     let entry = jobs.only_file("entries");
     let text = std::fs::read_to_string(&entry).unwrap().replace("max-age=3600", "max-age=9999");
     std::fs::write(&entry, text).unwrap();
-    assert_eq!(jobs.reopened().one("GET /thing").await.event.cached_bytes, 0, "a changed head is noticed, too");
+    assert_eq!(
+        jobs.reopened().one("GET /thing").await.event.cached_bytes,
+        0,
+        "a changed head is noticed, too"
+    );
 }
 
 impl Jobs {
@@ -716,7 +734,8 @@ async fn a_mirror_stands_in_for_a_host_and_its_address_is_the_administrators_wor
         assert_eq!(get(&mut cell, "GET /thing?x=1").await.event.cached_bytes, 15);
         let redirect = get(&mut cell, "GET /redirect").await;
         assert_eq!((redirect.status, redirect.headers["location"].as_str()), (302, "http://10.0.0.1/"));
-        let dialled: Vec<String> = cell.world.dialled.lock().unwrap().iter().map(ToString::to_string).collect();
+        let dialled: Vec<String> =
+            cell.world.dialled.lock().unwrap().iter().map(ToString::to_string).collect();
         let expected = if url.starts_with("https") { "10.1.2.3:443" } else { "127.0.0.1:80" };
         assert!(dialled.iter().all(|to| to == expected), "{dialled:?}");
         // The policy judges as ever.
@@ -781,7 +800,9 @@ async fn a_credential_goes_where_its_rule_says_and_is_kept_nowhere() {
     assert!(came[0].headers.contains(&("accept-encoding".into(), "identity".into())), "{came:?}");
     assert_eq!(first.body, format!("you are {}", "*".repeat(TOKEN.len())).as_bytes());
     let second = get(&mut cell, "GET /thing\nAccept-Encoding: gzip").await;
-    assert!(second.event.cached_bytes > 0 && second.body == first.body && !second.headers.contains_key("x-echo"));
+    assert!(
+        second.event.cached_bytes > 0 && second.body == first.body && !second.headers.contains_key("x-echo")
+    );
     assert_eq!(second.event.credential.as_deref(), Some("known"));
     for file in files_below(jobs.dir.path()) {
         let text = String::from_utf8_lossy(&std::fs::read(&file).unwrap()).into_owned();
@@ -809,7 +830,10 @@ async fn a_host_that_wants_to_know_who_asks_is_told_of_with_the_rule_to_change()
     let answer = jobs.one("GET /thing").await;
     let reason = answer.event.reason.unwrap();
     assert!(answer.event.allowed && answer.event.status == Some(401));
-    assert!(reason.contains("egress.host[0] a.example") && reason.contains("credential = \"NAME\""), "{reason}");
+    assert!(
+        reason.contains("egress.host[0] a.example") && reason.contains("credential = \"NAME\""),
+        "{reason}"
+    );
     let mut cell = jobs.job(&rule("a.example", &format!("{RULES}\ncredential = \"known\""))).await;
     let reason = get(&mut cell, "GET /thing").await.event.reason.unwrap();
     assert!(reason.contains("adds the credential known"), "{reason}");
