@@ -48,6 +48,7 @@ pub enum SpecError {
 /// One task for an agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{ "required": ["prompt"] }, { "required": ["command"] }]))]
 pub struct JobSpec {
     /// What the agent shall do; 1 byte to 1 MiB. A job has this or a command.
     #[serde(default, skip_serializing_if = "String::is_empty")]
