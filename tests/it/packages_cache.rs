@@ -35,10 +35,9 @@ impl Mirror {
         let (tarball, asked) = (mirror.tarball.clone(), mirror.asked.clone());
         let (sent, stop) = (mirror.sent.clone(), mirror.stop.clone());
         let thread = std::thread::spawn(move || {
-            for stream in listener.incoming().take_while(|_| !stop.load(Ordering::SeqCst)) {
-                if let Ok(stream) = stream {
-                    let _ = serve(stream, &tarball, &asked, &sent);
-                }
+            let going_on = |_: &std::io::Result<TcpStream>| !stop.load(Ordering::SeqCst);
+            for stream in listener.incoming().take_while(going_on).flatten() {
+                let _ = serve(stream, &tarball, &asked, &sent);
             }
         });
         Self { thread: Some(thread), ..mirror }
@@ -144,7 +143,9 @@ fn the_second_job_fetches_nothing_over_the_network_and_no_job_changes_what_it_ge
         "the part is of what is kept"
     );
 
+    let sent = mirror.sent.load(Ordering::SeqCst);
     let (job, reached, warm) = run(&world, "one");
+    assert_eq!(mirror.sent.load(Ordering::SeqCst) - sent, 4, "the word of what is not there");
     let (up, down, cached) = egress(&job);
     assert_eq!(mirror.asked(), ["/npm/none"], "only what is not there is asked for");
     assert!(
@@ -177,6 +178,12 @@ fn the_second_job_fetches_nothing_over_the_network_and_no_job_changes_what_it_ge
         (2, &json!("one"))
     );
     assert!(view["whole"]["bytes"].as_u64() < Some(60 << 20), "the body stands once: {view}");
+    // Who is no admin sees how much there is, and removes nothing.
+    let seen = world.curl("GET", "/v1/cache", "", &[], Some(4321)).unwrap();
+    let seen: Value = serde_json::from_str(&seen.body).unwrap();
+    assert!(seen["policies"].as_array().unwrap().len() == 2 && seen.get("entries").is_none(), "{seen}");
+    assert_eq!(world.curl("DELETE", "/v1/cache?all=1", "", &[], Some(4321)).unwrap().status, 403);
+    assert_eq!(world.call("DELETE", "/v1/cache", "").status, 400);
     let (code, said, _) = world.run(&["cache", "rm", "--policy", "one"]);
     assert!(code == 0 && said.starts_with("2 files removed"), "{said}");
     let (code, said, _) = world.run(&["cache", "rm", "https://registry.example/big/-/"]);

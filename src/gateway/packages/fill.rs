@@ -137,7 +137,7 @@ impl Filling {
         self.file.as_mut().map(|file| file.write_all(piece))
     }
 
-    fn keep(mut self: Box<Self>, key: Key, head: &Head) -> bool {
+    fn keep(mut self, key: Key, head: &Head) -> bool {
         let (cache, job, bytes) = (Arc::clone(&self.cache), Arc::clone(&self.job), self.bytes);
         let body = Hash(std::mem::take(&mut self.hasher).finalize().into());
         // What it was promised is its own now: it must not count twice.
