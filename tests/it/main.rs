@@ -24,6 +24,7 @@ mod modes;
 mod money;
 mod output;
 mod packages;
+mod packages_cache;
 mod park;
 mod policies;
 mod provider;
