@@ -24,8 +24,8 @@ pub use policies::{
     BrokenPolicy, PolicyFileError, PolicyListing, PolicyOrigin, PolicyShelf, PolicySource, policy_sources,
     read_policy_text,
 };
-pub use sets::egress_sets;
 pub use providers::{BUILT_IN as BUILT_IN_PROVIDER, anthropic};
+pub use sets::egress_sets;
 pub use settings::{SETTINGS, Setting};
 
 use crate::gateway::GatewayConfig;

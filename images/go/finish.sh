@@ -2,4 +2,4 @@
 # leaves below GOROOT are used where GODEBUG says so (env.txt).
 export GODEBUG=installgoroot=all GOCACHE=/tmp/hotcell-go
 go install std
-rm -rf /tmp/hotcell-go /root/.config/go
+rm -rf /tmp/hotcell-go ~root/.config/go

@@ -47,4 +47,4 @@ chmod 755 /.hotcell-init
 find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/lib/dpkg/*-old
 find /var/log -type f -delete
-rm -rf /tmp/hotcell /root/.cache /root/.npm
+rm -rf /tmp/hotcell ~root/.cache ~root/.npm

@@ -163,6 +163,15 @@ fn one_job() -> Value {
                 "responses": { "204": { "description": "It is gone" }, "default": error() },
             },
         },
+        "/v1/jobs/{id}/attach": {
+            "post": {
+                "operationId": "attachJob",
+                "summary": "Take part in the command of a job: input, output, terminal and signals as frames on the same connection",
+                "description": "Asks for `Upgrade: hotcell-attach`. A frame is a byte for its kind, the payload's length in four bytes (little endian), and the payload. From the daemon: 1 stdout, 2 stderr, 3 exit code (4 bytes, the last frame). From the client: 16 stdin, 17 end of input, 18 terminal size (rows and cols, 2 bytes each), 19 signal (1 byte). A client that leaves ends the command.",
+                "parameters": [id()],
+                "responses": { "101": { "description": "Frames follow" }, "default": error() },
+            },
+        },
         "/v1/jobs/{id}/cancel": {
             "post": {
                 "operationId": "cancelJob", "summary": "Stop a job; harmless when it is over", "parameters": [id()],
@@ -268,10 +277,9 @@ fn told_of_jobs() -> Value {
 
 /// What is kept of package hosts.
 fn cache() -> Value {
-    let which = || [
-        query("policy", "only of this policy"),
-        query("prefix", "only where the URL begins so; for admins"),
-    ];
+    let which = || {
+        [query("policy", "only of this policy"), query("prefix", "only where the URL begins so; for admins")]
+    };
     let mut of_delete = which().to_vec();
     of_delete.push(query("all", "1: all of it, where nothing else is named"));
     json!({

@@ -14,9 +14,9 @@ use sha2::{Digest, Sha256};
 
 use super::jobs::view;
 use super::peer::Peer;
-use super::{auto, sources};
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
+use super::{auto, sources};
 use crate::agent_bundle::{PINNED_VERSION, Version};
 use crate::cell::{Accepted, OtherWorkspace, changes};
 use crate::change::hide::HideRules;
@@ -28,7 +28,7 @@ use crate::job::spec::{AUTO_IMAGE, MountAt, SPEC_BYTES_MAX, SpecError, Workspace
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
 use crate::money::MicroUsd;
-use crate::policy::{StepKind, check_step_egress, Grant, Narrowing, Plan, Policy, narrow};
+use crate::policy::{Grant, Narrowing, Plan, Policy, StepKind, check_step_egress, narrow};
 use crate::scheduler::Ticket;
 use crate::source::Fetched;
 use crate::store::{Batch, NewJob, StoreError, Submitted};

@@ -2,33 +2,33 @@
 //! scratch space, link and lease made, container created and started. What fails here says whose fault it
 //! is; what was made until then is found by the row and destroyed by the caller.
 
+mod image;
+mod launch;
 mod prompt;
 
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 
+pub(super) use self::image::{Image, find_image};
+pub(super) use self::launch::{Launch, boot_with, cell_spec};
+
 use super::committer::commit_environment;
-use super::live::CELL_BUFFER_BYTES_MAX;
 use super::record::{Record, RecordError};
 use super::rooms::{self, Dirs, Kept, Made, Tenant, Who};
 use super::steps::{self, Steps};
 use super::{Accepted, Parts, StopWish, changes, runtime, way_out};
-use crate::agent::{options, surroundings, way_out as agent_way_out};
-use crate::agent_bundle::{Bundles, Platform, Version};
-use crate::cell_image::{EngineImages, ImageError, Images};
+use crate::agent::options;
 use crate::clock;
-use crate::engine::{BindMount, CellLimits, CellSpec, ContainerId, EngineError};
+use crate::engine::{CellSpec, ContainerId, EngineError};
 use crate::event::Body;
 use crate::gateway::{Lease, LeaseSpec, StoreLedger};
-use crate::git::above;
 use crate::job::outcome::Failure;
-use crate::job::spec::{Runtime, TerminalSize};
+use crate::job::spec::Runtime;
 use crate::job::{CellId, FailReason, JobId, Phase, StopReason};
-use crate::link::{Boot, CtlKey, Link, PortForward, Resume};
+use crate::link::{CtlKey, Link, Resume};
 use crate::metrics::CopyStep;
 use crate::money::Budget;
 use crate::policy::Plan;
@@ -36,10 +36,6 @@ use crate::session::{Session, Step, Trouble};
 use crate::store::CellRow;
 use crate::workspace;
 
-/// How long init lets the agent live without a daemon, in milliseconds.
-const DEAD_MAN_MS: u64 = 15 * 60 * 1000;
-/// What programs are told of a terminal.
-const TERMINAL: &str = "xterm-256color";
 /// What init adds to the wall limit, so that the daemon's own deadline comes first, in milliseconds.
 pub(super) const WALL_SLACK_MS: u64 = 10_000;
 
@@ -97,6 +93,14 @@ pub(super) fn failed(reason: FailReason, message: impl ToString) -> PrepareError
     PrepareError::Failed(Failure::new(Phase::Prepare, reason, message.to_string()))
 }
 
+pub(super) fn engine_failure(reason: FailReason, error: &EngineError) -> PrepareError {
+    let reason = match error {
+        EngineError::Unavailable { .. } | EngineError::Timeout { .. } => FailReason::EngineUnavailable,
+        _ => reason,
+    };
+    failed(reason, error)
+}
+
 /// A cell that was started, whatever runs in it.
 #[derive(Debug)]
 pub(super) struct Started {
@@ -116,32 +120,6 @@ pub(super) struct Begun {
     pub(super) names: Names,
     pub(super) tenant: Tenant,
     engine_name: Option<String>,
-}
-
-/// What runs in a cell.
-pub(super) struct Launch<'a> {
-    /// The program and its arguments.
-    pub(super) argv: Vec<String>,
-    /// Variables beside the plan's.
-    pub(super) more: &'a [(String, String)],
-    /// Commands that run before it, one at a time, when they are asked for.
-    pub(super) steps: Vec<Vec<String>>,
-    /// It gets a terminal.
-    pub(super) terminal: Option<TerminalSize>,
-    /// Longest life, in milliseconds.
-    pub(super) wall_limit_ms: u64,
-    /// It may ask the model.
-    pub(super) model: bool,
-    /// What the tools in the cell are told of their way out.
-    pub(super) shown: &'a Plan,
-}
-
-impl<'a> Launch<'a> {
-    /// A program on its own, without a model.
-    pub(super) fn of(argv: Vec<String>, wall_limit_ms: u64, record: &'a Record) -> Self {
-        let shown = &record.accepted.plan;
-        Self { argv, more: &[], steps: Vec::new(), terminal: None, wall_limit_ms, model: false, shown }
-    }
 }
 
 /// Makes and starts a cell for a job's agent.
@@ -337,69 +315,6 @@ pub(super) async fn wish(stop: &mut watch::Receiver<StopWish>) -> StopWish {
     }
 }
 
-/// What the image gives.
-pub(super) struct Image {
-    id: String,
-    env: Vec<(String, String)>,
-    pub(super) claude: PathBuf,
-    pub(super) shell: &'static str,
-    volumes: Vec<String>,
-}
-
-pub(super) async fn find_image(
-    parts: &Arc<Parts>,
-    record: &Record,
-    stop: &mut watch::Receiver<StopWish>,
-) -> Result<Image, PrepareError> {
-    let reference = &record.accepted.plan.image;
-    let port = EngineImages::new(parts.engine.clone(), parts.store.instance().clone());
-    let images = Images::new(&port, &parts.settings.state_dir);
-    let info = match images.resolve_image(reference).await {
-        Err(ImageError::NotPresent { .. }) => {
-            let (progress, _) = tokio::sync::mpsc::channel(1);
-            // Only the pull may be dropped half-way: the other calls are short, and one of them makes a container.
-            let pulled = tokio::select! {
-                pulled = parts.engine.pull(reference, &progress) => pulled,
-                Some((reason, detail)) = wish(stop) => return Err(PrepareError::Stopped(reason, detail)),
-            };
-            pulled.map_err(|e| pull_failure(reference, &e))?;
-            images.resolve_image(reference).await
-        }
-        found => found,
-    };
-    let info = info.map_err(|e| image_failure(&e))?;
-    let facts = images.suitability(&info).await.map_err(|e| image_failure(&e))?;
-    let details =
-        parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
-    let details = details
-        .ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
-    let Some(libc) = facts.libc else {
-        let words = format!("the image {reference} has neither glibc nor musl, so the CLI cannot run in it");
-        return Err(failed(FailReason::ImageUnsuitable, words));
-    };
-    let platform = Platform { arch: facts.arch, libc };
-    let wanted = record.accepted.plan.agent.clone().or_else(|| parts.settings.agent.clone());
-    let bundles = parts.bundles.clone();
-    let claude = tokio::task::spawn_blocking(move || bundle_path(&bundles, wanted.as_deref(), platform))
-        .await
-        .map_err(|e| failed(FailReason::Internal, e))?
-        .map_err(|e| failed(FailReason::AgentMissing, e))?;
-    let (env, volumes) = (details.env, details.volumes);
-    Ok(Image { id: info.id, env, claude, shell: facts.shell.path(), volumes })
-}
-
-fn bundle_path(
-    bundles: &Bundles,
-    wanted: Option<&str>,
-    platform: Platform,
-) -> Result<PathBuf, crate::agent_bundle::BundleError> {
-    let version: Version = match wanted {
-        Some(text) => text.parse()?,
-        None => bundles.active()?,
-    };
-    bundles.path_for(&version, platform)
-}
-
 /// What a cell is called and how its ends know each other.
 pub(super) struct Names {
     pub(super) cell: CellId,
@@ -549,140 +464,4 @@ async fn budgets(parts: &Arc<Parts>, record: &Record) -> Result<Vec<Budget>, Pre
     let job = Some(record.accepted.plan.limits.cost_micro_usd);
     let user_day = record.accepted.user_day_micro_usd;
     Ok(parts.settings.caps.of_job(job, batch.and_then(|batch| batch.limit), user_day))
-}
-
-pub(super) fn cell_spec(
-    parts: &Parts,
-    record: &Record,
-    cell: &CellId,
-    image: &Image,
-    dirs: &Dirs,
-    who: &Who,
-) -> CellSpec {
-    let (limits, workspace) = (&record.accepted.plan.limits, record.accepted.plan.workspace_at.as_str());
-    let bind = |source: &Path, target: &str, read_only: bool| BindMount {
-        source: source.to_owned(),
-        target: target.to_owned(),
-        read_only,
-    };
-    let mut mounts = vec![
-        bind(&dirs.run, "/.hotcell", true),
-        bind(&parts.settings.init_binary, "/.hotcell-init", true),
-        bind(&dirs.claude, options::CLI_PATH, true),
-        bind(&dirs.etc.join("passwd"), "/etc/passwd", true),
-        bind(&dirs.etc.join("group"), "/etc/group", true),
-        // Empty: managed settings of an image would win over ours, and their hooks would run.
-        bind(&dirs.etc.join("claude-code"), "/etc/claude-code", true),
-        bind(&dirs.etc.join("git-hooks"), options::GIT_HOOKS, true),
-        bind(&dirs.home, options::HOME, false),
-        bind(&dirs.tmp, "/tmp", false),
-    ];
-    mounts.extend(dirs.under.iter().map(|under| bind(&under.source, &under.target, under.read_only)));
-    mounts.push(
-        // A read-only one is staged so; asked to do it, the engine would drop nosuid and nodev on the way.
-        bind(&dirs.workspace, workspace, dirs.workspace_read_only),
-    );
-    for part in &dirs.parts {
-        mounts.push(bind(&part.path, &format!("{workspace}/{}", part.below.display()), false));
-    }
-    for over in &dirs.over {
-        // The later one of two on one path hides more.
-        mounts.retain(|mount| mount.target != over.target);
-        mounts.push(bind(&over.source, &over.target, over.read_only));
-    }
-    // A volume that the image declares would be writable and without a limit: the scratch space covers it.
-    for volume in &image.volumes {
-        if !mounts.iter().any(|m| m.target == *volume) {
-            mounts.push(bind(&dirs.tmp, volume, false));
-        }
-    }
-    CellSpec {
-        instance: parts.store.instance().clone(),
-        cell: cell.clone(),
-        image_id: image.id.clone(),
-        user: who.owner(),
-        groups: who.groups.clone(),
-        limits: CellLimits {
-            memory_bytes: limits.memory_bytes,
-            // A policy may name more cores than this machine has; the engine would refuse that.
-            cpus_milli: limits.cpus_milli.min(rooms::cores_milli()),
-            pids_max: limits.pids_max,
-            nofile_max: rooms::nofile_max(),
-        },
-        mounts,
-        runtime: None,
-        working_dir: workspace.to_owned(),
-        argv: vec!["/.hotcell-init".to_owned()],
-        env: Vec::new(),
-    }
-}
-
-pub(super) fn boot_with(
-    parts: &Parts,
-    record: &Record,
-    names: &Names,
-    image: &Image,
-    launch: Launch<'_>,
-) -> Result<Vec<u8>, PrepareError> {
-    let Launch { argv, more, steps, terminal, wall_limit_ms, model, shown } = launch;
-    let plan = &record.accepted.plan;
-    let words = |argv: Vec<String>| argv.into_iter().map(OsString::from).collect::<Vec<_>>();
-    let provider = parts.gateway.view(&plan.provider).map_err(|e| failed(FailReason::Internal, e))?;
-    let mut env = options::environment(plan, &image.env, &provider, &names.token);
-    if !model {
-        // Nobody answers there.
-        provider.environment(&names.token).into_iter().for_each(|(name, _)| drop(env.remove(name)));
-    }
-    if terminal.is_some() {
-        env.insert("TERM".to_owned(), TERMINAL.to_owned());
-    }
-    env.extend(more.iter().cloned());
-    surroundings::add_way_out(&mut env, shown, way_out::has_authorities(parts, shown));
-    env.extend(record.accepted.above.iter().map(|_| above::across()));
-    env.entry("SHELL".to_owned()).or_insert_with(|| image.shell.to_owned());
-    let mut boot = Boot::new(names.cell.clone(), names.key.clone(), words(argv));
-    boot.env = env.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
-    boot.cwd = PathBuf::from(&plan.workspace_at);
-    boot.ctl_socket = PathBuf::from("/.hotcell/ctl.sock");
-    boot.wall_limit_ms = wall_limit_ms;
-    boot.dead_man_ms = DEAD_MAN_MS;
-    boot.buffer_bytes_max = CELL_BUFFER_BYTES_MAX;
-    boot.start_now = steps.is_empty();
-    boot.steps = steps.into_iter().map(words).collect();
-    boot.terminal = terminal.map(|size| (size.rows, size.cols));
-    // A person's command may open /dev/stdout, which no socket can be.
-    boot.pipes = !model && terminal.is_none();
-    let forward = |port, name| PortForward { port, socket: PathBuf::from("/.hotcell").join(name) };
-    boot.forwards = vec![forward(agent_way_out::EGRESS_PORT, "egress.sock")];
-    if model {
-        boot.forwards.push(forward(options::MODEL_PORT, "api.sock"));
-    }
-    boot.encode().map_err(|e| failed(FailReason::Internal, e))
-}
-
-pub(super) fn engine_failure(reason: FailReason, error: &EngineError) -> PrepareError {
-    let reason = match error {
-        EngineError::Unavailable { .. } | EngineError::Timeout { .. } => FailReason::EngineUnavailable,
-        _ => reason,
-    };
-    failed(reason, error)
-}
-
-fn pull_failure(reference: &str, error: &EngineError) -> PrepareError {
-    match engine_failure(FailReason::ImageUnavailable, error) {
-        PrepareError::Failed(failure) if failure.reason == FailReason::ImageUnavailable => failed(
-            failure.reason,
-            format!("the image {reference:?} is not on this machine and cannot be pulled: {error}"),
-        ),
-        other => other,
-    }
-}
-
-fn image_failure(error: &ImageError) -> PrepareError {
-    let reason = match error {
-        ImageError::NoShell { .. } => FailReason::ImageUnsuitable,
-        ImageError::Engine(fault) if fault.away => FailReason::EngineUnavailable,
-        _ => FailReason::ImageUnavailable,
-    };
-    failed(reason, error)
 }

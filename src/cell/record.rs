@@ -263,7 +263,8 @@ impl Record {
         self.commit()?;
         self.journal.sync().await?;
         let (seq, now) = (self.journal.next_seq(), clock::wall_ms());
-        self.state = parts.store.carry_over(&self.job, &self.state, &input, carry.clone(), (seq, now)).await?;
+        self.state =
+            parts.store.carry_over(&self.job, &self.state, &input, carry.clone(), (seq, now)).await?;
         self.carry = carry;
         self.journal.push(&Body::State { state: self.state.clone() }, now)?;
         self.commit()

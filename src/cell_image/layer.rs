@@ -177,7 +177,8 @@ impl Images<'_> {
                 on_progress(Progress::Step(&format!("fetching the packages of {}", toolchain.name)));
                 let packages: Vec<String> = toolchain.packages().into_iter().map(on_our_suite).collect();
                 let debs = archive.fetch(&packages, on_progress).await?;
-                let names = given(&work, &debs, toolchain).map_err(ImageError::io("put packages in", &work))?;
+                let names =
+                    given(&work, &debs, toolchain).map_err(ImageError::io("put packages in", &work))?;
                 if toolchain.has_node_extras() {
                     debian::node_extras(npm, layer.arch, &work, on_progress).await?;
                 }

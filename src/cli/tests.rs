@@ -508,7 +508,7 @@ fn the_schema_is_that_of_the_job_spec() {
     let schema: Value = serde_json::from_str(&stdout.text()).expect("JSON");
     assert_eq!(schema["title"], "JobSpec");
     assert_eq!(schema["additionalProperties"], false);
-    assert_eq!(schema["required"], json!(["prompt"]));
+    assert_eq!(schema["oneOf"], json!([{ "required": ["prompt"] }, { "required": ["command"] }]));
 }
 
 #[tokio::test]

@@ -171,7 +171,7 @@ fn the_table_of_settings_and_the_file_have_the_same_keys() {
         "provider.anthropic.base_url" => "\"http://h\"",
         "log" => "\"info\"",
         "budgets.day_usd" => "1.5",
-        _ if key.starts_with("limits.") => "2000000",
+        _ if key.starts_with("limits.") || key.starts_with("cache.") => "2000000",
         _ => "\"/x\"",
     };
     for setting in &SETTINGS {

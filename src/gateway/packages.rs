@@ -11,9 +11,6 @@ mod fresh;
 mod index;
 mod key;
 
-#[cfg(test)]
-mod tests;
-
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -252,7 +249,8 @@ impl PackageCache {
     /// Removes entries; how many, and the bytes of their bodies. Blocks.
     pub fn remove_chosen(&self, choice: &Choice) -> Sum {
         let mut removed = Sum::default();
-        for name in self.index().names() {
+        let names = self.index().names();
+        for name in names {
             if choice.prefix.is_some() && !self.disk.entry(name).is_some_and(|stored| choice.has(&stored.key))
             {
                 continue;
@@ -270,7 +268,8 @@ impl PackageCache {
     /// Entries, those first that were used last, and whether there are more than are listed. Blocks.
     pub fn list(&self, choice: &Choice) -> (Vec<Listed>, bool) {
         let mut listed = Vec::new();
-        for name in self.index().names() {
+        let names = self.index().names();
+        for name in names {
             let Some(slot) = self.index().get(name).cloned() else { continue };
             if choice.policy.as_deref().is_some_and(|policy| *slot.policy != *policy) {
                 continue;
@@ -390,6 +389,12 @@ impl PackageCache {
 
     fn well(&self) {
         self.told.store(false, Ordering::Relaxed);
+    }
+
+    /// Lets the disk fail after so many bytes of a body.
+    #[cfg(test)]
+    pub(in crate::gateway) fn fail_after(&self, bytes: u64) {
+        self.fails_after.store(bytes, Ordering::Relaxed);
     }
 
     #[cfg(test)]

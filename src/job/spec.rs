@@ -48,6 +48,7 @@ pub enum SpecError {
 /// One task for an agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{ "required": ["prompt"] }, { "required": ["command"] }]))]
 pub struct JobSpec {
     /// What the agent shall do; 1 byte to 1 MiB. A job has this or a command.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -365,7 +366,9 @@ impl JobSpec {
     fn check_work(&self) -> Result<(), SpecError> {
         match (&self.command, self.prompt.trim().is_empty()) {
             (None, true) => return Err(field("prompt", "is empty, and there is no command")),
-            (Some(_), false) => return Err(field("command", "stands beside a prompt: a job has one of them")),
+            (Some(_), false) => {
+                return Err(field("command", "stands beside a prompt: a job has one of them"));
+            }
             (Some(_), true) if self.verify.is_some() => {
                 return Err(field("verify", "stands beside a command: it judges the work of an agent"));
             }

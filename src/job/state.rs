@@ -105,7 +105,15 @@ pub struct IllegalMove {
 impl State {
     /// The names, in order; metrics are seeded from it.
     pub const NAMES: [&'static str; 9] = [
-        "queued", "preparing", "running", "stopping", "parking", "parked", "collecting", "verifying", "done",
+        "queued",
+        "preparing",
+        "running",
+        "stopping",
+        "parking",
+        "parked",
+        "collecting",
+        "verifying",
+        "done",
     ];
 
     /// The name used in rows, metrics and JSON.
@@ -139,9 +147,7 @@ impl State {
     /// [`IllegalMove`] where the diagram has no such arrow.
     pub fn next(&self, input: &Input) -> Result<Self, IllegalMove> {
         let illegal = || Err(IllegalMove { from: self.name(), input: input.clone() });
-        use Input::{
-            Admit, Booted, CellEnded, Finish, Park, Repair, Requeue, Shelved, Stop, Unpark, Verify,
-        };
+        use Input::{Admit, Booted, CellEnded, Finish, Park, Repair, Requeue, Shelved, Stop, Unpark, Verify};
         match (self, input) {
             (Self::Queued, Admit) => Ok(Self::Preparing),
             (Self::Queued, Park(parked)) => Ok(Self::Parked { parked: *parked }),
@@ -164,10 +170,9 @@ impl State {
             (Self::Preparing | Self::Running, Park(parked)) => Ok(Self::Parking { parked: *parked }),
             (Self::Preparing | Self::Running, CellEnded) => Ok(Self::Collecting { stopped: None }),
             (Self::Preparing, Admit | Shelved | Unpark | Finish(_) | Verify | Repair) => illegal(),
-            (
-                Self::Running,
-                Admit | Requeue | Booted | Shelved | Unpark | Finish(_) | Verify | Repair,
-            ) => illegal(),
+            (Self::Running, Admit | Requeue | Booted | Shelved | Unpark | Finish(_) | Verify | Repair) => {
+                illegal()
+            }
 
             (Self::Parking { .. }, Stop(reason)) => Ok(Self::Stopping { reason: *reason }),
             (Self::Parking { parked }, Shelved) => Ok(Self::Parked { parked: *parked }),
@@ -196,15 +201,14 @@ impl State {
             (Self::Verifying, Finish(outcome)) => Ok(Self::Done(outcome.clone())),
             (Self::Verifying, Repair) => Ok(Self::Preparing),
             (Self::Verifying, Stop(reason)) => Ok(Self::Stopping { reason: *reason }),
-            (
-                Self::Verifying,
-                Admit | Requeue | Booted | Park(_) | Shelved | Unpark | CellEnded | Verify,
-            ) => illegal(),
+            (Self::Verifying, Admit | Requeue | Booted | Park(_) | Shelved | Unpark | CellEnded | Verify) => {
+                illegal()
+            }
 
             (
                 Self::Done(_),
-                Admit | Requeue | Booted | Stop(_) | Park(_) | Shelved | Unpark | CellEnded | Finish(_) | Verify
-                | Repair,
+                Admit | Requeue | Booted | Stop(_) | Park(_) | Shelved | Unpark | CellEnded | Finish(_)
+                | Verify | Repair,
             ) => illegal(),
         }
     }

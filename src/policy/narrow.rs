@@ -513,7 +513,10 @@ mod tests {
         assert_eq!(refused(r#"{"prompt":"x","image":"evil"}"#).key, "image");
         // A wish, judged once it is known what it comes to.
         let spec = JobSpec::parse(br#"{"prompt":"x","image":"auto"}"#).expect("spec");
-        assert_eq!(narrow(&spec, &policy("default"), None, &defaults()).map(|plan| plan.image), Ok("auto".into()));
+        assert_eq!(
+            narrow(&spec, &policy("default"), None, &defaults()).map(|plan| plan.image),
+            Ok("auto".into())
+        );
         let text = include_str!("../../policies/default.toml").replace("deny = []", "deny = ['WebFetch']");
         let strict = Policy::parse("strict", &text).expect("policy");
         let spec = JobSpec::parse(br#"{"prompt":"x","tools":["Read","WebFetch"]}"#).expect("spec");

@@ -48,7 +48,11 @@ fn input_output_and_exit_code_are_the_commands_own() {
     assert!(err.contains("no-such-program"), "{err}");
     let (code, out, _) = exec(&world, &["--", "sh", "-c", "kill -9 $$"], b"");
     assert_eq!((code, text(&out)), (137, ""));
-    let (_, out, _) = exec(&world, &["-e", "GREETING=hello", "-p", "trusted", "--", "sh", "-c", "echo $GREETING; env; ls /.hotcell"], b"");
+    let (_, out, _) = exec(
+        &world,
+        &["-e", "GREETING=hello", "-p", "trusted", "--", "sh", "-c", "echo $GREETING; env; ls /.hotcell"],
+        b"",
+    );
     let out = text(&out);
     assert!(out.starts_with("hello\n"), "{out}");
     for forbidden in ["ANTHROPIC", "api.sock", CANARY] {
@@ -65,7 +69,11 @@ fn what_a_command_changes_in_a_copy_is_kept_and_can_be_gone_on_with() {
     let repo = world.workspace("repo", 0);
     std::fs::write(repo.join("who.txt"), "person\n").unwrap();
     let place = repo.to_str().unwrap();
-    let (code, out, err) = exec(&world, &["-p", "refactor", "-w", place, "--", "sh", "-c", "cat who.txt; echo command >> who.txt"], b"");
+    let (code, out, err) = exec(
+        &world,
+        &["-p", "refactor", "-w", place, "--", "sh", "-c", "cat who.txt; echo command >> who.txt"],
+        b"",
+    );
     assert_eq!((code, text(&out)), (0, "person\n"), "{err}");
     assert!(err.contains("hotcell diff j"), "{err}");
     assert_eq!(std::fs::read_to_string(repo.join("who.txt")).unwrap(), "person\n");
@@ -77,9 +85,17 @@ fn what_a_command_changes_in_a_copy_is_kept_and_can_be_gone_on_with() {
     let agent = view["id"].as_str().unwrap();
     let (code, out, err) = exec(&world, &["-p", "refactor", "--from", agent, "--", "cat", "who.txt"], b"");
     assert_eq!((code, text(&out)), (0, "agent\n"), "{err}");
-    let (code, out, _) = exec(&world, &["-p", "refactor", "-w", place, "--setup", "echo ready > state", "--", "cat", "state"], b"");
+    let (code, out, _) = exec(
+        &world,
+        &["-p", "refactor", "-w", place, "--setup", "echo ready > state", "--", "cat", "state"],
+        b"",
+    );
     assert_eq!((code, text(&out)), (0, "ready\n"));
-    let (code, _, err) = exec(&world, &["-p", "refactor", "-w", place, "--setup", "echo broken >&2; false", "--", "true"], b"");
+    let (code, _, err) = exec(
+        &world,
+        &["-p", "refactor", "-w", place, "--setup", "echo broken >&2; false", "--", "true"],
+        b"",
+    );
     assert_eq!(code, 1, "{err}");
     assert!(err.contains("broken") && err.contains("setup_failed"), "{err}");
     world.end();

@@ -51,7 +51,8 @@ fn spec(world: &World, more: Value) -> Value {
 
 #[test]
 fn setup_runs_first_in_the_agents_cell_and_verify_last_in_a_fresh_one() {
-    let world = World::new(&one_command("cat prepared; echo $(cat $HOME/served) | tee done.txt; ls $HOME/lib"));
+    let world =
+        World::new(&one_command("cat prepared; echo $(cat $HOME/served) | tee done.txt; ls $HOME/lib"));
     let spec = spec(
         &world,
         json!({
@@ -71,7 +72,8 @@ fn setup_runs_first_in_the_agents_cell_and_verify_last_in_a_fresh_one() {
     assert!(tool_results(&events).contains("from-setup"), "{}", tool_results(&events));
     assert!(tool_results(&events).contains("one"), "HOME is the same: {}", tool_results(&events));
     // Before the agent, and again before the judging: what tests need is there.
-    let twice = [(0, None), (0, Some(0)), (1, None), (1, Some(0)), (0, None), (0, Some(0)), (1, None), (1, Some(0))];
+    let twice =
+        [(0, None), (0, Some(0)), (1, None), (1, Some(0)), (0, None), (0, Some(0)), (1, None), (1, Some(0))];
     assert_eq!(steps(&events, "setup"), twice);
     assert_eq!(steps(&events, "verify"), [(0, None), (0, Some(0)), (1, None), (1, Some(0))]);
     let printed = output(&events);
@@ -88,7 +90,8 @@ fn setup_runs_first_in_the_agents_cell_and_verify_last_in_a_fresh_one() {
 #[test]
 fn an_agent_that_did_not_pass_gets_the_output_and_another_try() {
     let world = World::new(&tries(&["echo bad | tee out.txt", "cat out.txt; echo good | tee out.txt"]));
-    let verify = json!({ "commands": ["echo looked at $(cat out.txt); grep -q good out.txt"], "repair_attempts": 2 });
+    let verify =
+        json!({ "commands": ["echo looked at $(cat out.txt); grep -q good out.txt"], "repair_attempts": 2 });
     let (events, job) = world.job(&spec(&world, json!({ "verify": verify })));
     assert_eq!(job["outcome"], "succeeded", "{job:#}\n{}", output(&events));
     assert_eq!(job["totals"]["verified"], json!({ "passed": true, "repairs": 1 }));
@@ -126,7 +129,8 @@ fn what_never_passes_fails_with_its_change_set_kept() {
 #[test]
 fn a_setup_that_fails_or_hangs_ends_the_job_before_its_agent() {
     let world = World::new(&one_command("true"));
-    let failing = json!({ "setup": { "commands": ["echo fine", "echo no such package >&2; exit 3", "echo never"] } });
+    let failing =
+        json!({ "setup": { "commands": ["echo fine", "echo no such package >&2; exit 3", "echo never"] } });
     let (events, job) = world.job(&spec(&world, failing));
     assert_eq!((&job["reason"], &job["phase"]), (&json!("setup_failed"), &json!("setup")), "{job:#}");
     let message = job["message"].as_str().unwrap();

@@ -69,7 +69,7 @@ fn an_image_says_what_it_is_and_never_what_steers_the_cell() {
         ("CLAUDE_CODE_SIMPLE", "1"),
         ("NODE_OPTIONS", "--require /x.js"),
         ("HTTPS_PROXY", "http://evil"),
-        ("MAVEN_CONFIG", "/root/.m2"),
+        ("MAVEN_CONFIG", "/usr/share/m2"),
         ("GIT_CONFIG_COUNT", "1"),
         ("1BAD", "x"),
         ("BAD-NAME", "x"),

@@ -183,7 +183,9 @@ impl StreamView {
     fn step(&self, stage: Stage, index: u32, command: &str, ended: Option<StepEnd>) -> Text {
         let (stage, number) = (stage.as_str(), index + 1);
         match ended {
-            None => self.remark(Style::Dim, &format!("· {stage} {number}: {}", one_line(command, LINE_CHARS_MAX))),
+            None => {
+                self.remark(Style::Dim, &format!("· {stage} {number}: {}", one_line(command, LINE_CHARS_MAX)))
+            }
             Some(StepEnd { code: 0, .. }) => self.text(),
             Some(StepEnd { code, duration_ms }) => {
                 let took = words::duration(duration_ms);

@@ -258,19 +258,30 @@ pub(crate) fn agents(paint: Paint, bundles: &[Bundle], active: &Version) -> Text
 
 /// `hotcell image ls`.
 pub(crate) fn images(paint: Paint, all: &[Listed]) -> Text {
-    let rows: Vec<Vec<(Style, String)>> = all.iter().map(|listed| {
-        let (style, state) = match listed.state {
-            Standing::Built => (Style::Good, "built".to_owned()),
-            Standing::Outdated => (Style::Warn, format!("outdated: `hotcell image build {}`", listed.name)),
-            Standing::NotBuilt => (Style::Dim, format!("`hotcell image build {}`", listed.name)),
-            Standing::Gone => (Style::Bad, format!("gone: `hotcell image build {}`", listed.name)),
-        };
-        let size = listed.built.as_ref().and_then(|found| found.size_bytes);
-        let size = size.map_or_else(String::new, |bytes| format!("{} MB", bytes / 1_000_000));
-        let versions = listed.built.iter().flat_map(|found| &found.versions);
-        let versions = versions.map(|(name, version)| format!("{name} {version}")).collect::<Vec<_>>().join(", ");
-        vec![(Style::Plain, listed.image.clone()), (style, state), (Style::Plain, size), (Style::Plain, versions)]
-    }).collect();
+    let rows: Vec<Vec<(Style, String)>> = all
+        .iter()
+        .map(|listed| {
+            let (style, state) = match listed.state {
+                Standing::Built => (Style::Good, "built".to_owned()),
+                Standing::Outdated => {
+                    (Style::Warn, format!("outdated: `hotcell image build {}`", listed.name))
+                }
+                Standing::NotBuilt => (Style::Dim, format!("`hotcell image build {}`", listed.name)),
+                Standing::Gone => (Style::Bad, format!("gone: `hotcell image build {}`", listed.name)),
+            };
+            let size = listed.built.as_ref().and_then(|found| found.size_bytes);
+            let size = size.map_or_else(String::new, |bytes| format!("{} MB", bytes / 1_000_000));
+            let versions = listed.built.iter().flat_map(|found| &found.versions);
+            let versions =
+                versions.map(|(name, version)| format!("{name} {version}")).collect::<Vec<_>>().join(", ");
+            vec![
+                (Style::Plain, listed.image.clone()),
+                (style, state),
+                (Style::Plain, size),
+                (Style::Plain, versions),
+            ]
+        })
+        .collect();
     table(paint, &["IMAGE", "STATE", "SIZE", "WITH"], &rows)
 }
 

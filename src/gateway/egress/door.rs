@@ -84,6 +84,11 @@ impl Door {
         Self { shared, acceptor, events }
     }
 
+    #[cfg(test)]
+    pub(super) fn plan(&self) -> Arc<Plan> {
+        Arc::clone(&self.shared.plan)
+    }
+
     /// The next event. Cancel-safe.
     pub(in crate::gateway) async fn next_event(&mut self) -> EgressRecord {
         match self.events.recv().await {

@@ -2,6 +2,7 @@
 //! loopback and remember what was asked of them. Nothing else is ever dialled.
 
 mod git;
+mod packages;
 mod smuggling;
 mod sums;
 
@@ -173,6 +174,22 @@ impl Cell {
 
     /// A server of HTTPS behind a port, with a certificate for these names.
     async fn https(&mut self, port: u16, names: &[&str]) {
+        let acceptor = self.acceptor(names);
+        let (listener, world) = (self.listener(port).await, self.world.clone());
+        self.tasks.spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (world, acceptor) = (world.clone(), acceptor.clone());
+                tokio::spawn(async move {
+                    if let Ok(stream) = acceptor.accept(stream).await {
+                        serve(world, stream).await;
+                    }
+                });
+            }
+        });
+    }
+
+    /// TLS as one of the internet's hosts, with a certificate for these names.
+    fn acceptor(&self, names: &[&str]) -> TlsAcceptor {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let key = rcgen::KeyPair::generate().unwrap();
         let params = rcgen::CertificateParams::new(names).unwrap();
@@ -185,18 +202,17 @@ impl Cell {
             .with_no_client_auth()
             .with_single_cert(vec![certificate.der().clone()], key)
             .unwrap();
-        let acceptor = TlsAcceptor::from(Arc::new(config));
-        let (listener, world) = (self.listener(port).await, self.world.clone());
-        self.tasks.spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let (world, acceptor) = (world.clone(), acceptor.clone());
-                tokio::spawn(async move {
-                    if let Ok(stream) = acceptor.accept(stream).await {
-                        serve(world, stream).await;
-                    }
-                });
-            }
-        });
+        TlsAcceptor::from(Arc::new(config))
+    }
+
+    /// The same cell as another job.
+    async fn job(&mut self, job: JobId) {
+        let path = self.dir.path().join("other.sock");
+        let (listener, plan) = (UnixListener::bind(&path).unwrap(), self.door.plan());
+        let spec = EgressSpec { job, ..self.spec.clone() };
+        let door = Door::open(listener, spec, plan, CellId::new(3));
+        std::mem::replace(&mut self.door, door).destroy().await;
+        std::fs::rename(path, self.dir.path().join(SOCKET)).unwrap();
     }
 
     async fn listener(&self, port: u16) -> TcpListener {
