@@ -366,11 +366,13 @@ async fn attempt(
             Err(error) => error,
         },
         Some(command) => match bare::prepare_command(parts, record, &command, stop).await {
-            Ok((started, stages)) => {
+            Ok((started, stages, runtime)) => {
                 prepared(parts);
                 let main = Main::Command { attached: command.attached };
                 let wall = Duration::from_millis(record.wall_left_ms());
-                return Bare::new(parts, record, started, (stages, main, wall), stop.clone()).run().await;
+                let greeting = bare::greeting(&command, runtime);
+                let bare = Bare::new(parts, record, started, (stages, main, wall), stop.clone());
+                return bare.greet(greeting).run().await;
             }
             Err(error) => error,
         },

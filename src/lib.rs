@@ -32,10 +32,14 @@
 //!    which judges every tool call by [`policy::judge`] and gives back what to send; what a call waits for (a path, a
 //!    hook) is found out beside it.
 //! 5. [`gateway`]: authorise → inspect → wait for a turn → bound → reserve → inject the credential → forward → meter →
-//!    settle; [`gateway::egress`]: decide → resolve and check → dial the checked address → count.
+//!    settle; [`gateway::egress`]: decide → answer from the package cache, or resolve and check → dial the checked
+//!    address → count.
+//!    The job's own commands come first ([`job::JobSpec`]'s `setup`), with a way out of their own; a job of a command has
+//!    a cell without an agent, in which its client takes part by [`api::attach`].
 //! 6. A stop is stored, then the lease is revoked, then the CLI is interrupted, terminated, killed.
 //! 7. `collect` in [`cell`]: what the agent changed in its copy becomes a change set ([`cell::changes`], [`changes`]);
-//!    container, mounts and directory proven gone, totals, `Done`. What becomes of a change set is its submitter's word
+//!    container, mounts and directory proven gone; `verify` judges the change set in a fresh cell, and the agent may get another
+//!    try; totals, `Done`. What becomes of a change set is its submitter's word
 //!    ([`api::changes`]) and done with their rights.
 //! 8. After a crash [`scheduler::recover`] says what becomes of each row and each container. What a machine lacks for
 //!    all this, and what to do about it, [`api::doctor`] says.

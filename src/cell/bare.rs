@@ -22,7 +22,7 @@ use crate::engine::{ContainerId, EngineError, Exit};
 use crate::event::{Body, Stream};
 use crate::gateway::{GatewayEvent, Lease};
 use crate::job::outcome::Failure;
-use crate::job::spec::CommandSpec;
+use crate::job::spec::{CommandSpec, Runtime};
 use crate::job::{FailReason, Input, Phase, State, StopReason};
 use crate::link::{ExitReason, ExitReport, Link, LinkEvent, LinkHandle, OutputStream};
 use crate::session::AgentExit;
@@ -66,13 +66,23 @@ enum Ending {
     },
 }
 
+/// What whoever sits at a terminal has to know of this runtime.
+pub(super) fn greeting(command: &CommandSpec, runtime: Runtime) -> Option<&'static str> {
+    match (command.terminal, runtime) {
+        (Some(_), Runtime::Runsc) => {
+            Some("under gVisor Ctrl-C may not be heard; `exit`, or `hotcell cancel` from elsewhere, ends the command")
+        }
+        (Some(_), Runtime::Runc) | (None, _) => None,
+    }
+}
+
 /// Makes the cell of a job's command.
 pub(super) async fn prepare_command(
     parts: &Arc<Parts>,
     record: &mut Record,
     command: &CommandSpec,
     stop: &mut watch::Receiver<StopWish>,
-) -> Result<(Started, VecDeque<Steps>), PrepareError> {
+) -> Result<(Started, VecDeque<Steps>, Runtime), PrepareError> {
     let begun = prepare::begin(parts, record, true, stop).await?;
     let accepted = record.accepted.clone();
     let made = prepare::make_rooms(parts, record, &begun.names, begun.tenant.clone(), accepted, None).await?;
@@ -97,7 +107,7 @@ pub(super) async fn prepare_command(
     let first = first.map(Arc::new);
     let started =
         prepare::finish(parts, record, &begun, (&made.dirs, &made.who), launch, first, stop).await?;
-    Ok((started, setup.into_iter().collect()))
+    Ok((started, setup.into_iter().collect(), begun.tenant.runtime))
 }
 
 /// The loop's state.
@@ -178,6 +188,13 @@ impl<'a> Bare<'a> {
             failure: None,
             watch,
         }
+    }
+
+    /// Tells the client this first.
+    pub(super) fn greet(mut self, words: Option<&str>) -> Self {
+        let line = words.map(|words| ToClient::Stderr(format!("hotcell: {words}\r\n").into()));
+        self.outbox = line.map(|line| (line, OutputStream::Stderr, 0));
+        self
     }
 
     /// Lives until the cell's processes are gone.

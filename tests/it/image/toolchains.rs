@@ -207,7 +207,9 @@ async fn each_toolchain_works_for_a_foreign_uid_under_a_read_only_root() {
     let names: Vec<&str> = TOOLCHAINS.iter().map(|toolchain| toolchain.name).collect();
     assert_eq!(ANSWERS.map(|(name, ..)| name).to_vec(), names, "each one is asked");
     for (name, script, words) in ANSWERS {
-        let output = cli.run_locked(&format!("hotcell/{name}"), &format!("exec 2>&1; cd; {script}")).await;
+        let output = cli
+            .run_locked(&format!("hotcell/{name}"), &format!("exec 2>&1; mkdir ~/w; cd ~/w; {script}"))
+            .await;
         let output = output.unwrap_or_else(|e| panic!("hotcell/{name} (run `make images`): {e}"));
         for word in words {
             assert!(output.contains(word), "{name}: {word:?} is missing in: {output}");
