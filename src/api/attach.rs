@@ -3,6 +3,7 @@
 //! Only whoever submitted the job may, and only one client at a time.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{StatusCode, header};
@@ -10,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
 
 use super::jobs::{JobPath, path_text};
 use super::peer::Peer;
@@ -25,6 +27,9 @@ pub const PROTOCOL: &str = "hotcell-attach";
 pub const PAYLOAD_BYTES_MAX: usize = 1 << 20;
 /// Bytes before a payload: the kind, and the payload's length in little endian.
 const HEADER_BYTES: usize = 5;
+/// How often a client is asked whether it is there: while its command takes no input nothing is read from it, and so
+/// not its end either.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
 /// How much is read at a time, in bytes.
 const READ_BYTES: usize = 64 << 10;
 
@@ -201,11 +206,14 @@ async fn carry(socket: impl AsyncRead + AsyncWrite, client: Client) -> bool {
         }
     };
     let telling = async {
-        while let Some(what) = from.recv().await {
-            let frame = match what {
-                ToClient::Stdout(bytes) => Frame::Stdout(bytes),
-                ToClient::Stderr(bytes) => Frame::Stderr(bytes),
-                ToClient::Exit(code) => Frame::Exit(code),
+        loop {
+            let frame = match timeout(ASK_AGAIN, from.recv()).await {
+                Ok(Some(ToClient::Stdout(bytes))) => Frame::Stdout(bytes),
+                Ok(Some(ToClient::Stderr(bytes))) => Frame::Stderr(bytes),
+                Ok(Some(ToClient::Exit(code))) => Frame::Exit(code),
+                Ok(None) => break,
+                // Says nothing, and fails where nobody is there.
+                Err(_) => Frame::Stderr(Bytes::new()),
             };
             if write.write_all(&frame.encode()).await.is_err() {
                 return true;

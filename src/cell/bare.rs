@@ -69,9 +69,9 @@ enum Ending {
 /// What whoever sits at a terminal has to know of this runtime.
 pub(super) fn greeting(command: &CommandSpec, runtime: Runtime) -> Option<&'static str> {
     match (command.terminal, runtime) {
-        (Some(_), Runtime::Runsc) => {
-            Some("under gVisor Ctrl-C may not be heard; `exit`, or `hotcell cancel` from elsewhere, ends the command")
-        }
+        (Some(_), Runtime::Runsc) => Some(
+            "under gVisor Ctrl-C may not be heard; `exit`, or `hotcell cancel` from elsewhere, ends the command",
+        ),
         (Some(_), Runtime::Runc) | (None, _) => None,
     }
 }

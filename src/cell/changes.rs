@@ -404,7 +404,9 @@ pub async fn recover(parts: &Parts, job: &JobId) {
         if checkouts + branches > 0 {
             tracing::warn!(job = %id, checkouts, branches, "what was interrupted was put right");
         }
-        let Some(pending) = let_go(|| apply::pending(&shelf), |e| matches!(e, ApplyError::Busy))? else {
+        let pending = let_go(|| apply::pending(&shelf), |e| matches!(e, ApplyError::Busy))?;
+        shelf.forget_unwritten()?;
+        let Some(pending) = pending else {
             return Ok(());
         };
         let guard = Guard::for_user(&state_dir, pending.identity.uid);

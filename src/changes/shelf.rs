@@ -118,6 +118,25 @@ impl JobShelf {
         Ok(())
     }
 
+    /// Removes what a dead process was just writing beside contents: it was never renamed to what it was to be. Nobody
+    /// may be writing.
+    ///
+    /// # Errors
+    /// [`ShelfError::Io`].
+    pub fn forget_unwritten(&self) -> Result<(), ShelfError> {
+        let entries = match std::fs::read_dir(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(at("list", &self.dir))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(at("list", &self.dir))?;
+            if entry.file_name().as_encoded_bytes().ends_with(b".new") {
+                std::fs::remove_file(entry.path()).map_err(at("remove", &entry.path()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Keeps the workspace before the job: its listing in its stored form, and what was checked out. Where there is a
     /// listing, the other is there too.
     ///
@@ -432,6 +451,18 @@ mod tests {
         assert_eq!(shelf.put_blob(&mut &b"abcd"[..], 3, 2).expect("no fault"), None);
         let left = std::fs::read_dir(shelf.dir().join("blobs")).expect("list").count();
         assert_eq!(left, 1, "nothing half-made stays");
+    }
+
+    #[test]
+    fn what_was_never_renamed_goes_and_nothing_else() {
+        let (_dir, shelf) = shelf();
+        shelf.put_base(b"listing", &Head::default()).expect("kept");
+        std::fs::write(shelf.dir().join("applied.new"), b"half").expect("written");
+        shelf.forget_unwritten().expect("tidied");
+        assert!(!shelf.dir().join("applied.new").exists());
+        assert_eq!(shelf.base().expect("read").as_deref(), Some(&b"listing"[..]));
+        shelf.remove().expect("removed");
+        shelf.forget_unwritten().expect("nothing there is nothing to do");
     }
 
     #[test]

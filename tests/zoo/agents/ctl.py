@@ -24,7 +24,7 @@ def frame(kind, body=b"", argument=0):
 
 
 def hello(cell, nonce):
-    return frame(1, struct.pack("<H", 1) + nonce + cell)
+    return frame(1, struct.pack("<H", 2) + nonce + cell)
 
 
 def drain(s):
