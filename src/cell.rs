@@ -14,6 +14,7 @@ mod beside;
 mod bundle;
 pub mod changes;
 mod collect;
+mod command;
 mod committer;
 mod errands;
 mod lines;
@@ -365,12 +366,12 @@ async fn attempt(
             }
             Err(error) => error,
         },
-        Some(command) => match bare::prepare_command(parts, record, &command, stop).await {
+        Some(command) => match command::prepare_command(parts, record, &command, stop).await {
             Ok((started, stages, runtime)) => {
                 prepared(parts);
                 let main = Main::Command { attached: command.attached };
                 let wall = Duration::from_millis(record.wall_left_ms());
-                let greeting = bare::greeting(&command, runtime);
+                let greeting = command::greeting(&command, runtime);
                 let bare = Bare::new(parts, record, started, (stages, main, wall), stop.clone());
                 return bare.greet(greeting).run().await;
             }
