@@ -37,7 +37,7 @@ const IMAGE_LEFT_OUT: [&str; 14] = [
 ];
 
 /// Where tools write, below HOME.
-const BELOW_HOME: [(&str, &str); 18] = [
+const BELOW_HOME: [(&str, &str); 17] = [
     ("XDG_CACHE_HOME", ".cache"),
     ("CARGO_HOME", ".cargo"),
     ("CARGO_INSTALL_ROOT", ".local"),
@@ -50,13 +50,15 @@ const BELOW_HOME: [(&str, &str); 18] = [
     ("POETRY_CACHE_DIR", ".cache/pypoetry"),
     ("npm_config_cache", ".npm"),
     ("npm_config_prefix", ".local"),
-    ("YARN_CACHE_FOLDER", ".cache/yarn"),
-    ("YARN_GLOBAL_FOLDER", ".yarn/berry"),
     ("PNPM_HOME", ".local/share/pnpm"),
     ("COREPACK_HOME", ".cache/node/corepack"),
     ("GRADLE_USER_HOME", ".gradle"),
     ("DENO_DIR", ".cache/deno"),
+    // From pnpm 11 on; older ones read a file.
+    ("pnpm_config_store_dir", PNPM_STORE),
 ];
+/// Packages of pnpm, below HOME.
+const PNPM_STORE: &str = ".local/share/pnpm/store";
 
 /// What else tools have to be told in a cell.
 const SETTINGS: [(&str, &str); 4] = [
@@ -172,6 +174,29 @@ fn add_git_settings(env: &mut BTreeMap<String, String>, settings: &[(String, Str
         env.insert(format!("GIT_CONFIG_VALUE_{}", there + at), value.clone());
     }
     env.insert("GIT_CONFIG_COUNT".to_owned(), (there + settings.len()).to_string());
+}
+
+/// Files below HOME of a new cell, for tools that no variable tells: pnpm up to 10 puts its store into the workspace
+/// otherwise, and Maven 4 looks at no system property for a proxy.
+pub fn home_files(plan: &Plan) -> Vec<(&'static str, String)> {
+    let mut files = vec![(".config/pnpm/rc", format!("store-dir={HOME}/{PNPM_STORE}\n"))];
+    if plan.cell_has_egress() {
+        let port = way_out::EGRESS_PORT;
+        let proxies: String = ["http", "https"]
+            .iter()
+            .map(|scheme| {
+                format!(
+                    "    <proxy><id>hotcell-{scheme}</id><active>true</active><protocol>{scheme}</protocol>\
+                     <host>127.0.0.1</host><port>{port}</port><nonProxyHosts>localhost|127.*</nonProxyHosts></proxy>\n"
+                )
+            })
+            .collect();
+        files.push((
+            ".m2/settings.xml",
+            format!("<settings>\n  <proxies>\n{proxies}  </proxies>\n</settings>\n"),
+        ));
+    }
+    files
 }
 
 /// What the agent is told of its cell.

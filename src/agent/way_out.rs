@@ -14,6 +14,9 @@ pub const MORE_AUTHORITIES: &str = "ca-more.pem";
 /// Its file with all of them as Java wants them.
 pub const JAVA_AUTHORITIES: &str = "ca.p12";
 
+/// Variables with the proxy's address. Yarn from 2 on looks at its own alone.
+const PROXY: [&str; 6] =
+    ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "YARN_HTTP_PROXY", "YARN_HTTPS_PROXY"];
 /// Variables whose file takes the place of a tool's own authorities.
 const ALL: [&str; 8] = [
     "SSL_CERT_FILE",
@@ -39,9 +42,7 @@ pub fn environment(plan: &Plan, authorities: bool) -> Vec<(String, String)> {
         return Vec::new();
     }
     let proxy = format!("http://127.0.0.1:{EGRESS_PORT}");
-    let mut variables: Vec<(String, String)> = ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"]
-        .map(|name| (name.to_owned(), proxy.clone()))
-        .into();
+    let mut variables: Vec<(String, String)> = PROXY.map(|name| (name.to_owned(), proxy.clone())).into();
     // Node's own fetch looks at them only when it is told to.
     variables.push(("NODE_USE_ENV_PROXY".to_owned(), "1".to_owned()));
     if authorities {

@@ -10,11 +10,11 @@ use super::beside::beside;
 use super::prepare::{PrepareError, failed};
 use super::work::{self, Over, Seen, Staged};
 use super::{Accepted, Settings};
-use crate::agent::options;
+use crate::agent::{options, surroundings};
 use crate::git::commit_hook;
 use crate::job::spec::Runtime;
 use crate::job::{FailReason, Identity, JobId};
-use crate::policy::PlanLimits;
+use crate::policy::{Plan, PlanLimits};
 use crate::workspace::{self, Scratch, ScratchError, ScratchPlan, StagedPart};
 
 /// Files and directories that a scratch space can hold, per MiB of its size.
@@ -146,7 +146,7 @@ pub(super) fn make(
     // What is wrong with the workspace is its submitter's to know first.
     let staged = staged?;
     let snapshot = staged.snapshot;
-    let mut made = finish_directories(limits, tenant, dir, staged, bare?)?;
+    let mut made = finish_directories(&accepted.plan, tenant, dir, staged, bare?)?;
     made.took = (snapshot, begun.elapsed().saturating_sub(snapshot.unwrap_or_default()));
     Ok(made)
 }
@@ -207,7 +207,7 @@ fn write_hooks(dir: &Path, job: &JobId) -> Result<(), PrepareError> {
 }
 
 fn finish_directories(
-    limits: &PlanLimits,
+    cell_plan: &Plan,
     tenant: &Tenant,
     dir: &Path,
     mut staged: Staged,
@@ -219,10 +219,11 @@ fn finish_directories(
     notes.extend(more);
     if resumed.is_none() {
         scratch.furnish(who.uid, who.gid).map_err(|e| scratch_failure(&e))?;
+        write_home(&scratch.home(), &who, cell_plan)?;
     }
     write_users(&etc, &who)?;
     let Seen { path: workspace, read_only: workspace_read_only, under, parts, over, notes: more } =
-        staged.finish(dir, &scratch, limits, plan.inodes_max)?;
+        staged.finish(dir, &scratch, &cell_plan.limits, plan.inodes_max)?;
     notes.extend(more);
     let claude = readable_program(tenant, &who, dir)?;
     let (home, tmp) = (scratch.home(), scratch.tmp());
@@ -288,6 +289,27 @@ fn readable_program(tenant: &Tenant, who: &Who, dir: &Path) -> Result<PathBuf, P
     workspace::stage_program(&tenant.claude, who.owner(), &target)
         .map_err(|e| failed(FailReason::RuntimeUnavailable, e))?;
     Ok(target)
+}
+
+/// What tools find below a HOME that nobody has had yet. It is the cell's, like all else there.
+fn write_home(home: &Path, who: &Who, plan: &Plan) -> Result<(), PrepareError> {
+    use rustix::fs::{Gid, Uid};
+    let owned = rustix::process::geteuid().is_root();
+    let give = |path: &Path| match owned {
+        true => rustix::fs::chown(path, Some(Uid::from_raw(who.uid)), Some(Gid::from_raw(who.gid))),
+        false => Ok(()),
+    };
+    for (below, text) in surroundings::home_files(plan) {
+        let path = home.join(below);
+        let folders: Vec<&Path> = path.ancestors().skip(1).take_while(|folder| *folder != home).collect();
+        for folder in folders.into_iter().rev() {
+            make_dir(folder, 0o755)?;
+            give(folder).map_err(|e| io_failure(folder, &e.into()))?;
+        }
+        std::fs::write(&path, text).map_err(|e| io_failure(&path, &e))?;
+        give(&path).map_err(|e| io_failure(&path, &e.into()))?;
+    }
+    Ok(())
 }
 
 /// A user database for the cell: programs ask for the name of the user they run as.

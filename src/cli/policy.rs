@@ -9,9 +9,10 @@ use serde_json::json;
 
 use super::Context;
 use super::fail::{CliError, ExitCode};
-use super::render::{Text, tables};
+use super::render::{Style, Text, tables};
 use super::serve::{Concerns, ConfigFlags};
-use crate::config::{BrokenPolicy, Config, PolicyListing, PolicyOrigin, PolicySource};
+use crate::config::{BrokenPolicy, Config, PolicyListing, PolicyOrigin, PolicySource, egress_sets};
+use crate::policy::Policy;
 
 /// Show, check and explain policies
 #[derive(Debug, Args)]
@@ -44,6 +45,14 @@ enum PolicyCommand {
         #[command(flatten)]
         config: ConfigFlags<PolicyDirs>,
     },
+    /// List the sets of hosts that `sets` under [egress] may name
+    Sets {
+        /// Print a JSON array
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        config: ConfigFlags<OnlyFile>,
+    },
     /// Check a policy file: errors name file, line and key
     Check(check::CheckArgs),
     /// Say which rule decides a question, and why; exit code 0 for yes, 1 for no
@@ -60,10 +69,22 @@ impl Concerns for PolicyDirs {
     }
 }
 
+/// No setting but the configuration itself, whose sets of hosts a policy may name.
+#[derive(Debug, Clone)]
+struct OnlyFile;
+
+impl Concerns for OnlyFile {
+    fn has(_: &str) -> bool {
+        false
+    }
+}
+
 impl PolicyArgs {
     pub(super) fn json(&self) -> bool {
         match &self.command {
-            PolicyCommand::Ls { json, .. } | PolicyCommand::Show { json, .. } => *json,
+            PolicyCommand::Ls { json, .. }
+            | PolicyCommand::Show { json, .. }
+            | PolicyCommand::Sets { json, .. } => *json,
             PolicyCommand::Check(args) => args.json,
             PolicyCommand::Explain(args) => args.json,
         }
@@ -74,6 +95,7 @@ pub(super) fn policy(args: &PolicyArgs, context: &mut Context) -> Result<ExitCod
     let (json, config) = match &args.command {
         PolicyCommand::Check(args) => return check::check(args, context),
         PolicyCommand::Explain(args) => return explain::explain(args, context),
+        PolicyCommand::Sets { json, config } => return sets(*json, config, context),
         PolicyCommand::Ls { json, config } | PolicyCommand::Show { json, config, .. } => (*json, config),
     };
     let config = Config::load(&config.flags(), &context.machine)?;
@@ -84,7 +106,9 @@ pub(super) fn policy(args: &PolicyArgs, context: &mut Context) -> Result<ExitCod
     if json {
         context.out.json(&as_json(name, source))?;
     } else {
-        context.out.print(&Text::new(context.out.paint).plain(&source.text))?;
+        let opened = opened(&source.policy).into_iter();
+        let text = Text::new(context.out.paint).plain(&source.text);
+        context.out.print(&opened.fold(text, |text, line| text.add(Style::Dim, &line).end()))?;
     }
     Ok(ExitCode::Succeeded)
 }
@@ -104,6 +128,42 @@ fn list(json: bool, listing: PolicyListing, context: &mut Context) -> Result<Exi
         context.out.notice(&words)?;
     }
     Ok(code)
+}
+
+/// What the sets of a policy are at this moment, as comments below its text.
+fn opened(policy: &Policy) -> Vec<String> {
+    let tables = [Some(&policy.egress), policy.setup.egress.as_ref(), policy.verify.egress.as_ref()];
+    let mut names: Vec<&String> = tables.into_iter().flatten().flat_map(|egress| &egress.sets).collect();
+    names.sort();
+    names.dedup();
+    let hosts = names.into_iter().filter_map(|name| Some((name, policy.known_sets.get(name)?)));
+    hosts.map(|(name, hosts)| format!("# set {name}: {}", hosts.join(", "))).collect()
+}
+
+fn sets(json: bool, config: &ConfigFlags<OnlyFile>, context: &mut Context) -> Result<ExitCode, CliError> {
+    let sets = egress_sets(&config.flags(), &context.machine)?;
+    if json {
+        let all = sets.iter().map(|(name, set)| {
+            json!({ "name": name, "description": set.description, "hosts": set.hosts, "env": set.env })
+        });
+        context.out.json(&all.collect::<Vec<_>>())?;
+        return Ok(ExitCode::Succeeded);
+    }
+    let mut out = Text::new(context.out.paint);
+    for (name, set) in sets.iter() {
+        out = out.add(Style::Good, name).plain(&format!(": {}", set.description)).end();
+        for rule in &set.hosts {
+            let list =
+                |what: &Option<Vec<String>>| what.as_ref().map(|all| all.join(" ")).unwrap_or_default();
+            let ports = rule.ports.iter().map(u16::to_string).collect::<Vec<_>>().join(" ");
+            let words =
+                [rule.name.clone(), ports, list(&rule.methods), list(&rule.paths), list(&rule.queries)];
+            let words: Vec<&str> = words.iter().map(String::as_str).filter(|word| !word.is_empty()).collect();
+            out = out.plain(&format!("  {}", words.join("  "))).end();
+        }
+    }
+    context.out.print(&out)?;
+    Ok(ExitCode::Succeeded)
 }
 
 /// The policy of that name; where its file cannot be used, what is wrong with it.
@@ -140,6 +200,7 @@ mod tests {
         for (name, flags) in [
             ("ls", &["config", "policy-dirs"][..]),
             ("show", &["config", "policy-dirs"]),
+            ("sets", &["config"]),
             ("check", &["config"]),
             (
                 "explain",

@@ -143,6 +143,17 @@ fn ssh_addresses_become_https_where_git_can_fetch_and_nowhere_else() {
 }
 
 #[test]
+fn tools_without_a_variable_find_a_file() {
+    let names =
+        |egress: &str| home_files(&plan(egress)).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+    assert_eq!(names(""), [".config/pnpm/rc"]);
+    assert_eq!(names("[setup]\negress = { sets = ['maven'] }"), [".config/pnpm/rc", ".m2/settings.xml"]);
+    let files = home_files(&plan("[egress]\nsets = ['maven']"));
+    assert!(files[0].1 == "store-dir=/home/agent/.local/share/pnpm/store\n");
+    assert!(files[1].1.matches("<host>127.0.0.1</host><port>3128</port>").count() == 2, "{}", files[1].1);
+}
+
+#[test]
 fn the_agent_is_told_what_is_open_and_what_is_not_there() {
     let closed = words(&plan(""));
     assert!(

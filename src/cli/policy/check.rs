@@ -8,7 +8,8 @@ use serde::Serialize;
 use super::super::Context;
 use super::super::fail::{CliError, ExitCode};
 use super::super::render::{Style, Text};
-use super::super::serve::{Concerns, ConfigFlags};
+use super::super::serve::ConfigFlags;
+use super::OnlyFile;
 use crate::config::{egress_sets, read_policy_text};
 use crate::policy::{Narrowing, Policy, PolicyError};
 
@@ -28,16 +29,6 @@ pub(super) struct CheckArgs {
     pub(super) json: bool,
     #[command(flatten)]
     config: ConfigFlags<OnlyFile>,
-}
-
-/// No setting but the configuration itself, whose sets of hosts a policy may name.
-#[derive(Debug, Clone)]
-struct OnlyFile;
-
-impl Concerns for OnlyFile {
-    fn has(_: &str) -> bool {
-        false
-    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -43,6 +43,9 @@ pub(super) struct ExplainArgs {
     /// With --url: the method, which counts for hosts that are looked into
     #[arg(long, value_name = "NAME", requires = "url", default_value = "GET")]
     method: String,
+    /// With --url: for commands of this step, not for the agent
+    #[arg(long, value_name = "STEP", requires = "url")]
+    step: Option<StepName>,
     /// May this model be asked?
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
@@ -54,6 +57,15 @@ pub(super) struct ExplainArgs {
     pub(super) json: bool,
     #[command(flatten)]
     config: ConfigFlags<PolicyDefaults>,
+}
+
+/// A step around the agent.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum StepName {
+    /// Before it.
+    Setup,
+    /// After it.
+    Verify,
 }
 
 /// Which settings say what policies there are, and what a job gets that names nothing.
@@ -148,6 +160,11 @@ fn answer(
         });
     }
     if let Some(url) = &args.url {
+        let plan = match args.step {
+            None => plan,
+            Some(StepName::Setup) => plan.for_setup(None),
+            Some(StepName::Verify) => plan.for_verify(None),
+        };
         let decided = decide_url(&plan.layers, &args.method, url).map_err(CliError::usage)?;
         return Ok(match decided {
             Ok(terms) => plain(true, terms.permit.rule().to_owned(), Some(terms_in_words(&terms))),
@@ -165,8 +182,13 @@ fn terms_in_words(terms: &Terms) -> String {
     let looked_into =
         if terms.inspect { "its requests are looked into" } else { "TLS passes through as it is" };
     let credential = terms.credential.as_ref().map(|name| format!(", with the credential {name}"));
+    let kept = match (terms.cache, terms.immutable) {
+        (true, true) => ", answers are kept for other jobs and never asked for again",
+        (true, false) => ", answers are kept for other jobs",
+        (false, _) => "",
+    };
     format!(
-        "{looked_into}{}; at most {} bytes up, {} bytes down and {} connections",
+        "{looked_into}{}{kept}; at most {} bytes up, {} bytes down and {} connections",
         credential.unwrap_or_default(),
         terms.bytes_up_max,
         terms.bytes_down_max,
