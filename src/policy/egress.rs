@@ -79,6 +79,9 @@ pub struct HostRule {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(skip)]
     pub set: Option<String>,
+    /// What it allows is refused, since what it adds is not for this step. Set where a step is entered.
+    #[serde(skip)]
+    pub closed: bool,
     /// Most bytes that may leave the cells of one job through this rule.
     #[serde(default = "up_max")]
     pub bytes_up_max: u64,
@@ -237,12 +240,12 @@ impl HostRule {
 
     /// A rule that only keeps less exact ones from speaking for its host.
     pub(super) fn is_closed(&self) -> bool {
-        self.methods.as_ref().is_some_and(Vec::is_empty)
+        self.closed
     }
 
     /// Closes it: what it adds is not for this step, and no less exact rule may speak in its stead.
     pub(super) fn close(&mut self) {
-        (self.inspect, self.methods, self.credential) = (true, Some(Vec::new()), None);
+        (self.inspect, self.closed, self.credential) = (true, true, None);
         (self.cache, self.immutable) = (false, Vec::new());
     }
 
@@ -345,7 +348,12 @@ fn speaking_rule<'a>(layer: &'a Layer, ask: &EgressAsk<'_>) -> Result<&'a HostRu
         Act::Request { method, path, query, secure } => {
             let allows = |rule: &&HostRule| rule.allows(method, path, query);
             let rule = speaking.into_iter().find(allows).ok_or(Unmet::Request(open))?;
-            if rule.credential.is_some() && !secure { Err(Unmet::Plain(rule)) } else { Ok(rule) }
+            match rule {
+                // No other rule passes on what this one would have taken.
+                rule if rule.is_closed() => Err(Unmet::Closed(rule)),
+                rule if rule.credential.is_some() && !secure => Err(Unmet::Plain(rule)),
+                rule => Ok(rule),
+            }
         }
     }
 }

@@ -23,7 +23,7 @@ blocks = [
   { tool = "Write", input = { file_path = "/home/agent/report.md", content = "all is well" } },
   { tool = "Bash", input = { command = "touch ran", description = "the test's" } },
   { tool = "Bash", input = { command = "true && git push origin main && touch pushed", description = "the test's" } },
-  { tool = "Bash", input = { command = "curl -sS -m 5 http://192.0.2.1/ && touch reached", description = "the test's" } },
+  { tool = "Bash", input = { command = "curl -sSf -m 5 http://192.0.2.1/ && touch reached", description = "the test's" } },
   { tool = "WebFetch", input = { url = "http://192.0.2.1/", prompt = "what is there" } },
 ]
 
