@@ -30,9 +30,9 @@ impl CanonicalPath {
                     return Err("the path has an empty part ('//')");
                 }
                 // What follows a ';', escaped or not, is a parameter to some servers, and no part of the name.
-                let bare = part.split(';').next().unwrap_or_default();
-                let bare = bare.split("%3B").next().unwrap_or_default();
-                if bare == "." || bare == ".." {
+                // Some take a parameter for a part of its own: none may lead elsewhere either.
+                let mut pieces = part.split(';').flat_map(|piece| piece.split("%3B"));
+                if pieces.any(|piece| piece == "." || piece == "..") {
                     return Err("the path has a part that is '.' or '..'");
                 }
             }
@@ -166,6 +166,9 @@ mod tests {
             "/a/..;/b",
             "/a/..%3b/b",
             "/a/.;x/b",
+            "/;../",
+            "/a;../b",
+            "/a%3B./b",
             "/%2e%2e/b",
             "/.%2E/",
             "/a/%2e%2e%2fb",
