@@ -129,6 +129,22 @@ fn a_command_goes_with_its_client() {
     world.wait_for("it is over", |world| world.sql("SELECT count(*) FROM jobs WHERE state = 'done'") == "2");
     let job = world.sql("SELECT id FROM jobs ORDER BY n DESC LIMIT 1");
     assert_eq!(world.show(&job)["reason"], "cancelled", "{}", world.show(&job));
+    // So does one whose signal waits behind input that the command does not take.
+    let mut flood = world.hotcell();
+    flood.args(["exec", "--", "sh", "-c", "trap '' INT; sleep 1000"]);
+    let mut flood =
+        flood.stdin(std::fs::File::open("/dev/zero").unwrap()).stderr(Stdio::piped()).spawn().unwrap();
+    world.wait_for("it runs", |world| world.sql(states) == "done done running");
+    let pid = rustix::process::Pid::from_child(&flood);
+    // The first ones may come before the flood.
+    world.wait_for("its client leaves", |_| {
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        flood.try_wait().unwrap().is_some()
+    });
+    let left = flood.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&left.stderr);
+    assert_eq!((left.status.code(), said.contains("takes no input")), (Some(130), true), "{said}");
+    world.wait_for("it is over", |world| world.sql("SELECT count(*) FROM jobs WHERE state = 'done'") == "3");
     world.end();
 }
 
