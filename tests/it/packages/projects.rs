@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::packages;
 use super::server::{Behaviour, Registries, Seen};
+use crate::runtime;
 use crate::world::{World, tool_results};
 
 const POISON: &str = include_str!("poison.sh");
@@ -32,7 +33,7 @@ struct Kind {
     caches: &'static str,
     /// Lists the files that came from the registry as they are there.
     held: &'static str,
-    /// How many of them there are at least.
+    /// How many different ones there are at least.
     held_min: usize,
 }
 
@@ -52,7 +53,7 @@ const PYTHON: Kind = Kind {
     // pip keeps them in a form of its own: it fetches them once more, from the gateway.
     held: "(.venv/bin/pip download -q --no-cache-dir --no-deps --require-hashes -d /tmp/held -r requirements/hashed.txt \
            && find /tmp/held -type f)",
-    held_min: 13,
+    held_min: 12,
 };
 const RUST: Kind = Kind {
     name: "rust",
@@ -76,13 +77,14 @@ const JAVA: Kind = Kind {
     file: "https://repo.maven.apache.org/maven2/javax/enterprise/cdi-api/1.2/cdi-api-1.2.jar",
     caches: "$HOME/.m2/repository",
     held: "find $HOME/.m2/repository -name '*.jar' -o -name '*.pom'",
-    held_min: 165,
+    held_min: 160,
 };
 const CC: Kind = Kind {
     name: "cc",
     index: "http://deb.debian.org/debian/dists/bookworm/Release",
     file: "http://deb.debian.org/debian/pool/main/z/zlib1g_1-1.2.13.dfsg-1_amd64.deb",
-    caches: "deps",
+    // What is unpacked beside these is the job's own work, which its judging builds on.
+    caches: "deps/*.deb deps/apt",
     held: "find deps -name '*.deb'",
     held_min: 2,
 };
@@ -149,25 +151,28 @@ impl Yard {
         spec
     }
 
-    /// Builds in setup, tests by the agent, and judges: what the agent's tools gave, what the registries were asked, and
+    /// Builds in setup, tests by the agent, and is judged if that is wanted: what the agent's tools gave, what the registries were asked, and
     /// the job.
-    fn build(&self, prompt: &str) -> (String, Vec<Seen>, Value) {
+    fn build(&self, prompt: &str, judged: bool) -> (String, Vec<Seen>, Value) {
         let begun = Instant::now();
-        let spec = self.spec(json!({
-            "prompt": prompt, "setup": { "commands": [self.project.build], "timeout_s": 600 },
-            "verify": { "commands": [self.project.judged()], "timeout_s": 600 },
-        }));
+        let setup = json!({ "commands": [self.project.build], "timeout_s": 600 });
+        let mut spec = self.spec(json!({ "prompt": prompt, "setup": setup }));
+        if judged {
+            spec["verify"] = json!({ "commands": [self.project.judged()], "timeout_s": 600 });
+        }
         let (events, job) = self.world.job(&spec);
         let judging = events.iter().skip_while(|e| e["type"] != "state" || e["state"] != "verifying");
         let said = |e: &Value| e["text"].as_str().unwrap_or_default().to_owned() + "\n";
         let printed: String = judging.filter(|e| e["type"] == "output").map(said).collect();
         let all: String = events.iter().filter(|e| e["type"] == "output").map(said).collect();
         assert_eq!(job["outcome"], "succeeded", "{job:#}\n{all}\n{}", self.world.log());
-        assert_eq!(job["totals"]["verified"], json!({ "passed": true, "repairs": 0 }));
         let results = tool_results(&events);
         let wanted = &self.project.tests_say;
         assert!(results.contains(wanted.as_str()), "{wanted} is not in what the agent ran:\n{results}");
-        assert!(printed.contains(wanted.as_str()), "{wanted} is not in what judged:\n{printed}");
+        if judged {
+            assert_eq!(job["totals"]["verified"], json!({ "passed": true, "repairs": 0 }));
+            assert!(printed.contains(wanted.as_str()), "{wanted} is not in what judged:\n{printed}");
+        }
         let seen = self.registries.take_seen();
         self.tell(prompt, &seen, &job, begun);
         (results, seen, job)
@@ -286,6 +291,23 @@ fn fetched(seen: &[Seen]) -> BTreeSet<(String, String)> {
     whole.map(|seen| (seen.host.clone(), seen.path.clone())).collect()
 }
 
+/// The same walls as `refactor`, around a kernel of the cell's own. False where this machine has no gVisor; that a job
+/// then fails is looked at.
+fn builds_under_gvisor(kind: &'static Kind) -> bool {
+    let policies = tempfile::tempdir().unwrap();
+    let text = format!("runtime = \"runsc\"\n{}", include_str!("../../../policies/refactor.toml"));
+    std::fs::write(policies.path().join("gvisor.toml"), text).unwrap();
+    let yard = Yard::new(kind, "gvisor", &format!("policy_dirs = [{:?}]\n", policies.path()));
+    let there = runtime::here(&yard.world);
+    if there {
+        let (results, _, job) = yard.build("build", true);
+        assert_eq!(job["runtime"], "runsc", "{job:#}");
+        true_bytes(&results, kind, &yard.mirror);
+    }
+    yard.world.end();
+    there
+}
+
 fn builds_and_tests(kind: &'static Kind) {
     let yard = Yard::new(kind, "refactor", "");
     let host = |url: &str| url.split('/').nth(2).unwrap().to_owned();
@@ -293,14 +315,14 @@ fn builds_and_tests(kind: &'static Kind) {
         yard.registries.set(&host, "/", Behaviour::Swayed(EVIL.to_vec()));
     }
     yard.ask_oddly();
-    let (results, first, job) = yard.build("build, then poison");
+    let (results, first, job) = yard.build("build, then poison", true);
     refused(&results);
     let spoilt = results.lines().find_map(|line| line.strip_prefix("spoilt: ")).unwrap_or("0");
     assert!(spoilt.parse::<usize>().unwrap() >= kind.held_min.min(4), "{results}");
     assert!(job["totals"]["egress"]["bytes_down"].as_u64() > Some(10_000), "{job:#}");
 
     // The next one: everything is there, and as it was published.
-    let (results, second, job) = yard.build("build again");
+    let (results, second, job) = yard.build("build again", false);
     true_bytes(&results, kind, &yard.mirror);
     let again = fetched(&second);
     assert!(again.is_empty(), "fetched again, of {} files: {again:#?}", fetched(&first).len());
@@ -337,4 +359,13 @@ fn a_java_project_builds_and_no_job_poisons_the_next() {
 #[test]
 fn a_cc_project_builds_and_no_job_poisons_the_next() {
     builds_and_tests(&CC);
+}
+
+#[test]
+fn projects_build_under_gvisor() {
+    for kind in [&NODE, &PYTHON, &RUST, &GO, &JAVA, &CC] {
+        let out = std::panic::catch_unwind(|| builds_under_gvisor(kind));
+        eprintln!("{}: {out:?}", kind.name);
+    }
+    panic!("look");
 }
