@@ -17,9 +17,11 @@ use crate::runtime;
 use crate::world::{World, tool_results};
 
 const POISON: &str = include_str!("poison.sh");
+/// Projects that are built under gVisor beside the quickest, for which there is more time: names with blanks between.
+const MORE: &str = "HOTCELL_TEST_GVISOR";
 /// What a registry gives to who asks in an odd way.
 const EVIL: &[u8] = b"evil!\n";
-/// What under a registry's host `poison.sh` asks another host for.
+/// The host whose name `poison.sh` puts into a request to another one.
 const OTHER: &str = "repo1.maven.org";
 
 /// What differs between the ecosystems.
@@ -31,7 +33,8 @@ struct Kind {
     file: &'static str,
     /// Where the package manager keeps things, as words of a shell.
     caches: &'static str,
-    /// Lists the files that came from the registry as they are there.
+    /// Lists the files that came from the registry as they are there. By the image's `find`: what the agent's shell calls
+    /// by that name is the CLI's own, and does not run under every gVisor.
     held: &'static str,
     /// How many different ones there are at least.
     held_min: usize,
@@ -42,7 +45,7 @@ const NODE: Kind = Kind {
     index: "https://registry.npmjs.org/qs-iconv",
     file: "https://registry.npmjs.org/qs-iconv/-/qs-iconv-1.0.4.tgz",
     caches: "$npm_config_cache/_cacache",
-    held: "find $npm_config_cache/_cacache/content-v2 -type f",
+    held: "command find $npm_config_cache/_cacache/content-v2 -type f",
     held_min: 137,
 };
 const PYTHON: Kind = Kind {
@@ -52,7 +55,7 @@ const PYTHON: Kind = Kind {
     caches: "$PIP_CACHE_DIR",
     // pip keeps them in a form of its own: it fetches them once more, from the gateway.
     held: "(.venv/bin/pip download -q --no-cache-dir --no-deps --require-hashes -d /tmp/held -r requirements/hashed.txt \
-           && find /tmp/held -type f)",
+           && command find /tmp/held -type f)",
     held_min: 12,
 };
 const RUST: Kind = Kind {
@@ -60,7 +63,7 @@ const RUST: Kind = Kind {
     index: "https://index.crates.io/se/rd/serde",
     file: "https://static.crates.io/crates/serde/1.0.193/download",
     caches: "$CARGO_HOME/registry",
-    held: "find $CARGO_HOME/registry/cache -name '*.crate'",
+    held: "command find $CARGO_HOME/registry/cache -name '*.crate'",
     held_min: 11,
 };
 const GO: Kind = Kind {
@@ -68,7 +71,7 @@ const GO: Kind = Kind {
     index: "https://proxy.golang.org/gopkg.in/yaml.v3/@v/list",
     file: "https://proxy.golang.org/gopkg.in/yaml.v3/@v/v3.0.1.zip",
     caches: "$GOMODCACHE",
-    held: "find $GOMODCACHE/cache/download -name '*.zip' -o -name '*.mod'",
+    held: "command find $GOMODCACHE/cache/download -name '*.zip' -o -name '*.mod'",
     held_min: 8,
 };
 const JAVA: Kind = Kind {
@@ -76,7 +79,7 @@ const JAVA: Kind = Kind {
     index: "https://repo.maven.apache.org/maven2/javax/enterprise/cdi-api/1.2/cdi-api-1.2.pom",
     file: "https://repo.maven.apache.org/maven2/javax/enterprise/cdi-api/1.2/cdi-api-1.2.jar",
     caches: "$HOME/.m2/repository",
-    held: "find $HOME/.m2/repository -name '*.jar' -o -name '*.pom'",
+    held: "command find $HOME/.m2/repository -name '*.jar' -o -name '*.pom'",
     held_min: 160,
 };
 const CC: Kind = Kind {
@@ -85,7 +88,7 @@ const CC: Kind = Kind {
     file: "http://deb.debian.org/debian/pool/main/z/zlib1g_1-1.2.13.dfsg-1_amd64.deb",
     // What is unpacked beside these is the job's own work, which its judging builds on.
     caches: "deps/*.deb deps/apt",
-    held: "find deps -name '*.deb'",
+    held: "command find deps -name '*.deb'",
     held_min: 2,
 };
 
@@ -362,10 +365,15 @@ fn a_cc_project_builds_and_no_job_poisons_the_next() {
 }
 
 #[test]
-fn projects_build_under_gvisor() {
-    for kind in [&NODE, &PYTHON, &RUST, &GO, &JAVA, &CC] {
-        let out = std::panic::catch_unwind(|| builds_under_gvisor(kind));
-        eprintln!("{}: {out:?}", kind.name);
+fn projects_build_and_test_under_gvisor() {
+    let more = std::env::var(MORE).unwrap_or_default();
+    let more = more.split_whitespace().map(|name| {
+        let found = [&NODE, &PYTHON, &RUST, &GO, &JAVA, &CC].into_iter().find(|kind| kind.name == name);
+        found.unwrap_or_else(|| panic!("{MORE}: there is no project {name:?}"))
+    });
+    for kind in std::iter::once(&NODE).chain(more) {
+        if !builds_under_gvisor(kind) {
+            return;
+        }
     }
-    panic!("look");
 }
