@@ -82,7 +82,7 @@ bench-tools: ## Install what the gateway is measured against: nginx, and mitmpro
 	@.ci/tools bench
 	@$(MAKE) --no-print-directory $(BENCH_TOOLS)/peers.txt
 
-bench: image bench-tools ## Measure side by side, print ratios, write target/bench.json.
+bench: images bench-tools packages ## Measure side by side, print ratios, write target/bench.json.
 	HOTCELL_ENGINE=$(ENGINE) $(CARGO) bench --bench side_by_side
 
 install: build ## Install both binaries below PREFIX (default /usr/local).

@@ -10,8 +10,10 @@
 //! keep is thrown away before each run.
 //!
 //! `BENCH_BUILDS` (names of tests/packages/projects.toml, all where absent), `BENCH_BUILDS_N` (runs with a warm cache),
+//! `BENCH_BUILDS_GVISOR_N` (of these under gVisor, beside those under runc; none where the engine has it not),
 //! `BENCH_EXEC_N` (runs of `true`).
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -42,8 +44,8 @@ struct Project {
 
 /// The image's files on the host, with the project, HOME and the tools' settings in them.
 struct Root {
-    dir: tempfile::TempDir,
-    env: Vec<String>,
+    dir: PathBuf,
+    env: BTreeMap<String, String>,
     /// Files below HOME.
     settings: [(&'static str, String); 2],
     debian: String,
@@ -71,8 +73,8 @@ impl Way {
 /// All projects in turn, then `true`.
 pub(crate) fn measure() -> Result<Vec<Row>> {
     let packages = packages()?;
-    let world_dir = tempfile::Builder::new().prefix("hcb-").tempdir_in("/var/tmp")?;
-    let registries = registries(&packages.join("mirror"), world_dir.path())?;
+    let hosts = tempfile::tempdir()?;
+    let registries = registries(&packages.join("mirror"), hosts.path())?;
     let config = format!("{}[cache]\nfree_bytes_min = 0\n", registries.mirrors());
     let world = World::with("[default]\ntext = \"nobody asks\"\n", &config);
     let mut rows = Vec::new();
@@ -131,38 +133,58 @@ fn projects(packages: &Path) -> Result<Vec<Project>> {
     }
     let named = all.iter().filter(|(name, _)| wanted.is_empty() || wanted.contains(&name.as_str()));
     let project = |(name, project): (&String, &toml::Value)| {
-        let text = |key: &str| project[key].as_str().map(str::to_owned).with_context(|| format!("{name}.{key}"));
+        let text =
+            |key: &str| project[key].as_str().map(str::to_owned).with_context(|| format!("{name}.{key}"));
         let from = packages.join("projects").join(name);
         let commands = format!("{} && ({})", text("build")?, text("test")?);
-        Ok(Project { name: name.clone(), image: text("image")?, commands, tests_say: text("tests_say")?, from })
+        Ok(Project {
+            name: name.clone(),
+            image: text("image")?,
+            commands,
+            tests_say: text("tests_say")?,
+            from,
+        })
     };
     named.map(project).collect()
 }
 
 fn project_rows(world: &World, registries: &Registries, project: &Project) -> Result<Vec<Row>> {
     let n = setting("BENCH_BUILDS_N", 3);
-    let root = Root::new(project, registries)?;
+    let runtimes = output(docker().args(["info", "--format", "{{json .Runtimes}}"]))?;
+    let gvisor_n = if runtimes.contains("\"runsc\"") { setting("BENCH_BUILDS_GVISOR_N", 1) } else { 0 };
+    // On the disk of the cells.
+    let root = Root::new(world.path("no-cell"), project, registries)?;
     let workspace = world.path(&project.name);
     copy(&project.from, &workspace)?;
-    let (mut cell_cold, mut cell, mut host_cold, mut host) =
-        (Way::default(), Way::default(), Way::default(), Way::default());
+    let [mut cell_cold, mut cell, mut host_cold, mut host, mut gvisor] =
+        std::array::from_fn(|_| Way::default());
     let emptied = world.run(&["cache", "rm", "--all"]);
     ensure!(emptied.0 == 0, "the package cache is not emptied: {}", emptied.2);
-    cell_cold.take(&in_cell(world, project, &workspace)?);
+    cell_cold.take(&in_cell(world, project, &workspace, "runc")?);
     host_cold.take(&root.run(project, true)?);
     for _ in 0..n {
-        cell.take(&in_cell(world, project, &workspace)?);
+        cell.take(&in_cell(world, project, &workspace, "runc")?);
         host.take(&root.run(project, false)?);
     }
+    for _ in 0..gvisor_n {
+        gvisor.take(&in_cell(world, project, &workspace, "runsc")?);
+    }
     std::fs::remove_dir_all(&workspace)?;
+    std::fs::remove_dir_all(&root.dir)?;
     let name = |what: &str| format!("{}: build and test, {what}", project.name);
-    Ok(vec![
+    let mut rows = vec![
         Row::median(name("warm packages"), &cell.commands, "ms")
             .against("no cell", &host.commands)
             .bar(Bar::RatioAtMost(TO_HOST_MAX)),
         Row::median(name("cold packages"), &cell_cold.commands, "ms").against("no cell", &host_cold.commands),
         Row::median(name("warm, all of `hotcell exec`"), &cell.whole, "ms").against("no cell", &host.whole),
-    ])
+    ];
+    if gvisor_n > 0 {
+        rows.push(
+            Row::median(name("warm, under gVisor"), &gvisor.commands, "ms").against("runc", &cell.commands),
+        );
+    }
+    Ok(rows)
 }
 
 /// The commands between two looks at the clock; the project's own code is the last one's.
@@ -170,9 +192,11 @@ fn timed(commands: &str) -> String {
     format!("a=$(date +%s%N); ({commands}); code=$?; b=$(date +%s%N); echo {TOOK} $((b-a)); exit $code")
 }
 
-fn in_cell(world: &World, project: &Project, workspace: &Path) -> Result<Run> {
+fn in_cell(world: &World, project: &Project, workspace: &Path, runtime: &str) -> Result<Run> {
     let mut command = world.hotcell();
-    command.args(["exec", "-p", "refactor", "--image", &project.image, "-w"]).arg(workspace);
+    command
+        .args(["exec", "-p", "refactor", "--runtime", runtime, "--image", &project.image, "-w"])
+        .arg(workspace);
     command.args(["--", "sh", "-c", &timed(&project.commands)]).stdin(Stdio::null());
     run(&mut command, project)
 }
@@ -184,13 +208,14 @@ fn run(command: &mut Command, project: &Project) -> Result<Run> {
     let output = command.output()?;
     let whole_ms = begun.elapsed().as_secs_f64() * 1000.0;
     let text = String::from_utf8_lossy(&output.stdout);
-    let tail: String = text.lines().rev().take(40).collect::<Vec<_>>().into_iter().rev().map(|l| format!("{l}\n")).collect();
-    let tail = || format!("{tail}{}", String::from_utf8_lossy(&output.stderr));
+    let lines: Vec<&str> = text.lines().collect();
+    let last = lines[lines.len().saturating_sub(40)..].join("\n");
+    let tail = || format!("{last}\n{}", String::from_utf8_lossy(&output.stderr));
     if !output.status.success() || !text.contains(&project.tests_say) {
         bail!("{} does not build ({}): {}", project.name, output.status, tail());
     }
-    let took = text.lines().rev().find_map(|line| line.strip_prefix(TOOK));
-    let nanos: f64 = took.with_context(tail)?.trim().parse()?;
+    let (_, took) = text.rsplit_once(TOOK).with_context(tail)?;
+    let nanos: f64 = took.trim().parse()?;
     Ok(Run { commands_ms: nanos / 1e6, whole_ms })
 }
 
@@ -200,27 +225,28 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 }
 
 impl Root {
-    fn new(project: &Project, registries: &Registries) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("hcb-").tempdir_in("/var/tmp")?;
-        let baselines = Baselines::new();
-        let id = output(docker().args(["create", "--label", &baselines.label, &project.image, "true"]))?;
-        let export = docker().args(["export", &id]).stdout(Stdio::piped()).spawn();
-        let mut export = export.context("docker export")?;
-        let tar = export.stdout.take().context("no stdout")?;
-        let unpacked = Command::new("tar").arg("-x").arg("-C").arg(dir.path()).stdin(tar).status()?;
-        ensure!(unpacked.success() && export.wait()?.success(), "{} is not unpacked", project.image);
-        let text = output(docker().args(["image", "inspect", "--format", "{{json .Config.Env}}", &project.image]))?;
-        let mut env: Vec<String> = serde_json::from_str::<Option<Vec<String>>>(&text)?.unwrap_or_default();
-        // What the engine gives where the image says nothing.
-        if !env.iter().any(|pair| pair.starts_with("PATH=")) {
-            env.push("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
-        }
-        env.extend(["HOME=/home/agent", "LANG=C.UTF-8", "GOSUMDB=off", "npm_config_audit=false"].map(str::to_owned));
-        env.extend(["npm_config_fund=false", "npm_config_update_notifier=false"].map(str::to_owned));
+    fn new(dir: PathBuf, project: &Project, registries: &Registries) -> Result<Self> {
+        unpack(&project.image, &dir)?;
+        let inspect = ["image", "inspect", "--format", "{{json .Config.Env}}", &project.image];
+        let of_image = serde_json::from_str::<Option<Vec<String>>>(&output(docker().args(inspect))?)?;
+        let pair =
+            |pair: String| pair.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+        // What the engine gives where the image says nothing, and then what a cell says as well.
+        let usual =
+            [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8")];
+        let mut env: BTreeMap<String, String> = usual.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+        env.extend(of_image.unwrap_or_default().into_iter().filter_map(pair));
         let url = |host: &str| registries.url(host);
-        env.push(format!("npm_config_registry={}/", url("registry.npmjs.org")));
-        env.push(format!("PIP_INDEX_URL={}/simple/", url("pypi.bench")));
-        env.push(format!("GOPROXY={}", url("proxy.golang.org")));
+        let more = [
+            ("HOME", "/home/agent".to_owned()),
+            ("npm_config_audit", "false".to_owned()),
+            ("npm_config_fund", "false".to_owned()),
+            ("npm_config_update_notifier", "false".to_owned()),
+            ("npm_config_registry", format!("{}/", url("registry.npmjs.org"))),
+            ("PIP_INDEX_URL", format!("{}/simple/", url("pypi.bench"))),
+            ("GOPROXY", url("proxy.golang.org")),
+        ];
+        env.extend(more.map(|(name, value)| (name.to_owned(), value)));
         let cargo = format!(
             "[source.crates-io]\nreplace-with = \"bench\"\n[source.bench]\nregistry = \"sparse+{}/\"\n",
             url("crates.bench")
@@ -236,7 +262,7 @@ impl Root {
 
     /// A copy of the project, built and tested; with an empty HOME where that is wanted.
     fn run(&self, project: &Project, cold: bool) -> Result<Run> {
-        let at = |path: &str| self.dir.path().join(path);
+        let at = |path: &str| self.dir.join(path);
         let (home, workspace) = (at("home/agent"), at("workspace"));
         for dir in [&workspace, &at("tmp")] {
             gone(dir)?;
@@ -266,11 +292,24 @@ impl Root {
         let enter = "mount -t proc proc \"$1/proc\" && mount --rbind /dev \"$1/dev\" && \
                      exec chroot --userspec=\"$2\" \"$1\" env -C /workspace sh -c \"$3\"";
         let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", enter, "sh"]).arg(self.dir.path());
+        command.args(["--mount", "sh", "-c", enter, "sh"]).arg(&self.dir);
         command.arg(format!("{UID}:{UID}")).arg(timed(&project.commands)).stdin(Stdio::null()).env_clear();
-        command.envs(self.env.iter().filter_map(|pair| pair.split_once('=')));
+        command.envs(&self.env);
         run(&mut command, project)
     }
+}
+
+/// The files of an image as a directory.
+fn unpack(image: &str, dir: &Path) -> Result<()> {
+    let baselines = Baselines::new();
+    std::fs::create_dir(dir)?;
+    let id = output(docker().args(["create", "--label", &baselines.label, image, "true"]))?;
+    let mut export =
+        docker().args(["export", &id]).stdout(Stdio::piped()).spawn().context("docker export")?;
+    let files = export.stdout.take().context("no stdout")?;
+    let unpacked = Command::new("tar").args(["-x", "-C"]).arg(dir).stdin(files).status()?;
+    ensure!(unpacked.success() && export.wait()?.success(), "{image} is not unpacked");
+    Ok(())
 }
 
 /// Removes a directory, read-only ones within too.

@@ -92,7 +92,6 @@ const CC: Kind = Kind {
     held_min: 2,
 };
 
-
 /// A project, as tests/packages/projects.toml says.
 struct Project {
     image: String,
@@ -249,7 +248,10 @@ fn refused(said: &str) {
     for way in ["put", "post", "delete"] {
         let start = format!("{way}: ");
         let answers: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix(start.as_str())).collect();
-        assert!(answers.len() == 2 && answers.iter().all(|answer| answer.starts_with("403")), "{way}:\n{said}");
+        assert!(
+            answers.len() == 2 && answers.iter().all(|answer| answer.starts_with("403")),
+            "{way}:\n{said}"
+        );
     }
 }
 
@@ -279,7 +281,10 @@ fn true_bytes(results: &str, kind: &Kind, mirror: &Path) {
     let held: Vec<&str> = results.lines().filter_map(|line| line.strip_prefix("held: ")).collect();
     assert!(held.len() >= kind.held_min, "only {} of {}:\n{results}", held.len(), kind.held_min);
     for short in held {
-        assert!(short.len() == 16 && served.iter().any(|hash| hash.starts_with(short)), "{short}:\n{results}");
+        assert!(
+            short.len() == 16 && served.iter().any(|hash| hash.starts_with(short)),
+            "{short}:\n{results}"
+        );
     }
     let got: Vec<&str> = results.lines().filter_map(|line| line.strip_prefix("got: ")).collect();
     assert_eq!(got.len(), 2, "{results}");
