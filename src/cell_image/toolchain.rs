@@ -53,7 +53,7 @@ pub static TOOLCHAINS: [Toolchain; 6] = [
         title: "JDK 17 and Maven",
         packages: include_str!("../../images/java/packages.txt"),
         env: include_str!("../../images/java/env.txt"),
-        finish: "",
+        finish: include_str!("../../images/java/finish.sh"),
     },
     Toolchain {
         name: "node",
