@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::packages::packages;
 use crate::packages::server::Registries;
@@ -15,10 +15,14 @@ const NO_MODEL: &str = "[default]\ntext = \"nobody should ask\"\n";
 /// Who submits: nobody that an image knows.
 const STRANGER: u32 = 4242;
 
-/// Runs a shell command as a job of a stranger's; what it printed, which must include a success.
+/// Runs a shell command as a job of a stranger's, which must succeed: what it printed.
 #[track_caller]
 fn run(world: &World, policy: &str, image: &str, line: &str) -> String {
-    let spec = json!({ "policy": policy, "image": image, "command": { "argv": ["sh", "-c", line] } });
+    submit(world, &json!({ "policy": policy, "image": image, "command": { "argv": ["sh", "-c", line] } }))
+}
+
+#[track_caller]
+fn submit(world: &World, spec: &Value) -> String {
     let submitted = world.curl("POST", "/v1/jobs", &spec.to_string(), &[], Some(STRANGER)).unwrap();
     assert_eq!(submitted.status, 201, "{}", submitted.body);
     let id = submitted.json()["id"].as_str().unwrap().to_owned();
@@ -56,16 +60,28 @@ done
 #[test]
 fn every_cache_lies_on_the_disk_and_a_strangers_tools_agree() {
     let world = World::new(NO_MODEL);
-    let said = run(&world, "refactor", "hotcell/cell", PLACES);
-    assert_eq!(value(&said, "uid"), STRANGER.to_string(), "{said}");
-    let places: Vec<&str> = said.lines().filter(|line| !line.starts_with("uid ")).collect();
-    assert_eq!(places.len(), 19, "{said}");
-    for line in places {
-        let words: Vec<&str> = line.split(' ').collect();
-        // The scratch disk's ext4 as `stat` calls it: neither memory nor the image.
-        let &[_, at, kind, ran] = words.as_slice() else { panic!("{line}") };
-        assert!(at.starts_with("/home/agent"), "{line}");
-        assert_eq!((kind, ran), ("ext2/ext3", "ran"), "{line}");
+    // In place the cell's user is the submitter, else one that the daemon made up.
+    let workspace = world.workspace("repo", STRANGER);
+    let in_place = submit(
+        &world,
+        &json!({
+            "policy": "refactor", "workspace": { "path": workspace, "mode": "bind" },
+            "command": { "argv": ["sh", "-c", PLACES] },
+        }),
+    );
+    assert_eq!(value(&in_place, "uid"), STRANGER.to_string(), "{in_place}");
+    let alone = run(&world, "refactor", "hotcell/cell", PLACES);
+    assert!(value(&alone, "uid").parse::<u32>().unwrap() > 65_535, "{alone}");
+    for said in [in_place, alone] {
+        let places: Vec<&str> = said.lines().filter(|line| !line.starts_with("uid ")).collect();
+        assert_eq!(places.len(), 19, "{said}");
+        for line in places {
+            let words: Vec<&str> = line.split(' ').collect();
+            // The scratch disk's ext4 as `stat` calls it: neither memory nor the image.
+            let &[_, at, kind, ran] = words.as_slice() else { panic!("{line}") };
+            assert!(at.starts_with("/home/agent"), "{line}");
+            assert_eq!((kind, ran), ("ext2/ext3", "ran"), "{line}");
+        }
     }
 
     let line = "cd $(mktemp -d) && cargo -q init --name hello --vcs none && cargo -q install --offline --path . && hello && \
@@ -77,9 +93,12 @@ fn every_cache_lies_on_the_disk_and_a_strangers_tools_agree() {
         go mod init example.com/hello && printf 'package main\\nfunc main() { println(\"hello\") }\\n' >main.go && \
         go install . && hello && echo \"cached $(find $GOCACHE -type f | wc -l)\"";
     let said = run(&world, "refactor", "hotcell/go", line);
-    for (name, at) in
-        [("GOPATH", "go"), ("GOMODCACHE", "go/pkg/mod"), ("GOCACHE", ".cache/go-build"), ("GOBIN", ".local/bin")]
-    {
+    for (name, at) in [
+        ("GOPATH", "go"),
+        ("GOMODCACHE", "go/pkg/mod"),
+        ("GOCACHE", ".cache/go-build"),
+        ("GOBIN", ".local/bin"),
+    ] {
         assert_eq!(value(&said, name), format!("/home/agent/{at}"), "{said}");
     }
     assert!(said.contains("hello\n") && value(&said, "cached").parse::<u32>().unwrap() > 0, "{said}");
@@ -96,7 +115,11 @@ fn every_cache_lies_on_the_disk_and_a_strangers_tools_agree() {
         echo '{\"name\":\"p\",\"version\":\"1.0.0\",\"bin\":{\"p-cli\":\"cli.js\"}}' >package.json && \
         npm install --silent --global $(npm pack --silent) && p-cli";
     let said = run(&world, "refactor", "hotcell/node", line);
-    assert_eq!((value(&said, "cache"), value(&said, "prefix")), ("/home/agent/.npm", "/home/agent/.local"), "{said}");
+    assert_eq!(
+        (value(&said, "cache"), value(&said, "prefix")),
+        ("/home/agent/.npm", "/home/agent/.local"),
+        "{said}"
+    );
     assert!(said.contains("hello\n"), "{said}");
     world.end();
 }
@@ -180,7 +203,8 @@ impl OwnImage {
         import.arg("import").args(says.iter().flat_map(|line| ["--change", line])).args(["-", &tag]);
         let imported = import.stdin(less.stdout.take().unwrap()).stdout(Stdio::null()).status().unwrap();
         let image = Self(tag);
-        let whole = [export.wait().unwrap(), less.wait().unwrap(), imported].iter().all(|ended| ended.success());
+        let whole =
+            [export.wait().unwrap(), less.wait().unwrap(), imported].iter().all(|ended| ended.success());
         docker(&["rm", container]);
         assert!(whole, "no image");
         image
@@ -200,7 +224,6 @@ fn a_bare_image_of_the_users_own_says_what_it_is_and_caches_lie_on_the_disk_all_
     let line = format!("{PLACES}\nenv | sort | sed 's/=/ /'; echo \"cwd $(pwd)\"");
     let said = run(&world, "refactor", &image.0, &line);
     for (name, expected) in [
-        ("uid", "4242"),
         ("RUSTUP_HOME", "/usr/local/rustup"),
         ("RUST_VERSION", "1.90.0"),
         ("GOROOT", "/usr/local/go"),
@@ -216,7 +239,10 @@ fn a_bare_image_of_the_users_own_says_what_it_is_and_caches_lie_on_the_disk_all_
         assert_eq!(value(&said, name), format!("/home/agent/{at} ext2/ext3 ran"), "{said}");
     }
     let path = value(&said, "PATH");
-    assert!(path.starts_with("/usr/local/cargo/bin:/usr/local/go/bin:") && path.ends_with(":/home/agent/.local/bin"));
+    assert!(
+        path.starts_with("/usr/local/cargo/bin:/usr/local/go/bin:")
+            && path.ends_with(":/home/agent/.local/bin")
+    );
     for gone in ["MAVEN_CONFIG", "192.0.2.1", "/root"] {
         assert!(!said.contains(gone), "{gone}:\n{said}");
     }
@@ -229,10 +255,11 @@ fn a_gradle_project_builds_and_tests_and_the_next_job_fetches_nothing() {
     let world = World::with(NO_MODEL, &format!("{}[cache]\nfree_bytes_min = 0\n", registries.mirrors()));
     let workspace = world.path("repo");
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/packages/gradle");
-    let copied = Command::new("cp").args(["-r", "--no-preserve=ownership"]).args([&from, &workspace]).status();
+    let copied =
+        Command::new("cp").args(["-r", "--no-preserve=ownership"]).args([&from, &workspace]).status();
     assert!(copied.unwrap().success());
     let place = workspace.to_str().unwrap();
-    let line = "gradle test 2>&1 && find $GRADLE_USER_HOME/caches -name 'junit-*.jar' && ls build/libs build/test-results/test";
+    let line = "gradle build 2>&1 && find $GRADLE_USER_HOME/caches -name 'junit-*.jar' && ls build/libs build/test-results/test";
     for fetched_already in [false, true] {
         let (code, said, err) =
             world.run(&["exec", "-p", "refactor", "--image", "auto", "-w", place, "--", "sh", "-c", line]);
@@ -241,7 +268,7 @@ fn a_gradle_project_builds_and_tests_and_the_next_job_fetches_nothing() {
         for test in ["countsEachWord", "spacesCountNothing"] {
             assert!(said.contains(&format!("counts.WordsTest > {test} PASSED")), "{said}");
         }
-        assert!(said.contains("/home/agent/.gradle/caches/"), "{said}");
+        assert!(said.contains("/home/agent/.gradle/caches/") && said.contains("\ncounts.jar\n"), "{said}");
         let seen = registries.take_seen();
         let bodies: Vec<&str> =
             seen.iter().filter(|s| s.method == "GET" && s.status == 200).map(|s| s.path.as_str()).collect();
