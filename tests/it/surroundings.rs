@@ -2,6 +2,7 @@
 //! out; and Gradle, which needs all of it. Nothing but this process is ever dialled.
 
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -60,19 +61,21 @@ done
 #[test]
 fn every_cache_lies_on_the_disk_and_a_strangers_tools_agree() {
     let world = World::new(NO_MODEL);
-    // In place the cell's user is the submitter, else one that the daemon made up.
+    // The cell's user is one that the daemon made up; what it writes in place is the submitter's outside.
     let workspace = world.workspace("repo", STRANGER);
+    let line = format!("{PLACES}\necho made >/workspace/made");
     let in_place = submit(
         &world,
         &json!({
             "policy": "refactor", "workspace": { "path": workspace, "mode": "bind" },
-            "command": { "argv": ["sh", "-c", PLACES] },
+            "command": { "argv": ["sh", "-c", line] },
         }),
     );
-    assert_eq!(value(&in_place, "uid"), STRANGER.to_string(), "{in_place}");
+    let made = std::fs::metadata(workspace.join("made")).unwrap();
+    assert_eq!((made.uid(), made.gid()), (STRANGER, STRANGER));
     let alone = run(&world, "refactor", "hotcell/cell", PLACES);
-    assert!(value(&alone, "uid").parse::<u32>().unwrap() > 65_535, "{alone}");
     for said in [in_place, alone] {
+        assert!(value(&said, "uid").parse::<u32>().unwrap() > 65_535, "{said}");
         let places: Vec<&str> = said.lines().filter(|line| !line.starts_with("uid ")).collect();
         assert_eq!(places.len(), 19, "{said}");
         for line in places {
