@@ -42,7 +42,8 @@
 //!    try; totals, `Done`. What becomes of a change set is its submitter's word
 //!    ([`api::changes`]) and done with their rights.
 //! 8. After a crash [`scheduler::recover`] says what becomes of each row and each container. What a machine lacks for
-//!    all this, and what to do about it, [`api::doctor`] says.
+//!    all this, and what to do about it, [`api::doctor`] says; what is known of a job that went wrong, [`api::support`]
+//!    packs, without secrets.
 //!
 //! # What must never happen
 //! - A credential in a cell, a log, a row or an answer. The gateway attaches it only against a
