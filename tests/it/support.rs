@@ -156,7 +156,7 @@ fn a_pack_has_what_happened_and_neither_credentials_nor_what_was_said() {
     assert!(output.status.success() && output.stdout.starts_with(&[0x1f, 0x8b]));
     let (code, _, err) = world.run(&["support", &id, "--json", "-o", "-"]);
     assert_eq!(code, 2, "{err}");
-    let output = world.hotcell().args(["support", &id[..12]]).current_dir(world.dir.path()).output().unwrap();
+    let output = world.hotcell().args(["support", &id]).current_dir(world.dir.path()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     checked(&world.path(&format!("hotcell-support-{id}.tar.gz")));
     world.end();

@@ -328,7 +328,7 @@ mod tests {
         ] {
             assert!(text.contains(word), "{word}: {text}");
         }
-        assert_eq!((left_out.prompt, left_out.contents, left_out.never), (10, 11, 0), "{text}");
+        assert_eq!((left_out.prompt, left_out.contents, left_out.never), (10, 10, 0), "{text}");
     }
 
     #[test]
