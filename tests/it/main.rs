@@ -8,6 +8,7 @@
 mod access;
 mod api;
 mod audit;
+mod bad_builds;
 mod bad_input;
 mod changes;
 mod command;
@@ -27,6 +28,7 @@ mod packages;
 mod packages_cache;
 mod park;
 mod policies;
+mod private;
 mod provider;
 mod providers;
 mod requests;
