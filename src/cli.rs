@@ -35,6 +35,7 @@ mod show;
 mod support;
 mod unpark;
 mod version;
+mod wait_for;
 mod whoami;
 
 use std::ffi::OsString;
@@ -75,6 +76,7 @@ enum Command {
     Checkout(checkout::CheckoutArgs),
     Export(export::ExportArgs),
     Discard(discard::DiscardArgs),
+    Wait(wait_for::WaitArgs),
     Cancel(cancel::CancelArgs),
     Unpark(unpark::UnparkArgs),
     Rm(rm::RmArgs),
@@ -185,6 +187,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Checkout(args) => wait(checkout::checkout(&args, context)),
         Command::Export(args) => wait(export::export(&args, context)),
         Command::Discard(args) => wait(discard::discard(&args, context)),
+        Command::Wait(args) => wait(wait_for::wait_for(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Unpark(args) => wait(unpark::unpark(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
@@ -217,6 +220,7 @@ impl Command {
             Self::Apply(args) => args.json,
             Self::Checkout(args) => args.json,
             Self::Discard(args) => args.json,
+            Self::Wait(args) => args.json,
             Self::Cancel(args) => args.json,
             Self::Unpark(args) => args.json,
             Self::Rm(args) => args.json,
