@@ -82,7 +82,8 @@ pub fn every_secret(content: &[u8]) -> Vec<(&'static str, Range<usize>)> {
     for (_, place) in found.iter_mut().filter(|(kind, _)| *kind == PRIVATE_KEY) {
         let rest = &content[place.end..];
         let end = memmem::find(rest, b"-----END ").map(|end| {
-            let footer = memmem::find(&rest[end..], b"PRIVATE KEY-----").map(|at| end + at + b"PRIVATE KEY-----".len());
+            let footer = memmem::find(&rest[end..], b"PRIVATE KEY-----")
+                .map(|at| end + at + b"PRIVATE KEY-----".len());
             footer.unwrap_or(end)
         });
         place.end += end.unwrap_or(rest.len());
