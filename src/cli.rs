@@ -32,8 +32,10 @@ mod run;
 mod schema;
 mod serve;
 mod show;
+mod support;
 mod unpark;
 mod version;
+mod wait_for;
 mod whoami;
 
 use std::ffi::OsString;
@@ -68,11 +70,13 @@ enum Command {
     Logs(logs::LogsArgs),
     Audit(audit::AuditArgs),
     Report(report::ReportArgs),
+    Support(support::SupportArgs),
     Diff(diff::DiffArgs),
     Apply(apply::ApplyArgs),
     Checkout(checkout::CheckoutArgs),
     Export(export::ExportArgs),
     Discard(discard::DiscardArgs),
+    Wait(wait_for::WaitArgs),
     Cancel(cancel::CancelArgs),
     Unpark(unpark::UnparkArgs),
     Rm(rm::RmArgs),
@@ -177,11 +181,13 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Logs(args) => wait(logs::logs(&args, context)),
         Command::Audit(args) => wait(audit::audit(&args, context)),
         Command::Report(args) => wait(report::report(&args, context)),
+        Command::Support(args) => wait(support::support(&args, context)),
         Command::Diff(args) => wait(diff::diff(&args, context)),
         Command::Apply(args) => wait(apply::apply(&args, context)),
         Command::Checkout(args) => wait(checkout::checkout(&args, context)),
         Command::Export(args) => wait(export::export(&args, context)),
         Command::Discard(args) => wait(discard::discard(&args, context)),
+        Command::Wait(args) => wait(wait_for::wait_for(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Unpark(args) => wait(unpark::unpark(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
@@ -209,10 +215,12 @@ impl Command {
             Self::Show(args) => args.json,
             Self::Logs(args) => args.json,
             Self::Audit(args) => args.json,
+            Self::Support(args) => args.json,
             Self::Diff(args) => args.json,
             Self::Apply(args) => args.json,
             Self::Checkout(args) => args.json,
             Self::Discard(args) => args.json,
+            Self::Wait(args) => args.json,
             Self::Cancel(args) => args.json,
             Self::Unpark(args) => args.json,
             Self::Rm(args) => args.json,

@@ -66,6 +66,8 @@ pub(super) enum Show {
     Json,
     /// For people.
     Readable(Box<StreamView>),
+    /// Not at all: only the end counts.
+    Nothing,
 }
 
 /// Why following ended.
@@ -220,6 +222,7 @@ impl Follow<'_> {
         self.last_seq = head.seq;
         match &mut self.show {
             Show::Json => out.json_line(line)?,
+            Show::Nothing => {}
             Show::Readable(view) => {
                 let event: Value = serde_json::from_slice(line).map_err(wrong)?;
                 let text = view.event(&event);

@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::client::Filter;
 use super::fail::{CliError, ExitCode};
-use super::render::tables;
+use super::render::{Text, tables};
 use super::{Connection, Context, args};
 use crate::api::wire::JobList;
 use crate::job::State;
@@ -27,6 +27,9 @@ pub(super) struct LsArgs {
     /// Jobs of all users (for admins)
     #[arg(short, long)]
     all_users: bool,
+    /// Print ids alone, one a line
+    #[arg(short, long, conflicts_with = "json")]
+    quiet: bool,
     /// Print {"jobs":[…]}
     #[arg(long)]
     pub(super) json: bool,
@@ -47,7 +50,11 @@ pub(super) async fn ls(args: &LsArgs, context: &mut Context) -> Result<ExitCode,
         context.out.json(&JobList { jobs, next_cursor: None })?;
         return Ok(ExitCode::Succeeded);
     }
-    let table = tables::jobs(context.out.paint, &jobs, crate::clock::wall_ms(), args.all_users);
+    let paint = context.out.paint;
+    let table = match args.quiet {
+        true => jobs.iter().fold(Text::new(paint), |text, job| text.plain(job.id.as_str()).end()),
+        false => tables::jobs(paint, &jobs, crate::clock::wall_ms(), args.all_users),
+    };
     context.out.print(&table)?;
     if more {
         context.out.notice(&format!("there are more than {}; -n shows more", args.limit))?;

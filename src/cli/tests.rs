@@ -32,6 +32,7 @@ async fn hotcell(daemon: &Daemon, args: &[&str], context: &mut Context) -> ExitC
         Command::Report(args) => report::report(&args, context).await,
         Command::Cancel(args) => cancel::cancel(&args, context).await,
         Command::Unpark(args) => unpark::unpark(&args, context).await,
+        Command::Wait(args) => wait_for::wait_for(&args, context).await,
         Command::Rm(args) => rm::rm(&args, context).await,
         Command::Cost(args) => cost::cost(&args, context).await,
         Command::Health(args) => health::health(&args, context).await,

@@ -1,6 +1,8 @@
 //! kill -9 of the daemon at every point of a job's road: after the restart each job comes to exactly one end, its
 //! stream is whole, its money adds up, and nothing is left.
 
+use std::io::Read;
+use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -88,6 +90,48 @@ fn a_job_that_had_not_its_task_yet_is_done_once_after_the_restart() {
         assert_eq!(states(&events).iter().filter(|s| **s == "running").count(), 1);
         assert_eq!(states(&events).last(), Some(&"done"));
     }
+    world.end();
+}
+
+#[test]
+fn who_waits_for_jobs_hears_of_their_ends_across_a_kill() {
+    let mut world = world("limits.slots = 3\n");
+    let failing = world.submit(&spec("sleep 3; exit 7"));
+    let fine = world.submit(&spec("print 2 2; sleep 3"));
+    let over = world.submit(&spec("print 1 1"));
+    done(&mut world, &over);
+    let waiting = |jobs: &[&str]| {
+        let mut command = world.hotcell();
+        command.arg("wait").args(jobs).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let (mut all, mut good) = (waiting(&[&over, &fine, &failing]), waiting(&[&over, &fine]));
+    for waiting in [&mut all, &mut good] {
+        let mut first = vec![0; format!("{over}  succeeded\n").len()];
+        waiting.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+        assert_eq!(String::from_utf8(first).unwrap(), format!("{over}  succeeded\n"), "told at once");
+    }
+    for job in [&failing, &fine] {
+        until_state(&mut world, job, "running");
+    }
+    restart(&mut world);
+    let (all, good) = (all.wait_with_output().unwrap(), good.wait_with_output().unwrap());
+    let said = String::from_utf8_lossy(&all.stdout);
+    assert_eq!(
+        said,
+        format!("{fine}  succeeded\n{failing}  failed\n"),
+        "{}",
+        String::from_utf8_lossy(&all.stderr)
+    );
+    assert_eq!((all.status.code(), good.status.code()), (Some(1), Some(0)), "some of several failed");
+    let (code, ids, _) = world.run(&["ls", "-q"]);
+    let mut ids: Vec<&str> = ids.lines().collect();
+    let mut expected = [failing.as_str(), &fine, &over];
+    (ids.sort_unstable(), expected.sort_unstable());
+    assert_eq!((code, ids), (0, expected.to_vec()));
+    let (code, line, _) = world.run(&["wait", "--json", &failing]);
+    let job: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!((code, &job["id"], &job["outcome"]), (1, &json!(failing), &json!("failed")));
+    assert_eq!(world.run(&["wait", "j00000000000000z"]).0, 2, "no such job");
     world.end();
 }
 

@@ -38,6 +38,7 @@ mod runtime;
 mod scripted_engine;
 mod sources;
 mod steps;
+mod support;
 mod surroundings;
 mod walls;
 mod workspace;
