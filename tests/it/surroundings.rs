@@ -195,8 +195,8 @@ impl OwnImage {
             "ENV PATH=/usr/local/cargo/bin:/usr/local/go/bin:/usr/local/bin:/usr/bin:/bin",
             "ENV RUSTUP_HOME=/usr/local/rustup CARGO_HOME=/usr/local/cargo RUST_VERSION=1.90.0",
             "ENV GOROOT=/usr/local/go GOPATH=/go GOTOOLCHAIN=local",
-            "ENV JAVA_HOME=/opt/java/openjdk MAVEN_HOME=/usr/share/maven MAVEN_CONFIG=/root/.m2",
-            "ENV PIP_CACHE_DIR=/root/.cache/pip HOME=/root USER=app HTTPS_PROXY=http://192.0.2.1:1",
+            "ENV JAVA_HOME=/opt/java/openjdk MAVEN_HOME=/usr/share/maven MAVEN_CONFIG=/home/app/.m2",
+            "ENV PIP_CACHE_DIR=/home/app/.cache/pip HOME=/home/app USER=app HTTPS_PROXY=http://192.0.2.1:1",
             "ENTRYPOINT [\"/usr/local/bin/docker-entrypoint.sh\"]",
             "CMD [\"jshell\"]",
             "USER 1000",
@@ -246,7 +246,7 @@ fn a_bare_image_of_the_users_own_says_what_it_is_and_caches_lie_on_the_disk_all_
         path.starts_with("/usr/local/cargo/bin:/usr/local/go/bin:")
             && path.ends_with(":/home/agent/.local/bin")
     );
-    for gone in ["MAVEN_CONFIG", "192.0.2.1", "/root"] {
+    for gone in ["MAVEN_CONFIG", "192.0.2.1", "/home/app"] {
         assert!(!said.contains(gone), "{gone}:\n{said}");
     }
     world.end();
