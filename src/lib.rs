@@ -16,7 +16,7 @@
 //! doing     cell (one cell's life), driver (the one loop), sweeper
 //! deciding  scheduler (+ recover), session                    pure: no IO, no clock, no chance
 //! hands     store, journal, engine, link, workspace, changes, git, source, gateway, cell_image, agent_bundle, npm,
-//!           run_as, model, metrics
+//!           run_as, model, metrics, dockerfile
 //! facts     job, policy, agent, change, event, audit, money, pricing, clock  pure types
 //! ```
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
@@ -73,6 +73,7 @@ pub mod session;
 pub mod agent_bundle;
 pub mod cell_image;
 pub mod changes;
+pub mod dockerfile;
 pub mod engine;
 pub mod gateway;
 pub mod git;

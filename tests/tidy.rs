@@ -15,6 +15,7 @@ const LAYERS: [(&str, &[&str]); 5] = [
             "agent_bundle",
             "cell_image",
             "changes",
+            "dockerfile",
             "engine",
             "gateway",
             "git",
@@ -34,10 +35,11 @@ const LAYERS: [(&str, &[&str]); 5] = [
 ];
 
 /// What hands may use of each other: everything else goes through the layer above.
-const BETWEEN_HANDS: [(&str, &[&str]); 6] = [
+const BETWEEN_HANDS: [(&str, &[&str]); 7] = [
     ("agent_bundle", &["npm"]),
     ("cell_image", &["agent_bundle", "engine", "npm"]),
     ("changes", &["git", "workspace"]),
+    ("dockerfile", &["workspace"]),
     ("gateway", &["run_as", "store"]),
     ("git", &["run_as", "workspace"]),
     ("source", &["git", "run_as", "workspace"]),

@@ -1,0 +1,141 @@
+//! Images that were built: which one a job has, which are reused, how many are kept. An image is reused only for the
+//! user whose it is; a job keeps the image it began with, whatever becomes of its workspace.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use super::super::Parts;
+use super::super::prepare::{PrepareError, failed};
+use super::super::record::Record;
+use super::{LABEL_RECIPE, engine_says};
+use crate::engine::LABEL_OWNER;
+use crate::job::{FailReason, JobId};
+
+/// Most images that are kept, of all users.
+const KEPT_MAX: usize = 20;
+/// The image of a job, beside its journal.
+const OF_JOB: &str = "build.json";
+
+/// An image.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Kept {
+    /// Its name.
+    name: String,
+    /// Its id.
+    id: String,
+    /// Whose it is.
+    uid: u32,
+    /// The file that says how it is built.
+    source: String,
+}
+
+/// The image that an earlier cell of the job had.
+pub(in crate::cell) async fn image_of_job(
+    parts: &Parts,
+    record: &Record,
+) -> Result<Option<String>, PrepareError> {
+    let path = parts.settings.journal_dir(&record.job).join(OF_JOB);
+    let read = tokio::task::spawn_blocking(move || read(&path)).await;
+    Ok(read.map_err(|e| failed(FailReason::Internal, e))?.map(|kept| kept.id))
+}
+
+/// An image of this user's that was built from the same.
+pub(super) async fn known(
+    parts: &Parts,
+    record: &Record,
+    name: &str,
+    key: &str,
+) -> Result<Option<String>, PrepareError> {
+    let info = parts.engine.image(name).await.map_err(|e| engine_says(&e))?;
+    let owner = record.identity.uid.to_string();
+    let is = |info: &crate::engine::ImageInfo, label: &str, value: &str| {
+        info.labels.get(label).is_some_and(|text| text == value)
+    };
+    let info = info.filter(|info| is(info, LABEL_OWNER, &owner) && is(info, LABEL_RECIPE, key));
+    Ok(info.map(|info| info.id))
+}
+
+/// Remembers it as the job's, and as one that was used now; the one that was not used for longest goes.
+pub(super) async fn keep(
+    parts: &Arc<Parts>,
+    record: &Record,
+    name: &str,
+    id: &str,
+) -> Result<(), PrepareError> {
+    let source = record.accepted.build.as_ref().map(|build| build.recipe.source.clone()).unwrap_or_default();
+    let kept = Kept { name: name.to_owned(), id: id.to_owned(), uid: record.identity.uid, source };
+    let of_job = parts.settings.journal_dir(&record.job).join(OF_JOB);
+    let dir = dir(parts);
+    let write = tokio::task::spawn_blocking(move || {
+        write(&of_job, &kept)?;
+        std::fs::create_dir_all(&dir)?;
+        let tag = kept.name.rsplit(':').next().unwrap_or_default();
+        write(&dir.join(format!("{tag}.json")), &kept)?;
+        oldest(&dir)
+    });
+    let old = write.await.map_err(|e| failed(FailReason::Internal, e))?;
+    let old = old.map_err(|e| failed(FailReason::Internal, format!("cannot remember an image: {e}")))?;
+    for (path, kept) in old {
+        match parts.engine.remove_image(&kept.name).await {
+            Ok(()) => drop(std::fs::remove_file(path)),
+            // In use: the next time.
+            Err(error) => tracing::info!(image = kept.name, %error, "an image that was built is kept for now"),
+        }
+    }
+    Ok(())
+}
+
+/// Removes what a build has left beside its image: layers of a build that was broken off, stages that nobody needs.
+pub(in crate::cell) async fn sweep_up(parts: &Parts, job: &JobId) {
+    let loose = match parts.engine.loose_images(parts.store.instance()).await {
+        Ok(loose) => loose,
+        Err(error) => return tracing::warn!(%job, %error, "what a build left is left to the sweep"),
+    };
+    for (id, _) in loose.into_iter().filter(|(_, of)| of.as_ref() == Some(job)) {
+        if let Err(error) = parts.engine.remove_image(&id).await {
+            tracing::warn!(%job, id, %error, "what a build left is left to the sweep");
+        }
+    }
+}
+
+fn dir(parts: &Parts) -> PathBuf {
+    parts.settings.state_dir.join("images").join("builds")
+}
+
+fn read(path: &Path) -> Option<Kept> {
+    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+}
+
+fn write(path: &Path, kept: &Kept) -> std::io::Result<()> {
+    use std::io::Write;
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(&serde_json::to_vec(kept)?)?;
+    file.persist(path)?;
+    Ok(())
+}
+
+/// Those over the limit, by when they were used last.
+fn oldest(dir: &Path) -> std::io::Result<Vec<(PathBuf, Kept)>> {
+    let mut all: Vec<(SystemTime, PathBuf)> = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.path().extension().is_some_and(|end| end == "json") {
+            all.push((entry.metadata()?.modified()?, entry.path()));
+        }
+    }
+    all.sort();
+    let over = all.len().saturating_sub(KEPT_MAX);
+    let mut old = Vec::new();
+    for (_, path) in all.into_iter().take(over) {
+        match read(&path) {
+            Some(kept) => old.push((path, kept)),
+            None => std::fs::remove_file(path)?,
+        }
+    }
+    Ok(old)
+}
