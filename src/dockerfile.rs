@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-pub use find::{CANDIDATES, FILE_BYTES_MAX, find};
+pub use find::{CANDIDATES, FILE_BYTES_MAX, find_in};
 pub use generate::{Authorities, OWN_DIR, generate};
 pub use pack::{Context, PackError, PackLimits, Packed, pack};
 pub use parse::{Base, Dockerfile, Instruction, Line, Stage};
@@ -138,8 +138,7 @@ pub fn list(recipe: &Recipe, parsed: &Dockerfile) -> Vec<String> {
     for (base, line) in parsed.bases() {
         lines.push(format!("{name}:{line}: FROM {base}"));
     }
-    let runs = parsed.built().flat_map(|stage| &stage.lines).filter(|line| line.instruction.runs());
-    for run in runs {
+    for run in parsed.runs() {
         lines.push(format!("{name}:{}: the engine will run as root: {}", run.number, run.rest));
     }
     if !recipe.env.is_empty() {

@@ -2,17 +2,23 @@
 //! submitter, held against the policy, and told. Nothing is built here, and nothing fetched.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::time::Duration;
 
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
 use crate::cell::build::ToBuild;
 use crate::change::TreePath;
-use crate::dockerfile::{self, DockerfileError, FILE_BYTES_MAX, Recipe};
+use crate::change::hide::HideRules;
+use crate::dockerfile::{self, DockerfileError, Recipe};
 use crate::engine::LABEL_OWNER;
 use crate::job::spec::Runtime;
 use crate::job::{Identity, JobSpec};
 use crate::policy::Plan;
 use crate::workspace::{self, Guard, WorkspaceError, WorkspaceRecord};
+
+/// Longest wait for the submitter's file system.
+const WAIT_MAX: Duration = Duration::from_secs(20);
 
 /// What is to be built for a job, and the list of what that does. `allowed` holds a spec against the policy.
 ///
@@ -100,13 +106,9 @@ fn found(
     let guard = Guard::for_user(state_dir, identity.uid);
     let dir = workspace::reopen_as(identity, record, &guard)?;
     // A pattern that cannot be read was refused with the policy.
-    let rules = crate::change::hide::HideRules::new(hide).unwrap_or_default();
-    dockerfile::find(|name| {
-        let Ok(path) = TreePath::new(name.as_bytes()) else { return Ok(None) };
-        if rules.hides(&path, false) {
-            return Ok(None);
-        }
-        let texts = workspace::read_texts(identity, record, &dir, vec![path], FILE_BYTES_MAX)?;
-        Ok(texts.into_iter().next().and_then(|(_, text)| text))
+    let rules = HideRules::new(hide).unwrap_or_default();
+    workspace::as_submitter(identity, &record.path, WAIT_MAX, move || {
+        let hidden = |name: &str| TreePath::new(name.as_bytes()).is_ok_and(|path| rules.hides(&path, false));
+        Ok(dockerfile::find_in(dir.as_fd(), &hidden)?)
     })
 }

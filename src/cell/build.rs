@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch::Receiver;
 
-pub(super) use self::shelf::image_of_job;
+pub use self::shelf::{Kept, forget, kept};
 
-use self::watch::{Way, follow};
+use self::watch::{Asked, Way, follow};
 use super::prepare::{self, Image, Launch, PrepareError, Started, WALL_SLACK_MS, failed};
 use super::record::{Record, RecordError};
 use super::steps;
@@ -77,7 +77,7 @@ pub(super) async fn built(
     record: &mut Record,
     stop: &mut Receiver<StopWish>,
 ) -> Result<String, PrepareError> {
-    if let Some(id) = image_of_job(parts, record).await? {
+    if let Some(id) = shelf::image_of_job(parts, record).await? {
         return Ok(id);
     }
     let Some(wanted) = record.accepted.build.clone() else {
@@ -171,9 +171,10 @@ async fn build(
     let made = sealed(parts, record, wanted, (&plan, own.as_deref()), packed, (name, key)).await;
     let mut way = way.map(|(way, _)| way);
     let made = match made {
-        Ok(build) => {
+        Ok((build, ours)) => {
             let build = SealedBuild { network, ..build };
-            follow(parts, record, build, way.as_mut().map(Way::of), wall, stop).await
+            let asked = Asked { build, ours, wall };
+            follow(parts, record, asked, way.as_mut().map(Way::of), stop).await
         }
         Err(error) => Err(error),
     };
@@ -219,7 +220,8 @@ async fn way(
     Ok((started, made.dirs.run))
 }
 
-/// What the engine is asked for. `run`: the directory with the files of authorities.
+/// What the engine is asked for, and the names of the arguments that are ours. `run`: the directory with the files of
+/// authorities.
 async fn sealed(
     parts: &Arc<Parts>,
     record: &Record,
@@ -227,7 +229,7 @@ async fn sealed(
     (plan, run): (&Plan, Option<&Path>),
     packed: Packed,
     (name, key): (&str, &str),
-) -> Result<SealedBuild, PrepareError> {
+) -> Result<(SealedBuild, BTreeSet<String>), PrepareError> {
     let internal = |e: std::io::Error| failed(FailReason::Internal, format!("cannot write the context: {e}"));
     let parsed = wanted.recipe.parsed().map_err(build_failed)?;
     let (instance, job) = (parts.store.instance().to_string(), record.job.to_string());
@@ -266,7 +268,7 @@ async fn sealed(
     let limits = &record.accepted.plan.limits;
     let owner = record.identity.uid.to_string();
     let labels = [(LABEL_OWNER, owner), (LABEL_RECIPE, key.to_owned()), (LABEL_BUILD, String::new())];
-    Ok(SealedBuild {
+    let build = SealedBuild {
         context,
         dockerfile: format!("{OWN_DIR}/{DOCKERFILE}"),
         tag: name.to_owned(),
@@ -275,7 +277,8 @@ async fn sealed(
         network: None,
         memory_bytes: limits.memory_bytes,
         cpus_milli: limits.cpus_milli.min(super::rooms::cores_milli()),
-    })
+    };
+    Ok((build, arguments))
 }
 
 /// The files by which the commands of a build trust the gateway.

@@ -1,6 +1,7 @@
 //! Which file of a workspace says what is built. The caller reads, with the submitter's rights; here it is decided. Pure.
 
 use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
 
 use super::devcontainer::Devcontainer;
 use super::{DockerfileError, Recipe};
@@ -11,13 +12,24 @@ pub const FILE_BYTES_MAX: u64 = 64 * 1024;
 pub const CANDIDATES: [&str; 4] =
     [".devcontainer/devcontainer.json", ".devcontainer.json", "Dockerfile", "Containerfile"];
 
+/// Finds it in a directory, with the rights of whoever calls it, who can leave files out. Follows no link. Blocks.
+///
+/// # Errors
+/// [`DockerfileError`].
+pub fn find_in(dir: BorrowedFd<'_>, leave_out: &dyn Fn(&str) -> bool) -> Result<Recipe, DockerfileError> {
+    find(|name| {
+        let text = if leave_out(name) { None } else { super::pack::read_text(dir, name, FILE_BYTES_MAX) };
+        Ok(text)
+    })
+}
+
 /// Finds it. `read` gives the text of a file below the workspace, `None` where there is none that can be read.
 ///
 /// # Errors
 /// What `read` says; [`DockerfileError`] for what is not there, or not built here.
-pub fn find<E: From<DockerfileError>>(
-    mut read: impl FnMut(&str) -> Result<Option<String>, E>,
-) -> Result<Recipe, E> {
+pub(super) fn find(
+    mut read: impl FnMut(&str) -> Result<Option<String>, DockerfileError>,
+) -> Result<Recipe, DockerfileError> {
     for name in CANDIDATES {
         let Some(text) = read(name)? else { continue };
         if name.ends_with(".json") {
@@ -36,14 +48,14 @@ pub fn find<E: From<DockerfileError>>(
         };
         return Ok(recipe);
     }
-    Err(DockerfileError::None.into())
+    Err(DockerfileError::None)
 }
 
-fn of_devcontainer<E: From<DockerfileError>>(
+fn of_devcontainer(
     name: &str,
     text: &str,
-    mut read: impl FnMut(&str) -> Result<Option<String>, E>,
-) -> Result<Recipe, E> {
+    mut read: impl FnMut(&str) -> Result<Option<String>, DockerfileError>,
+) -> Result<Recipe, DockerfileError> {
     let file = || name.to_owned();
     let found = Devcontainer::parse(text)
         .map_err(|problem| DockerfileError::Devcontainer { file: file(), problem })?;

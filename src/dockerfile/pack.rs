@@ -109,7 +109,7 @@ pub fn pack(workspace: BorrowedFd<'_>, context: &Context, file: File) -> Result<
     let path = if context.dir.is_empty() { "." } else { context.dir.as_str() };
     let top = open(workspace, path, OFlags::DIRECTORY).map_err(no_directory)?;
     let hide = HideRules::new(&context.hide).map_err(|e| PackError::Pattern(format!("`hide`: {e}")))?;
-    let ignored = match read_text(top.as_fd(), IGNORE_FILE) {
+    let ignored = match read_text(top.as_fd(), IGNORE_FILE, IGNORE_BYTES_MAX) {
         Some(text) => Ignored::parse(&text).map_err(PackError::Pattern)?,
         None => Ignored::default(),
     };
@@ -238,9 +238,15 @@ fn open(dir: BorrowedFd<'_>, path: &str, more: OFlags) -> rustix::io::Result<Own
     rustix::fs::openat2(dir, path, flags, Mode::empty(), resolve)
 }
 
-fn read_text(dir: BorrowedFd<'_>, name: &str) -> Option<String> {
+/// The text of a regular file; none where there is none, or it is too long.
+pub(super) fn read_text(dir: BorrowedFd<'_>, name: &str, bytes_max: u64) -> Option<String> {
+    let file = open(dir, name, OFlags::empty()).ok()?;
+    let stat = rustix::fs::fstat(&file).ok()?;
+    if !FileType::from_raw_mode(stat.st_mode).is_file() || u64::try_from(stat.st_size).ok()? > bytes_max {
+        return None;
+    }
     let mut text = String::new();
-    File::from(open(dir, name, OFlags::empty()).ok()?).take(IGNORE_BYTES_MAX).read_to_string(&mut text).ok()?;
+    File::from(file).take(bytes_max).read_to_string(&mut text).ok()?;
     Some(text)
 }
 

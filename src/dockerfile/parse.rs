@@ -129,9 +129,9 @@ impl Dockerfile {
         Ok(Self { escape, before, stages })
     }
 
-    /// The stages that are built: the engine's plain builder does all of them.
-    pub fn built(&self) -> impl Iterator<Item = &Stage> {
-        self.stages.iter()
+    /// Lines that run something: the engine's plain builder does all stages up to the one that is wanted.
+    pub fn runs(&self) -> impl Iterator<Item = &Line> {
+        self.stages.iter().flat_map(|stage| &stage.lines).filter(|line| line.instruction.runs())
     }
 
     /// Every image that is built on or copied from, with the line that names it first.

@@ -9,6 +9,7 @@ mod access;
 mod api;
 mod audit;
 mod bad_input;
+mod build;
 mod changes;
 mod command;
 mod copies;

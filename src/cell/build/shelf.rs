@@ -11,6 +11,7 @@ use super::super::Parts;
 use super::super::prepare::{PrepareError, failed};
 use super::super::record::Record;
 use super::{LABEL_RECIPE, engine_says};
+use crate::clock;
 use crate::engine::LABEL_OWNER;
 use crate::job::{FailReason, JobId};
 
@@ -19,18 +20,43 @@ const KEPT_MAX: usize = 20;
 /// The image of a job, beside its journal.
 const OF_JOB: &str = "build.json";
 
-/// An image.
+/// An image that was built for a job.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Kept {
+pub struct Kept {
     /// Its name.
-    name: String,
+    pub name: String,
     /// Its id.
-    id: String,
+    pub id: String,
     /// Whose it is.
-    uid: u32,
+    pub uid: u32,
     /// The file that says how it is built.
-    source: String,
+    pub source: String,
+    /// When it was built, in milliseconds since 1970.
+    pub built_at_ms: u64,
+}
+
+/// Those of a state directory, as far as they can be read. Blocks.
+pub fn kept(state_dir: &Path) -> Vec<Kept> {
+    let mut all: Vec<Kept> = std::fs::read_dir(dir_below(state_dir))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| read(&entry.path()))
+        .collect();
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    all
+}
+
+/// Forgets one that is gone. Blocks.
+///
+/// # Errors
+/// Of the file system.
+pub fn forget(state_dir: &Path, name: &str) -> std::io::Result<()> {
+    match std::fs::remove_file(file_of(&dir_below(state_dir), name)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// The image that an earlier cell of the job had.
@@ -67,14 +93,20 @@ pub(super) async fn keep(
     id: &str,
 ) -> Result<(), PrepareError> {
     let source = record.accepted.build.as_ref().map(|build| build.recipe.source.clone()).unwrap_or_default();
-    let kept = Kept { name: name.to_owned(), id: id.to_owned(), uid: record.identity.uid, source };
+    let built_at_ms = clock::wall_ms();
+    let uid = record.identity.uid;
+    let mut kept = Kept { name: name.to_owned(), id: id.to_owned(), uid, source, built_at_ms };
     let of_job = parts.settings.journal_dir(&record.job).join(OF_JOB);
-    let dir = dir(parts);
+    let dir = dir_below(&parts.settings.state_dir);
     let write = tokio::task::spawn_blocking(move || {
-        write(&of_job, &kept)?;
         std::fs::create_dir_all(&dir)?;
-        let tag = kept.name.rsplit(':').next().unwrap_or_default();
-        write(&dir.join(format!("{tag}.json")), &kept)?;
+        let file = file_of(&dir, &kept.name);
+        if let Some(before) = read(&file).filter(|before| before.id == kept.id) {
+            kept.built_at_ms = before.built_at_ms;
+        }
+        write(&of_job, &kept)?;
+        // Its time of change is when it was used last.
+        write(&file, &kept)?;
         oldest(&dir)
     });
     let old = write.await.map_err(|e| failed(FailReason::Internal, e))?;
@@ -102,8 +134,12 @@ pub(in crate::cell) async fn sweep_up(parts: &Parts, job: &JobId) {
     }
 }
 
-fn dir(parts: &Parts) -> PathBuf {
-    parts.settings.state_dir.join("images").join("builds")
+fn dir_below(state_dir: &Path) -> PathBuf {
+    state_dir.join("images").join("builds")
+}
+
+fn file_of(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{}.json", name.rsplit([':', '/']).next().unwrap_or_default()))
 }
 
 fn read(path: &Path) -> Option<Kept> {

@@ -1,7 +1,7 @@
 //! One build while the engine does it: its lines become notes of the job, and a stop, a limit or a full disk ends it. It
 //! never waits for the engine longer than the build may take.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,9 +46,19 @@ impl<'a> Way<'a> {
     }
 }
 
+/// What the engine is asked for.
+pub(super) struct Asked {
+    pub(super) build: SealedBuild,
+    /// Names of arguments that stand in no line of the repository's.
+    pub(super) ours: BTreeSet<String>,
+    /// How long it may take.
+    pub(super) wall: Duration,
+}
+
 /// What a build has said.
 #[derive(Default)]
 struct Told {
+    ours: BTreeSet<String>,
     lines: u32,
     step: String,
     tail: VecDeque<String>,
@@ -70,14 +80,13 @@ enum Next {
 pub(super) async fn follow(
     parts: &Arc<Parts>,
     record: &mut Record,
-    build: SealedBuild,
+    Asked { build, ours, wall }: Asked,
     mut way: Option<Way<'_>>,
-    wall: Duration,
     stop: &mut Receiver<StopWish>,
 ) -> Result<String, PrepareError> {
     let (progress, mut lines) = mpsc::channel(LINES_WAITING_MAX);
     let root = parts.engine.info().await.map_err(|e| engine_says(&e))?.root_dir;
-    let mut told = Told::default();
+    let mut told = Told { ours, ..Told::default() };
     let deadline = Instant::now() + wall;
     let mut look = tokio::time::interval(LOOK_EVERY);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -166,11 +175,11 @@ fn disk_is_full(parts: &Parts, root: &PathBuf) -> Option<String> {
 
 impl Told {
     fn hear(&mut self, record: &mut Record, line: &str) -> Result<(), RecordError> {
-        let line: String = line.trim_end().chars().take(LINE_CHARS_MAX).collect();
-        if is_noise(&line) {
-            return Ok(());
-        }
-        if line.starts_with("Step ") {
+        let Some(said) = Said::of(line, &self.ours) else { return Ok(()) };
+        let line: String = match said {
+            Said::Step(line) | Said::Output(line) => line.chars().take(LINE_CHARS_MAX).collect(),
+        };
+        if let Said::Step(_) = said {
             self.tail.clear();
             self.step.clone_from(&line);
         } else {
@@ -215,15 +224,50 @@ impl Told {
     }
 }
 
-/// The builder's own words, and what it says of lines that are ours.
-fn is_noise(line: &str) -> bool {
-    let text = line.trim();
-    let ours = ["LABEL hotcell.", "COPY .hotcell-build/"];
-    let step = text.strip_prefix("Step ").and_then(|rest| rest.split_once(" : ")).map(|(_, rest)| rest);
-    text.is_empty()
-        || text.starts_with("--->")
-        || text.starts_with("Removing intermediate container")
-        || text.starts_with("Successfully ")
-        || text.starts_with("[Warning] One or more build-args")
-        || step.is_some_and(|rest| ours.iter().any(|start| rest.starts_with(start)))
+/// What a line of the builder's says.
+#[derive(Debug, PartialEq, Eq)]
+enum Said<'a> {
+    /// A line of the Dockerfile begins.
+    Step(&'a str),
+    /// Somebody prints.
+    Output(&'a str),
+}
+
+impl<'a> Said<'a> {
+    /// None for the builder's own words, and for what it says of lines that are ours.
+    fn of(line: &'a str, ours: &BTreeSet<String>) -> Option<Self> {
+        let line = line.trim_end();
+        let own = [" --->", "Removing intermediate container", "Successfully ", "[Warning] One or more build-args"];
+        if line.is_empty() || own.iter().any(|start| line.starts_with(start)) {
+            return None;
+        }
+        let counted = line.strip_prefix("Step ").and_then(|rest| rest.split_once(" : "));
+        let Some((_, step)) = counted.filter(|(count, _)| count.contains('/')) else {
+            return Some(Self::Output(line));
+        };
+        let added = ["LABEL hotcell.", "COPY .hotcell-build/"].iter().any(|start| step.starts_with(start));
+        let argument = step.strip_prefix("ARG ").is_some_and(|name| ours.contains(name));
+        (!added && !argument).then_some(Self::Step(step))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_what_the_builder_says_the_repositorys_lines_and_output_are_told() {
+        let ours = BTreeSet::from(["SSL_CERT_FILE".to_owned()]);
+        for (line, said) in [
+            ("Step 3/9 : RUN make all", Some(Said::Step("RUN make all"))),
+            ("Step 1/9 : LABEL hotcell.instance=\"h\" hotcell.build=\"j\"", None),
+            ("Step 2/9 : ARG SSL_CERT_FILE", None),
+            ("Step 2/9 : ARG WORD=x", Some(Said::Step("ARG WORD=x"))),
+            (" ---> Running in 0123456789ab", None),
+            ("Step by step", Some(Said::Output("Step by step"))),
+            ("  indented  ", Some(Said::Output("  indented"))),
+        ] {
+            assert_eq!(Said::of(line, &ours), said, "{line}");
+        }
+    }
 }
