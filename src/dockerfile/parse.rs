@@ -385,7 +385,7 @@ fn check_add(rest: &str, escape: char) -> Result<(), String> {
 fn no_heredoc(instruction: &str, rest: &str) -> Result<(), String> {
     for (at, _) in rest.match_indices("<<") {
         let before = rest[..at].trim_end_matches(|c: char| c.is_ascii_digit());
-        let begins = before.is_empty() || before.ends_with(|c: char| c.is_ascii_whitespace() || "'\";&|()".contains(c));
+        let begins = before.is_empty() || before.ends_with(|c: char| c.is_whitespace() || matches!(c, '"' | '\''));
         let after = rest[at + 2..].trim_start_matches(['-', '"', '\'']);
         if begins && after.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_') {
             return Err(needs_buildkit(&format!("a here-document after {instruction}")));
