@@ -145,7 +145,8 @@ pub async fn once(parts: &Arc<Parts>) -> Result<(), SweepError> {
 /// What the engine made for builds that nobody follows any more: the job of a build that goes on is being prepared.
 async fn builds(parts: &Arc<Parts>, found: &[crate::engine::Found]) -> Result<(), SweepError> {
     let loose = parts.engine.loose_images(parts.store.instance()).await?;
-    let containers = found.iter().filter_map(|found| Some((found.build.clone()?, Some(&found.container), None)));
+    let containers =
+        found.iter().filter_map(|found| Some((found.build.clone()?, Some(&found.container), None)));
     let images = loose.iter().filter_map(|(id, job)| Some((job.clone()?, None, Some(id))));
     for (job, container, image) in containers.chain(images).collect::<Vec<_>>() {
         let row = parts.store.job(&job).await?;

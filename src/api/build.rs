@@ -41,10 +41,11 @@ pub(super) async fn planned(
     };
     let (who, state_dir, hide) = (identity.clone(), api.parts.settings.state_dir.clone(), plan.hide.clone());
     let found = tokio::task::spawn_blocking(move || found(&who, &record, &state_dir, &hide));
-    let recipe = found.await.map_err(|e| ApiError::new(ErrorCode::Internal, e))?.map_err(|error| match error {
-        FindError::Workspace(e) => ApiError::new(ErrorCode::Workspace, format!("workspace.path: {e}")),
-        FindError::Dockerfile(e) => invalid(e.to_string()),
-    })?;
+    let recipe =
+        found.await.map_err(|e| ApiError::new(ErrorCode::Internal, e))?.map_err(|error| match error {
+            FindError::Workspace(e) => ApiError::new(ErrorCode::Workspace, format!("workspace.path: {e}")),
+            FindError::Dockerfile(e) => invalid(e.to_string()),
+        })?;
     let parsed = recipe.parsed().map_err(|e| invalid(e.to_string()))?;
     let name = recipe.dockerfile.as_deref().unwrap_or(&recipe.source);
     let mut bases = BTreeMap::new();
@@ -55,9 +56,15 @@ pub(super) async fn planned(
             error.0.message = at(error.0.message);
             error
         })?;
-        bases.insert(base.to_owned(), base_id(api, identity, base).await?.map_err(|words| invalid(at(words)))?);
+        bases.insert(
+            base.to_owned(),
+            base_id(api, identity, base).await?.map_err(|words| invalid(at(words)))?,
+        );
     }
-    let list = dockerfile::list(&recipe, &parsed);
+    let mut list = dockerfile::list(&recipe, &parsed);
+    if plan.runtimes.first() != Some(&Runtime::Runc) && parsed.runs().next().is_some() {
+        list.push("a build runs under runc, whatever isolates the cell".to_owned());
+    }
     Ok((ToBuild { recipe, bases }, list))
 }
 
@@ -66,7 +73,9 @@ async fn base_id(api: &Api, identity: &Identity, base: &str) -> Result<Result<St
     let info = api.parts.engine.image(base).await;
     let info = info.map_err(|e| ApiError::new(ErrorCode::EngineUnavailable, e))?;
     let Some(info) = info else {
-        let words = format!("the image {base} is not on this machine, and a build pulls nothing: pull it, then submit again");
+        let words = format!(
+            "the image {base} is not on this machine, and a build pulls nothing: pull it, then submit again"
+        );
         return Ok(Err(words));
     };
     if info.on_build {

@@ -24,7 +24,9 @@ use crate::clock;
 use crate::event::Body;
 use crate::gateway::GatewayError;
 use crate::git::above::{self, Above};
-use crate::job::spec::{AUTO_IMAGE, BUILD_IMAGE, MountAt, SPEC_BYTES_MAX, SpecError, WorkspaceMode, taken_at};
+use crate::job::spec::{
+    AUTO_IMAGE, BUILD_IMAGE, MountAt, SPEC_BYTES_MAX, SpecError, WorkspaceMode, taken_at,
+};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
 use crate::money::MicroUsd;

@@ -44,8 +44,7 @@ const LABEL_RECIPE: &str = "hotcell.recipe";
 /// What the Dockerfile is called among our files in the context.
 const DOCKERFILE: &str = "Dockerfile";
 /// apt looks at no variable for its authorities, but for one with a file of settings.
-const APT: (&str, &str, &str) =
-    ("APT_CONFIG", "apt.conf", "Acquire::https::CAInfo \"/.hotcell/ca.pem\";\n");
+const APT: (&str, &str, &str) = ("APT_CONFIG", "apt.conf", "Acquire::https::CAInfo \"/.hotcell/ca.pem\";\n");
 
 /// What was accepted to be built.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -63,7 +62,8 @@ impl ToBuild {
         if self.recipe.setup.is_empty() {
             return;
         }
-        let setup = spec.setup.get_or_insert(SetupSpec { commands: Vec::new(), timeout_s: None, egress: None });
+        let setup =
+            spec.setup.get_or_insert(SetupSpec { commands: Vec::new(), timeout_s: None, egress: None });
         setup.commands.splice(0..0, self.recipe.setup.iter().cloned());
     }
 }
@@ -89,7 +89,7 @@ pub(super) async fn built(
         0 => String::new(),
         count => format!("; {count} paths are hidden from it by the policy"),
     };
-    note(record, format!("build: the context has {what}{hidden}"))?;
+    note(record, format!("build: the context has {what} and nothing of git's{hidden}"))?;
     let key = key(record, &wanted, &packed.hash);
     let name = format!("hotcell/build:{}", &key[..24]);
     if let Some(id) = shelf::known(parts, record, &name, &key).await? {
@@ -248,14 +248,8 @@ async fn sealed(
     let authorities = Authorities { names: own.iter().map(|(name, _)| *name).collect() };
     let arguments: BTreeSet<String> =
         env.keys().filter(|name| !name.to_ascii_lowercase().ends_with("_proxy")).cloned().collect();
-    let text = dockerfile::generate(
-        &parsed,
-        &wanted.bases,
-        &labels,
-        &arguments,
-        &wanted.recipe.env,
-        &authorities,
-    );
+    let text =
+        dockerfile::generate(&parsed, &wanted.bases, &labels, &arguments, &wanted.recipe.env, &authorities);
     let mut files: Vec<(String, Vec<u8>)> = vec![(DOCKERFILE.to_owned(), text.into_bytes())];
     for (name, content) in own {
         files.push((format!("empty-{name}"), Vec::new()));

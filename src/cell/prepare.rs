@@ -187,8 +187,7 @@ pub(super) async fn begin_beside(
     let former = parts.store.cell_of(&record.job).await?;
     let names = Names::new(former.as_ref(), &record.job)?;
     parts.store.put_cell(names.row(record, None)).await?;
-    let tenant =
-        Tenant { uid: names.uid, runtime: Runtime::Runc, claude: image.claude.clone(), kept: false };
+    let tenant = Tenant { uid: names.uid, runtime: Runtime::Runc, claude: image.claude.clone(), kept: false };
     Ok(Begun { image, names, tenant, engine_name: None })
 }
 

@@ -46,7 +46,8 @@ impl Devcontainer {
         let syntax = |e: jsonc_parser::errors::ParseError| format!("it is no JSON with comments: {e}");
         let options = jsonc_parser::ParseOptions::default();
         // This one knows how deep it goes; the other one does not.
-        jsonc_parser::parse_to_ast(text, &jsonc_parser::CollectOptions::default(), &options).map_err(syntax)?;
+        jsonc_parser::parse_to_ast(text, &jsonc_parser::CollectOptions::default(), &options)
+            .map_err(syntax)?;
         let value: Value = jsonc_parser::parse_to_serde_value(text, &options).map_err(syntax)?;
         let Value::Object(all) = value else { return Err("it is no JSON object".to_owned()) };
         let mut found = Self::default();
@@ -69,9 +70,13 @@ impl Devcontainer {
 
     fn refuse(&self, all: &Map<String, Value>) -> Result<(), String> {
         if all.contains_key("dockerComposeFile") {
-            return Err("dockerComposeFile: a cell is one container; name a Dockerfile (`build.dockerfile`)".to_owned());
+            return Err("dockerComposeFile: a cell is one container; name a Dockerfile (`build.dockerfile`)"
+                .to_owned());
         }
-        if all.get("features").is_some_and(|features| features.as_object().is_none_or(|list| !list.is_empty())) {
+        if all
+            .get("features")
+            .is_some_and(|features| features.as_object().is_none_or(|list| !list.is_empty()))
+        {
             return Err("features: they are scripts of others that are fetched while the image is built, which is not \
                         done here; put what they install into the Dockerfile"
                 .to_owned());
@@ -102,14 +107,18 @@ impl Devcontainer {
         for (name, value) in object("build.args", build.get("args"))? {
             let value = value.as_str().ok_or(format!("build.args.{name}: it is no text"))?;
             if value.contains("${") {
-                return Err(format!("build.args.{name}: {value:?} names a variable of the host, which is not told to a build"));
+                return Err(format!(
+                    "build.args.{name}: {value:?} names a variable of the host, which is not told to a build"
+                ));
             }
             if !is_variable(name) || value.contains(['\0', '\n', '\r']) {
                 return Err(format!("build.args.{name:?}: it is no plain argument"));
             }
             self.args.insert(name.clone(), value.to_owned());
         }
-        for key in build.keys().filter(|key| !["dockerfile", "context", "target", "args"].contains(&key.as_str())) {
+        for key in
+            build.keys().filter(|key| !["dockerfile", "context", "target", "args"].contains(&key.as_str()))
+        {
             self.told.push(format!("build.{key} is left out"));
         }
         Ok(())
@@ -118,7 +127,9 @@ impl Devcontainer {
     fn variables(&mut self, key: &str, all: &Map<String, Value>) -> Result<(), String> {
         for (name, value) in object(key, all.get(key))? {
             match value.as_str() {
-                Some(value) if is_variable(name) && !value.contains("${") && !value.contains(['\0', '\n', '\r']) => {
+                Some(value)
+                    if is_variable(name) && !value.contains("${") && !value.contains(['\0', '\n', '\r']) =>
+                {
                     self.env.insert(name.clone(), value.to_owned());
                 }
                 _ => self.told.push(format!("{key}.{name} is left out: it is no plain value")),
@@ -142,9 +153,13 @@ impl Devcontainer {
         let known = |key: &str| {
             taken.contains(&key) || told.contains(&key) || IN_THE_CELL.contains(&key) || SILENT.contains(&key)
         };
-        let rest: Vec<&str> = all.keys().map(String::as_str).filter(|key| !known(key)).take(ENTRIES_MAX).collect();
+        let rest: Vec<&str> =
+            all.keys().map(String::as_str).filter(|key| !known(key)).take(ENTRIES_MAX).collect();
         if !rest.is_empty() {
-            self.told.push(format!("what it says besides does not loosen a cell and is left out: {}", rest.join(", ")));
+            self.told.push(format!(
+                "what it says besides does not loosen a cell and is left out: {}",
+                rest.join(", ")
+            ));
         }
     }
 }
@@ -181,7 +196,8 @@ fn commands(value: &Value) -> Result<Vec<StepCommand>, String> {
         Value::String(line) if line.trim().is_empty() => Ok(Vec::new()),
         Value::String(line) => Ok(vec![StepCommand::Line(line.clone())]),
         Value::Array(words) => {
-            let words: Option<Vec<String>> = words.iter().map(|word| word.as_str().map(str::to_owned)).collect();
+            let words: Option<Vec<String>> =
+                words.iter().map(|word| word.as_str().map(str::to_owned)).collect();
             let words = words.ok_or("its words are no texts")?;
             Ok(if words.is_empty() { Vec::new() } else { vec![StepCommand::Argv(words)] })
         }

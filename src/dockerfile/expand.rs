@@ -29,9 +29,8 @@ fn variable<'a>(
     variables: &BTreeMap<String, String>,
     out: &mut String,
 ) -> Result<&'a str, String> {
-    let length = |text: &str| {
-        text.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(text.len())
-    };
+    let length =
+        |text: &str| text.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(text.len());
     let value = |name: &str| variables.get(name).filter(|value| !value.is_empty());
     let Some(inner) = rest.strip_prefix('{') else {
         let end = length(rest);

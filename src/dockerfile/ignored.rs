@@ -24,11 +24,13 @@ impl Ignored {
             }
             let line = line.trim();
             let (out, pattern) = line.strip_prefix('!').map_or((true, line), |rest| (false, rest.trim()));
-            let parts = pattern.split('/').filter(|part| !part.is_empty() && *part != ".").collect::<Vec<_>>();
+            let parts =
+                pattern.split('/').filter(|part| !part.is_empty() && *part != ".").collect::<Vec<_>>();
             if parts.is_empty() || patterns.len() >= PATTERNS_MAX {
                 continue;
             }
-            let glob = GlobBuilder::new(&parts.join("/")).literal_separator(true).backslash_escape(true).build();
+            let glob =
+                GlobBuilder::new(&parts.join("/")).literal_separator(true).backslash_escape(true).build();
             let glob = glob.map_err(|e| format!(".dockerignore: {pattern:?}: {}", e.kind()))?;
             patterns.push((glob.compile_matcher(), out));
         }

@@ -119,12 +119,15 @@ pub fn pack(workspace: BorrowedFd<'_>, context: &Context, file: File) -> Result<
     let look = LookLimits { entries_max: limits.entries_max, time_max: limits.time_max };
     let enter = |path: &TreePath| {
         let text = path.as_path().to_str();
-        path.as_bytes() != OWN_DIR.as_bytes()
-            && !(ignored.is_final() && text.is_some_and(|path| ignored.leaves_out(path)))
+        !is_left_out(path) && !(ignored.is_final() && text.is_some_and(|path| ignored.leaves_out(path)))
     };
     let mut looked = workspace::look(top.as_fd(), &look, &enter);
     if !looked.complete {
-        let most = format!("{} paths, or takes more than {} s to look through", limits.entries_max, limits.time_max.as_secs());
+        let most = format!(
+            "{} paths, or takes more than {} s to look through",
+            limits.entries_max,
+            limits.time_max.as_secs()
+        );
         return Err(PackError::TooLarge(most));
     }
     looked.found.sort_by(|a, b| a.path.cmp(&b.path));
@@ -132,7 +135,9 @@ pub fn pack(workspace: BorrowedFd<'_>, context: &Context, file: File) -> Result<
     let packed = Packed { builder, hash: String::new(), files: 0, bytes: 0, hidden: 0 };
     let mut packer = Packer { packed, sum: Sha256::new(), bytes_max: limits.bytes_max };
     for found in &looked.found {
-        let Some(name) = found.path.as_path().to_str().filter(|name| !is_own(name)) else { continue };
+        let Some(name) = found.path.as_path().to_str().filter(|_| !is_left_out(&found.path)) else {
+            continue;
+        };
         // Hidden is hidden from the top of the workspace on.
         let whole = match &base {
             Some(base) => TreePath::new([base.as_bytes(), b"/", found.path.as_bytes()].concat()).ok(),
@@ -149,8 +154,9 @@ pub fn pack(workspace: BorrowedFd<'_>, context: &Context, file: File) -> Result<
     Ok(packed)
 }
 
-fn is_own(name: &str) -> bool {
-    name == OWN_DIR || name.strip_prefix(OWN_DIR).is_some_and(|rest| rest.starts_with('/'))
+/// Our own directory, and what is git's: its configuration may hold credentials, which a cell is not shown either.
+fn is_left_out(path: &TreePath) -> bool {
+    path.parts().next() == Some(OWN_DIR.as_bytes()) || path.parts().any(|part| part == b".git")
 }
 
 struct Packer {

@@ -111,7 +111,8 @@ impl Dockerfile {
         args: &BTreeMap<String, String>,
         target: Option<&str>,
     ) -> Result<Self, DockerfileError> {
-        let at = |line: usize, problem: String| DockerfileError::Line { file: file.to_owned(), line, problem };
+        let at =
+            |line: usize, problem: String| DockerfileError::Line { file: file.to_owned(), line, problem };
         let (escape, logical) = logical_lines(text).map_err(|(line, problem)| at(line, problem))?;
         let mut reader = Reader { variables: BTreeMap::new(), args, before: Vec::new(), stages: Vec::new() };
         for (number, text) in logical {
@@ -153,10 +154,7 @@ impl Dockerfile {
 
 fn stage_index(stages: &[Stage], name: &str) -> Option<usize> {
     let named = |stage: &Stage| stage.name.as_deref().is_some_and(|own| own.eq_ignore_ascii_case(name));
-    stages
-        .iter()
-        .position(named)
-        .or_else(|| name.parse::<usize>().ok().filter(|index| *index < stages.len()))
+    stages.iter().position(named).or_else(|| name.parse::<usize>().ok().filter(|index| *index < stages.len()))
 }
 
 /// Joined lines with their numbers, and the escape character. Comments and empty lines are gone, within a joined line too.
@@ -170,7 +168,10 @@ fn logical_lines(text: &str) -> Result<Logical, (usize, String)> {
     for (index, line) in text.lines().enumerate() {
         let (number, trimmed) = (index + 1, line.trim());
         if line.contains(['\0', '\r', '\u{b}', '\u{c}', '\u{85}', '\u{2028}', '\u{2029}']) {
-            return Err((number, "it holds a character that some would take for the end of a line".to_owned()));
+            return Err((
+                number,
+                "it holds a character that some would take for the end of a line".to_owned(),
+            ));
         }
         if trimmed.is_empty() || trimmed.starts_with('#') {
             continue;
@@ -179,7 +180,10 @@ fn logical_lines(text: &str) -> Result<Logical, (usize, String)> {
         let (body, goes_on) = match line.strip_suffix(escape) {
             Some(body) if body.ends_with(escape) => {
                 // Older builders join here, newer ones do not.
-                return Err((number, format!("a line that ends in {escape}{escape} is not clear: end it with a word")));
+                return Err((
+                    number,
+                    format!("a line that ends in {escape}{escape} is not clear: end it with a word"),
+                ));
             }
             Some(body) => (body, true),
             None => (line, false),
@@ -263,7 +267,8 @@ impl Reader<'_> {
     /// `ARG` before the first stage.
     fn argument(&mut self, rest: &str) -> Result<(), String> {
         for word in rest.split_ascii_whitespace() {
-            let (name, default) = word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)));
+            let (name, default) =
+                word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)));
             let value = match (self.args.get(name), default) {
                 (Some(given), _) => given.clone(),
                 (None, Some(default)) => expand(default, &self.variables)?,
@@ -385,7 +390,8 @@ fn check_add(rest: &str, escape: char) -> Result<(), String> {
 fn no_heredoc(instruction: &str, rest: &str) -> Result<(), String> {
     for (at, _) in rest.match_indices("<<") {
         let before = rest[..at].trim_end_matches(|c: char| c.is_ascii_digit());
-        let begins = before.is_empty() || before.ends_with(|c: char| c.is_whitespace() || matches!(c, '"' | '\''));
+        let begins =
+            before.is_empty() || before.ends_with(|c: char| c.is_whitespace() || matches!(c, '"' | '\''));
         let after = rest[at + 2..].trim_start_matches(['-', '"', '\'']);
         if begins && after.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_') {
             return Err(needs_buildkit(&format!("a here-document after {instruction}")));

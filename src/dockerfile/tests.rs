@@ -51,9 +51,13 @@ fn what_two_builders_would_read_in_two_ways_is_refused() {
     for hidden in ["RUN a\u{b}RUN b", "RUN a\rRUN b", "RUN a\u{2028}RUN b", "RUN a\0b"] {
         assert!(refused(&format!("FROM x\n{hidden}\n")).contains("end of a line"), "{hidden:?}");
     }
-    for heredoc in
-        ["RUN <<EOF\necho\nEOF", "RUN cat <<-'EOF' > x\nEOF", "COPY <<x /y\nx", "RUN 3<<EOF cat\nEOF", "RUN python3 <<\"E\"\nE"]
-    {
+    for heredoc in [
+        "RUN <<EOF\necho\nEOF",
+        "RUN cat <<-'EOF' > x\nEOF",
+        "COPY <<x /y\nx",
+        "RUN 3<<EOF cat\nEOF",
+        "RUN python3 <<\"E\"\nE",
+    ] {
         assert!(refused(&format!("FROM x\n{heredoc}\n")).contains("here-document"), "{heredoc}");
     }
     let shifts = parse("FROM x\nRUN echo $((1<<2)) && cat <<< word\n").unwrap();
@@ -77,7 +81,16 @@ fn what_an_image_is_built_on_is_known_before() {
         let file = parse(&format!("ARG TAG=12\nFROM {default}\n")).unwrap();
         assert!(file.bases().contains_key(image), "{default}");
     }
-    for bad in ["FROM ${X}", "FROM ${X:?no}", "FROM ${X:-${Y}}", "FROM $", "FROM '$X'", "FROM a\\b", "FROM a b", "FROM --x a"] {
+    for bad in [
+        "FROM ${X}",
+        "FROM ${X:?no}",
+        "FROM ${X:-${Y}}",
+        "FROM $",
+        "FROM '$X'",
+        "FROM a\\b",
+        "FROM a b",
+        "FROM --x a",
+    ] {
         parse(bad).expect_err(bad);
     }
 }
@@ -106,7 +119,9 @@ fn the_engine_is_given_nothing_to_fetch() {
         assert!(refused(&text).contains("past the gateway"), "{add}");
     }
     parse("FROM x\nADD --chown=1:1 a.tar b/*.txt /x/\n").unwrap();
-    for more in ["ADD --checksum=sha256:0 a /b", "COPY --link a /b", "RUN --mount=type=ssh a", "RUN --network=host a"] {
+    for more in
+        ["ADD --checksum=sha256:0 a /b", "COPY --link a /b", "RUN --mount=type=ssh a", "RUN --network=host a"]
+    {
         assert!(refused(&format!("FROM x\n{more}\n")).contains("BuildKit"), "{more}");
     }
     assert!(refused("FROM x\nONBUILD ADD https://evil.example/x /x\n").contains("ONBUILD"));
@@ -160,7 +175,13 @@ fn a_devcontainer_says_how_it_is_built_and_what_runs_in_the_cell() {
     assert_eq!(setup, ["first", "second", "third", "a b c"]);
     assert_eq!(found.env.keys().collect::<Vec<_>>(), ["ONE", "TWO"]);
     let told = found.told.join("\n");
-    for words in ["build.options is left out", "initializeCommand never runs", "rm -rf /", "containerEnv.HOST", "capAdd, privileged"] {
+    for words in [
+        "build.options is left out",
+        "initializeCommand never runs",
+        "rm -rf /",
+        "containerEnv.HOST",
+        "capAdd, privileged",
+    ] {
         assert!(told.contains(words), "{words}: {told}");
     }
 }
@@ -170,7 +191,10 @@ fn a_devcontainer_that_would_be_another_one_is_refused_by_name() {
     for (text, words) in [
         ("{ \"dockerComposeFile\": \"x.yml\", \"image\": \"x\" }", "dockerComposeFile"),
         ("{ \"image\": \"x\", \"features\": { \"ghcr.io/x\": {} } }", "features"),
-        ("{ \"build\": { \"dockerfile\": \"x\", \"args\": { \"A\": \"${localEnv:TOKEN}\" } } }", "variable of the host"),
+        (
+            "{ \"build\": { \"dockerfile\": \"x\", \"args\": { \"A\": \"${localEnv:TOKEN}\" } } }",
+            "variable of the host",
+        ),
         ("{}", "neither build.dockerfile nor image"),
         ("[]", "no JSON object"),
         ("{ \"image\": ", "no JSON with comments"),
@@ -185,18 +209,29 @@ fn a_devcontainer_that_would_be_another_one_is_refused_by_name() {
 }
 
 fn found(files: &[(&str, &str)]) -> Result<Recipe, String> {
-    let read = |name: &str| Ok(files.iter().find(|(file, _)| *file == name).map(|(_, text)| (*text).to_owned()));
+    let read =
+        |name: &str| Ok(files.iter().find(|(file, _)| *file == name).map(|(_, text)| (*text).to_owned()));
     super::find::find(read).map_err(|e| e.to_string())
 }
 
 #[test]
 fn the_devcontainer_comes_first_and_its_paths_stay_in_the_workspace() {
     let devcontainer = ".devcontainer/devcontainer.json";
-    let recipe = found(&[(devcontainer, r#"{"build":{"dockerfile":"D"}}"#), (".devcontainer/D", "FROM x\n"), ("Dockerfile", "FROM y\n")]);
+    let recipe = found(&[
+        (devcontainer, r#"{"build":{"dockerfile":"D"}}"#),
+        (".devcontainer/D", "FROM x\n"),
+        ("Dockerfile", "FROM y\n"),
+    ]);
     let recipe = recipe.unwrap();
-    assert_eq!((recipe.dockerfile.as_deref(), recipe.context.as_str()), (Some(".devcontainer/D"), ".devcontainer"));
+    assert_eq!(
+        (recipe.dockerfile.as_deref(), recipe.context.as_str()),
+        (Some(".devcontainer/D"), ".devcontainer")
+    );
     let image = found(&[(".devcontainer.json", r#"{"image":"x:1"}"#)]).unwrap();
-    assert_eq!((image.dockerfile.as_deref(), image.text.as_str(), image.context.as_str()), (None, "FROM x:1\n", ""));
+    assert_eq!(
+        (image.dockerfile.as_deref(), image.text.as_str(), image.context.as_str()),
+        (None, "FROM x:1\n", "")
+    );
     assert_eq!(found(&[("Containerfile", "FROM y\n")]).unwrap().source, "Containerfile");
     for (text, words) in [
         (r#"{"build":{"dockerfile":"../../D"}}"#, "leads out of the workspace"),
@@ -206,7 +241,8 @@ fn the_devcontainer_comes_first_and_its_paths_stay_in_the_workspace() {
         ("{\"image\":\"x\\nRUN evil\"}", "FROM is written"),
     ] {
         let error = found(&[(devcontainer, text), (".devcontainer/D", "FROM x\n")]);
-        let error = error.and_then(|recipe| recipe.parsed().map_err(|e| e.to_string()).map(|_| ())).map(|()| text);
+        let error =
+            error.and_then(|recipe| recipe.parsed().map_err(|e| e.to_string()).map(|_| ())).map(|()| text);
         // A line that was smuggled in is listed like any other.
         match error {
             Err(error) => assert!(error.contains(words), "{text}: {error}"),
@@ -228,7 +264,10 @@ fn the_list_names_every_line_that_runs_and_is_bounded() {
 
 #[test]
 fn patterns_of_dockerignore_are_anchored_and_the_last_one_holds() {
-    let ignored = Ignored::parse("# no\nnode_modules\n*/temp*\n**/*.log\n*.md\n!README.md\n/target/\nout/**\n!out/keep\n").unwrap();
+    let ignored = Ignored::parse(
+        "# no\nnode_modules\n*/temp*\n**/*.log\n*.md\n!README.md\n/target/\nout/**\n!out/keep\n",
+    )
+    .unwrap();
     for (path, out) in [
         ("node_modules", true),
         ("node_modules/a/b", true),
@@ -265,6 +304,8 @@ fn a_context_is_what_may_be_read_and_is_not_hidden() {
     put("app/.hotcell-build/Dockerfile", "FROM evil");
     put("app/.dockerignore", "skip\n");
     put("app/skip/x", "x");
+    put("app/.git/config", "token");
+    put("app/src/.git", "gitdir: x");
     put("outside", "outside");
     std::os::unix::fs::symlink("../outside", dir.path().join("app/link")).unwrap();
     let limits = PackLimits { bytes_max: 100, entries_max: 100, time_max: std::time::Duration::from_secs(5) };
@@ -283,7 +324,11 @@ fn a_context_is_what_may_be_read_and_is_not_hidden() {
         names.push(entry.path().unwrap().display().to_string());
         assert_eq!(entry.header().uid().unwrap(), 0);
         if entry.header().entry_type().is_symlink() {
-            assert_eq!(entry.link_name().unwrap().unwrap().to_str(), Some("../outside"), "as it is, never followed");
+            assert_eq!(
+                entry.link_name().unwrap().unwrap().to_str(),
+                Some("../outside"),
+                "as it is, never followed"
+            );
         }
     }
     assert_eq!(names, [".dockerignore", "link", "src", "src/main.c", ".hotcell-build/Dockerfile"]);

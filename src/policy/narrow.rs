@@ -17,7 +17,8 @@ use super::requests::Requests;
 use super::rule::Rule;
 use super::steps::StepKind;
 use crate::job::spec::{
-    AUTO_IMAGE, BUILD_IMAGE, Effort, JobSpec, PermissionMode, Runtime, WORKSPACE, WorkspaceMode, WorkspaceSpec,
+    AUTO_IMAGE, BUILD_IMAGE, Effort, JobSpec, PermissionMode, Runtime, WORKSPACE, WorkspaceMode,
+    WorkspaceSpec,
 };
 use crate::money::MicroUsd;
 

@@ -112,7 +112,8 @@ fn a_dockerfile_is_listed_then_built_through_the_gateway_and_the_agent_runs_in_i
     }
     assert!(told.contains("1 paths are hidden"), "{told}");
     let seen = tool_results(&events);
-    for line in ["made", "hello from inspected.example", "hello from plain.example", "colour=blue", "own.txt"] {
+    for line in ["made", "hello from inspected.example", "hello from plain.example", "colour=blue", "own.txt"]
+    {
         assert!(seen.contains(line), "{line} is missing:\n{seen}");
     }
     // Of the network there was a loopback, and behind it the gateway, which said no; of the host nothing.
@@ -131,7 +132,10 @@ fn a_dockerfile_is_listed_then_built_through_the_gateway_and_the_agent_runs_in_i
     let image = events.iter().find(|e| e["type"] == "cell").unwrap()["image"].as_str().unwrap().to_owned();
     assert_eq!(in_image(&image, "/.hotcell/ca.pem"), "");
     let labels = docker(&["inspect", "--format", "{{json .Config.Labels}} {{json .Config.Env}}", &image]);
-    assert!(labels.contains("\"hotcell.owner\":\"0\"") && !labels.contains("hotcell.cell\":\"c7"), "{labels}");
+    assert!(
+        labels.contains("\"hotcell.owner\":\"0\"") && !labels.contains("hotcell.cell\":\"c7"),
+        "{labels}"
+    );
     assert!(!labels.contains("3128") && !labels.contains("SSL_CERT_FILE"), "{labels}");
 
     // The same again is not built again, and not fetched again.
@@ -151,7 +155,8 @@ fn a_dockerfile_is_listed_then_built_through_the_gateway_and_the_agent_runs_in_i
 
 #[test]
 fn a_build_that_reaches_for_more_fails_with_the_host_and_the_line_that_would_open_it() {
-    let dockerfile = "FROM hotcell/cell\nRUN echo begun && curl -sSf https://other.example/thing.tar\nRUN never\n";
+    let dockerfile =
+        "FROM hotcell/cell\nRUN echo begun && curl -sSf https://other.example/thing.tar\nRUN never\n";
     let site = Site::new(&one_command("true"), &[("Dockerfile", dockerfile)]);
     let (events, job) = site.world.job(&site.spec(json!({})));
     assert_eq!((&job["reason"], &job["phase"]), (&json!("image_build_failed"), &json!("prepare")), "{job:#}");
@@ -160,7 +165,7 @@ fn a_build_that_reaches_for_more_fails_with_the_host_and_the_line_that_would_ope
     assert!(message.contains("RUN echo begun") && message.contains("begun"), "{message}");
     assert!(message.contains("\nhotcell: ") && message.contains("other.example"), "{message}");
     assert!(message.contains("egress"), "{message}");
-    assert!(!notes(&events).join("\n").contains("build: Step 4"), "{events:#?}");
+    assert!(!notes(&events).join("\n").contains("build: RUN never"), "{events:#?}");
     assert!(site.internet.seen().is_empty(), "{:?}", site.internet.seen());
     site.end();
 }
@@ -182,9 +187,18 @@ fn what_is_not_built_is_refused_at_submit_by_name() {
     assert!(below.starts_with("Dockerfile:1: ") && below.contains("hotcell/cell"), "{below}");
     for (text, words) in [
         ("FROM none.example/not-here:1\n", "a build pulls nothing"),
-        ("FROM hotcell/cell\nADD https://inspected.example/x /x\n", "Dockerfile:2: ADD takes only plain paths"),
-        ("FROM hotcell/cell\nRUN --mount=type=cache,target=/c true\n", "RUN --mount=type=cache,target=/c needs BuildKit"),
-        ("FROM hotcell/cell\nCOPY --from=none.example/x /a /b\n", "Dockerfile:2: the image none.example/x is not on"),
+        (
+            "FROM hotcell/cell\nADD https://inspected.example/x /x\n",
+            "Dockerfile:2: ADD takes only plain paths",
+        ),
+        (
+            "FROM hotcell/cell\nRUN --mount=type=cache,target=/c true\n",
+            "RUN --mount=type=cache,target=/c needs BuildKit",
+        ),
+        (
+            "FROM hotcell/cell\nCOPY --from=none.example/x /a /b\n",
+            "Dockerfile:2: the image none.example/x is not on",
+        ),
         ("RUN true\n", "before the first FROM"),
     ] {
         let message = refused(&[("Dockerfile", text)], json!({}));
@@ -220,9 +234,12 @@ fn commands_of_a_devcontainer_run_in_the_cell_and_never_on_the_host() {
         ("top.txt", "from the top"),
         ("Dockerfile", "FROM none.example/not-this-one\n"),
     ];
-    let command = format!("cat /word /top.txt created colour; ls {}; test -e /host && echo mounted", canary.display());
+    let command =
+        format!("cat /word /top.txt created colour; ls {}; test -e /host && echo mounted", canary.display());
     let site = Site::new(&one_command(&command), &files);
-    let spec = site.spec(json!({ "setup": { "commands": ["cat colour > own"] }, "verify": { "commands": ["cat own /word"] } }));
+    let spec = site.spec(
+        json!({ "setup": { "commands": ["cat colour > own"] }, "verify": { "commands": ["cat own /word"] } }),
+    );
     let (events, job) = site.world.job(&spec);
     let told = notes(&events).join("\n");
     assert_eq!(job["outcome"], "succeeded", "{job:#}\n{told}\n{}", site.world.log());
@@ -250,6 +267,78 @@ fn commands_of_a_devcontainer_run_in_the_cell_and_never_on_the_host() {
     site.end();
 }
 
+#[test]
+fn an_image_is_its_users_alone_and_holds_what_they_may_read() {
+    use std::os::unix::fs::PermissionsExt;
+    const OTHER: u32 = 61_000;
+    let files = [("Dockerfile", "FROM hotcell/cell\nCOPY . /src\n"), ("mine", "only its owner reads this")];
+    let site = Site::new(&one_command("ls /src; cat /src/mine"), &files);
+    std::fs::set_permissions(site.workspace.join("mine"), std::fs::Permissions::from_mode(0o600)).unwrap();
+    let image = |events: &[Value]| {
+        let cell = events.iter().find(|e| e["type"] == "cell").unwrap();
+        cell["image"].as_str().unwrap().to_owned()
+    };
+    let (events, job) = site.world.job(&site.spec(json!({})));
+    assert_eq!(job["outcome"], "succeeded", "{job:#}");
+    assert!(tool_results(&events).contains("only its owner"), "{}", tool_results(&events));
+    let first = image(&events);
+
+    // What is named by one is another user's to read, and nothing of it becomes theirs.
+    let spec = site.spec(json!({})).to_string();
+    let answer = site.world.curl("POST", "/v1/jobs", &spec, &[], Some(OTHER)).unwrap();
+    assert_eq!(answer.status, 201, "{}", answer.body);
+    let id = answer.json()["id"].as_str().unwrap().to_owned();
+    let events = site.world.follow(&id);
+    let seen = tool_results(&events);
+    assert!(seen.contains("Dockerfile") && !seen.contains("only its owner"), "{seen}");
+    assert_ne!(image(&events), first);
+    let spec = json!({ "prompt": "do it", "policy": "reach", "image": first }).to_string();
+    let answer = site.world.curl("POST", "/v1/jobs", &spec, &[], Some(OTHER)).unwrap();
+    let id = answer.json()["id"].as_str().unwrap().to_owned();
+    site.world.follow(&id);
+    let job = site.world.show(&id);
+    assert_eq!(job["reason"], "image_unavailable", "{job:#}");
+    assert!(job["message"].as_str().unwrap().contains("for another user"), "{job:#}");
+
+    // They are listed, and can be removed.
+    let (_, listed, _) = site.world.run(&["image", "ls"]);
+    let mine: Vec<&str> = listed.lines().filter(|line| line.contains("hotcell/build:")).collect();
+    assert!(mine.len() == 2 && mine[0].contains("from Dockerfile"), "{listed}");
+    let name = mine[0].split_whitespace().next().unwrap();
+    let (code, _, said) = site.world.run(&["image", "rm", name]);
+    assert_eq!(code, 0, "{said}");
+    let (_, listed, _) = site.world.run(&["image", "ls"]);
+    assert!(!listed.contains(name) && listed.contains("hotcell/build:"), "{listed}");
+    let (code, _, said) = site.world.run(&["image", "rm", "hotcell/cell"]);
+    assert!(code != 0 && said.contains("is no image that was built from"), "{said}");
+    site.end();
+}
+
+#[test]
+fn a_command_has_the_image_too_and_a_build_has_a_limit() {
+    let site =
+        Site::new(&one_command("true"), &[("Dockerfile", "FROM hotcell/cell\nRUN echo built > /word\n")]);
+    let workspace = site.workspace.to_str().unwrap();
+    let (code, out, said) = site.world.run(&["image", "plan", workspace]);
+    assert_eq!(code, 0, "{said}");
+    assert!(out.contains("Dockerfile:2: the engine will run as root: echo built > /word"), "{out}");
+    let exec = ["exec", "--policy", "reach", "--image", "build", "-w", workspace, "--", "cat", "/word"];
+    let (code, out, said) = site.world.run(&exec);
+    assert_eq!((code, out.as_str()), (0, "built\n"), "{said}");
+    assert!(said.contains("the engine will run as root: echo built"), "{said}");
+    let (code, out, _) = site.world.run(&["policy", "explain", "--policy", "reach", "--image", "build"]);
+    assert!(code == 0 && out.contains("images.build"), "{out}");
+    let (code, out, _) = site.world.run(&["policy", "explain", "--policy", "refactor", "--image", "build"]);
+    assert!(code == 1 && out.contains("`build = true` under [images]"), "{out}");
+    write(&site.workspace, &[("Dockerfile", WAITS)]);
+    let limits = json!({ "limits": { "wall_s": 3, "disk_mib": 64 } });
+    let (_, job) = site.world.job(&site.spec(limits));
+    assert_eq!(job["reason"], "image_build_failed", "{job:#}");
+    let message = job["message"].as_str().unwrap();
+    assert!(message.contains("was not done after 3 s") && message.contains("waiting"), "{message}");
+    site.end();
+}
+
 /// Waits until the engine runs the last line of the Dockerfile, for the `times`th time.
 fn until_running(site: &mut Site, id: &str, times: usize) {
     let id = id.to_owned();
@@ -270,7 +359,9 @@ fn nothing_runs(site: &mut Site) {
     let instance = format!("label=hotcell.instance={}", site.world.instance());
     site.world.wait_for("the engine has put everything away", |_| {
         docker(&["ps", "-aq", "--filter", &instance]).trim().is_empty()
-            && docker(&["images", "-aq", "--filter", "dangling=true", "--filter", &instance]).trim().is_empty()
+            && docker(&["images", "-aq", "--filter", "dangling=true", "--filter", &instance])
+                .trim()
+                .is_empty()
     });
 }
 

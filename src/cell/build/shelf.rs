@@ -115,7 +115,9 @@ pub(super) async fn keep(
         match parts.engine.remove_image(&kept.name).await {
             Ok(()) => drop(std::fs::remove_file(path)),
             // In use: the next time.
-            Err(error) => tracing::info!(image = kept.name, %error, "an image that was built is kept for now"),
+            Err(error) => {
+                tracing::info!(image = kept.name, %error, "an image that was built is kept for now")
+            }
         }
     }
     Ok(())

@@ -237,7 +237,8 @@ impl<'a> Said<'a> {
     /// None for the builder's own words, and for what it says of lines that are ours.
     fn of(line: &'a str, ours: &BTreeSet<String>) -> Option<Self> {
         let line = line.trim_end();
-        let own = [" --->", "Removing intermediate container", "Successfully ", "[Warning] One or more build-args"];
+        let own =
+            [" --->", "Removing intermediate container", "Successfully ", "[Warning] One or more build-args"];
         if line.is_empty() || own.iter().any(|start| line.starts_with(start)) {
             return None;
         }

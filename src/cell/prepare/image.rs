@@ -65,7 +65,9 @@ pub(in crate::cell) async fn image_of(
         parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
     let details = details
         .ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
-    if let Some(owner) = details.labels.get(LABEL_OWNER).filter(|uid| **uid != record.identity.uid.to_string()) {
+    if let Some(owner) =
+        details.labels.get(LABEL_OWNER).filter(|uid| **uid != record.identity.uid.to_string())
+    {
         let words = format!("the image {reference} was built for another user (uid {owner})");
         return Err(failed(FailReason::ImageUnavailable, words));
     }

@@ -20,7 +20,8 @@ use crate::engine::{Engine, EngineError, find_address};
 /// Lists what a build of `dir` would run.
 pub(super) fn plan(dir: &Path, json: bool, context: &mut Context) -> Result<ExitCode, CliError> {
     let opened = std::fs::File::open(dir);
-    let opened = opened.map_err(|e| CliError::Local(anyhow::anyhow!("cannot open {}: {e}", dir.display())))?;
+    let opened =
+        opened.map_err(|e| CliError::Local(anyhow::anyhow!("cannot open {}: {e}", dir.display())))?;
     let planned = dockerfile::find_in(opened.as_fd(), &|_| false)
         .and_then(|recipe| recipe.parsed().map(|parsed| (recipe, parsed)));
     let (recipe, parsed) = planned.map_err(|e| CliError::Local(e.into()))?;

@@ -259,7 +259,8 @@ fn image_info(found: ImageInspect) -> Result<ImageInfo, EngineError> {
 }
 
 /// The request body of the client library, which gives it no public name.
-pub(super) type Body = http_body_util::Either<http_body_util::Full<Bytes>, http_body_util::StreamBody<Frames>>;
+pub(super) type Body =
+    http_body_util::Either<http_body_util::Full<Bytes>, http_body_util::StreamBody<Frames>>;
 type Frames = Pin<Box<dyn Stream<Item = Result<hyper::body::Frame<Bytes>, std::io::Error>> + Send>>;
 
 /// A file as a request body, read as it is sent.

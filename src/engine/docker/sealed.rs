@@ -61,7 +61,8 @@ impl Docker {
         ]);
         let options = query::ListImagesOptionsBuilder::new().filters(&filters).build();
         let rows = self.call("list images", ASK_MS_MAX, self.api.list_images(Some(options))).await?;
-        let job = |labels: &HashMap<String, String>| labels.get(LABEL_BUILD).and_then(|text| text.parse().ok());
+        let job =
+            |labels: &HashMap<String, String>| labels.get(LABEL_BUILD).and_then(|text| text.parse().ok());
         Ok(rows.into_iter().map(|row| (row.id, job(&row.labels))).collect())
     }
 }
