@@ -1,9 +1,11 @@
 //! `hotcell exec` and `hotcell shell`: a command of the user's in a cell as an agent would get it, without an agent and
 //! without cost. This process is the command's terminal, input and output: when it ends, the command ends.
 
+use std::collections::VecDeque;
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use clap::Args;
@@ -12,6 +14,7 @@ use serde_json::{Map, Value, json};
 use tokio::io::{AsyncWriteExt, WriteHalf};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::client::{Attached, Client};
 use super::fail::{CliError, ExitCode};
@@ -26,6 +29,8 @@ use crate::job::{JobSpec, Outcome};
 const READ_BYTES: usize = 64 << 10;
 /// Pieces of input that wait to be sent.
 const PIECES_MAX: usize = 4;
+/// How long a signal waits behind input that the command does not take.
+const SIGNAL_MAX: Duration = Duration::from_secs(2);
 
 /// Run a command in a cell: the same walls, no agent, no cost
 #[derive(Debug, Args)]
@@ -122,7 +127,15 @@ fn start(
             context.out.notice(&format!("hotcell: warning: {warning}"))?;
         }
         let attached = client.attach(&job.id).await?;
-        let code = take_part(attached, tty, &mut signals).await?;
+        let code = match take_part(attached, tty, &mut signals).await? {
+            End::Code(code) => Some(code),
+            End::NoWord => None,
+            End::Left(number) => {
+                let words = "hotcell: the command takes no input, and the signal waits behind it: left; it ends with us";
+                context.out.notice(words)?;
+                return Ok(ExitCode::Command(128u8.saturating_add(number)));
+            }
+        };
         finish(&client, &job, code, context).await
     })
 }
@@ -215,42 +228,94 @@ impl Drop for Raw {
     }
 }
 
-/// Carries input, output and signals until the command ends: its exit code, or none where the daemon says no more.
-async fn take_part(attached: Attached, tty: bool, signals: &mut Signals) -> Result<Option<i32>, CliError> {
+/// How a command ended for its client.
+enum End {
+    /// With this exit code.
+    Code(i32),
+    /// The daemon says no more: its job tells why.
+    NoWord,
+    /// This signal could not be handed over.
+    Left(u8),
+}
+
+/// Carries input, output and signals until the command ends. Both directions at once: a command that is given much and
+/// says much stands still where its client does one after the other.
+async fn take_part(attached: Attached, tty: bool, signals: &mut Signals) -> Result<End, CliError> {
     let raw = tty.then(Raw::enter).flatten();
-    let (mut from_cell, mut to_cell) = tokio::io::split(attached.socket);
-    let (pieces, mut typed) = mpsc::channel::<Frame>(PIECES_MAX);
+    let (mut from_cell, to_cell) = tokio::io::split(attached.socket);
+    let (pieces, typed) = mpsc::channel::<Frame>(PIECES_MAX);
     // A thread, since reads of standard input cannot be taken back; it ends with the process.
     std::thread::spawn(move || read_input(&pieces));
-    let (mut buffer, mut input_open) = (BytesMut::new(), true);
-    let code = loop {
-        let sent = tokio::select! {
-            frame = read_frame(&mut from_cell, &mut buffer) => match frame {
+    let mut buffer = BytesMut::new();
+    let hearing = async {
+        loop {
+            let written = match read_frame(&mut from_cell, &mut buffer).await {
                 Ok(Some(Frame::Stdout(bytes))) => write(tokio::io::stdout(), &bytes).await,
                 Ok(Some(Frame::Stderr(bytes))) => write(tokio::io::stderr(), &bytes).await,
-                Ok(Some(Frame::Exit(code))) => break Ok(Some(code)),
-                Ok(Some(_)) => break Err(CliError::Protocol { what: "a client's frame from the daemon".into() }),
-                Ok(None) => break Ok(None),
+                Ok(Some(Frame::Exit(code))) => break Ok(End::Code(code)),
+                Ok(Some(_)) => {
+                    break Err(CliError::Protocol { what: "a client's frame from the daemon".into() });
+                }
+                Ok(None) => break Ok(End::NoWord),
                 Err(error) => break Err(CliError::ConnectionLost { what: error.to_string() }),
-            },
-            frame = typed.recv(), if input_open => match frame {
-                Some(frame) => {
-                    input_open = frame != Frame::Eof;
-                    send(&mut to_cell, &frame).await
-                }
-                None => {
-                    input_open = false;
-                    Ok(())
-                }
-            },
-            frame = signals.next(tty) => send(&mut to_cell, &frame).await,
-        };
-        if let Err(error) = sent {
-            break Err(error);
+            };
+            if let Err(error) = written {
+                break Err(error);
+            }
         }
     };
+    let ended = tokio::select! {
+        ended = hearing => ended,
+        ended = tell(to_cell, typed, signals, tty) => ended,
+    };
     drop(raw);
-    code
+    ended
+}
+
+/// Hands over what is typed, and signals; ends only where it cannot. A signal waits behind input that the command does
+/// not take, but not for ever: whoever presses Ctrl-C wants to leave.
+async fn tell(
+    mut to_cell: WriteHalf<Socket>,
+    mut typed: mpsc::Receiver<Frame>,
+    signals: &mut Signals,
+    tty: bool,
+) -> Result<End, CliError> {
+    let (mut input_open, mut caught) = (true, VecDeque::new());
+    loop {
+        let frame = match caught.pop_front() {
+            Some(frame) => frame,
+            None => tokio::select! {
+                frame = typed.recv(), if input_open => frame.unwrap_or(Frame::Eof),
+                frame = signals.next(tty) => frame,
+            },
+        };
+        input_open &= frame != Frame::Eof;
+        let mut sending = std::pin::pin!(send(&mut to_cell, &frame));
+        let mut late = None;
+        loop {
+            tokio::select! {
+                sent = &mut sending => break sent?,
+                frame = signals.next(tty), if caught.len() < PIECES_MAX => {
+                    if let (Frame::Signal(number), None) = (&frame, late) {
+                        late = Some((Instant::now() + SIGNAL_MAX, *number));
+                    }
+                    caught.push_back(frame);
+                }
+                number = reached(late) => return Ok(End::Left(number)),
+            }
+        }
+    }
+}
+
+/// The signal, once its time is over; never where there is none.
+async fn reached(late: Option<(Instant, u8)>) -> u8 {
+    match late {
+        Some((until, number)) => {
+            tokio::time::sleep_until(until).await;
+            number
+        }
+        None => std::future::pending().await,
+    }
 }
 
 type Socket = hyper_util::rt::TokioIo<hyper::upgrade::Upgraded>;

@@ -102,8 +102,8 @@ fn what_a_command_changes_in_a_copy_is_kept_and_can_be_gone_on_with() {
 }
 
 #[test]
-fn a_signal_to_the_client_reaches_the_command() {
-    let world = World::new(NO_MODEL);
+fn a_command_goes_with_its_client() {
+    let mut world = World::new(NO_MODEL);
     let mut child = world.hotcell();
     let line = "trap 'echo ended; exit 5' TERM INT; echo ready; while :; do sleep 0.1; done";
     child.args(["exec", "--", "sh", "-c", line]).stdin(Stdio::null()).stdout(Stdio::piped());
@@ -117,6 +117,34 @@ fn a_signal_to_the_client_reaches_the_command() {
     let mut rest = String::new();
     out.read_to_string(&mut rest).unwrap();
     assert_eq!((child.wait().unwrap().code(), rest.as_str()), (Some(5), "ended\n"));
+    // A client that is killed takes it along.
+    let mut killed = world.hotcell();
+    killed.args(["exec", "--", "sleep", "1000"]).stdin(Stdio::piped());
+    let mut killed = killed.spawn().unwrap();
+    // The first client left with its exit code, before its job was over.
+    let states = "SELECT group_concat(state, ' ') FROM (SELECT state FROM jobs ORDER BY n)";
+    world.wait_for("it runs", |world| world.sql(states) == "done running");
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    world.wait_for("it is over", |world| world.sql("SELECT count(*) FROM jobs WHERE state = 'done'") == "2");
+    let job = world.sql("SELECT id FROM jobs ORDER BY n DESC LIMIT 1");
+    assert_eq!(world.show(&job)["reason"], "cancelled", "{}", world.show(&job));
+    // So does one whose signal waits behind input that the command does not take.
+    let mut flood = world.hotcell();
+    flood.args(["exec", "--", "sh", "-c", "trap '' INT; sleep 1000"]);
+    let mut flood =
+        flood.stdin(std::fs::File::open("/dev/zero").unwrap()).stderr(Stdio::piped()).spawn().unwrap();
+    world.wait_for("it runs", |world| world.sql(states) == "done done running");
+    let pid = rustix::process::Pid::from_child(&flood);
+    // The first ones may come before the flood.
+    world.wait_for("its client leaves", |_| {
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        flood.try_wait().unwrap().is_some()
+    });
+    let left = flood.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&left.stderr);
+    assert_eq!((left.status.code(), said.contains("takes no input")), (Some(130), true), "{said}");
+    world.wait_for("it is over", |world| world.sql("SELECT count(*) FROM jobs WHERE state = 'done'") == "3");
     world.end();
 }
 
