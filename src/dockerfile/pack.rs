@@ -119,7 +119,8 @@ pub fn pack(workspace: BorrowedFd<'_>, context: &Context, file: File) -> Result<
     let look = LookLimits { entries_max: limits.entries_max, time_max: limits.time_max };
     let enter = |path: &TreePath| {
         let text = path.as_path().to_str();
-        !is_left_out(path) && !(ignored.is_final() && text.is_some_and(|path| ignored.leaves_out(path)))
+        let ignored = ignored.is_final() && text.is_some_and(|path| ignored.leaves_out(path));
+        !ignored && !is_left_out(path)
     };
     let mut looked = workspace::look(top.as_fd(), &look, &enter);
     if !looked.complete {

@@ -2,7 +2,7 @@
 //! never waits for the engine longer than the build may take.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -161,7 +161,7 @@ async fn link_event(link: Option<&mut Link>) -> LinkEvent {
 }
 
 /// What a build writes lies with the engine, where no limit of the job's holds it.
-fn disk_is_full(parts: &Parts, root: &PathBuf) -> Option<String> {
+fn disk_is_full(parts: &Parts, root: &Path) -> Option<String> {
     let reserve = parts.settings.disk_reserve_bytes;
     let free = workspace::host_free_bytes(root).ok()?;
     (free < reserve).then(|| {
