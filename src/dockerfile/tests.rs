@@ -1,3 +1,5 @@
+//! What is read of a Dockerfile, a devcontainer and a context, and what of them is refused.
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;

@@ -271,7 +271,7 @@ fn commands_of_a_devcontainer_run_in_the_cell_and_never_on_the_host() {
 fn an_image_is_its_users_alone_and_holds_what_they_may_read() {
     use std::os::unix::fs::PermissionsExt;
     const OTHER: u32 = 61_000;
-    let files = [("Dockerfile", "FROM hotcell/cell\nCOPY . /src\n"), ("mine", "only its owner reads this")];
+    let files = [("Dockerfile", "FROM hotcell/cell\nCOPY . /src\nRUN chmod -R a+rX /src\n"), ("mine", "only its owner reads this")];
     let site = Site::new(&one_command("ls /src; cat /src/mine"), &files);
     std::fs::set_permissions(site.workspace.join("mine"), std::fs::Permissions::from_mode(0o600)).unwrap();
     let image = |events: &[Value]| {
