@@ -43,6 +43,8 @@ const PACK: PackLimits =
 const LABEL_RECIPE: &str = "hotcell.recipe";
 /// What the Dockerfile is called among our files in the context.
 const DOCKERFILE: &str = "Dockerfile";
+/// Arguments that a builder passes on without an `ARG`, and without a word of them in the image's history.
+const TAKEN_BY_ITSELF: [&str; 5] = ["HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY"];
 /// apt looks at no variable for its authorities, but for one with a file of settings.
 const APT: (&str, &str, &str) = ("APT_CONFIG", "apt.conf", "Acquire::https::CAInfo \"/.hotcell/ca.pem\";\n");
 
@@ -83,14 +85,18 @@ pub(super) async fn built(
     let Some(wanted) = record.accepted.build.clone() else {
         return Err(failed(FailReason::Internal, "nothing was accepted to be built"));
     };
-    let packed = packed(parts, record, &wanted.recipe).await?;
+    let packed = tokio::select! {
+        packed = packed(parts, record, &wanted.recipe) => packed?,
+        // It goes on for a while by itself, and what it wrote goes with it.
+        Some((reason, detail)) = prepare::wish(stop) => return Err(PrepareError::Stopped(reason, detail)),
+    };
     let what = format!("{} files, {} KiB", packed.files, packed.bytes.div_ceil(1024));
     let hidden = match packed.hidden {
         0 => String::new(),
         count => format!("; {count} paths are hidden from it by the policy"),
     };
     note(record, format!("build: the context has {what} and nothing of git's{hidden}"))?;
-    let key = key(record, &wanted, &packed.hash);
+    let key = key(parts, record, &wanted, &packed.hash);
     let name = format!("hotcell/build:{}", &key[..24]);
     if let Some(id) = shelf::known(parts, record, &name, &key).await? {
         note(record, format!("build: {name} was built from the same before"))?;
@@ -99,8 +105,8 @@ pub(super) async fn built(
     }
     let begun = std::time::Instant::now();
     let made = build(parts, record, &wanted, packed, (&name, &key), stop).await;
-    super::destroy(parts, &record.job).await;
     shelf::sweep_up(parts, &record.job).await;
+    super::destroy(parts, &record.job).await;
     let id = made?;
     note(record, format!("build: {name} was built in {:.1} s", begun.elapsed().as_secs_f64()))?;
     shelf::keep(parts, record, &name, &id).await?;
@@ -117,10 +123,12 @@ fn build_failed(message: impl ToString) -> PrepareError {
 }
 
 /// What makes an image the same: what it is made of, and for whom.
-fn key(record: &Record, wanted: &ToBuild, context: &str) -> String {
+fn key(parts: &Parts, record: &Record, wanted: &ToBuild, context: &str) -> String {
     let Recipe { text, args, env, target, source, .. } = &wanted.recipe;
     let (who, policy) = (record.identity.uid, &record.accepted.plan.policy);
-    let all = serde_json::json!([1, who, policy, source, text, args, env, target, wanted.bases, context]);
+    let instance = parts.store.instance().as_str();
+    let all =
+        serde_json::json!([instance, who, policy, source, text, args, env, target, wanted.bases, context]);
     Sha256::digest(all.to_string()).iter().map(|b| format!("{b:02x}")).collect()
 }
 
@@ -246,8 +254,8 @@ async fn sealed(
         }
     }
     let authorities = Authorities { names: own.iter().map(|(name, _)| *name).collect() };
-    let arguments: BTreeSet<String> =
-        env.keys().filter(|name| !name.to_ascii_lowercase().ends_with("_proxy")).cloned().collect();
+    let known = |name: &str| TAKEN_BY_ITSELF.contains(&name.to_ascii_uppercase().as_str());
+    let arguments: BTreeSet<String> = env.keys().filter(|name| !known(name)).cloned().collect();
     let text =
         dockerfile::generate(&parsed, &wanted.bases, &labels, &arguments, &wanted.recipe.env, &authorities);
     let mut files: Vec<(String, Vec<u8>)> = vec![(DOCKERFILE.to_owned(), text.into_bytes())];

@@ -81,11 +81,12 @@ fn a_dockerfile_is_listed_then_built_through_the_gateway_and_the_agent_runs_in_i
         RUN mkdir /opt/tools \\\n    && echo made > /opt/tools/made\n\
         FROM $BASE\nCOPY --from=tools /opt/tools /opt/tools\nCOPY . /src\n\
         RUN curl -sS https://inspected.example/hello > /fetched; curl -sS http://plain.example/hello >> /fetched\n\
+        RUN node -e 'fetch(\"https://inspected.example/hello\").then(r => r.text()).then(t => console.log(\"node: \" + t))' > /node\n\
         RUN (id -u; cat /proc/net/dev | grep -c :; ls /run/hotcell /var/run/docker.sock; \\\n\
              curl -sS -m 5 --noproxy '*' http://169.254.169.254/; curl -sS -m 5 --noproxy '*' http://172.17.0.1/; \\\n\
              curl -sS -o /dev/null -w '%{http_code}' http://169.254.169.254/) > /probed 2>&1 || true\n\
         ENV COLOUR=blue\nLABEL hotcell.cell=c7hk0x3m9ra2v\n";
-    let command = "cat /opt/tools/made /fetched /probed; echo colour=$COLOUR; ls /src; id -u; touch /x; \
+    let command = "cat /opt/tools/made /fetched /node /probed; echo colour=$COLOUR; ls /src; id -u; touch /x; \
         wc -c /.hotcell/ca.pem";
     let files = [
         ("Dockerfile", dockerfile),
@@ -112,8 +113,14 @@ fn a_dockerfile_is_listed_then_built_through_the_gateway_and_the_agent_runs_in_i
     }
     assert!(told.contains("1 paths are hidden"), "{told}");
     let seen = tool_results(&events);
-    for line in ["made", "hello from inspected.example", "hello from plain.example", "colour=blue", "own.txt"]
-    {
+    for line in [
+        "made",
+        "hello from inspected.example",
+        "node: hello from inspected.example",
+        "hello from plain.example",
+        "colour=blue",
+        "own.txt",
+    ] {
         assert!(seen.contains(line), "{line} is missing:\n{seen}");
     }
     // Of the network there was a loopback, and behind it the gateway, which said no; of the host nothing.
@@ -126,7 +133,7 @@ fn a_dockerfile_is_listed_then_built_through_the_gateway_and_the_agent_runs_in_i
     }
     assert!(seen.contains("Read-only file system"), "{seen}");
     let reached = events.iter().filter(|e| e["type"] == "egress" && e["host"] == "inspected.example");
-    assert_eq!(reached.count(), 1);
+    assert_eq!(reached.count(), 2);
 
     // The image is one of ours, with nothing of the gateway in it.
     let image = events.iter().find(|e| e["type"] == "cell").unwrap()["image"].as_str().unwrap().to_owned();
@@ -271,7 +278,10 @@ fn commands_of_a_devcontainer_run_in_the_cell_and_never_on_the_host() {
 fn an_image_is_its_users_alone_and_holds_what_they_may_read() {
     use std::os::unix::fs::PermissionsExt;
     const OTHER: u32 = 61_000;
-    let files = [("Dockerfile", "FROM hotcell/cell\nCOPY . /src\nRUN chmod -R a+rX /src\n"), ("mine", "only its owner reads this")];
+    let files = [
+        ("Dockerfile", "FROM hotcell/cell\nCOPY . /src\nRUN chmod -R a+rX /src\n"),
+        ("mine", "only its owner reads this"),
+    ];
     let site = Site::new(&one_command("ls /src; cat /src/mine"), &files);
     std::fs::set_permissions(site.workspace.join("mine"), std::fs::Permissions::from_mode(0o600)).unwrap();
     let image = |events: &[Value]| {
@@ -316,7 +326,7 @@ fn an_image_is_its_users_alone_and_holds_what_they_may_read() {
 
 #[test]
 fn a_command_has_the_image_too_and_a_build_has_a_limit() {
-    let site =
+    let mut site =
         Site::new(&one_command("true"), &[("Dockerfile", "FROM hotcell/cell\nRUN echo built > /word\n")]);
     let workspace = site.workspace.to_str().unwrap();
     let (code, out, said) = site.world.run(&["image", "plan", workspace]);
@@ -335,7 +345,8 @@ fn a_command_has_the_image_too_and_a_build_has_a_limit() {
     let (_, job) = site.world.job(&site.spec(limits));
     assert_eq!(job["reason"], "image_build_failed", "{job:#}");
     let message = job["message"].as_str().unwrap();
-    assert!(message.contains("was not done after 3 s") && message.contains("waiting"), "{message}");
+    assert!(message.contains("was not done after 3 s"), "{message}");
+    nothing_runs(&mut site);
     site.end();
 }
 

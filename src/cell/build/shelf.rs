@@ -12,7 +12,7 @@ use super::super::prepare::{PrepareError, failed};
 use super::super::record::Record;
 use super::{LABEL_RECIPE, engine_says};
 use crate::clock;
-use crate::engine::LABEL_OWNER;
+use crate::engine::{EngineError, LABEL_OWNER};
 use crate::job::{FailReason, JobId};
 
 /// Most images that are kept, of all users.
@@ -123,21 +123,32 @@ pub(super) async fn keep(
     Ok(())
 }
 
-/// Removes what a build has left beside its image: layers of a build that was broken off, stages that nobody needs.
-pub(in crate::cell) async fn sweep_up(parts: &Parts, job: &JobId) {
-    let loose = match parts.engine.loose_images(parts.store.instance()).await {
-        Ok(loose) => loose,
-        Err(error) => return tracing::warn!(%job, %error, "what a build left is left to the sweep"),
-    };
-    for (id, _) in loose.into_iter().filter(|(_, of)| of.as_ref() == Some(job)) {
-        if let Err(error) = parts.engine.remove_image(&id).await {
-            tracing::warn!(%job, id, %error, "what a build left is left to the sweep");
+/// Removes what a build has left beside its image: the container of a line that was broken off, layers, stages that
+/// nobody needs. What cannot be removed now is the sweep's.
+pub(super) async fn sweep_up(parts: &Parts, job: &JobId) {
+    let instance = parts.store.instance();
+    let of = |of: &Option<JobId>| of.as_ref() == Some(job);
+    let left = |error: EngineError| tracing::warn!(%job, %error, "what a build left is left to the sweep");
+    match parts.engine.list(instance).await {
+        Ok(found) => {
+            for found in found.into_iter().filter(|found| of(&found.build)) {
+                parts.engine.remove(&found.container).await.unwrap_or_else(left);
+            }
         }
+        Err(error) => left(error),
+    }
+    match parts.engine.loose_images(instance).await {
+        Ok(loose) => {
+            for (id, _) in loose.into_iter().filter(|(_, job)| of(job)) {
+                parts.engine.remove_image(&id).await.unwrap_or_else(left);
+            }
+        }
+        Err(error) => left(error),
     }
 }
 
 fn dir_below(state_dir: &Path) -> PathBuf {
-    state_dir.join("images").join("builds")
+    state_dir.join("builds")
 }
 
 fn file_of(dir: &Path, name: &str) -> PathBuf {
