@@ -19,6 +19,7 @@ pub mod peer;
 pub mod report;
 mod sources;
 pub mod submit;
+pub mod support;
 pub mod whoami;
 pub mod wire;
 
@@ -118,6 +119,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/events", get(events::events))
         .route("/v1/jobs/{id}/audit", get(audit::job))
         .route("/v1/jobs/{id}/report", get(report::report))
+        .route("/v1/jobs/{id}/support", get(support::support))
         .route("/v1/jobs/{id}/changes", get(changes::show))
         .route("/v1/jobs/{id}/diff", get(changes::diff))
         .route("/v1/jobs/{id}/export", get(changes::export))
@@ -164,7 +166,12 @@ async fn no_method(method: axum::http::Method, uri: axum::http::Uri) -> ApiError
         .hint("GET /v1/openapi.json lists what there is")
 }
 
-async fn health(State(api): State<Arc<Api>>) -> Response {
+async fn health(State(api): State<Arc<Api>>) -> axum::Json<Health> {
+    axum::Json(health_now(&api).await)
+}
+
+/// What works at the moment, and what does not.
+async fn health_now(api: &Api) -> Health {
     let mut problems = api.problems.read().map(|p| p.clone()).unwrap_or_default();
     if api.policies().await.is_ok() {
         problems.extend(api.policies.problems());
@@ -176,15 +183,14 @@ async fn health(State(api): State<Arc<Api>>) -> Response {
         problems.push("the daemon is going down".to_owned());
     }
     let status = if problems.is_empty() { "ok" } else { "degraded" }.to_owned();
-    axum::Json(Health {
+    Health {
         status,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         instance: api.parts.store.instance().to_string(),
         engine: api.engine_address.clone(),
         problems,
         notes: crate::workspace::form_here().1.into_iter().collect(),
-    })
-    .into_response()
+    }
 }
 
 async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, ApiError> {

@@ -325,6 +325,7 @@ async fn walk(
                 return Ok(false);
             }
             record.step(parts, Input::Admit).await?;
+            tracing::info!(job = %record.job, attempt = record.attempt, "job starts");
             if record.attempt == 1 {
                 let waited = clock::wall_ms().saturating_sub(record.created_ms);
                 parts.metrics.started(waited as f64 / 1000.0);

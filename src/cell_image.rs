@@ -26,7 +26,7 @@ use std::time::Instant;
 
 pub use facts::{ImageFacts, Shell};
 pub use layer::Workshop;
-pub use pick::{Pick, pick};
+pub use pick::{Pick, image_with, pick};
 pub use through::EngineImages;
 pub use toolchain::{TOOLCHAINS, Toolchain, toolchain};
 pub use types::{

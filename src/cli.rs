@@ -32,6 +32,7 @@ mod run;
 mod schema;
 mod serve;
 mod show;
+mod support;
 mod unpark;
 mod version;
 mod whoami;
@@ -68,6 +69,7 @@ enum Command {
     Logs(logs::LogsArgs),
     Audit(audit::AuditArgs),
     Report(report::ReportArgs),
+    Support(support::SupportArgs),
     Diff(diff::DiffArgs),
     Apply(apply::ApplyArgs),
     Checkout(checkout::CheckoutArgs),
@@ -177,6 +179,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Logs(args) => wait(logs::logs(&args, context)),
         Command::Audit(args) => wait(audit::audit(&args, context)),
         Command::Report(args) => wait(report::report(&args, context)),
+        Command::Support(args) => wait(support::support(&args, context)),
         Command::Diff(args) => wait(diff::diff(&args, context)),
         Command::Apply(args) => wait(apply::apply(&args, context)),
         Command::Checkout(args) => wait(checkout::checkout(&args, context)),
@@ -209,6 +212,7 @@ impl Command {
             Self::Show(args) => args.json,
             Self::Logs(args) => args.json,
             Self::Audit(args) => args.json,
+            Self::Support(args) => args.json,
             Self::Diff(args) => args.json,
             Self::Apply(args) => args.json,
             Self::Checkout(args) => args.json,

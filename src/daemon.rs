@@ -22,6 +22,7 @@ use crate::cell::record::Feeds;
 use crate::cell::runtime::Tried;
 use crate::cell::{Parts, Settings};
 use crate::config::{Config, PolicyShelf, unknown_name};
+use crate::daemon_log::{self, DaemonLog};
 use crate::driver::Driver;
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
@@ -72,13 +73,13 @@ pub struct Listeners {
 /// # Errors
 /// Whatever keeps the daemon from starting, in words for the person who started it.
 pub fn serve(config: Config) -> anyhow::Result<()> {
-    start_log(&config.log)?;
+    let log = start_log(&config.log, &make_state_dir(&config.state_dir)?)?;
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    runtime.block_on(async move {
+    let ended = runtime.block_on(async move {
         let shutdown = Shutdown::default();
         watch_signals(shutdown.clone())?;
         let address = find_address(config.engine.as_deref())?;
@@ -101,7 +102,11 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
             _ => {}
         }
         ended
-    })
+    });
+    if let Some(log) = log {
+        log.flush();
+    }
+    ended
 }
 
 /// Runs a daemon until `shutdown`.
@@ -487,10 +492,24 @@ fn watch_signals(shutdown: Shutdown) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start_log(filter: &str) -> anyhow::Result<()> {
+/// Logs to standard error in words and to the state directory as JSON, the latter as long as it can.
+fn start_log(filter: &str, state_dir: &Path) -> anyhow::Result<Option<Arc<DaemonLog>>> {
+    use tracing_subscriber::fmt::layer;
+    use tracing_subscriber::layer::SubscriberExt;
+    use tracing_subscriber::util::SubscriberInitExt;
     let filter = tracing_subscriber::EnvFilter::try_new(filter).context("log")?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false);
+    let (file, problem) = match DaemonLog::open(&daemon_log::dir(state_dir)) {
+        Ok(file) => (Some(file), None),
+        Err(error) => (None, Some(error)),
+    };
+    let log = tracing_subscriber::registry()
+        .with(filter)
+        .with(layer().with_writer(io::stderr).with_ansi(false))
+        .with(file.clone().map(|file| layer().json().with_writer(file)));
     // A second daemon in one process (a test) keeps the first one's log.
     let _ = log.try_init();
-    Ok(())
+    if let Some(error) = problem {
+        tracing::error!(%error, "the log is kept on standard error only");
+    }
+    Ok(file)
 }

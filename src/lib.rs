@@ -16,7 +16,7 @@
 //! doing     cell (one cell's life), driver (the one loop), sweeper
 //! deciding  scheduler (+ recover), session                    pure: no IO, no clock, no chance
 //! hands     store, journal, engine, link, workspace, changes, git, source, gateway, cell_image, agent_bundle, npm,
-//!           run_as, model, metrics, dockerfile
+//!           run_as, model, metrics, dockerfile, daemon_log
 //! facts     job, policy, agent, change, event, audit, money, pricing, clock  pure types
 //! ```
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
@@ -44,7 +44,8 @@
 //!    try; totals, `Done`. What becomes of a change set is its submitter's word
 //!    ([`api::changes`]) and done with their rights.
 //! 8. After a crash [`scheduler::recover`] says what becomes of each row and each container. What a machine lacks for
-//!    all this, and what to do about it, [`api::doctor`] says.
+//!    all this, and what to do about it, [`api::doctor`] says; what is known of a job that went wrong, [`api::support`]
+//!    packs, without secrets.
 //!
 //! # What must never happen
 //! - A credential in a cell, a log, a row or an answer. The gateway attaches it only against a
@@ -76,6 +77,7 @@ pub mod session;
 pub mod agent_bundle;
 pub mod cell_image;
 pub mod changes;
+pub mod daemon_log;
 pub mod dockerfile;
 pub mod engine;
 pub mod gateway;

@@ -15,6 +15,7 @@ const LAYERS: [(&str, &[&str]); 5] = [
             "agent_bundle",
             "cell_image",
             "changes",
+            "daemon_log",
             "dockerfile",
             "engine",
             "gateway",

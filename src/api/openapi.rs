@@ -238,6 +238,21 @@ fn changes_of_jobs() -> Value {
 
 fn told_of_jobs() -> Value {
     json!({
+        "/v1/jobs/{id}/support": {
+            "get": {
+                "operationId": "jobSupport",
+                "summary": "What helps to find out what went wrong: an archive (tar, gzip) with a manifest, without secrets",
+                "parameters": [
+                    id(),
+                    query("with_prompt", "1: with prompts and what the agent said"),
+                    query("with_contents", "1: with what tools got and gave, and contents of files"),
+                ],
+                "responses": {
+                    "200": { "description": "The archive", "content": { "application/gzip": {} } },
+                    "default": error(),
+                },
+            },
+        },
         "/v1/jobs/{id}/report": {
             "get": {
                 "operationId": "jobReport",

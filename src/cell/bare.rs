@@ -16,7 +16,7 @@ use super::prepare::Started;
 use super::record::{ExitFigures, Record, RecordError};
 use super::rooms::inodes_max;
 use super::space::{Bounds, Watch};
-use super::steps::{Progress, Steps, code_of};
+use super::steps::{Progress, Steps, code_of, missing_tool};
 use super::{Ended, Parts, StopWish, agent_exit, wait};
 use crate::engine::{ContainerId, EngineError, Exit};
 use crate::event::{Body, Stream};
@@ -489,7 +489,10 @@ impl<'a> Bare<'a> {
     async fn not_started(&mut self, errno: i32, message: &str) -> Result<AgentExit, RecordError> {
         self.to_cell.bye();
         let code = if errno == libc::EACCES { 126 } else { 127 };
-        let words = format!("the command could not be started in the cell: {message} (errno {errno})");
+        let mut words = format!("the command could not be started in the cell: {message} (errno {errno})");
+        if let Some(hint) = missing_tool(message) {
+            words.push_str(&format!("; {hint}"));
+        }
         if let Some(client) = self.client.take() {
             let line = Bytes::from(format!("hotcell: {words}\n"));
             for what in [ToClient::Stderr(line), ToClient::Exit(code)] {

@@ -39,8 +39,9 @@ pub(super) async fn prepare_command(
         record.push(&Body::Note { text })?;
     }
     record.commit()?;
-    let setup = record.spec.setup.as_ref().map(|setup| Steps::setup(setup, begun.image.shell));
-    let first = setup.as_ref().map(|_| steps::setup_plan(record));
+    let first = record.spec.setup.as_ref().map(|_| steps::setup_plan(record));
+    let setup = record.spec.setup.as_ref().zip(first.as_ref());
+    let setup = setup.map(|(setup, plan)| Steps::setup(setup, begun.image.shell, plan));
     let plan = record.accepted.plan.clone();
     let launch = Launch {
         argv: command.argv(begun.image.shell),

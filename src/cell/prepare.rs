@@ -139,8 +139,9 @@ pub async fn prepare(
     // The limit holds for all attempts together.
     let turns = u32::try_from(record.carry.turns).unwrap_or(u32::MAX);
     plan.limits.max_turns = plan.limits.max_turns.saturating_sub(turns).max(1);
-    let setup = record.spec.setup.as_ref().map(|setup| Steps::setup(setup, begun.image.shell));
-    let first = setup.as_ref().map(|_| steps::setup_plan(record));
+    let first = record.spec.setup.as_ref().map(|_| steps::setup_plan(record));
+    let setup = record.spec.setup.as_ref().zip(first.as_ref());
+    let setup = setup.map(|(setup, plan)| Steps::setup(setup, begun.image.shell, plan));
     let launch = Launch {
         argv: options::argv(&plan, &begun.names.session_id, resumed),
         more: &commits,

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::record::{Record, RecordError};
+use crate::cell_image;
 use crate::event::{Body, Stage, StepEnd};
 use crate::gateway::GatewayEvent;
 use crate::job::outcome::Failure;
@@ -22,6 +23,10 @@ const TAIL_BYTES: usize = 16 * 1024;
 const TAIL_SHOWN_BYTES: usize = 1500;
 /// Most hosts that were refused and are named in the message of a failure.
 const REFUSED_MAX: usize = 3;
+
+/// What a program meets that goes its own way.
+const NO_NAMES: &str = "names do not resolve in a cell: what leads out is the proxy of HTTP_PROXY and HTTPS_PROXY, \
+                        which this program does not use";
 
 /// The commands of one stage.
 #[derive(Debug)]
@@ -39,6 +44,8 @@ pub(super) struct Steps {
     step_began: Instant,
     tail: VecDeque<u8>,
     refused: Vec<String>,
+    /// Why nothing can be reached, where nothing can.
+    closed: Option<String>,
 }
 
 /// What is next.
@@ -53,7 +60,7 @@ pub(super) enum Progress {
 }
 
 impl Steps {
-    fn new(stage: Stage, commands: &[StepCommand], wall_ms: u64, shell: &str) -> Self {
+    fn new(stage: Stage, commands: &[StepCommand], wall_ms: u64, shell: &str, plan: &Plan) -> Self {
         Self {
             stage,
             words: commands.iter().map(StepCommand::words).collect(),
@@ -65,18 +72,19 @@ impl Steps {
             step_began: Instant::now(),
             tail: VecDeque::new(),
             refused: Vec::new(),
+            closed: plan.nothing_is_open(),
         }
     }
 
-    /// What comes before an agent.
-    pub(super) fn setup(setup: &SetupSpec, shell: &str) -> Self {
-        Self::new(Stage::Setup, &setup.commands, setup.timeout_ms(), shell)
+    /// What comes before an agent, under this plan.
+    pub(super) fn setup(setup: &SetupSpec, shell: &str, plan: &Plan) -> Self {
+        Self::new(Stage::Setup, &setup.commands, setup.timeout_ms(), shell, plan)
     }
 
     /// What judges its work; `before`: so many commands of the cell come first.
-    pub(super) fn verify(verify: &VerifySpec, shell: &str, before: usize) -> Self {
+    pub(super) fn verify(verify: &VerifySpec, shell: &str, before: usize, plan: &Plan) -> Self {
         let offset = u32::try_from(before).unwrap_or(u32::MAX);
-        Self { offset, ..Self::new(Stage::Verify, &verify.commands, verify.timeout_ms(), shell) }
+        Self { offset, ..Self::new(Stage::Verify, &verify.commands, verify.timeout_ms(), shell, plan) }
     }
 
     /// The programs and their arguments, in order.
@@ -134,10 +142,11 @@ impl Steps {
         self.tail.drain(..over);
     }
 
-    /// Keeps why a command did not reach a host, or was refused there.
+    /// Keeps why a command did not reach a host, or got nothing from it.
     pub(super) fn reached(&mut self, event: &GatewayEvent) {
         let GatewayEvent::Egress(reached) = event else { return };
-        let Some(reason) = reached.reason.as_ref().filter(|_| !reached.allowed) else { return };
+        let got_some = reached.status.map_or(reached.bytes_down > 0, |status| status < 400);
+        let Some(reason) = reached.reason.as_ref().filter(|_| !reached.allowed || !got_some) else { return };
         if self.refused.len() < REFUSED_MAX && !self.refused.contains(reason) {
             self.refused.push(reason.clone());
         }
@@ -201,6 +210,12 @@ impl Steps {
         for reason in &self.refused {
             words.push_str(&format!("\nhotcell: {reason}"));
         }
+        if self.refused.is_empty() && is_unresolved(&output) {
+            words.push_str(&format!("\nhotcell: {}", self.closed.as_deref().unwrap_or(NO_NAMES)));
+        }
+        if !late && let Some(hint) = missing_tool(&output) {
+            words.push_str(&format!("\nhotcell: {hint}"));
+        }
         Failure::new(phase, reason, words)
     }
 }
@@ -211,6 +226,32 @@ pub(super) fn code_of(status: ExitStatus) -> i32 {
         ExitStatus::Code(code) => code,
         ExitStatus::Signal(signal) => 128 + signal,
     }
+}
+
+/// Whether somebody looked for the address of a name: there are none in a cell, so that nobody was asked outside.
+fn is_unresolved(output: &str) -> bool {
+    const SIGNS: [&str; 6] = [
+        "EAI_AGAIN",
+        "ENOTFOUND",
+        "name resolution",
+        "Name or service not known",
+        "ould not resolve",
+        "failed to lookup address",
+    ];
+    SIGNS.iter().any(|sign| output.contains(sign))
+}
+
+/// Which image has the program that a shell or PID 1 did not find, by its last words.
+pub(super) fn missing_tool(output: &str) -> Option<String> {
+    let line = output.lines().rev().find(|line| !line.trim().is_empty())?;
+    let (before, _) = ["command not found", "not found", "No such file or directory"]
+        .iter()
+        .find_map(|words| line.split_once(&format!(": {words}")))?;
+    let tool = before.rsplit([' ', '/', ':']).next()?;
+    let image = cell_image::image_with(tool)?;
+    Some(format!(
+        "`{tool}` is in the image {image}: take it, or `image = \"auto\"`, which looks at the repository's files"
+    ))
 }
 
 /// What `setup` may reach.
@@ -239,4 +280,41 @@ fn last_bytes(text: &str, bytes_max: usize) -> &str {
         at += 1;
     }
     &text[at..]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_was_looked_up_inside_is_told_from_other_failures() {
+        for output in [
+            "npm error code EAI_AGAIN",
+            "curl: (6) Could not resolve host: x.example",
+            "fatal: unable to access 'https://x.example/': Could not resolve host: x.example",
+            "failed to lookup address information: Temporary failure in name resolution",
+            "<urlopen error [Errno -2] Name or service not known>",
+        ] {
+            assert!(is_unresolved(output), "{output}");
+        }
+        assert!(!is_unresolved("error: the names resolve to nothing") && !is_unresolved(""));
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_named_with_the_image_that_has_it() {
+        for (output, image) in [
+            ("sh: 1: cargo: not found", "hotcell/rust"),
+            ("something\nbash: line 1: go: command not found\n", "hotcell/go"),
+            ("/bin/sh: 3: mvn: not found\n\n", "hotcell/java"),
+            ("hotcell: cannot start cmake: No such file or directory", "hotcell/cc"),
+        ] {
+            let hint = missing_tool(output).expect(output);
+            assert!(hint.contains(&format!("the image {image}:")), "{hint}");
+        }
+        for output in
+            ["", "sh: 1: frobnicate: not found", "cargo: error", "not found", "error: cargo not found here"]
+        {
+            assert_eq!(missing_tool(output), None, "{output}");
+        }
+    }
 }

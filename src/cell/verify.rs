@@ -88,11 +88,12 @@ async fn make(
     let made = prepare::make_rooms(parts, record, &begun.names, begun.tenant.clone(), accepted, None).await?;
     let shell = begun.image.shell;
     // What tests need besides, such as a database, is started as it was for the agent.
-    let mut stages: Vec<Steps> = record.spec.setup.iter().map(|setup| Steps::setup(setup, shell)).collect();
-    let before = stages.iter().map(|stage| stage.argvs().len()).sum();
-    stages.push(Steps::verify(verify, shell, before));
-    let limits_ms = record.spec.setup.as_ref().map_or(0, |setup| setup.timeout_ms()) + verify.timeout_ms();
     let plan = Arc::new(steps::verify_plan(record));
+    let mut stages: Vec<Steps> =
+        record.spec.setup.iter().map(|setup| Steps::setup(setup, shell, &plan)).collect();
+    let before = stages.iter().map(|stage| stage.argvs().len()).sum();
+    stages.push(Steps::verify(verify, shell, before, &plan));
+    let limits_ms = record.spec.setup.as_ref().map_or(0, |setup| setup.timeout_ms()) + verify.timeout_ms();
     let launch = Launch {
         // Never started: the commands before it are what the cell is for.
         argv: vec![shell.to_owned()],

@@ -55,6 +55,30 @@ const SIGNS: [(&str, &[&str]); 6] = [
         ],
     ),
 ];
+/// Programs that only one toolchain's image has.
+const TOOLS: [(&str, &[&str]); 6] = [
+    ("rust", &["cargo", "rustc", "rustfmt", "clippy-driver"]),
+    ("go", &["go", "gofmt"]),
+    ("java", &["java", "javac", "jar", "mvn", "gradle"]),
+    ("python", &["pip", "pip3", "python"]),
+    ("node", &["yarn", "pnpm", "corepack"]),
+    (
+        "cc",
+        &[
+            "cmake",
+            "ctest",
+            "ninja",
+            "meson",
+            "autoconf",
+            "automake",
+            "autoreconf",
+            "cc",
+            "gcc",
+            "g++",
+            "c++",
+        ],
+    ),
+];
 /// Other toolchains that are named at most.
 const OTHERS_MAX: usize = 5;
 
@@ -77,6 +101,12 @@ pub fn pick<'a>(names: impl IntoIterator<Item = &'a str>, default: &str) -> Pick
         others => format!("; there is also {}", others.join(", ")),
     };
     Pick { why: format!("the image {image} is taken since there is {sign}{beside}"), image }
+}
+
+/// The image that has a program which the default one lacks.
+pub fn image_with(tool: &str) -> Option<String> {
+    let (toolchain, _) = TOOLS.iter().find(|(_, tools)| tools.contains(&tool))?;
+    Some(format!("hotcell/{toolchain}"))
 }
 
 fn fits(sign: &str, name: &str) -> bool {

@@ -8,7 +8,7 @@ mod secret;
 use super::{Flag, Node, TreePath};
 
 pub use names::{BarePart, GitPlace, bare_part, git_place};
-pub use secret::secrets;
+pub use secret::{every_secret, secrets};
 
 /// Bytes of a content that are looked at for secrets.
 pub const HEAD_BYTES_MAX: usize = 1 << 20;

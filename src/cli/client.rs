@@ -29,6 +29,8 @@ const CONNECT_MAX: Duration = Duration::from_secs(5);
 const ANSWER_MAX: Duration = Duration::from_secs(60);
 /// The same for a submit, for which a repository may have to be fetched.
 const SUBMIT_MAX: Duration = Duration::from_secs(20 * 60);
+/// The same for a support pack, which may have to wait for another one.
+const SUPPORT_MAX: Duration = Duration::from_secs(5 * 60);
 /// Largest answer that is no stream of events, in bytes.
 const BODY_BYTES_MAX: usize = 64 << 20;
 /// Longest event, in bytes.
@@ -177,6 +179,16 @@ impl Client {
     pub(crate) async fn report(&self, id: &JobId) -> Result<Bytes, CliError> {
         let request = Request::get(format!("/v1/jobs/{id}/report"));
         let answer = self.send(request.body(Full::default())).await?;
+        self.whole(answer).await
+    }
+
+    /// What helps to find out what went wrong with a job: an archive.
+    pub(crate) async fn support(&self, id: &JobId, prompt: bool, contents: bool) -> Result<Bytes, CliError> {
+        let (prompt, contents) = (u8::from(prompt), u8::from(contents));
+        let path = format!("/v1/jobs/{id}/support?with_prompt={prompt}&with_contents={contents}");
+        let agent = concat!("hotcell/", env!("CARGO_PKG_VERSION"));
+        let request = Request::get(path).header("user-agent", agent);
+        let answer = self.send_for(request.body(Full::default()), SUPPORT_MAX).await?;
         self.whole(answer).await
     }
 

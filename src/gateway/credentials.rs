@@ -308,6 +308,22 @@ impl Credentials {
         }
     }
 
+    /// The secret texts of all that is held now, to be looked for in what goes out to people, and never for anything
+    /// else. One that is being read by a command is waited for.
+    pub async fn held(&self) -> Vec<Secret> {
+        let mut held = Vec::new();
+        for named in self.0.values() {
+            let slots: Vec<Arc<Slot>> =
+                named.kept.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+            for slot in slots {
+                if let Some(current) = slot.lock().await.as_ref() {
+                    held.extend(current.value.secrets().cloned());
+                }
+            }
+        }
+        held
+    }
+
     fn named(&self, name: &str) -> Result<&Named, CredentialError> {
         self.0.get(name).ok_or_else(|| CredentialError::Unknown(name.to_owned()))
     }

@@ -229,7 +229,7 @@ fn without_userinfo(text: &str) -> Cow<'_, str> {
 
 /// What stands before the `@` of an address, without it. A slash in a password counts as one: rather a path too
 /// little than a password too much.
-fn userinfo(address: &str) -> &str {
+pub fn userinfo(address: &str) -> &str {
     let host = address.find(['/', '?', '#']).unwrap_or(address.len());
     if let Some(at) = address[..host].rfind('@') {
         return &address[..at];

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-mod server;
+pub(crate) mod server;
 
 use server::{Behaviour, Registries};
 
 /// What `.ci/packages` made; it fetches where that was not done yet.
-fn packages() -> PathBuf {
+pub(crate) fn packages() -> PathBuf {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(".ci/packages");
     let output = Command::new(&script).output().expect("bash");
     let said = String::from_utf8_lossy(&output.stderr);

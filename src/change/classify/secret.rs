@@ -1,7 +1,12 @@
 //! What looks like a secret in a content: tokens that begin as their makers begin them, and private keys. Pure. It
 //! names kinds and places, never the secret.
 
+use std::ops::Range;
+
 use memchr::memmem;
+
+/// The kind of what begins with a line of dashes.
+const PRIVATE_KEY: &str = "private key";
 
 /// Characters of a token.
 #[derive(Clone, Copy)]
@@ -66,11 +71,29 @@ const DIFFERENT_MIN: usize = 6;
 /// Tokens of one beginning that are looked at.
 const HITS_MAX: usize = 1000;
 
-/// Kinds and places (first byte and length) of what looks like a secret in `content`.
-pub fn secrets(content: &[u8]) -> Vec<(&'static str, std::ops::Range<usize>)> {
+/// Kinds and places of what looks like a secret in `content`: enough of them to warn.
+pub fn secrets(content: &[u8]) -> Vec<(&'static str, Range<usize>)> {
+    find(content, HITS_MAX)
+}
+
+/// The same, each one, to take them out: of a private key what stands up to the end of its block, or of `content`.
+pub fn every_secret(content: &[u8]) -> Vec<(&'static str, Range<usize>)> {
+    let mut found = find(content, usize::MAX);
+    for (_, place) in found.iter_mut().filter(|(kind, _)| *kind == PRIVATE_KEY) {
+        let rest = &content[place.end..];
+        let end = memmem::find(rest, b"-----END ").map(|end| {
+            let footer = memmem::find(&rest[end..], b"PRIVATE KEY-----").map(|at| end + at + b"PRIVATE KEY-----".len());
+            footer.unwrap_or(end)
+        });
+        place.end += end.unwrap_or(rest.len());
+    }
+    found
+}
+
+fn find(content: &[u8], hits_max: usize) -> Vec<(&'static str, Range<usize>)> {
     let mut found = Vec::new();
     for (kind, beginning, least, of) in TOKENS {
-        for at in memmem::find_iter(content, beginning.as_bytes()).take(HITS_MAX) {
+        for at in memmem::find_iter(content, beginning.as_bytes()).take(hits_max) {
             let tail = at + beginning.len();
             let length = content[tail..].iter().take_while(|byte| of.has(**byte)).count();
             let token = &content[tail..tail + length];
@@ -81,12 +104,12 @@ pub fn secrets(content: &[u8]) -> Vec<(&'static str, std::ops::Range<usize>)> {
         }
     }
     let header = b"PRIVATE KEY-----";
-    for at in memmem::find_iter(content, header).take(HITS_MAX) {
+    for at in memmem::find_iter(content, header).take(hits_max) {
         let line = content[..at].iter().rposition(|byte| *byte == b'\n').map_or(0, |newline| newline + 1);
         if at - line <= 64
             && let Some(begin) = memmem::find(&content[line..at], b"-----BEGIN ")
         {
-            found.push(("private key", line + begin..at + header.len()));
+            found.push((PRIVATE_KEY, line + begin..at + header.len()));
         }
     }
     found
@@ -111,7 +134,7 @@ pub(super) fn has_news(before: &[u8], after: &[u8]) -> bool {
     news.into_iter().any(|(kind, at)| {
         // All headers of keys are alike: the line that follows tells them apart.
         let next = || after[at.end..].iter().skip(1).take_while(|byte| **byte != b'\n').count() + 1;
-        let until = if kind == "private key" { (at.end + next()).min(after.len()) } else { at.end };
+        let until = if kind == PRIVATE_KEY { (at.end + next()).min(after.len()) } else { at.end };
         memmem::find(before, &after[at.start..until]).is_none()
     })
 }

@@ -50,6 +50,17 @@ pub(super) enum Value {
     Aws(Keys),
 }
 
+impl Value {
+    /// What must stand nowhere but in a request.
+    pub(super) fn secrets(&self) -> impl Iterator<Item = &Secret> {
+        let (one, more) = match self {
+            Self::Text(secret) => (secret, None),
+            Self::Aws(keys) => (&keys.secret_access_key, keys.session_token.as_ref()),
+        };
+        std::iter::once(one).chain(more)
+    }
+}
+
 /// A credential and when it is over, in milliseconds since 1970.
 #[derive(Debug, Clone)]
 pub(super) struct Parsed {

@@ -128,13 +128,13 @@ async fn answer(
 
 /// What to look at where a host wants to know who asks.
 fn hint(status: StatusCode, event: &EgressRecord) -> Option<String> {
-    let (said, rule) = (status.as_u16(), &event.rule);
+    let (said, rule, host) = (status.as_u16(), &event.rule, &event.host);
     match (status, &event.credential) {
         (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, Some(name)) => {
-            Some(format!("the host answers {said}, though the rule {rule} adds the credential {name}"))
+            Some(format!("{host} answers {said}, though the rule {rule} adds the credential {name}"))
         }
         (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, None) => Some(format!(
-            "the host answers {said}, and the rule {rule} adds no credential: `credential = \"NAME\"` there would"
+            "{host} answers {said}, and the rule {rule} adds no credential: `credential = \"NAME\"` there would"
         )),
         _ => None,
     }

@@ -54,13 +54,14 @@ impl Telling {
 
     /// It is refused after all, by this rule.
     pub(super) fn refused(&mut self, rule: &str) {
-        (self.event.allowed, self.event.rule) = (false, rule.to_owned());
+        (self.event.allowed, self.event.rule, self.event.reason) = (false, rule.to_owned(), None);
     }
 
     /// Tells the rest.
     pub(super) async fn end(self, shared: &Shared, meter: Arc<Meter>, reason: Option<String>) {
         let event = self.next(&meter);
-        let event = EgressRecord { reason: reason.or(event.reason.clone()), ..event };
+        // What the host answered says more than how its answer was taken.
+        let event = EgressRecord { reason: event.reason.clone().or(reason), ..event };
         // The rule's place is free before its event can be read.
         drop(meter);
         shared.record(event).await;

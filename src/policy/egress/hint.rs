@@ -3,6 +3,7 @@
 
 use super::check::is_private;
 use super::{Act, EgressAsk, Host, Unmet, shown};
+use crate::policy::Plan;
 use crate::policy::decide::Denial;
 use crate::policy::narrow::Layer;
 
@@ -47,10 +48,33 @@ pub(super) fn denial(layers: &[Layer], index: usize, ask: &EgressAsk<'_>, unmet:
     Denial { rule, reason }
 }
 
+impl Plan {
+    /// Why nothing can be reached at all, and what would change that; none where something can.
+    pub fn nothing_is_open(&self) -> Option<String> {
+        let index = self.layers.iter().position(|layer| layer.egress.is_empty())?;
+        let (key, place) = (self.layers[index].egress_key(), place(&self.layers, index));
+        let words = format!(
+            "nothing can be reached: [{key}] {place} opens no host; `sets = [\"…\"]` or [[{key}.host]] there would \
+             (`hotcell policy sets` lists the sets)"
+        );
+        Some(words)
+    }
+}
+
 /// Whose word a layer is.
 fn whose(layers: &[Layer], index: usize) -> String {
     let layer = &layers[index];
     if layer.is_of_the_job() { "the job".to_owned() } else { format!("policy {}", layer.name) }
+}
+
+/// Where its lines stand.
+fn place(layers: &[Layer], index: usize) -> String {
+    let (layer, name) = (&layers[index], &layers[index].name);
+    match index {
+        _ if layer.is_of_the_job() => format!("of the job's own {}", layer.egress_key()),
+        0 => format!("of the policy {name}"),
+        _ => format!("of your own file {name}"),
+    }
 }
 
 /// What would open a host that no rule of the layer names, where anything would.
@@ -59,12 +83,7 @@ fn opening(layers: &[Layer], index: usize, host: &Host, port: u16) -> Option<Str
         return None;
     }
     let layer = &layers[index];
-    let (key, name) = (layer.egress_key(), &layer.name);
-    let place = match index {
-        _ if layer.is_of_the_job() => format!("of the job's own {key}"),
-        0 => format!("of the policy {name}"),
-        _ => format!("of your own file {name}"),
-    };
+    let (key, place) = (layer.egress_key(), place(layers, index));
     let known = layers.first().and_then(|first| {
         first.known_sets.iter().find(|(_, hosts)| hosts.iter().any(|known| has(known, host, port)))
     });
