@@ -105,7 +105,7 @@ pub(super) async fn built(
     }
     let begun = std::time::Instant::now();
     let made = build(parts, record, &wanted, packed, (&name, &key), stop).await;
-    shelf::sweep_up(parts, &record.job).await;
+    shelf::sweep_up(parts, &record.job, made.is_err()).await;
     super::destroy(parts, &record.job).await;
     let id = made?;
     note(record, format!("build: {name} was built in {:.1} s", begun.elapsed().as_secs_f64()))?;

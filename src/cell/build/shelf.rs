@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +17,9 @@ use crate::job::{FailReason, JobId};
 
 /// Most images that are kept, of all users.
 const KEPT_MAX: usize = 20;
+/// Looks for what a failed build has left, and the pause between them.
+const LOOKS_MAX: u32 = 20;
+const LOOK_PAUSE: Duration = Duration::from_millis(500);
 /// The image of a job, beside its journal.
 const OF_JOB: &str = "build.json";
 
@@ -124,14 +127,29 @@ pub(super) async fn keep(
 }
 
 /// Removes what a build has left beside its image: the container of a line that was broken off, layers, stages that
-/// nobody needs. What cannot be removed now is the sweep's.
-pub(super) async fn sweep_up(parts: &Parts, job: &JobId) {
+/// nobody needs. What cannot be removed now is the sweep's. `failed`: the engine may not be done with it yet, and may
+/// begin one more line before it sees that nobody follows.
+pub(super) async fn sweep_up(parts: &Parts, job: &JobId, failed: bool) {
+    let mut quiet = 0;
+    for _ in 0..LOOKS_MAX {
+        quiet = if removed(parts, job).await == 0 { quiet + 1 } else { 0 };
+        if !failed || quiet == 2 {
+            return;
+        }
+        tokio::time::sleep(LOOK_PAUSE).await;
+    }
+}
+
+/// How much was found.
+async fn removed(parts: &Parts, job: &JobId) -> usize {
     let instance = parts.store.instance();
     let of = |of: &Option<JobId>| of.as_ref() == Some(job);
     let left = |error: EngineError| tracing::warn!(%job, %error, "what a build left is left to the sweep");
+    let mut count = 0;
     match parts.engine.list(instance).await {
         Ok(found) => {
             for found in found.into_iter().filter(|found| of(&found.build)) {
+                count += 1;
                 parts.engine.remove(&found.container).await.unwrap_or_else(left);
             }
         }
@@ -140,11 +158,13 @@ pub(super) async fn sweep_up(parts: &Parts, job: &JobId) {
     match parts.engine.loose_images(instance).await {
         Ok(loose) => {
             for (id, _) in loose.into_iter().filter(|(_, job)| of(job)) {
+                count += 1;
                 parts.engine.remove_image(&id).await.unwrap_or_else(left);
             }
         }
         Err(error) => left(error),
     }
+    count
 }
 
 fn dir_below(state_dir: &Path) -> PathBuf {
