@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::super::prepare::{PrepareError, Started, failed, wish};
 use super::super::record::{Record, RecordError};
+use super::super::steps::nothing_got;
 use super::super::{Parts, StopWish};
 use super::{build_failed, engine_says, note};
 use crate::engine::{EngineError, ImageInfo, SealedBuild};
@@ -197,10 +198,9 @@ impl Told {
     }
 
     fn reached(&mut self, event: &GatewayEvent) {
-        let GatewayEvent::Egress(reached) = event else { return };
-        let Some(reason) = reached.reason.as_ref().filter(|_| !reached.allowed) else { return };
-        if self.refused.len() < REFUSED_MAX && !self.refused.contains(reason) {
-            self.refused.push(reason.clone());
+        let Some(reason) = nothing_got(event) else { return };
+        if self.refused.len() < REFUSED_MAX && !self.refused.iter().any(|told| told == reason) {
+            self.refused.push(reason.to_owned());
         }
     }
 
