@@ -57,9 +57,10 @@ test: tools init engine sources packages ## Run all tests, those with the real e
 	@.ci/engine gvisor || echo "hotcell: the tests go on without gVisor: they look at how it is refused" >&2
 	HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --locked --no-fail-fast
 
-test-full: test ## The tests, a repository of 80,000 files, and the property tests and fuzz targets with many more cases.
+test-full: test ## The tests, a repository of 80,000 files, builds of all toolchains under gVisor, and the property tests and fuzz targets with many more cases.
 	@.ci/sources linux >/dev/null
 	HOTCELL_ENGINE=$(ENGINE) HOTCELL_TEST_PACKAGES=linux $(CARGO) test --locked --test it changes::real::
+	HOTCELL_ENGINE=$(ENGINE) HOTCELL_TEST_GVISOR="python rust go java cc" $(CARGO) test --locked --test it packages::projects::projects_build_and_test_under_gvisor
 	PROPTEST_CASES=5000 $(CARGO) test --locked --lib
 	HOTCELL_FUZZ_SCALE=20 $(CARGO) test --locked --test fuzz
 
@@ -81,7 +82,7 @@ bench-tools: ## Install what the gateway is measured against: nginx, and mitmpro
 	@.ci/tools bench
 	@$(MAKE) --no-print-directory $(BENCH_TOOLS)/peers.txt
 
-bench: image bench-tools ## Measure side by side, print ratios, write target/bench.json.
+bench: images bench-tools packages ## Measure side by side, print ratios, write target/bench.json.
 	HOTCELL_ENGINE=$(ENGINE) $(CARGO) bench --bench side_by_side
 
 install: build ## Install both binaries below PREFIX (default /usr/local).

@@ -50,10 +50,10 @@ pub static TOOLCHAINS: [Toolchain; 6] = [
     },
     Toolchain {
         name: "java",
-        title: "JDK 17 and Maven",
+        title: "JDK 17, Maven and Gradle",
         packages: include_str!("../../images/java/packages.txt"),
         env: include_str!("../../images/java/env.txt"),
-        finish: "",
+        finish: include_str!("../../images/java/finish.sh"),
     },
     Toolchain {
         name: "node",

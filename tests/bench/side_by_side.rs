@@ -2,16 +2,17 @@
 //! without hotcell, all in one run and in turn. Prints a table and writes `target/bench.json` and
 //! `target/bench.md`.
 //!
-//! Arguments: names of parts to run (`cold`, `events`, `streams`, `queue`, `gateway`, `workspaces`; all where none is
-//! given), and `--strict`. Ends with 2 when a measurement broke, with 1 under `--strict` when a bar is missed, else with 0:
+//! Arguments: names of parts to run (`cold`, `events`, `streams`, `queue`, `gateway`, `workspaces`,
+//! `builds`; all where none is given), and `--strict`. Ends with 2 when a measurement broke, with 1 under `--strict` when a bar is missed, else with 0:
 //! a busy machine must not fail a build, and a missed bar is printed as FAIL.
 //!
-//! `BENCH_COLD_N`, `BENCH_EVENTS_N`, `BENCH_EVENTS`, `BENCH_STREAMS`, `BENCH_QUEUE` change how much is done; those of `gateway` and
-//! `workspaces` are named there.
+//! `BENCH_COLD_N`, `BENCH_EVENTS_N`, `BENCH_EVENTS`, `BENCH_STREAMS`, `BENCH_QUEUE` change how much is done; those of `gateway`,
+//! `workspaces` and `builds` are named there.
 
 // It says what it expects by panicking, like a test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod builds;
 mod cold;
 mod events;
 mod gateway;
@@ -20,6 +21,10 @@ mod load;
 mod report;
 mod setup;
 mod workspaces;
+// What the integration tests serve as package registries.
+#[allow(dead_code)]
+#[path = "../it/packages/server.rs"]
+mod registries;
 // The integration tests' world: a daemon, a state directory and a scripted model of its own.
 #[allow(dead_code)]
 #[path = "../it/world.rs"]
@@ -35,13 +40,14 @@ use report::Row;
 
 type Part = (&'static str, fn() -> Result<Vec<Row>>);
 
-const PARTS: [Part; 6] = [
+const PARTS: [Part; 7] = [
     ("cold", cold::measure),
     ("events", events::measure),
     ("streams", load::streams),
     ("queue", load::queue),
     ("gateway", gateway::measure),
     ("workspaces", workspaces::measure),
+    ("builds", builds::measure),
 ];
 
 fn main() -> ExitCode {

@@ -40,6 +40,7 @@ mod scripted_engine;
 mod sources;
 mod steps;
 mod support;
+mod surroundings;
 mod walls;
 mod workspace;
 mod world;

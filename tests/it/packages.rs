@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+mod projects;
 pub(crate) mod server;
 
 use server::{Behaviour, Registries};

@@ -16,8 +16,9 @@ fn gvisor(script: &str, fallback: &str) -> (World, tempfile::TempDir) {
     (World::with(script, &format!("policy_dirs = [{:?}]", policies.path())), policies)
 }
 
-/// Whether the engine has gVisor; where it has not, a job that requires it must fail and say so.
-fn here(world: &World) -> bool {
+/// Whether the engine has gVisor; where it has not, a job under the world's policy `gvisor`, which requires it, must fail
+/// and say so.
+pub(crate) fn here(world: &World) -> bool {
     let there = docker(&["info", "--format", "{{json .Runtimes}}"]).contains("\"runsc\"");
     if !there {
         let (_, job) = world.job(&json!({ "prompt": "x", "policy": "gvisor" }));

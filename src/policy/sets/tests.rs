@@ -55,6 +55,11 @@ fn a_set_opens_what_its_package_manager_asks_for() {
         "https://proxy.golang.org/sumdb/sum.golang.org/lookup/rsc.io/quote@v1.5.2",
         "https://repo.maven.apache.org/maven2/junit/junit/maven-metadata.xml",
         "https://services.gradle.org/distributions/gradle-8.5-bin.zip",
+        // Where the answer to that leads, by version.
+        "https://downloads.gradle.org/distributions/gradle-8.5-bin.zip",
+        "https://github.com/gradle/gradle-distributions/releases/download/v8.5.0/gradle-8.5-bin.zip",
+        "https://release-assets.githubusercontent.com/github-production-release-asset/696192900/0b1c?sp=r&sig=x",
+        "https://plugins.gradle.org/m2/com/example/thing/1.0/thing-1.0.pom",
         "http://deb.debian.org/debian/dists/bookworm/InRelease",
     ] {
         assert!(allowed(&everything, "GET", url), "{url}");
@@ -64,6 +69,7 @@ fn a_set_opens_what_its_package_manager_asks_for() {
     assert!(!allowed(&everything, "GET", "https://pypi.org/legacy/"));
     assert!(!allowed(&everything, "GET", "https://github.com/a/b/info/refs?service=git-upload-pack"));
     assert!(!allowed(&everything, "GET", "https://x.registry.npmjs.org/a"));
+    assert!(!allowed(&everything, "GET", "https://github.com/a/b/releases/download/v1/gradle-8.5-bin.zip"));
 }
 
 #[test]

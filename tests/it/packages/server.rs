@@ -33,6 +33,8 @@ pub(crate) enum Behaviour {
     Instead(Vec<u8>),
     /// Waits this long before each answer.
     Slow(Duration),
+    /// Other bytes for who sends a header or a query that a careless host heeds.
+    Swayed(Vec<u8>),
     /// Never answers.
     Hang,
 }
@@ -193,6 +195,7 @@ async fn decide(
             }
             Behaviour::Slow(time) => tokio::time::sleep(time).await,
             Behaviour::Hang => std::future::pending().await,
+            Behaviour::Swayed(_) if !is_swayed(&request) => {}
             other => last = Some(other),
         }
     }
@@ -200,7 +203,7 @@ async fn decide(
         Some(Behaviour::Status(status)) => {
             return Response::builder().status(status).body(Full::default()).unwrap();
         }
-        Some(Behaviour::Instead(bytes)) => {
+        Some(Behaviour::Instead(bytes) | Behaviour::Swayed(bytes)) => {
             return file(host, path, &request, "application/octet-stream", bytes);
         }
         _ => {}
@@ -218,6 +221,19 @@ async fn decide(
         Some(Source::Git(dir)) => git(&dir, path, request).await,
         None => Response::builder().status(421).body(Full::default()).unwrap(),
     }
+}
+
+/// Whether a request has what no package manager sends to a public registry.
+fn is_swayed(request: &Request<Incoming>) -> bool {
+    let headers = request.headers();
+    let odd = ["authorization", "cookie", "forwarded", "range", "x-forwarded-host", "x-original-url"];
+    let accept = headers.get("accept").is_some_and(|value| value.as_bytes().ends_with(b"evil"));
+    let query = request.uri().query().is_some_and(|query| query.contains("evil"));
+    let named = headers.get("host").is_some_and(|host| !host.as_bytes().starts_with(b"127.0.0.1:"));
+    accept
+        || query
+        || named
+        || odd.iter().chain(&["x-http-method-override"]).any(|name| headers.contains_key(*name))
 }
 
 /// The bytes at a path of a host's files, and what kind they are.
