@@ -6,6 +6,7 @@ pub mod access;
 pub mod attach;
 pub mod audit;
 mod auto;
+mod build;
 pub mod cache;
 pub mod changes;
 pub mod cost;

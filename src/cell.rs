@@ -11,6 +11,7 @@
 pub mod attach;
 mod bare;
 mod beside;
+pub mod build;
 mod bundle;
 pub mod changes;
 mod collect;
@@ -191,6 +192,9 @@ pub struct Accepted {
     /// Further directories that its cell sees.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub others: Vec<OtherWorkspace>,
+    /// What its image is built from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub build: Option<build::ToBuild>,
     /// The submitter's own budget per day, in micro-USD, where their access entries give one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_day_micro_usd: Option<MicroUsd>,

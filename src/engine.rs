@@ -21,12 +21,16 @@ use bytes::Bytes;
 
 pub use self::address::find_address;
 pub use self::config::{SECCOMP_PROFILE, container_config, host_config};
-use crate::job::{CellId, InstanceId};
+use crate::job::{CellId, InstanceId, JobId};
 
 /// Label that holds the instance: the only thing by which a daemon recognises its own containers.
 pub const LABEL_INSTANCE: &str = "hotcell.instance";
 /// Label that holds the cell; a container of ours without it is a short-lived helper (`probe_paths`).
 pub const LABEL_CELL: &str = "hotcell.cell";
+/// Label of what a build leaves on its way: the job whose build it is. Empty in a finished image.
+pub const LABEL_BUILD: &str = "hotcell.build";
+/// Label of an image that was built for a user: their uid. Nobody else's job gets it.
+pub const LABEL_OWNER: &str = "hotcell.owner";
 /// Most bytes that `start` hands to a cell's PID 1 on its standard input (less than a pipe holds, so
 /// that a PID 1 which never reads cannot hold `start` up).
 pub const BOOT_BYTES_MAX: usize = 32 * 1024;
@@ -50,6 +54,11 @@ pub trait Engine: Send + Sync + 'static {
     fn pull<'a>(&'a self, reference: &'a str, progress: &'a Progress) -> Reply<'a, ImageInfo>;
     /// Builds an image. The recipe runs on the engine with the network: only for recipes that are trusted.
     fn build<'a>(&'a self, spec: &'a BuildSpec, progress: &'a Progress) -> Reply<'a, ImageInfo>;
+    /// Builds an image from a recipe that nobody trusts: its commands run as root in the engine's own containers, on no
+    /// network but the one that is named. Nothing is pulled. Dropping the call ends the build.
+    fn build_sealed<'a>(&'a self, build: SealedBuild, progress: &'a Progress) -> Reply<'a, ImageInfo>;
+    /// Images without a name that builds of this instance have left, and the job that each was built for.
+    fn loose_images<'a>(&'a self, instance: &'a InstanceId) -> Reply<'a, Vec<(String, Option<JobId>)>>;
     /// Makes an image of a root file system in a tar file, which is streamed. `changes` are Dockerfile
     /// instructions such as `ENV PATH=/bin`.
     fn import<'a>(
@@ -140,6 +149,8 @@ pub struct ImageInfo {
     /// Paths the image declares as volumes. The engine puts a writable directory of its own at each, which
     /// no read-only root covers: mount something over them or refuse the image.
     pub volumes: Vec<String>,
+    /// It has instructions that a build on it would run by itself.
+    pub on_build: bool,
 }
 
 /// A tar stream with a Dockerfile in it.
@@ -164,6 +175,27 @@ pub struct BuildSpec {
     pub labels: BTreeMap<String, String>,
     /// Values of the recipe's `ARG`s. They stay in the image's history: never a secret.
     pub build_args: BTreeMap<String, String>,
+}
+
+/// An image to build from a recipe that nobody trusts.
+#[derive(Debug)]
+pub struct SealedBuild {
+    /// The context, an uncompressed tar file that is read from where it stands.
+    pub context: std::fs::File,
+    /// Path of the Dockerfile in the context.
+    pub dockerfile: String,
+    /// Name of the result.
+    pub tag: String,
+    /// Labels of the result.
+    pub labels: BTreeMap<String, String>,
+    /// Values of its `ARG`s. They stay in the image's history: never a secret.
+    pub args: BTreeMap<String, String>,
+    /// The container whose network its commands share; none: they have no network.
+    pub network: Option<ContainerId>,
+    /// Memory of each of its commands, in bytes. The client library takes no more than 2 GiB.
+    pub memory_bytes: u64,
+    /// CPU time of each of its commands, in thousandths of a core.
+    pub cpus_milli: u32,
 }
 
 /// An image to make from another one by running something in it.
@@ -304,6 +336,8 @@ pub struct Found {
     pub container: ContainerId,
     /// Its cell; `None` for a helper.
     pub cell: Option<CellId>,
+    /// The job whose build it belongs to, where it is no cell.
+    pub build: Option<JobId>,
     /// PID 1 is alive (paused counts).
     pub running: bool,
     /// The engine's word: `created`, `running`, `exited`, `dead`, …

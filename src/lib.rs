@@ -16,7 +16,7 @@
 //! doing     cell (one cell's life), driver (the one loop), sweeper
 //! deciding  scheduler (+ recover), session                    pure: no IO, no clock, no chance
 //! hands     store, journal, engine, link, workspace, changes, git, source, gateway, cell_image, agent_bundle, npm,
-//!           run_as, model, metrics, daemon_log
+//!           run_as, model, metrics, dockerfile, daemon_log
 //! facts     job, policy, agent, change, event, audit, money, pricing, clock  pure types
 //! ```
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
@@ -26,6 +26,8 @@
 //!    [`job::JobSpec`]; [`policy::narrow()`] → [`policy::Plan`]; the workspace opened *as the peer*; the row `Queued`, on the disk before the id is told.
 //! 2. [`driver`] feeds [`scheduler::Scheduler`]: slots, priority, fairness between users, limits of credentials; jobs
 //!    that wait for a moment are parked ([`cell::park`]).
+//!    `image = "build"`: what a repository's own Dockerfile would run is found ([`dockerfile`]) and told here, and built
+//!    ([`cell::build`]) before the cell is made.
 //! 3. [`cell::prepare`]: a runtime that was tried ([`cell::runtime`]), the cell's row first, then directory, staged mount and, beside it, scratch file system, `ctl.sock`,
 //!    `api.sock`, `egress.sock`, container, start. [`job::state`] is the state machine; [`cell::record`] moves row and journal.
 //! 4. [`cell::live`]: bytes come over [`link`] (acknowledged only once journaled), lines go to [`session`],
@@ -51,6 +53,7 @@
 //! - A tool call that nobody judged: the task is sent only after the gate stands, and silence denies.
 //! - A request that was not reserved before, or a charge that is forgotten.
 //! - An address dialled that was not checked, or a host that no rule names.
+//! - A line of a repository's Dockerfile run that was not listed, or with another network than a cell's.
 //! - A path mounted by name: workspaces are staged from the descriptor that was checked.
 //! - A file of a person's changed that they did not accept, or half a change set applied.
 //! - Git run in a directory that an agent wrote, or with a repository's own configuration, hooks or filters.
@@ -75,6 +78,7 @@ pub mod agent_bundle;
 pub mod cell_image;
 pub mod changes;
 pub mod daemon_log;
+pub mod dockerfile;
 pub mod engine;
 pub mod gateway;
 pub mod git;

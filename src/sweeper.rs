@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cell::{self, Parts};
 use crate::git;
-use crate::job::{CellId, JobId};
+use crate::job::{CellId, JobId, State};
 use crate::metrics::Orphan;
 use crate::workspace;
 
@@ -121,6 +121,7 @@ pub async fn once(parts: &Arc<Parts>) -> Result<(), SweepError> {
         parts.metrics.reaped(Orphan::Container, 1);
         tracing::info!(container = %orphan.container, "removed a container that no job owns");
     }
+    builds(parts, &found).await?;
     let dir = parts.settings.cells_dir();
     let report = tokio::task::spawn_blocking(move || {
         workspace::sweep(&dir, &|cell| open.contains(cell) || !listed.contains(cell))
@@ -139,6 +140,29 @@ pub async fn once(parts: &Arc<Parts>) -> Result<(), SweepError> {
         tracing::error!(%error, "the package cache was not looked after");
     }
     sources(parts).await
+}
+
+/// What the engine made for builds that nobody follows any more: the job of a build that goes on is being prepared.
+async fn builds(parts: &Arc<Parts>, found: &[crate::engine::Found]) -> Result<(), SweepError> {
+    let loose = parts.engine.loose_images(parts.store.instance()).await?;
+    let containers =
+        found.iter().filter_map(|found| Some((found.build.clone()?, Some(&found.container), None)));
+    let images = loose.iter().filter_map(|(id, job)| Some((job.clone()?, None, Some(id))));
+    for (job, container, image) in containers.chain(images).collect::<Vec<_>>() {
+        let row = parts.store.job(&job).await?;
+        if row.is_some_and(|job| matches!(job.row.state, State::Preparing)) {
+            continue;
+        }
+        let removed = match (container, image) {
+            (Some(container), _) => parts.engine.remove(container).await,
+            (None, Some(image)) => parts.engine.remove_image(image).await,
+            (None, None) => Ok(()),
+        };
+        if let Err(error) = removed {
+            tracing::warn!(%job, %error, "something of a build is left");
+        }
+    }
+    Ok(())
 }
 
 /// What was fetched for a job goes with its row; mirrors go when they are old.

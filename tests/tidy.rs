@@ -16,6 +16,7 @@ const LAYERS: [(&str, &[&str]); 5] = [
             "cell_image",
             "changes",
             "daemon_log",
+            "dockerfile",
             "engine",
             "gateway",
             "git",
@@ -35,10 +36,11 @@ const LAYERS: [(&str, &[&str]); 5] = [
 ];
 
 /// What hands may use of each other: everything else goes through the layer above.
-const BETWEEN_HANDS: [(&str, &[&str]); 6] = [
+const BETWEEN_HANDS: [(&str, &[&str]); 7] = [
     ("agent_bundle", &["npm"]),
     ("cell_image", &["agent_bundle", "engine", "npm"]),
     ("changes", &["git", "workspace"]),
+    ("dockerfile", &["workspace"]),
     ("gateway", &["run_as", "store"]),
     ("git", &["run_as", "workspace"]),
     ("source", &["git", "run_as", "workspace"]),

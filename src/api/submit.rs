@@ -16,7 +16,7 @@ use super::jobs::view;
 use super::peer::Peer;
 use super::wire::ErrorCode;
 use super::{Api, ApiError};
-use super::{auto, sources};
+use super::{auto, build, sources};
 use crate::agent_bundle::{PINNED_VERSION, Version};
 use crate::cell::{Accepted, OtherWorkspace, changes};
 use crate::change::hide::HideRules;
@@ -24,7 +24,9 @@ use crate::clock;
 use crate::event::Body;
 use crate::gateway::GatewayError;
 use crate::git::above::{self, Above};
-use crate::job::spec::{AUTO_IMAGE, MountAt, SPEC_BYTES_MAX, SpecError, WorkspaceMode, taken_at};
+use crate::job::spec::{
+    AUTO_IMAGE, BUILD_IMAGE, MountAt, SPEC_BYTES_MAX, SpecError, WorkspaceMode, taken_at,
+};
 use crate::job::{Identity, JobId, JobSpec, State as JobState};
 use crate::journal::Journal;
 use crate::money::MicroUsd;
@@ -165,6 +167,13 @@ async fn accept(
         plan = again.map_err(|error| auto::refused(error, &pick))?;
         more.push(pick.why);
     }
+    let mut to_build = None;
+    if plan.image == BUILD_IMAGE {
+        let again = |spec: &JobSpec| self::plan(api, rules.0, spec, rules.1, identity).map(drop);
+        let (found, list) = build::planned(api, identity, (spec, &plan), workspace.as_ref(), &again).await?;
+        to_build = Some(found);
+        more.extend(list);
+    }
     let usual = spec.workspace.as_ref().is_some_and(|workspace| workspace.mount == MountAt::Workspace);
     if let Some(above) = above.as_ref().filter(|_| usual) {
         // As deep as it lies below the top of its repository; seen at its own path it does so anyway.
@@ -174,8 +183,9 @@ async fn accept(
         source.into_iter().flat_map(|fetched| fetched.notes.clone()).chain(more).collect::<Vec<_>>();
     let keep_ignored = spec.workspace.as_ref().is_some_and(|workspace| workspace.keep_ignored);
     let source = source.map(|fetched| fetched.checkout.clone());
+    let (build, user_day_micro_usd) = (to_build, day_usd);
     let accepted =
-        Accepted { plan, workspace, keep_ignored, from, source, above, others, user_day_micro_usd: day_usd };
+        Accepted { plan, workspace, keep_ignored, from, source, above, others, build, user_day_micro_usd };
     same_workspace(api, &accepted).await?;
     let (id, fresh) = store(api, id, identity, spec, &accepted, (body, &warnings), idem).await?;
     Ok(Stored { id, fresh, accepted, warnings })
@@ -233,7 +243,7 @@ fn plan(
         ApiError::new(ErrorCode::AbovePolicy, error)
             .hint(format!("`hotcell policy show {name}` shows its limits"))
     })?;
-    if plan.image != AUTO_IMAGE {
+    if ![AUTO_IMAGE, BUILD_IMAGE].contains(&plan.image.as_str()) {
         granted.image(&plan.image)?;
     }
     check_steps(&plan, spec)?;

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-pub(super) use self::image::{Image, find_image};
+pub(super) use self::image::{Image, find_image, image_of};
 pub(super) use self::launch::{Launch, boot_with, cell_spec};
 
 use super::committer::commit_environment;
@@ -177,6 +177,19 @@ pub(super) async fn begin(
     record.push(&Body::Cell { cell, runtime, instead, image: Some(image.id.clone()), agent: version })?;
     let tenant = Tenant { uid: names.uid, runtime, claude: image.claude.clone(), kept: agent };
     Ok(Begun { image, names, tenant, engine_name: chosen.engine_name })
+}
+
+/// The same of a cell beside the one of the agent, which nothing runs in, under the engine's usual runtime.
+pub(super) async fn begin_beside(
+    parts: &Arc<Parts>,
+    record: &Record,
+    image: Image,
+) -> Result<Begun, PrepareError> {
+    let former = parts.store.cell_of(&record.job).await?;
+    let names = Names::new(former.as_ref(), &record.job)?;
+    parts.store.put_cell(names.row(record, None)).await?;
+    let tenant = Tenant { uid: names.uid, runtime: Runtime::Runc, claude: image.claude.clone(), kept: false };
+    Ok(Begun { image, names, tenant, engine_name: None })
 }
 
 /// Makes the ways into and out of a cell whose rooms are there, and starts it. `first`: what its commands before the

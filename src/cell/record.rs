@@ -125,8 +125,11 @@ impl Record {
     pub async fn open(parts: &Parts, job: &JobId) -> Result<Self, RecordError> {
         let row = parts.store.job(job).await?.ok_or_else(|| RecordError::Missing(job.clone()))?;
         let corrupt = |what| move |e: serde_json::Error| RecordError::Corrupt { what, detail: e.to_string() };
-        let spec = serde_json::from_str(&row.spec_json).map_err(corrupt("spec"))?;
-        let accepted = serde_json::from_str(&row.plan_json).map_err(corrupt("plan"))?;
+        let mut spec: JobSpec = serde_json::from_str(&row.spec_json).map_err(corrupt("spec"))?;
+        let accepted: Accepted = serde_json::from_str(&row.plan_json).map_err(corrupt("plan"))?;
+        if let Some(build) = &accepted.build {
+            build.set_up(&mut spec);
+        }
         let dir = parts.settings.journal_dir(job);
         let (journal, recovered) = Journal::open(&dir, parts.settings.journal)?;
         parts.feeds.publish(job, journal.feed());

@@ -144,11 +144,9 @@ impl Steps {
 
     /// Keeps why a command did not reach a host, or got nothing from it.
     pub(super) fn reached(&mut self, event: &GatewayEvent) {
-        let GatewayEvent::Egress(reached) = event else { return };
-        let got_some = reached.status.map_or(reached.bytes_down > 0, |status| status < 400);
-        let Some(reason) = reached.reason.as_ref().filter(|_| !reached.allowed || !got_some) else { return };
-        if self.refused.len() < REFUSED_MAX && !self.refused.contains(reason) {
-            self.refused.push(reason.clone());
+        let Some(reason) = nothing_got(event) else { return };
+        if self.refused.len() < REFUSED_MAX && !self.refused.iter().any(|told| told == reason) {
+            self.refused.push(reason.to_owned());
         }
     }
 
@@ -226,6 +224,13 @@ pub(super) fn code_of(status: ExitStatus) -> i32 {
         ExitStatus::Code(code) => code,
         ExitStatus::Signal(signal) => 128 + signal,
     }
+}
+
+/// Why a host was not reached, or gave nothing.
+pub(super) fn nothing_got(event: &GatewayEvent) -> Option<&str> {
+    let GatewayEvent::Egress(reached) = event else { return None };
+    let got_some = reached.status.map_or(reached.bytes_down > 0, |status| status < 400);
+    reached.reason.as_deref().filter(|_| !reached.allowed || !got_some)
 }
 
 /// Whether somebody looked for the address of a name: there are none in a cell, so that nobody was asked outside.

@@ -78,7 +78,7 @@ struct CellFlags {
     /// Policy that bounds it [default: the daemon's]
     #[arg(short, long, value_name = "NAME")]
     policy: Option<String>,
-    /// Image of the cell
+    /// Image of the cell: a name, auto (by the files there), or build (their own Dockerfile)
     #[arg(long, value_name = "REF")]
     image: Option<String>,
     /// What isolates the cell: runc, or runsc for gVisor; no other one will do then

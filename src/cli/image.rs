@@ -1,6 +1,9 @@
 //! `hotcell image`: the images of the cells. Runs in this process, against the engine.
 
+mod own;
+
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 
 use clap::{Args, Subcommand};
@@ -24,7 +27,7 @@ use crate::npm::Npm;
 /// Lines of progress that wait to be shown; more are dropped.
 const LINES_MAX: usize = 256;
 
-/// Build the images of the cells, and list them
+/// Build the images of the cells, list and remove them
 #[derive(Debug, Args)]
 pub(super) struct ImageArgs {
     #[command(subcommand)]
@@ -51,7 +54,24 @@ enum ImageCommand {
         #[command(flatten)]
         config: ConfigFlags,
     },
-    /// List the images that can be built, and which of them are there
+    /// List what building a repository's own Dockerfile or devcontainer would run, without building it
+    Plan {
+        /// The repository
+        #[arg(value_name = "DIR", default_value = ".")]
+        dir: PathBuf,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove an image that was built from a repository's own Dockerfile
+    Rm {
+        /// Its name (hotcell/build:…)
+        #[arg(value_name = "NAME")]
+        name: String,
+        #[command(flatten)]
+        config: ConfigFlags,
+    },
+    /// List the images that can be built, which of them are there, and those of repositories' own Dockerfiles
     Ls {
         /// Print a JSON array
         #[arg(long)]
@@ -72,7 +92,10 @@ static AFTER_HELP: LazyLock<String> = LazyLock::new(|| {
 impl ImageArgs {
     pub(super) fn json(&self) -> bool {
         match &self.command {
-            ImageCommand::Build { json, .. } | ImageCommand::Ls { json, .. } => *json,
+            ImageCommand::Build { json, .. }
+            | ImageCommand::Ls { json, .. }
+            | ImageCommand::Plan { json, .. } => *json,
+            ImageCommand::Rm { .. } => false,
         }
     }
 }
@@ -83,6 +106,11 @@ pub(super) fn image(args: &ImageArgs, context: &mut Context) -> Result<ExitCode,
             let wanted = wanted(names, *all)?;
             let config = Config::load(&config.flags(), &context.machine)?;
             super::wait(build_all(&config, &wanted, (*force, *json), context))
+        }
+        ImageCommand::Plan { dir, json } => own::plan(dir, *json, context),
+        ImageCommand::Rm { name, config } => {
+            let config = Config::load(&config.flags(), &context.machine)?;
+            super::wait(own::remove(name, &config, context))
         }
         ImageCommand::Ls { json, config } => {
             let config = Config::load(&config.flags(), &context.machine)?;
@@ -195,7 +223,8 @@ async fn list(config: &Config, json: bool, context: &mut Context) -> Result<Exit
         Some(agent) => agent.parse(),
         None => Bundles::new(&config.state_dir).active(),
     };
-    let list = images.list(&agent.map_err(|e| CliError::Local(e.into()))?).await.map_err(failed)?;
+    let mut list = images.list(&agent.map_err(|e| CliError::Local(e.into()))?).await.map_err(failed)?;
+    list.extend(own::listed(config).await?);
     if json {
         context.out.json(&list)?;
     } else {

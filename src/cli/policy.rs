@@ -56,7 +56,7 @@ enum PolicyCommand {
     /// Check a policy file: errors name file, line and key
     Check(check::CheckArgs),
     /// Say which rule decides a question, and why; exit code 0 for yes, 1 for no
-    Explain(explain::ExplainArgs),
+    Explain(Box<explain::ExplainArgs>),
 }
 
 /// Which settings say what policies there are.

@@ -107,7 +107,7 @@ struct AgentFlags {
     /// How hard the model thinks
     #[arg(long, value_name = "LEVEL", value_parser = ["low", "medium", "high", "xhigh", "max"])]
     effort: Option<String>,
-    /// Image of the cell
+    /// Image of the cell: a name, auto (by the files there), or build (their own Dockerfile)
     #[arg(long, value_name = "REF")]
     image: Option<String>,
     /// Version of the agent

@@ -8,6 +8,7 @@
 
 mod extend;
 mod images;
+mod sealed;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -30,10 +31,10 @@ use tokio::time::{Instant, timeout};
 use self::images::IMAGE_MS_MAX;
 use super::{
     BOOT_BYTES_MAX, BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Extend, Found,
-    ImageInfo, LABEL_CELL, LABEL_INSTANCE, Progress, Reply, RuntimeInfo, address, config, container_name,
-    normalise_arch, tail,
+    ImageInfo, LABEL_BUILD, LABEL_CELL, LABEL_INSTANCE, Progress, Reply, RuntimeInfo, SealedBuild, address,
+    config, container_name, normalise_arch, tail,
 };
-use crate::job::InstanceId;
+use crate::job::{InstanceId, JobId};
 
 /// Questions: info, inspect, list, tag.
 const ASK_MS_MAX: u64 = 15_000;
@@ -338,10 +339,12 @@ impl Docker {
         let rows = self.call("list containers", ASK_MS_MAX, call).await?;
         let found = rows.into_iter().filter_map(|row| {
             let state = row.state.map(|state| state.to_string()).unwrap_or_default();
-            let label = row.labels.unwrap_or_default().remove(LABEL_CELL);
+            let mut labels = row.labels.unwrap_or_default();
+            let (cell, build) = (labels.remove(LABEL_CELL), labels.remove(LABEL_BUILD));
             Some(Found {
                 container: ContainerId::new(row.id?),
-                cell: label.and_then(|text| text.parse().ok()),
+                build: build.filter(|_| cell.is_none()).and_then(|text| text.parse().ok()),
+                cell: cell.and_then(|text| text.parse().ok()),
                 running: matches!(state.as_str(), "running" | "paused" | "restarting"),
                 state,
             })
@@ -369,6 +372,8 @@ impl Engine for Docker {
     fn image<'a>(&'a self, reference: &'a str) -> Reply<'a, Option<ImageInfo>> { Box::pin(self.find_image(reference)) }
     fn pull<'a>(&'a self, reference: &'a str, progress: &'a Progress) -> Reply<'a, ImageInfo> { Box::pin(self.pull_image(reference, progress)) }
     fn build<'a>(&'a self, spec: &'a BuildSpec, progress: &'a Progress) -> Reply<'a, ImageInfo> { Box::pin(self.build_image(spec, progress)) }
+    fn build_sealed<'a>(&'a self, build: SealedBuild, progress: &'a Progress) -> Reply<'a, ImageInfo> { Box::pin(self.build_apart(build, progress)) }
+    fn loose_images<'a>(&'a self, instance: &'a InstanceId) -> Reply<'a, Vec<(String, Option<JobId>)>> { Box::pin(self.list_loose(instance)) }
     fn import<'a>(&'a self, rootfs_tar: &'a Path, tag: &'a str, changes: &'a [String], progress: &'a Progress) -> Reply<'a, ImageInfo> {
         Box::pin(self.import_image(rootfs_tar, tag, changes, progress))
     }

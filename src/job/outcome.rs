@@ -95,6 +95,8 @@ pub enum FailReason {
     ImageUnavailable,
     /// The image lacks what a cell needs (a shell, a C library that a bundle exists for).
     ImageUnsuitable,
+    /// The workspace's own Dockerfile or devcontainer could not be built.
+    ImageBuildFailed,
     /// None of the runtimes that the policy allows is on this machine and fit for cells.
     RuntimeUnavailable,
     /// No agent bundle of the wanted version, architecture and C library.
@@ -147,9 +149,10 @@ pub enum FailReason {
 
 impl FailReason {
     /// All reasons; metrics are seeded from it.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::ImageUnavailable,
         Self::ImageUnsuitable,
+        Self::ImageBuildFailed,
         Self::RuntimeUnavailable,
         Self::AgentMissing,
         Self::WorkspaceMoved,
@@ -181,6 +184,7 @@ impl FailReason {
         match self {
             Self::ImageUnavailable => "image_unavailable",
             Self::ImageUnsuitable => "image_unsuitable",
+            Self::ImageBuildFailed => "image_build_failed",
             Self::RuntimeUnavailable => "runtime_unavailable",
             Self::AgentMissing => "agent_missing",
             Self::WorkspaceMoved => "workspace_moved",
@@ -212,6 +216,7 @@ impl FailReason {
     pub fn blame(self) -> Blame {
         match self {
             Self::ImageUnsuitable
+            | Self::ImageBuildFailed
             | Self::WorkspaceMoved
             | Self::SetupFailed
             | Self::SetupDeadline

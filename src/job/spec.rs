@@ -22,6 +22,8 @@ pub const NARROW_BYTES_MAX: usize = 128 * 1024;
 pub const ENTRIES_MAX: usize = 256;
 /// In the place of an image: the one that fits the workspace.
 pub const AUTO_IMAGE: &str = "auto";
+/// In the place of an image: the one that the workspace's own Dockerfile or devcontainer gives.
+pub const BUILD_IMAGE: &str = "build";
 /// Longest name (model, image, tool pattern, label), in bytes.
 pub const NAME_BYTES_MAX: usize = 512;
 /// Longest value of an environment variable, in bytes.
@@ -71,7 +73,8 @@ pub struct JobSpec {
     /// The policy's name; the daemon's default where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
-    /// The image of the cell; the policy's default where absent. `auto`: picked by the files at the workspace's top.
+    /// The image of the cell; the policy's default where absent. `auto`: picked by the files at the workspace's top;
+    /// `build`: built from its own Dockerfile or devcontainer, where the policy allows that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
     /// What isolates the cell; the policy's where absent. A runtime that is named is required.

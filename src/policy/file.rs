@@ -16,7 +16,7 @@ use super::rule::Rule;
 use super::sets::Sets;
 use super::steps::StepTable;
 use crate::change::hide::{HideError, HideRules};
-use crate::job::spec::{AUTO_IMAGE, PermissionMode, Runtime, WorkspaceMode};
+use crate::job::spec::{AUTO_IMAGE, BUILD_IMAGE, PermissionMode, Runtime, WorkspaceMode};
 use crate::money::MicroUsd;
 
 /// What jobs under this policy may do and spend: the ceiling.
@@ -147,6 +147,21 @@ pub struct Images {
     /// What a job gets that names none; the daemon's default where absent.
     #[serde(default)]
     pub default: Option<String>,
+    /// `true`: a job may have the workspace's own Dockerfile or devcontainer built (`image = "build"`), which runs its
+    /// code on the host's engine. Not so where absent. What it is built on has to be among `allow`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub build: Option<bool>,
+}
+
+impl Images {
+    /// Whether a default is no image but a wish for one; what becomes of it is held against the list.
+    fn is_wish(&self) -> bool {
+        match self.default.as_deref() {
+            Some(AUTO_IMAGE) => true,
+            Some(BUILD_IMAGE) => self.build == Some(true),
+            Some(_) | None => false,
+        }
+    }
 }
 
 /// Versions of the CLI a job may use.
@@ -369,8 +384,7 @@ impl Policy {
             ("agents.default", &self.agents.default, &self.agents.allow),
             ("providers.default", &self.providers.default, &self.providers.allow),
         ] {
-            // Not an image but a wish for one; what is picked is held against the list.
-            let picked = key == "images.default" && default.as_deref() == Some(AUTO_IMAGE);
+            let picked = key == "images.default" && self.images.is_wish();
             if let Some(name) = default
                 && !picked
                 && !allow.iter().any(|p| super::matches(p, name))

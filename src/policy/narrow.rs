@@ -17,7 +17,8 @@ use super::requests::Requests;
 use super::rule::Rule;
 use super::steps::StepKind;
 use crate::job::spec::{
-    AUTO_IMAGE, Effort, JobSpec, PermissionMode, Runtime, WORKSPACE, WorkspaceMode, WorkspaceSpec,
+    AUTO_IMAGE, BUILD_IMAGE, Effort, JobSpec, PermissionMode, Runtime, WORKSPACE, WorkspaceMode,
+    WorkspaceSpec,
 };
 use crate::money::MicroUsd;
 
@@ -332,7 +333,9 @@ impl Asked<'_> {
         }
         let own = |n: &Narrowing| n.images.as_ref()?.default.clone();
         let image = self.named(&spec.image, own, &policy.images.default, &defaults.image);
-        if image != AUTO_IMAGE {
+        if image == BUILD_IMAGE {
+            self.may_build()?;
+        } else if image != AUTO_IMAGE {
             // What is picked comes here once it is known.
             self.one_of("image", &image, &policy.images.allow, |n| n.images.as_ref().map(|m| &m.allow))?;
         }
@@ -346,6 +349,21 @@ impl Asked<'_> {
             self.one_of("agent", agent, &policy.agents.allow, |n| n.agents.as_ref().map(|a| &a.allow))?;
         }
         Ok(Names { model, image, provider, agent })
+    }
+
+    /// What it is built on comes here once it is known.
+    fn may_build(&self) -> Result<(), NarrowError> {
+        let own = self.own.and_then(|own| own.images.as_ref()).and_then(|images| images.build);
+        let allowed = match (self.policy.images.build, own) {
+            (Some(true), Some(true) | None) => return Ok(()),
+            (Some(true), Some(false)) => "taken away by `images.build = false` in your own file".to_owned(),
+            (Some(false) | None, _) => format!(
+                "it runs the repository's code on the host's engine, which takes `build = true` under [images] in the \
+                 file of the policy {}",
+                self.policy.name
+            ),
+        };
+        Err(self.deny("image", BUILD_IMAGE, allowed))
     }
 
     fn permission_mode(&self) -> Result<PermissionMode, NarrowError> {

@@ -239,6 +239,8 @@ impl Root {
         let url = |host: &str| registries.url(host);
         let more = [
             ("HOME", "/home/agent".to_owned()),
+            // Java asks who the user is, and nobody knows.
+            ("JAVA_TOOL_OPTIONS", "-Duser.home=/home/agent".to_owned()),
             ("npm_config_audit", "false".to_owned()),
             ("npm_config_fund", "false".to_owned()),
             ("npm_config_update_notifier", "false".to_owned()),

@@ -10,6 +10,7 @@ mod api;
 mod audit;
 mod bad_builds;
 mod bad_input;
+mod build;
 mod changes;
 mod command;
 mod copies;

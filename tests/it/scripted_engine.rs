@@ -13,9 +13,9 @@ use hotcell::config::{self, ApiKeySource, Config, Defaults, Limits};
 use hotcell::daemon::{self, Listeners, Shutdown};
 use hotcell::engine::{
     BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Extend, Found, ImageInfo,
-    Progress, Reply, RuntimeInfo,
+    Progress, Reply, RuntimeInfo, SealedBuild,
 };
-use hotcell::job::{CellId, InstanceId};
+use hotcell::job::{CellId, InstanceId, JobId};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
@@ -93,7 +93,7 @@ fn image(reference: &str) -> ImageInfo {
     };
     let labels = BTreeMap::new();
     let (os, env, volumes) = ("linux".to_owned(), Vec::new(), Vec::new());
-    ImageInfo { id, arch: "x64".to_owned(), os, labels, size_bytes: 1, env, volumes }
+    ImageInfo { id, arch: "x64".to_owned(), os, labels, size_bytes: 1, env, volumes, on_build: false }
 }
 
 impl Engine for Scripted {
@@ -126,6 +126,12 @@ impl Engine for Scripted {
     }
     fn build<'a>(&'a self, _: &'a BuildSpec, _: &'a Progress) -> Reply<'a, ImageInfo> {
         Box::pin(async { Err(refused("build")) })
+    }
+    fn build_sealed<'a>(&'a self, _: SealedBuild, _: &'a Progress) -> Reply<'a, ImageInfo> {
+        Box::pin(async { Err(refused("build")) })
+    }
+    fn loose_images<'a>(&'a self, _: &'a InstanceId) -> Reply<'a, Vec<(String, Option<JobId>)>> {
+        Box::pin(async { Ok(Vec::new()) })
     }
     fn import<'a>(
         &'a self,
@@ -233,6 +239,7 @@ impl Engine for Scripted {
             let found = |(id, (cell, running)): (&String, &(CellId, bool))| Found {
                 container: ContainerId::new(id.clone()),
                 cell: Some(cell.clone()),
+                build: None,
                 running: *running,
                 state: String::new(),
             };

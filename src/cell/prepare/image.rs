@@ -6,12 +6,13 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use super::super::record::Record;
-use super::super::{Parts, StopWish};
+use super::super::{Parts, StopWish, build};
 use super::{PrepareError, engine_failure, failed, wish};
 use crate::agent_bundle::{Bundles, Platform, Version};
 use crate::cell_image::{EngineImages, ImageError, Images};
-use crate::engine::EngineError;
+use crate::engine::{EngineError, LABEL_OWNER};
 use crate::job::FailReason;
+use crate::job::spec::BUILD_IMAGE;
 
 /// What the image gives.
 pub(in crate::cell) struct Image {
@@ -22,16 +23,31 @@ pub(in crate::cell) struct Image {
     pub(in crate::cell) volumes: Vec<String>,
 }
 
+/// The image of the job's cell.
 pub(in crate::cell) async fn find_image(
     parts: &Arc<Parts>,
-    record: &Record,
+    record: &mut Record,
     stop: &mut watch::Receiver<StopWish>,
 ) -> Result<Image, PrepareError> {
-    let reference = &record.accepted.plan.image;
+    let reference = match record.accepted.plan.image.as_str() {
+        BUILD_IMAGE => build::built(parts, record, stop).await?,
+        image => image.to_owned(),
+    };
+    image_of(parts, record, &reference, stop).await
+}
+
+/// The image behind a reference, for a cell of this job.
+pub(in crate::cell) async fn image_of(
+    parts: &Arc<Parts>,
+    record: &Record,
+    reference: &str,
+    stop: &mut watch::Receiver<StopWish>,
+) -> Result<Image, PrepareError> {
     let port = EngineImages::new(parts.engine.clone(), parts.store.instance().clone());
     let images = Images::new(&port, &parts.settings.state_dir);
     let info = match images.resolve_image(reference).await {
-        Err(ImageError::NotPresent { .. }) => {
+        // What was built here is nowhere else.
+        Err(ImageError::NotPresent { .. }) if !reference.starts_with("sha256:") => {
             let (progress, _) = tokio::sync::mpsc::channel(1);
             // Only the pull may be dropped half-way: the other calls are short, and one of them makes a container.
             let pulled = tokio::select! {
@@ -49,6 +65,12 @@ pub(in crate::cell) async fn find_image(
         parts.engine.image(&info.id).await.map_err(|e| engine_failure(FailReason::ImageUnavailable, &e))?;
     let details = details
         .ok_or_else(|| failed(FailReason::ImageUnavailable, format!("the image {reference} is gone")))?;
+    if let Some(owner) =
+        details.labels.get(LABEL_OWNER).filter(|uid| **uid != record.identity.uid.to_string())
+    {
+        let words = format!("the image {reference} was built for another user (uid {owner})");
+        return Err(failed(FailReason::ImageUnavailable, words));
+    }
     let Some(libc) = facts.libc else {
         let words = format!("the image {reference} has neither glibc nor musl, so the CLI cannot run in it");
         return Err(failed(FailReason::ImageUnsuitable, words));

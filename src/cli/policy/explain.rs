@@ -13,6 +13,7 @@ use super::super::render::{Style, Text};
 use super::super::serve::{Concerns, ConfigFlags};
 use crate::config::{Config, PolicyListing, read_policy_text};
 use crate::job::JobSpec;
+use crate::job::spec::BUILD_IMAGE;
 use crate::money::MicroUsd;
 use crate::policy::egress::{Terms, decide_url};
 use crate::policy::judge::{Call, Findings, Judgement, Need, Step, judge_traced};
@@ -20,7 +21,7 @@ use crate::policy::{Ask, Defaults, Narrowing, Plan, Policy, decide, narrow};
 use crate::workspace::View;
 
 #[derive(Debug, Args)]
-#[command(group = clap::ArgGroup::new("question").required(true).args(["tool", "url", "model", "cost"]))]
+#[command(group = clap::ArgGroup::new("question").required(true).args(["tool", "url", "model", "image", "cost"]))]
 pub(super) struct ExplainArgs {
     /// The policy [default: the daemon's]
     #[arg(short, long, value_name = "NAME", conflicts_with = "file")]
@@ -49,6 +50,9 @@ pub(super) struct ExplainArgs {
     /// May this model be asked?
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
+    /// May a job have this image? (build: that of the workspace's own Dockerfile)
+    #[arg(long, value_name = "NAME")]
+    image: Option<String>,
     /// May a job spend this much?
     #[arg(long, value_name = "USD", value_parser = args::usd, allow_hyphen_values = true)]
     cost: Option<f64>,
@@ -149,6 +153,16 @@ fn answer(
                 let limit = plan.limits.cost_micro_usd.max(MicroUsd::ZERO);
                 plain(true, "limits.cost_usd".into(), Some(format!("a job may be given {limit} USD")))
             }
+            Err(error) => plain(false, error.key.clone(), Some(error.to_string())),
+        });
+    }
+    if let Some(image) = &args.image {
+        return Ok(match planned(json!({ "prompt": "?", "image": image }))? {
+            Ok(plan) if plan.image == BUILD_IMAGE => {
+                let words = "what it is built on has to be among images.allow; `hotcell image plan` lists what it runs";
+                plain(true, "images.build".into(), Some(words.to_owned()))
+            }
+            Ok(_) => plain(true, "images.allow".into(), None),
             Err(error) => plain(false, error.key.clone(), Some(error.to_string())),
         });
     }

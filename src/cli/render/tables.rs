@@ -267,6 +267,8 @@ pub(crate) fn images(paint: Paint, all: &[Listed]) -> Text {
                     (Style::Warn, format!("outdated: `hotcell image build {}`", listed.name))
                 }
                 Standing::NotBuilt => (Style::Dim, format!("`hotcell image build {}`", listed.name)),
+                // The next job that wants it builds it.
+                Standing::Gone if listed.name == "build" => (Style::Dim, "gone".to_owned()),
                 Standing::Gone => (Style::Bad, format!("gone: `hotcell image build {}`", listed.name)),
             };
             let size = listed.built.as_ref().and_then(|found| found.size_bytes);

@@ -149,6 +149,9 @@ fn after_failure(reason: FailReason, job: &str) -> String {
         FailReason::ImageUnsuitable => {
             "choose another image with --image: it needs a shell and glibc or musl".into()
         }
+        FailReason::ImageBuildFailed => {
+            format!("hotcell logs {job} shows the whole build; `hotcell image plan DIR` lists what would run")
+        }
         FailReason::RuntimeUnavailable => {
             "`make gvisor` installs gVisor for the engine; or list one that does as well in the policy's runtime_fallback".into()
         }

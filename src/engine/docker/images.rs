@@ -40,13 +40,13 @@ impl Docker {
         }
     }
 
-    async fn made_image(&self, reference: &str) -> Result<ImageInfo, EngineError> {
+    pub(super) async fn made_image(&self, reference: &str) -> Result<ImageInfo, EngineError> {
         let missing = || EngineError::ImageMissing { image: reference.to_owned() };
         self.find_image(reference).await?.ok_or_else(missing)
     }
 
     /// Follows a pull, build or import to its end.
-    async fn follow<T: Step>(
+    pub(super) async fn follow<T: Step>(
         &self,
         what: String,
         mut steps: impl Stream<Item = Result<T, ApiError>> + Unpin,
@@ -209,7 +209,7 @@ impl Docker {
 }
 
 /// One step of a pull, build or import, as the engine reports it.
-trait Step {
+pub(super) trait Step {
     fn failure(&self) -> Option<String>;
     fn text(&self) -> String;
 }
@@ -254,18 +254,24 @@ fn image_info(found: ImageInspect) -> Result<ImageInfo, EngineError> {
         env,
         size_bytes: found.size.unwrap_or(0).max(0).unsigned_abs(),
         volumes: config.volumes.unwrap_or_default(),
+        on_build: config.on_build.is_some_and(|lines| !lines.is_empty()),
     })
 }
 
 /// The request body of the client library, which gives it no public name.
-type Body = http_body_util::Either<http_body_util::Full<Bytes>, http_body_util::StreamBody<Frames>>;
+pub(super) type Body =
+    http_body_util::Either<http_body_util::Full<Bytes>, http_body_util::StreamBody<Frames>>;
 type Frames = Pin<Box<dyn Stream<Item = Result<hyper::body::Frame<Bytes>, std::io::Error>> + Send>>;
 
 /// A file as a request body, read as it is sent.
 async fn file_body(path: &Path) -> Result<Body, EngineError> {
     let unreadable = |e: std::io::Error| EngineError::File { path: path.to_owned(), detail: e.to_string() };
-    let file = tokio::fs::File::open(path).await.map_err(unreadable)?;
-    Ok(body_try_stream(tokio_util::io::ReaderStream::with_capacity(file, 256 * 1024)))
+    Ok(file_stream(tokio::fs::File::open(path).await.map_err(unreadable)?))
+}
+
+/// What is left of an open file, likewise.
+pub(super) fn file_stream(file: tokio::fs::File) -> Body {
+    body_try_stream(tokio_util::io::ReaderStream::with_capacity(file, 256 * 1024))
 }
 
 /// References go into request paths: only what a reference may hold.
