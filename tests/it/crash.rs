@@ -126,7 +126,8 @@ fn who_waits_for_jobs_hears_of_their_ends_across_a_kill() {
     let (code, ids, _) = world.run(&["ls", "-q"]);
     let mut ids: Vec<&str> = ids.lines().collect();
     let mut expected = [failing.as_str(), &fine, &over];
-    (ids.sort_unstable(), expected.sort_unstable());
+    ids.sort_unstable();
+    expected.sort_unstable();
     assert_eq!((code, ids), (0, expected.to_vec()));
     let (code, line, _) = world.run(&["wait", "--json", &failing]);
     let job: Value = serde_json::from_str(&line).unwrap();
