@@ -132,6 +132,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/whoami", get(whoami::whoami))
         .route("/v1/doctor", get(doctor::doctor))
         .route("/v1/jobs/{id}/unpark", post(jobs::unpark))
+        .route("/v1/jobs/{id}/retry", post(jobs::retry))
         .route("/v1/cost", get(cost::cost))
         .route("/v1/budgets", get(cost::budgets))
         .route("/v1/cache", get(cache::list).delete(cache::remove))

@@ -342,6 +342,9 @@ async fn walk(
         },
         Start::Close => replayed(record).await?,
     };
+    if park::try_again(parts, record, &ended, &at_end).await? {
+        return Ok(true);
+    }
     loop {
         if let Some(parked) = park::instead_of_done(record, &ended, clock::wall_ms())
             && park::shelve(parts, record, &ended, parked, &at_end).await?

@@ -27,6 +27,7 @@ mod model;
 mod policy;
 mod render;
 mod report;
+mod retry;
 mod rm;
 mod run;
 mod schema;
@@ -79,6 +80,7 @@ enum Command {
     Wait(wait_for::WaitArgs),
     Cancel(cancel::CancelArgs),
     Unpark(unpark::UnparkArgs),
+    Retry(retry::RetryArgs),
     Rm(rm::RmArgs),
     Cost(cost::CostArgs),
     Cache(cache::CacheArgs),
@@ -190,6 +192,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Wait(args) => wait(wait_for::wait_for(&args, context)),
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Unpark(args) => wait(unpark::unpark(&args, context)),
+        Command::Retry(args) => wait(retry::retry(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
         Command::Cost(args) => wait(cost::cost(&args, context)),
         Command::Cache(args) => wait(cache::cache(&args, context)),
@@ -223,6 +226,7 @@ impl Command {
             Self::Wait(args) => args.json,
             Self::Cancel(args) => args.json,
             Self::Unpark(args) => args.json,
+            Self::Retry(args) => args.json,
             Self::Rm(args) => args.json,
             Self::Cost(args) => args.json,
             Self::Cache(args) => args.json(),

@@ -248,6 +248,31 @@ pub async fn unpark(
     Ok(Json(view(&api, &job).await?))
 }
 
+/// `POST /v1/jobs/{id}/retry`: the task of a job that is over once more, as a new job: its workspace is opened anew, and
+/// the policy counts as it is now.
+pub async fn retry(
+    State(api): State<Arc<Api>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    id: JobPath,
+    headers: axum::http::HeaderMap,
+) -> Result<Response, ApiError> {
+    let job = api.own_job(&peer, path_text(&id)).await?;
+    let id = &job.row.id;
+    if !job.row.state.is_done() {
+        let words = format!("{id} is {}; only a job that is over can be tried again", job.row.state.name());
+        return Err(
+            ApiError::new(ErrorCode::NotDone, words).hint(format!("`hotcell wait {id}` waits for it"))
+        );
+    }
+    let attached = serde_json::from_str::<JobSpec>(&job.spec_json)
+        .is_ok_and(|spec| spec.command.is_some_and(|command| command.attached));
+    if attached {
+        let words = format!("{id} was a command with its client at the other end, which is gone");
+        return Err(ApiError::new(ErrorCode::Conflict, words).hint("run it again: hotcell exec … -- COMMAND"));
+    }
+    super::submit::submit(State(api), ConnectInfo(peer), headers, Ok(job.spec_json.into())).await
+}
+
 /// One removal at a time: two of the same job would write its audit over each other.
 static REMOVING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 

@@ -188,6 +188,16 @@ fn one_job() -> Value {
                 "responses": { "200": answer("It waits for a slot", "JobView"), "default": error() },
             },
         },
+        "/v1/jobs/{id}/retry": {
+            "post": {
+                "operationId": "retryJob", "summary": "Submit the task of a job that is over once more", "parameters": [id()],
+                "responses": {
+                    "200": answer("The same key came before: that job", "JobView"),
+                    "201": answer("The new job", "JobView"),
+                    "default": error(),
+                },
+            },
+        },
     })
 }
 

@@ -41,6 +41,12 @@ pub(super) async fn collect(
     let report_bytes = report::collect(parts, record).await?;
     let changed = changes::collect(parts, record, again).await?;
     let mut outcome = ended.outcome();
+    if let Outcome::Failed(failure) = &mut outcome
+        && failure.reason.is_transient()
+        && record.carry.host_faults > 0
+    {
+        failure.message.push_str(&format!(" (try {} of this job)", record.attempt));
+    }
     let verify = record.spec.verify.clone().filter(|_| outcome == Outcome::Succeeded && !record.is_stopped());
     let mut repairs = verify.as_ref().map_or(0, |verify| verify.repair_attempts);
     repairs = repairs.saturating_sub(record.carry.repairs);

@@ -18,6 +18,7 @@ use crate::clock;
 use crate::engine::{ContainerId, container_name};
 use crate::event::{Body, Totals};
 use crate::gateway::GatewayEvent;
+use crate::job::park::HOST_FAULT_TRIES_MAX;
 use crate::job::{Carry, FailReason, Input, JobId, Outcome, ParkReason, Parked, Pause, State, StopReason};
 use crate::money::{Calendar, Caps, MicroUsd, Scope};
 use crate::session::Trouble;
@@ -254,6 +255,10 @@ pub(super) fn instead_of_done(record: &Record, ended: &Ended, now_ms: u64) -> Op
             Some(FailReason::GatewayRefused | FailReason::ProviderLimit | FailReason::ProviderError),
             _,
         ) => ended.seen.parked,
+        // An agent that has its task goes on with its conversation and its work.
+        (State::Running, reason, _) if is_host_fault(record, reason) => {
+            record.carry.host_fault_parking(now_ms)
+        }
         (
             State::Queued
             | State::Preparing
@@ -269,6 +274,45 @@ pub(super) fn instead_of_done(record: &Record, ended: &Ended, now_ms: u64) -> Op
     }
 }
 
+/// Whether this machine failed a job, and another try may help. `reason`: none where nobody saw its end. A command's
+/// client is there for one try only.
+fn is_host_fault(record: &Record, reason: Option<FailReason>) -> bool {
+    record.spec.command.is_none() && reason.is_none_or(FailReason::is_transient)
+}
+
+/// A job that this machine failed before its agent had its task: it is tried anew, after a pause. False where it is
+/// to be done. What was kept of an earlier attempt stays where it is.
+pub(super) async fn try_again(
+    parts: &Arc<Parts>,
+    record: &mut Record,
+    ended: &Ended,
+    stop: &watch::Receiver<StopWish>,
+) -> Result<bool, RecordError> {
+    let Outcome::Failed(failure) = ended.outcome() else { return Ok(false) };
+    let begun = !matches!(record.state(), State::Preparing);
+    if begun || stop.borrow().is_some() || !is_host_fault(record, Some(failure.reason)) {
+        return Ok(false);
+    }
+    let now_ms = clock::wall_ms();
+    let Some(parked) = record.carry.host_fault_parking(now_ms) else { return Ok(false) };
+    tell_of_try(record, &failure.message, &parked)?;
+    super::destroy(parts, &record.job).await;
+    let carry = Carry { host_faults: record.carry.host_faults + 1, ..record.carry.clone() };
+    record.requeue(parts, carry).await?;
+    record.step(parts, Input::Park(parked)).await?;
+    Ok(true)
+}
+
+fn tell_of_try(record: &mut Record, what: &str, parked: &Parked) -> Result<(), RecordError> {
+    let text = format!(
+        "try {} of {HOST_FAULT_TRIES_MAX} was ended by this machine: {what}; the next one begins at {}",
+        record.carry.host_faults + 1,
+        clock::rfc3339(parked.until_ms)
+    );
+    record.push(&Body::Note { text })?;
+    Ok(())
+}
+
 /// From the end of the cell's processes to `Parked`. False where a stop came in between: then the cell is gone and
 /// the job is to be collected.
 pub(super) async fn shelve(
@@ -278,11 +322,28 @@ pub(super) async fn shelve(
     parked: Parked,
     stop: &watch::Receiver<StopWish>,
 ) -> Result<bool, RecordError> {
+    let fault = parked.why == ParkReason::HostFault;
     if !matches!(record.state(), State::Parking { .. }) {
+        if fault {
+            match ended.outcome() {
+                Outcome::Failed(failure) => tell_of_try(record, &failure.message, &parked)?,
+                Outcome::Lost => tell_of_try(record, "its cell was gone", &parked)?,
+                Outcome::Succeeded | Outcome::Stopped { .. } => {}
+            }
+        }
         record.step(parts, Input::Park(parked)).await?;
     }
     match keep_work(parts, record).await {
         Ok(true) => {}
+        // A task that was begun is gone on with, or left: never begun a second time.
+        kept @ (Ok(false) | Err(_)) if fault => {
+            let why =
+                kept.err().map_or("its disk is none of its own here".to_owned(), |error| error.to_string());
+            let text =
+                format!("it is not tried again after all, since the agent's work cannot be kept: {why}");
+            record.push(&Body::Note { text })?;
+            return Ok(false);
+        }
         Ok(false) => {
             let text = "what the agent left in its HOME and in /tmp is not kept, since its disk is none of its own here: it begins again with its prompt";
             record.push(&Body::Note { text: text.to_owned() })?;

@@ -262,6 +262,14 @@ impl Record {
         self.carry_over(parts, Input::Shelved, carry).await
     }
 
+    /// Takes the job, of whose cell nothing is left, back into the queue before its agent had its task.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub async fn requeue(&mut self, parts: &Parts, carry: Carry) -> Result<(), RecordError> {
+        self.carry_over(parts, Input::Requeue, carry).await
+    }
+
     async fn carry_over(&mut self, parts: &Parts, input: Input, carry: Carry) -> Result<(), RecordError> {
         self.commit()?;
         self.journal.sync().await?;

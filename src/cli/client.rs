@@ -149,6 +149,12 @@ impl Client {
         self.read(request.body(Full::default())).await
     }
 
+    /// Submits the task of a job that is over once more: the new job.
+    pub(crate) async fn retry(&self, id: &JobId) -> Result<JobView, CliError> {
+        let request = Request::post(format!("/v1/jobs/{id}/retry"));
+        self.read(request.body(Full::default())).await
+    }
+
     /// Deletes a job that is done, with its events.
     pub(crate) async fn remove(&self, id: &JobId) -> Result<(), CliError> {
         let request = Request::delete(format!("/v1/jobs/{id}"));

@@ -212,6 +212,37 @@ impl FailReason {
         }
     }
 
+    /// Whether the same job may well fare better in another try on this machine: the engine was away, or lost what it
+    /// was given. What is missing here, or broken for good, is missing in the next try too.
+    pub fn is_transient(self) -> bool {
+        match self {
+            Self::EngineUnavailable | Self::ContainerCreate | Self::ContainerStart | Self::CellLost => true,
+            Self::ImageUnavailable
+            | Self::ImageUnsuitable
+            | Self::ImageBuildFailed
+            | Self::RuntimeUnavailable
+            | Self::AgentMissing
+            | Self::WorkspaceMoved
+            | Self::WorkspaceSetup
+            | Self::SetupFailed
+            | Self::SetupDeadline
+            | Self::VerifyFailed
+            | Self::VerifyDeadline
+            | Self::CommandFailed
+            | Self::AgentStart
+            | Self::AgentError
+            | Self::AgentProtocol
+            | Self::Oom
+            | Self::DiskFull
+            | Self::GatewayRefused
+            | Self::ProviderAuth
+            | Self::ProviderLimit
+            | Self::ProviderError
+            | Self::ProviderRejected
+            | Self::Internal => false,
+        }
+    }
+
     /// Whose fault it is.
     pub fn blame(self) -> Blame {
         match self {

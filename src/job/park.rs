@@ -16,6 +16,11 @@ pub const LIMIT_PARKINGS_MAX: u32 = 12;
 /// Longest time of such a row; the job fails after it.
 pub const LIMIT_PARKED_MS_MAX: u64 = 24 * 3_600_000;
 
+/// Pauses after a fault of this machine, each longer than the one before; the job fails with the fault after them.
+const HOST_FAULT_PAUSES_MS: [u64; 2] = [2_000, 15_000];
+/// Tries of a job that faults of this machine end, all in all.
+pub const HOST_FAULT_TRIES_MAX: u32 = HOST_FAULT_PAUSES_MS.len() as u32 + 1;
+
 /// What a job is parked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -28,11 +33,14 @@ pub enum ParkReason {
     DayBudget,
     /// The daemon's budget of the month has no room.
     MonthBudget,
+    /// The engine or this machine failed it; the next try may go better.
+    HostFault,
 }
 
 impl ParkReason {
     /// All reasons; metrics are seeded from it.
-    pub const ALL: [Self; 4] = [Self::ProviderLimit, Self::UserDayBudget, Self::DayBudget, Self::MonthBudget];
+    pub const ALL: [Self; 5] =
+        [Self::ProviderLimit, Self::UserDayBudget, Self::DayBudget, Self::MonthBudget, Self::HostFault];
 
     /// The name used in metrics and JSON.
     pub fn as_str(self) -> &'static str {
@@ -41,6 +49,7 @@ impl ParkReason {
             Self::UserDayBudget => "user_day_budget",
             Self::DayBudget => "day_budget",
             Self::MonthBudget => "month_budget",
+            Self::HostFault => "host_fault",
         }
     }
 }
@@ -87,6 +96,8 @@ pub struct Carry {
     pub limit_parkings: u32,
     /// When the first of that row began, in milliseconds since 1970.
     pub limited_since_ms: Option<u64>,
+    /// Tries that a fault of this machine ended.
+    pub host_faults: u32,
     /// How often its agent was given another try, since what it made did not pass.
     pub repairs: u32,
     /// What the agent is told of that at the beginning of its next attempt.
@@ -112,6 +123,12 @@ impl Carry {
         Some(Parked { until_ms: now_ms.saturating_add(pause_ms), why: ParkReason::ProviderLimit })
     }
 
+    /// The wait before the next try after a fault of this machine, or none where there were enough.
+    pub fn host_fault_parking(&self, now_ms: u64) -> Option<Parked> {
+        let pause_ms = HOST_FAULT_PAUSES_MS.get(usize::try_from(self.host_faults).ok()?)?;
+        Some(Parked { until_ms: now_ms.saturating_add(*pause_ms), why: ParkReason::HostFault })
+    }
+
     /// Counts a parking that begins at `now_ms`.
     pub fn parked(&mut self, why: ParkReason, now_ms: u64, progressed: bool) {
         self.parked_ms = Some(now_ms);
@@ -123,6 +140,7 @@ impl Carry {
                 self.limit_parkings += 1;
                 self.limited_since_ms.get_or_insert(now_ms);
             }
+            ParkReason::HostFault => self.host_faults += 1,
             ParkReason::UserDayBudget | ParkReason::DayBudget | ParkReason::MonthBudget => {}
         }
     }
@@ -152,6 +170,21 @@ mod tests {
         let again = carry.limit_parking(now, None, true).expect("a row ends with an answer");
         carry.parked(again.why, now, true);
         assert_eq!((carry.limit_parkings, again.until_ms - now), (1, 60_000));
+    }
+
+    #[test]
+    fn faults_of_the_machine_are_tried_again_later_each_time_and_three_times_in_all() {
+        let (mut carry, mut tries) = (Carry::default(), 1);
+        let mut pauses = Vec::new();
+        while let Some(parked) = carry.host_fault_parking(1_000) {
+            assert_eq!(parked.why, ParkReason::HostFault);
+            carry.parked(parked.why, 1_000, true);
+            pauses.push(parked.until_ms - 1_000);
+            tries += 1;
+        }
+        assert_eq!((pauses, tries), (HOST_FAULT_PAUSES_MS.to_vec(), HOST_FAULT_TRIES_MAX));
+        let old: Carry = serde_json::from_str("{\"ran_ms\":5}").expect("what an earlier version stored");
+        assert_eq!(old.host_faults, 0);
     }
 
     #[test]

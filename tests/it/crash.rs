@@ -191,7 +191,12 @@ fn a_kill_while_a_job_is_stopped_or_collected_leaves_it_its_outcome() {
     );
     assert_eq!(numbers(&events), [0, 1, 2, 3]);
     assert!(events.iter().any(|e| e["type"] == "exit" && e["code"] == 7), "PID 1 kept its report");
-    assert_eq!(done(&mut world, &lost).1["outcome"], "lost");
+    // Its conversation goes on in another cell.
+    until_event(&mut world, &lost, "\"subtype\":\"resumed\"");
+    world.call("POST", &format!("/v1/jobs/{lost}/cancel"), "");
+    let (events, job) = done(&mut world, &lost);
+    assert_eq!((&job["outcome"], &job["attempt"]), (&json!("stopped"), &json!(2)), "{job}");
+    assert_eq!(numbers(&events), [0, 1, 2, 3], "what was printed before is not printed again");
     let (events, job) = done(&mut world, &interrupted);
     assert_succeeded(&job);
     assert_eq!(numbers(&events), [0, 1, 0], "a task that names our interrupt is sent once");

@@ -253,11 +253,75 @@ fn a_cell_that_is_lost_or_killed_from_outside_has_a_named_end_and_leaves_nothing
     kill(processes(&world, &jobs[1]).1);
     docker(&["rm", "-f", &container(&world, &jobs[2])]);
     docker(&["kill", &container(&world, &jobs[3])]);
-    for (job, reason) in jobs.iter().zip(["cell_lost", "agent_error", "cell_lost", "cell_lost"]) {
-        let (events, job) = done(&mut world, job);
-        assert_failed(&job, reason);
-        assert_eq!(states(&events), ["queued", "preparing", "running", "collecting", "done"]);
+    // An agent that ended is not tried again.
+    let (events, job) = done(&mut world, &jobs[1]);
+    assert_failed(&job, "agent_error");
+    assert_eq!(states(&events), ["queued", "preparing", "running", "collecting", "done"]);
+    // A cell that was taken away is: the conversation goes on where it was, and the lines before it are not told twice.
+    for job in [&jobs[0], &jobs[2], &jobs[3]] {
+        until_event(&mut world, job, "\"subtype\":\"resumed\"");
+        world.call("POST", &format!("/v1/jobs/{job}/cancel"), "");
+        let (events, view) = done(&mut world, job);
+        assert_stopped(&view, "cancelled");
+        let moves = ["queued", "preparing", "running", "parking", "parked", "queued", "preparing", "running"];
+        assert_eq!(states(&events)[..8], moves);
+        assert_eq!(events.iter().filter(|e| e["frame"]["n"] == 0).count(), 1);
+        assert_eq!(view["attempt"], 2, "{view}");
     }
+    world.end();
+}
+
+#[test]
+fn a_job_that_is_over_is_tried_again_as_a_new_one_by_its_owner() {
+    let mut world = world("limits.slots = 1\n");
+    let first = world.submit(&spec("print 2 2; sleep 1; exit 7"));
+    let early = world.call("POST", &format!("/v1/jobs/{first}/retry"), "");
+    assert_eq!(
+        (early.status, early.json()["error"]["code"].as_str()),
+        (409, Some("not_done")),
+        "{}",
+        early.body
+    );
+    let (_, former) = done(&mut world, &first);
+    let (code, line, err) = world.run(&["retry", "--json", &first]);
+    assert_eq!(code, 0, "{err}");
+    let second = serde_json::from_str::<Value>(&line).unwrap()["id"].as_str().unwrap().to_owned();
+    assert_ne!(first, second);
+    let (events, view) = done(&mut world, &second);
+    assert_eq!((&view["outcome"], &view["reason"]), (&former["outcome"], &former["reason"]));
+    assert_eq!(states(&events), ["queued", "preparing", "running", "collecting", "done"]);
+    assert_eq!(world.show(&first), former, "the former one stays as it was");
+    let strangers = world.curl("POST", &format!("/v1/jobs/{first}/retry"), "", &[], Some(4242)).unwrap();
+    assert_eq!(strangers.status, 404, "{}", strangers.body);
+    assert_eq!(world.run(&["retry", "j00000000000000z"]).0, 2);
+    world.end();
+}
+
+#[test]
+fn a_job_whose_cells_are_taken_away_again_and_again_fails_after_three_tries_and_says_so() {
+    let mut world = world("limits.slots = 1\n");
+    let job = world.submit(&spec("print 1 1; sleep 600"));
+    until_event(&mut world, &job, "\"n\":0");
+    for attempt in 1..=3 {
+        let query = format!(
+            "SELECT container FROM cells WHERE job = '{job}' AND attempt = {attempt} AND gone_ms IS NULL"
+        );
+        if attempt > 1 {
+            world.wait_for("the next try", |world| {
+                crate::fake_agent::journal(world, &job).matches("\"subtype\":\"resumed\"").count()
+                    == attempt - 1
+            });
+        }
+        docker(&["kill", &world.sql(&query)]);
+        if attempt < 3 {
+            until_event(&mut world, &job, &format!("try {attempt} of 3 was ended by this machine"));
+        }
+    }
+    let (events, view) = done(&mut world, &job);
+    assert_failed(&view, "cell_lost");
+    assert_eq!((view["blame"].as_str(), view["attempt"].as_u64()), (Some("host"), Some(3)), "{view}");
+    assert!(view["message"].as_str().unwrap().contains("(try 3 of this job)"), "{view}");
+    assert_eq!(states(&events).iter().filter(|state| **state == "parked").count(), 2);
     world.end();
 }
 

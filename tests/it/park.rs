@@ -203,6 +203,10 @@ fn a_parked_job_outlives_its_daemon() {
     // The others of its credential still wait with it.
     let other = world.submit(&spec("print 1 1"));
     until_state(&mut world, &other, "parked");
+    // The row is there a moment before its slot is free; without one it is over at once.
+    world.wait_for("its slot is free", |world| {
+        world.call("GET", "/metrics", "").body.contains("hotcell_slots_used 0")
+    });
     assert_eq!(world.call("POST", &format!("/v1/jobs/{other}/cancel"), "").status, 200);
     assert_eq!(world.call("POST", &format!("/v1/jobs/{job}/unpark"), "").status, 200);
     // Killed while the next cell boots: what was kept is there for the one after it.
@@ -341,6 +345,61 @@ fn a_limit_that_does_not_end_fails_the_job_after_enough_parkings() {
     let end = (&view["outcome"], &view["reason"], &view["blame"]);
     assert_eq!(end, (&json!("failed"), &json!("provider_limit"), &json!("provider")), "{view}");
     busy.end();
+}
+
+#[test]
+fn the_real_cli_goes_on_with_its_conversation_when_its_cell_was_taken_away() {
+    let script = r#"
+usage = { input = 10, output = 20 }
+
+[[reply]]
+when = { last = "The job was paused", tools = true }
+times = 1
+blocks = [{ tool = "Bash", input = { command = "cat ~/note /workspace/kept", description = "read" } }]
+
+[[reply]]
+when = { prompt = "remember", turn = 0, tools = true }
+blocks = [{ tool = "Bash", input = { command = "echo of the first cell > ~/note; echo in the copy > /workspace/kept; echo written", description = "write" } }]
+
+[[reply]]
+when = { prompt = "remember", turn = 1, tools = true }
+times = 1
+blocks = [{ tool = "Bash", input = { command = "sleep 600", description = "wait", timeout = 600000 } }]
+
+[default]
+text = "done"
+"#;
+    let mut world = World::new(script);
+    let repo = world.workspace("repo", 0);
+    let job = world
+        .submit(&json!({ "prompt": "remember this", "policy": "trusted", "workspace": { "path": repo } }));
+    fake_agent::until_event(&mut world, &job, "sleep 600");
+    // Judged, and begun: its transcript is written by then.
+    world.wait_for("the command runs", |world| {
+        let container =
+            world.sql(&format!("SELECT container FROM cells WHERE job = '{job}' AND gone_ms IS NULL"));
+        crate::world::docker(&["top", &container]).contains("sleep 600")
+    });
+    let container = world.sql(&format!("SELECT container FROM cells WHERE job = '{job}'"));
+    crate::world::docker(&["kill", &container]);
+    let (events, view) = done(&mut world, &job);
+    assert_eq!(
+        (view["outcome"].as_str(), view["attempt"].as_u64()),
+        (Some("succeeded"), Some(2)),
+        "{view}\n{}",
+        world.log()
+    );
+    assert_eq!(states(&events), ONCE, "{view}");
+    let said =
+        |text: &str| events.iter().any(|e| e["type"] == "note" && e["text"].as_str().unwrap().contains(text));
+    assert!(said("try 1 of 3 was ended by this machine"), "{events:#?}");
+    let seen = tool_results(&events);
+    assert!(seen.contains("of the first cell") && seen.contains("in the copy"), "{seen}");
+    assert_eq!(seen.matches("written").count(), 1, "nothing was done twice");
+    let charged: u64 = events.iter().filter_map(|e| e["charged_micro_usd"].as_u64()).sum();
+    assert_eq!(view["totals"]["charged_micro_usd"], charged, "{view}");
+    assert!(view["totals"]["changes"].is_object(), "{view}");
+    world.end();
 }
 
 #[test]

@@ -407,11 +407,32 @@ fn reason(job: &Value) -> (&str, &str) {
 }
 
 #[test]
-fn a_cell_that_cannot_be_made_or_started_fails_its_job_and_leaves_nothing() {
-    let house = House::new(1, Script { create_fails: true, ..Script::default() });
-    assert_eq!(reason(&house.done(&house.submit())), ("failed", "container_create"));
+fn a_cell_that_cannot_be_made_or_started_is_tried_three_times_and_then_fails_its_job_and_leaves_nothing() {
+    let house = House::new(2, Script { create_fails: true, ..Script::default() });
+    let first = house.submit();
+    house.wait_for("its second try", |house| house.engine.count("create") == 2);
     house.engine.script(|s| (s.create_fails, s.start_fails) = (false, true));
-    assert_eq!(reason(&house.done(&house.submit())), ("failed", "container_start"));
+    let second = house.submit();
+    let (first, second) = (house.done(&first), house.done(&second));
+    // The first one's third try was made and could not be started.
+    for job in [first, second] {
+        assert_eq!(reason(&job), ("failed", "container_start"), "{job}");
+        assert_eq!((job["attempt"].as_u64(), job["blame"].as_str()), (Some(3), Some("host")), "{job}");
+        assert!(message(&job).ends_with("(try 3 of this job)"), "{job}");
+    }
+    assert_eq!(house.engine.count("create"), 6);
+    house.end();
+}
+
+#[test]
+fn a_job_that_waits_for_its_next_try_is_cancelled_at_once() {
+    let house = House::new(1, Script { create_fails: true, ..Script::default() });
+    let job = house.submit();
+    house.wait_for("it waits", |house| house.show(&job)["state"] == "parked");
+    assert_eq!(house.show(&job)["parked"]["why"], "host_fault");
+    house.cancel(&job);
+    assert_eq!(reason(&house.done(&job)), ("stopped", "cancelled"));
+    assert_eq!(house.engine.count("create"), 1);
     house.end();
 }
 

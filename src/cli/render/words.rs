@@ -104,6 +104,7 @@ pub(crate) fn parked(parked: &Parked) -> String {
         ParkReason::UserDayBudget => "its user's budget of the day has no room",
         ParkReason::DayBudget => "the budget of the day has no room",
         ParkReason::MonthBudget => "the budget of the month has no room",
+        ParkReason::HostFault => "this machine failed it, and it is tried again",
     };
     format!("parked until {} because {why}", crate::clock::rfc3339(parked.until_ms))
 }
