@@ -282,7 +282,7 @@ async fn a_second_daemon_is_told_who_is_there() {
     let path = dir.path().join(LOCK_NAME);
     let locked = StoreError::Locked { path, pid: Some(std::process::id()) };
     assert_eq!(Store::open(dir.path()).await.unwrap_err(), locked);
-    assert_eq!(Store::set_aside(dir.path(), 1).await, Err(locked));
+    assert_eq!(Store::set_aside(dir.path(), 1, Vec::new()).await, Err(locked));
     let clone = store.clone();
     store.close().await.unwrap();
     assert_eq!(clone.open_jobs().await, Err(StoreError::Closed));
@@ -311,10 +311,11 @@ async fn files_that_are_not_ours_or_not_whole_are_refused_and_can_be_set_aside()
     std::fs::write(&path, b"this is no database, it only has its name").unwrap();
     let error = Store::open(dir.path()).await.unwrap_err();
     assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
-    let aside = Store::set_aside(dir.path(), 42).await.unwrap();
-    assert!(aside.is_file() && !path.exists());
+    let aside = Store::set_aside(dir.path(), 42, Vec::new()).await.unwrap();
+    assert!(std::fs::read(aside.join(FILE_NAME)).unwrap().starts_with(b"this is no database"));
     let store = open(&dir).await;
-    assert_ne!(store.instance(), &instance);
+    assert_eq!(store.instance(), &instance, "what is left of the old one's cells is this one's to remove");
+    assert_eq!(store.jobs(Filter::default()).await.unwrap().rows.len(), 0);
     store.close().await.unwrap();
 
     std::fs::write(&path, &good).unwrap();
