@@ -23,6 +23,7 @@ mod fold;
 mod found;
 pub mod jobs;
 pub mod ledger;
+pub mod retain;
 mod row;
 mod schema;
 mod writer;
@@ -46,6 +47,7 @@ pub use access::{AuditFilter, AuditJob};
 pub use cells::CellRow;
 pub use jobs::{Filter, Job, JobRow, NewJob, OpenJob, Page, Submitted};
 pub use ledger::{Batch, ModelCost, NewReservation, Payer, ReservationId, Reserved, Spend};
+pub use retain::{Leftover, Needed};
 use writer::{Durability, Writer};
 
 /// Name of the database in the state directory.
@@ -90,7 +92,9 @@ pub enum StoreError {
         detail: String,
     },
     /// A file of some other program.
-    #[error("{path} is not a hotcell store and is not touched; choose another state directory, or move it away")]
+    #[error(
+        "{path} is not a hotcell store and is not touched; choose another state directory, or move it away"
+    )]
     Foreign {
         /// The file.
         path: PathBuf,

@@ -22,7 +22,7 @@ const BUSY_TIMEOUT_MS: u64 = 5_000;
 const CHECK_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// Step `n` takes a file from schema `n` to `n + 1`.
-const MIGRATIONS: [&str; 4] = [JOBS, include_str!("schema/money.sql"), RUNTIME, PARKING];
+pub(super) const MIGRATIONS: [&str; 4] = [JOBS, include_str!("schema/money.sql"), RUNTIME, PARKING];
 
 /// What isolated the cell; none of a cell in which a runtime was only tried out.
 const RUNTIME: &str = "ALTER TABLE cells ADD COLUMN runtime TEXT;";
@@ -190,6 +190,8 @@ fn corrupt(file: &Path, detail: impl Into<String>) -> StoreError {
     StoreError::Corrupt { path: file.to_owned(), detail: detail.into() }
 }
 
+/// SQLite's pages, as our files have them.
+const PAGE_BYTES: u64 = 4096;
 /// What every file of SQLite's begins with.
 const MAGIC: &[u8; 16] = b"SQLite format 3\0";
 
@@ -210,6 +212,11 @@ fn look(file: &Path, dir: &Path) -> Result<u64, StoreError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
         Err(error) => return Err(StoreError::io("read", file, &error)),
     };
+    // SQLite takes the rest of a page that was cut off for zeros, which no check of its own finds.
+    let log = std::fs::metadata(file.with_file_name(format!("{FILE_NAME}-wal"))).is_ok_and(|m| m.len() > 0);
+    if head.as_slice() == MAGIC && !log && bytes % PAGE_BYTES != 0 {
+        return Err(corrupt(file, format!("its last page is cut off: it has {bytes} bytes")));
+    }
     match (head.as_slice() == MAGIC, ours) {
         (true, _) => Ok(bytes),
         (false, true) if bytes == 0 => Err(corrupt(file, "it is empty, and was not before")),

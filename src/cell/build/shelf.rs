@@ -51,6 +51,20 @@ pub fn kept(state_dir: &Path) -> Vec<Kept> {
     all
 }
 
+/// Those that no job has used for longer than `age`. Blocks.
+pub fn unused(state_dir: &Path, now: SystemTime, age: Duration) -> Vec<Kept> {
+    let used = |kept: &Kept| {
+        let file = std::fs::metadata(file_of(&dir_below(state_dir), &kept.name)).ok()?;
+        now.duration_since(file.modified().ok()?).ok()
+    };
+    kept(state_dir).into_iter().filter(|kept| used(kept).is_some_and(|unused| unused > age)).collect()
+}
+
+/// Ids of the images that jobs have, by the directories of their journals. Blocks.
+pub fn images_of(journals: &[PathBuf]) -> Vec<String> {
+    journals.iter().filter_map(|dir| Some(read(&dir.join(OF_JOB))?.id)).collect()
+}
+
 /// Forgets one that is gone. Blocks.
 ///
 /// # Errors

@@ -28,8 +28,7 @@ pub(super) fn put_instance(state_dir: &Path, id: &InstanceId) -> Result<(), Stor
     let path = state_dir.join(INSTANCE_NAME);
     let fresh = state_dir.join(format!(".{INSTANCE_NAME}.new"));
     let write = || {
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
         writeln!(file, "{id}")?;
         file.sync_all()?;
         std::fs::rename(&fresh, &path)
