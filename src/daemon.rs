@@ -129,6 +129,10 @@ pub async fn run(
     parts.metrics.engine_up.set(1);
     let access = Access { rules: config.access.clone(), admin_uids: config.admin_uids.clone() };
     slot_limits(&parts, &access, &mut driver).await?;
+    // Only now: the store's lock says that no other daemon is at it.
+    sweeper::put_right(&parts.settings)
+        .await
+        .context("cannot put right what an earlier daemon was writing")?;
     driver.recover().await.context("cannot take up what an earlier daemon left")?;
     sweeper::once(&parts).await.context("cannot clean up what an earlier daemon left")?;
 
@@ -283,7 +287,6 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
         caps: config.budgets.caps,
         calendar: Calendar::new(config.budgets.time_zone.as_deref())?,
     };
-    sweeper::put_right(&settings).await.context("cannot put right what an earlier daemon was writing")?;
     let store = aside::open_store(&settings, config.set_store_aside).await?;
     let packages = packages(&state_dir, config.cache).await;
     let (egress, reach) = way_out(config, packages)?;

@@ -112,6 +112,12 @@ pub enum StoreError {
     /// No space left for a write; nothing of the request was stored.
     #[error("no space left for the store; free some on the file system of the state directory")]
     Full,
+    /// A row does not hold what was written.
+    #[error("a row of the store cannot be read: {detail}")]
+    Unreadable {
+        /// What is wrong with it.
+        detail: String,
+    },
     /// Any other failure of SQLite; nothing of the request was stored.
     #[error("the store failed: {detail}")]
     Sqlite {
@@ -191,7 +197,7 @@ impl From<rusqlite::Error> for StoreError {
             Some(ErrorCode::DiskFull) => Self::Full,
             // A row that is not what was written: no check of SQLite's own finds that.
             _ if matches!(error, rusqlite::Error::FromSqlConversionFailure(..)) => {
-                Self::Corrupt { path: PathBuf::from(FILE_NAME), detail }
+                Self::Unreadable { detail }
             }
             _ => Self::Sqlite { detail },
         }

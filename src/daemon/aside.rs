@@ -9,7 +9,8 @@ use std::path::Path;
 
 use crate::cell::Settings;
 use crate::clock;
-use crate::store::{Store, StoreError};
+use crate::store::{FILE_NAME, Store, StoreError};
+use crate::sweeper;
 
 /// Jobs that are named in the message; of all of them there are journals.
 const NAMED_MAX: usize = 20;
@@ -21,6 +22,8 @@ pub(super) async fn open_store(settings: &Settings, allowed: bool) -> anyhow::Re
         Err(error) => return Err(error.into()),
         Ok(store) => return Ok(store),
     };
+    // Nobody has the store, or it would have been told. What is half applied is put right before its notes move.
+    sweeper::put_right(settings).await?;
     let dir = settings.state_dir.join("jobs");
     let of_jobs = dir.clone();
     let journals = tokio::task::spawn_blocking(move || names(&of_jobs)).await?;
@@ -57,7 +60,12 @@ async fn whole(settings: &Settings) -> Result<Store, StoreError> {
         Ok(()) => Ok(store),
         Err(error) => {
             store.close().await?;
-            Err(error)
+            Err(match error {
+                StoreError::Unreadable { detail } => {
+                    StoreError::Corrupt { path: settings.state_dir.join(FILE_NAME), detail }
+                }
+                other => other,
+            })
         }
     }
 }
