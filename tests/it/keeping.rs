@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::process::Stdio;
 
+use hotcell::agent_bundle::{PINNED_VERSION, Platform};
 use hotcell::store::FILE_NAME;
 use serde_json::{Value, json};
 
@@ -210,5 +211,33 @@ fn the_daemon_removes_by_itself_what_is_too_many_the_oldest_first_and_undecided_
     assert_eq!(jobs.iter().map(kept).collect::<Vec<_>>(), [true, false, false, true]);
     let log = world.log();
     assert!(log.contains("removed what was old or too much"), "{log}");
+    world.end();
+}
+
+#[test]
+fn an_old_version_of_the_agent_goes_unless_something_names_it() {
+    let mut world = World::without_daemon("[default]\ntext = \"never asked\"\n", "");
+    crate::fake_agent::install(&world.state_dir());
+    let agents = world.state_dir().join("agents");
+    let platform = Platform::of_host().unwrap();
+    let active = agents.join(format!("{PINNED_VERSION}-{platform}"));
+    let version = |version: &str, installed_at_ms: u64| {
+        let dir = agents.join(format!("{version}-{platform}"));
+        fs::create_dir(&dir).unwrap();
+        let mut bundle: Value =
+            serde_json::from_slice(&fs::read(active.join("bundle.json")).unwrap()).unwrap();
+        (bundle["version"], bundle["installed_at_ms"]) = (version.into(), installed_at_ms.into());
+        fs::write(dir.join("bundle.json"), bundle.to_string()).unwrap();
+        dir
+    };
+    let (old, fresh) = (version("2.0.1", 0), version("2.0.2", hotcell::clock::wall_ms()));
+    world.start();
+    let gone = gc(&world, &[]);
+    assert_eq!(
+        (&gone["removals"][0]["kind"], &gone["removals"][0]["name"]),
+        (&json!("agent"), &json!("2.0.1"))
+    );
+    assert_eq!(gone["removals"].as_array().unwrap().len(), 1, "{gone}");
+    assert!(!old.exists() && fresh.exists() && active.exists());
     world.end();
 }
