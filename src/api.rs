@@ -12,6 +12,7 @@ pub mod changes;
 pub mod cost;
 pub mod doctor;
 pub mod events;
+pub mod gc;
 pub mod jobs;
 mod kept;
 pub mod openapi;
@@ -57,6 +58,8 @@ pub struct Api {
     pub access: Access,
     /// Jobs that run at the same time.
     pub slots: u32,
+    /// How long, and how much of it, what jobs leave is kept.
+    pub retention: crate::retention::Limits,
     /// Most jobs that wait.
     pub queued_jobs_max: u64,
     /// The engine's address, for people.
@@ -135,6 +138,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/retry", post(jobs::retry))
         .route("/v1/cost", get(cost::cost))
         .route("/v1/budgets", get(cost::budgets))
+        .route("/v1/gc", post(gc::collect))
         .route("/v1/cache", get(cache::list).delete(cache::remove))
         .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health))

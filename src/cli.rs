@@ -19,6 +19,7 @@ mod exec;
 mod export;
 mod fail;
 mod follow;
+mod gc;
 mod health;
 mod image;
 mod logs;
@@ -84,6 +85,7 @@ enum Command {
     Rm(rm::RmArgs),
     Cost(cost::CostArgs),
     Cache(cache::CacheArgs),
+    Gc(gc::GcArgs),
     Serve(serve::ServeArgs),
     Image(image::ImageArgs),
     Agent(agent::AgentArgs),
@@ -196,6 +198,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Rm(args) => wait(rm::rm(&args, context)),
         Command::Cost(args) => wait(cost::cost(&args, context)),
         Command::Cache(args) => wait(cache::cache(&args, context)),
+        Command::Gc(args) => wait(gc::gc(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
         Command::Image(args) => image::image(&args, context),
         Command::Agent(args) => agent::agent(&args, context),
@@ -230,6 +233,7 @@ impl Command {
             Self::Rm(args) => args.json,
             Self::Cost(args) => args.json,
             Self::Cache(args) => args.json(),
+            Self::Gc(args) => args.json,
             Self::Image(args) => args.json(),
             Self::Agent(args) => args.json(),
             Self::Policy(args) => args.json(),

@@ -10,6 +10,7 @@ mod network;
 mod policies;
 mod providers;
 mod raw;
+mod retention;
 mod sets;
 mod settings;
 
@@ -207,6 +208,8 @@ pub struct Config {
     pub network: Network,
     /// How much of what package hosts answered is kept.
     pub cache: CacheLimits,
+    /// How long, and how much of it, what jobs leave is kept.
+    pub retention: crate::retention::Limits,
     /// Bounds.
     pub limits: Limits,
     /// Money of users and of the daemon.
@@ -219,6 +222,8 @@ pub struct Config {
     pub init_binary: PathBuf,
     /// Filter of the daemon's log, as `tracing` writes it.
     pub log: String,
+    /// A damaged store is moved out of the way. No setting: `hotcell serve --set-store-aside`, for one start.
+    pub set_store_aside: bool,
 }
 
 impl Config {
@@ -263,6 +268,7 @@ impl Config {
             },
             network: Network::read(&layers, &raw.network)?,
             cache: cache::limits(&layers, &raw.cache)?,
+            retention: retention::limits(&layers, &raw.retention)?,
             limits: limits(&layers, &raw.limits, machine.cores)?,
             budgets: budgets::budgets(&layers, &raw.budgets)?,
             admin_uids: layers
@@ -277,6 +283,7 @@ impl Config {
                 .ok_or_else(|| layers.missing("init_binary", "the path of this executable is not known"))?,
             log: layers.checked("log", &raw.log, parse_log)?.unwrap_or_else(|| "info".into()),
             file: layers.found,
+            set_store_aside: false,
             state_dir,
         })
     }

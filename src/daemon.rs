@@ -1,6 +1,8 @@
 //! The daemon's composition root: configuration → parts → run → drain. The caller owns socket, engine and
 //! stop ([`run`]); [`serve`] is the caller for `hotcell serve`.
 
+mod aside;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
@@ -36,7 +38,7 @@ use crate::money::Calendar;
 use crate::policy::{Access, Defaults};
 use crate::pricing::Prices;
 use crate::source;
-use crate::store::{Filter, Store};
+use crate::store::Filter;
 use crate::sweeper;
 
 /// Longest wait for `initialize`: a cold disk reads 245 MB first.
@@ -127,7 +129,10 @@ pub async fn run(
     parts.metrics.engine_up.set(1);
     let access = Access { rules: config.access.clone(), admin_uids: config.admin_uids.clone() };
     slot_limits(&parts, &access, &mut driver).await?;
-    sweeper::put_right(&parts).await.context("cannot put right what an earlier daemon was writing")?;
+    // Only now: the store's lock says that no other daemon is at it.
+    sweeper::put_right(&parts.settings)
+        .await
+        .context("cannot put right what an earlier daemon was writing")?;
     driver.recover().await.context("cannot take up what an earlier daemon left")?;
     sweeper::once(&parts).await.context("cannot clean up what an earlier daemon left")?;
 
@@ -145,6 +150,7 @@ pub async fn run(
         },
         access,
         slots: config.limits.slots,
+        retention: config.retention,
         queued_jobs_max: config.limits.queued_jobs_max.into(),
         engine_address,
         problems: RwLock::new(problems(&parts)),
@@ -155,6 +161,11 @@ pub async fn run(
     tasks.spawn(async move {
         sweeper::run(swept, closing).await;
         "sweeper"
+    });
+    let (kept, closing) = (api.clone(), close.clone());
+    tasks.spawn(async move {
+        api::gc::run(kept, closing).await;
+        "retention"
     });
     let (drain, hurry) = (shutdown.drain.clone(), shutdown.hurry.clone());
     tasks.spawn(async move {
@@ -265,13 +276,8 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
     };
     let models: Vec<String> = prices.names().map(str::to_owned).collect();
     let metrics = Arc::new(Metrics::new(&agent, &models)?);
-    let store = Store::open(&state_dir).await?;
-    let packages = packages(&state_dir, config.cache).await;
-    let (egress, reach) = way_out(config, packages)?;
-    let limits = gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() };
-    let gateway = Gateway::open(config.gateway.clone(), prices, limits, &reach).await?;
     let settings = Settings {
-        state_dir,
+        state_dir: state_dir.clone(),
         init_binary: config.init_binary.canonicalize().context("init_binary")?,
         boot_max: BOOT_MAX,
         cancel_grace: Duration::from_secs(config.limits.cancel_grace_s.into()),
@@ -281,9 +287,18 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
         caps: config.budgets.caps,
         calendar: Calendar::new(config.budgets.time_zone.as_deref())?,
     };
+    let store = aside::open_store(&settings, config.set_store_aside).await?;
+    let packages = packages(&state_dir, config.cache).await;
+    let (egress, reach) = way_out(config, packages)?;
+    let limits = gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() };
+    let gateway = Gateway::open(config.gateway.clone(), prices, limits, &reach).await?;
     let runtimes = Tried::load(&settings.state_dir);
-    let source_limits =
-        source::Limits { reserve_bytes: settings.disk_reserve_bytes, ..source::Limits::default() };
+    let source_limits = source::Limits {
+        reserve_bytes: settings.disk_reserve_bytes,
+        mirror_age_max: config.retention.mirror_age,
+        mirrors_bytes_max: config.retention.mirrors_bytes_max,
+        ..source::Limits::default()
+    };
     let sources = Arc::new(source::Sources::new(settings.sources_dir(), source_limits));
     let (feeds, pauses) = (Feeds::default(), Arc::new(Pauses::default()));
     let (caps, calendar) = (settings.caps, settings.calendar.clone());

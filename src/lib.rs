@@ -14,7 +14,7 @@
 //! ```text
 //! faces     main, cli, config, daemon, api, selftest
 //! doing     cell (one cell's life), driver (the one loop), sweeper
-//! deciding  scheduler (+ recover), session                    pure: no IO, no clock, no chance
+//! deciding  scheduler (+ recover), session, retention         pure: no IO, no clock, no chance
 //! hands     store, journal, engine, link, workspace, changes, git, source, gateway, cell_image, agent_bundle, npm,
 //!           run_as, model, metrics, dockerfile, daemon_log
 //! facts     job, policy, agent, change, event, audit, money, pricing, clock  pure types; failpoint (tests)
@@ -43,7 +43,9 @@
 //!    container, mounts and directory proven gone; `verify` judges the change set in a fresh cell, and the agent may get another
 //!    try; totals, `Done`. What becomes of a change set is its submitter's word
 //!    ([`api::changes`]) and done with their rights.
-//! 8. After a crash [`scheduler::recover`] says what becomes of each row and each container. What a machine lacks for
+//!    What is over is kept as long and as much as [`retention`] says, and removed by [`api::gc`].
+//! 8. After a crash [`scheduler::recover`] says what becomes of each row and each container. A damaged store is refused, or
+//!    set aside with all that its rows gave a meaning to, where the operator says so ([`daemon`]). What a machine lacks for
 //!    all this, and what to do about it, [`api::doctor`] says; what is known of a job that went wrong, [`api::support`]
 //!    packs, without secrets.
 //!
@@ -72,6 +74,7 @@ pub mod money;
 pub mod policy;
 pub mod pricing;
 // deciding
+pub mod retention;
 pub mod scheduler;
 pub mod session;
 // hands

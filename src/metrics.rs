@@ -51,6 +51,8 @@ pub struct Metrics {
     doors: Doors,
     cache: Cache,
     orphans_total: IntCounterVec,
+    retired_total: IntCounterVec,
+    retired_bytes_total: IntCounterVec,
 }
 
 /// What becomes of jobs.
@@ -114,6 +116,33 @@ impl Orphan {
             Self::Container => "container",
             Self::Directory => "directory",
             Self::Reservation => "reservation",
+        }
+    }
+}
+
+/// What retention removes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retired {
+    /// A job that is over, with all that is kept of it.
+    Job,
+    /// A mirror of a repository.
+    Mirror,
+    /// An image built for a repository.
+    Image,
+    /// A version of the agent.
+    Agent,
+}
+
+impl Retired {
+    const ALL: [Self; 4] = [Self::Job, Self::Mirror, Self::Image, Self::Agent];
+
+    /// As in the metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Job => "job",
+            Self::Mirror => "mirror",
+            Self::Image => "image",
+            Self::Agent => "agent",
         }
     }
 }
@@ -189,6 +218,18 @@ impl Metrics {
                 "Left-overs removed.",
                 &["kind"],
             )?,
+            retired_total: counters(
+                &registry,
+                "hotcell_retention_removed_total",
+                "Things that were removed because they were old or too many.",
+                &["kind"],
+            )?,
+            retired_bytes_total: counters(
+                &registry,
+                "hotcell_retention_removed_bytes_total",
+                "Bytes of the disk that this gave back.",
+                &["kind"],
+            )?,
             registry,
             models,
         };
@@ -203,6 +244,10 @@ impl Metrics {
         self.cache.seed();
         for kind in Orphan::ALL {
             self.orphans_total.with_label_values(&[kind.as_str()]);
+        }
+        for kind in Retired::ALL {
+            self.retired_total.with_label_values(&[kind.as_str()]);
+            self.retired_bytes_total.with_label_values(&[kind.as_str()]);
         }
         for scope in Scope::ALL.into_iter().filter(|scope| scope.resets()) {
             self.set_budget(scope, None, MicroUsd::ZERO, MicroUsd::ZERO);
@@ -339,6 +384,12 @@ impl Metrics {
     /// Something was left over and is removed.
     pub fn reaped(&self, orphan: Orphan, count: u64) {
         self.orphans_total.with_label_values(&[orphan.as_str()]).inc_by(count);
+    }
+
+    /// Something was old or too much, and is removed.
+    pub fn retired(&self, kind: Retired, bytes: u64) {
+        self.retired_total.with_label_values(&[kind.as_str()]).inc();
+        self.retired_bytes_total.with_label_values(&[kind.as_str()]).inc_by(bytes);
     }
 
     /// A job was parked.

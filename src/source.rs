@@ -265,6 +265,19 @@ pub struct Sources {
     under_way: Mutex<UnderWay>,
 }
 
+/// A mirror that is too old or too much.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Old {
+    /// Whose it is.
+    pub who: Identity,
+    /// Its directory's name.
+    pub name: String,
+    /// Bytes of its packs.
+    pub bytes: u64,
+    /// It is too old; else its user has too much.
+    pub aged: bool,
+}
+
 /// A user and the name of one of their mirrors.
 type MirrorId = (u32, String);
 
@@ -391,21 +404,29 @@ impl Sources {
         Ok(found)
     }
 
-    /// Removes mirrors that are too old or too many; one that is in use stays. How many it were.
+    /// Mirrors that are too old or too much; those unused longest first.
     ///
     /// # Errors
     /// [`SourceError::Place`].
-    pub async fn evict(&self) -> Result<usize, SourceError> {
-        let mut gone = 0;
+    pub async fn evictable(&self) -> Result<Vec<Old>, SourceError> {
+        let mut old = Vec::new();
         for who in room::users(&self.dir).await? {
-            for name in room::too_many(&self.dir, &who, &self.limits).await? {
-                let lock = self.lock_of(who.uid, &name);
-                let Ok(_unused) = lock.try_lock() else { continue };
-                room::remove_mirror(&self.dir, &who, &name).await?;
-                gone += 1;
-            }
+            let found = room::too_many(&self.dir, &who, &self.limits).await?;
+            let of = |(name, bytes, aged)| Old { who: who.clone(), name, bytes, aged };
+            old.extend(found.into_iter().map(of));
         }
-        Ok(gone)
+        Ok(old)
+    }
+
+    /// Removes one of these; false where it is in use.
+    ///
+    /// # Errors
+    /// [`SourceError::Place`].
+    pub async fn evict(&self, old: &Old) -> Result<bool, SourceError> {
+        let lock = self.lock_of(old.who.uid, &old.name);
+        let Ok(_unused) = lock.try_lock() else { return Ok(false) };
+        room::remove_mirror(&self.dir, &old.who, &old.name).await?;
+        Ok(true)
     }
 
     /// Where what is fetched is.

@@ -23,6 +23,7 @@ mod fold;
 mod found;
 pub mod jobs;
 pub mod ledger;
+pub mod retain;
 mod row;
 mod schema;
 mod writer;
@@ -46,10 +47,13 @@ pub use access::{AuditFilter, AuditJob};
 pub use cells::CellRow;
 pub use jobs::{Filter, Job, JobRow, NewJob, OpenJob, Page, Submitted};
 pub use ledger::{Batch, ModelCost, NewReservation, Payer, ReservationId, Reserved, Spend};
+pub use retain::{Leftover, Needed};
 use writer::{Durability, Writer};
 
 /// Name of the database in the state directory.
 pub const FILE_NAME: &str = "store.sqlite";
+/// Name of the file in the state directory that has its instance id, whatever becomes of the database.
+pub const INSTANCE_NAME: &str = "instance";
 /// Name of the lock file in the state directory; it holds the pid of the daemon.
 pub const LOCK_NAME: &str = "lock";
 /// Time from a commit to the start of its `fdatasync`, in milliseconds, where the reply does not wait for it; longer only
@@ -77,15 +81,20 @@ pub enum StoreError {
         pid: Option<u32>,
     },
     /// The file is damaged. [`Store::set_aside`] moves it out of the way.
-    #[error("the store {path} is damaged ({detail}); restore it from a copy or set it aside to start anew")]
+    #[error(
+        "the store {path} is damaged ({detail}); put a copy of it back, or start once with `hotcell serve \
+         --set-store-aside`, which keeps it beside and begins anew"
+    )]
     Corrupt {
         /// The damaged file.
         path: PathBuf,
         /// What the check said.
         detail: String,
     },
-    /// A SQLite file of some other program.
-    #[error("{path} is not a hotcell store; choose another state directory")]
+    /// A file of some other program.
+    #[error(
+        "{path} is not a hotcell store and is not touched; choose another state directory, or move it away"
+    )]
     Foreign {
         /// The file.
         path: PathBuf,
@@ -103,6 +112,12 @@ pub enum StoreError {
     /// No space left for a write; nothing of the request was stored.
     #[error("no space left for the store; free some on the file system of the state directory")]
     Full,
+    /// A row does not hold what was written.
+    #[error("a row of the store cannot be read: {detail}")]
+    Unreadable {
+        /// What is wrong with it.
+        detail: String,
+    },
     /// Any other failure of SQLite; nothing of the request was stored.
     #[error("the store failed: {detail}")]
     Sqlite {
@@ -180,6 +195,10 @@ impl From<rusqlite::Error> for StoreError {
                 Self::Corrupt { path: PathBuf::from(FILE_NAME), detail }
             }
             Some(ErrorCode::DiskFull) => Self::Full,
+            // A row that is not what was written: no check of SQLite's own finds that.
+            _ if matches!(error, rusqlite::Error::FromSqlConversionFailure(..)) => {
+                Self::Unreadable { detail }
+            }
             _ => Self::Sqlite { detail },
         }
     }
@@ -256,14 +275,18 @@ impl Store {
         })
     }
 
-    /// Moves a damaged store (and its log) out of the way; returns its new path. The next
-    /// [`Store::open`] starts with an empty one and a new instance id.
+    /// Moves a damaged store with its log, and the entries of `with`, into a directory of their own; returns that. The
+    /// next [`Store::open`] starts with an empty store and the same instance id.
     ///
     /// # Errors
     /// [`StoreError::Locked`] where a daemon has it, [`StoreError::Io`].
-    pub async fn set_aside(state_dir: impl Into<PathBuf>, now_ms: u64) -> Result<PathBuf, StoreError> {
+    pub async fn set_aside(
+        state_dir: impl Into<PathBuf>,
+        now_ms: u64,
+        with: Vec<PathBuf>,
+    ) -> Result<PathBuf, StoreError> {
         let state_dir = state_dir.into();
-        blocking(move || schema::set_aside(&state_dir, now_ms)).await
+        blocking(move || schema::beside::set_aside(&state_dir, now_ms, &with)).await
     }
 
     /// The id of this state directory, made once.

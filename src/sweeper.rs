@@ -1,6 +1,7 @@
 //! Looks from time to time for what no job owns: containers of this instance without an open cell row, and
 //! cells' directories, mounts and loop devices without one, and for kept work of jobs that are over. A cell whose row is open is never touched here;
-//! one whose removal failed before is tried again.
+//! one whose removal failed before is tried again. What goes because it is old or too much is `api::gc`'s, which keeps
+//! jobs' audits first.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::cell::{self, Parts};
+use crate::cell::{self, Parts, Settings};
 use crate::git;
 use crate::job::{CellId, JobId, State};
 use crate::metrics::Orphan;
@@ -74,11 +75,11 @@ pub enum SweepError {
 ///
 /// # Errors
 /// [`SweepError`].
-pub async fn put_right(parts: &Arc<Parts>) -> Result<(), SweepError> {
-    let (dir, reading) = (parts.settings.changes_dir(), parts.settings.reading_dir());
+pub async fn put_right(settings: &Settings) -> Result<(), SweepError> {
+    let (dir, reading) = (settings.changes_dir(), settings.reading_dir());
     let listed = tokio::task::spawn_blocking(move || names::<JobId>(&dir, "")).await;
     for job in listed.unwrap_or_else(|e| Err(std::io::Error::other(e)))? {
-        cell::changes::recover(parts, &job).await;
+        cell::changes::recover(settings, &job).await;
     }
     match tokio::task::spawn_blocking(|| git::sweep(&git::temporary())).await {
         Ok(Ok(_)) => {}
@@ -165,7 +166,7 @@ async fn builds(parts: &Arc<Parts>, found: &[crate::engine::Found]) -> Result<()
     Ok(())
 }
 
-/// What was fetched for a job goes with its row; mirrors go when they are old.
+/// What was fetched for a job goes with its row.
 async fn sources(parts: &Arc<Parts>) -> Result<(), SweepError> {
     let listed = match parts.sources.jobs().await {
         Ok(listed) => listed,
@@ -182,11 +183,6 @@ async fn sources(parts: &Arc<Parts>) -> Result<(), SweepError> {
             Ok(()) => parts.metrics.reaped(Orphan::Directory, 1),
             Err(error) => tracing::warn!(%job, %error, "what was fetched for a job that is gone is left"),
         }
-    }
-    match parts.sources.evict().await {
-        Ok(0) => {}
-        Ok(gone) => tracing::info!(gone, "mirrors of repositories that nobody used were removed"),
-        Err(error) => tracing::warn!(%error, "old mirrors of repositories are left"),
     }
     Ok(())
 }

@@ -12,6 +12,8 @@ const LAYERS: [(&str, &[&str]); 5] = [
         &["agent", "audit", "change", "clock", "event", "failpoint", "job", "money", "policy", "pricing"],
     ),
     ("deciding", &["scheduler", "session"]),
+    ("facts", &["agent", "audit", "change", "clock", "event", "job", "money", "policy", "pricing"]),
+    ("deciding", &["retention", "scheduler", "session"]),
     (
         "hands",
         &[

@@ -125,7 +125,16 @@ impl Api {
                 .hint("`hotcell ls` lists your jobs")
         };
         let id: JobId = id.parse().map_err(|_| missing())?;
-        let job = self.parts.store.job(&id).await?.ok_or_else(missing)?;
+        let Some(job) = self.parts.store.job(&id).await? else {
+            let uid = if self.sees_all(&who) { None } else { Some(who.uid) };
+            if !kept::is_kept(self, uid, &id).await {
+                return Err(missing());
+            }
+            let words = format!("job {id} was removed, by `hotcell rm` or for its age");
+            return Err(ApiError::new(ErrorCode::NotFound, words).hint(format!(
+                "`hotcell audit {id}` shows what was decided in it, `hotcell cost` what it cost"
+            )));
+        };
         if job.row.identity.uid != who.uid && !self.sees_all(&who) {
             return Err(missing());
         }
@@ -282,8 +291,20 @@ pub async fn delete(
     ConnectInfo(peer): ConnectInfo<Peer>,
     id: JobPath,
 ) -> Result<StatusCode, ApiError> {
-    let one_at_a_time = REMOVING.lock().await;
     let job = api.own_job(&peer, path_text(&id)).await?;
+    remove(&api, job).await.map(|()| StatusCode::NO_CONTENT)
+}
+
+/// Removes a job that is over, with all that is kept of it but its audit and its costs.
+///
+/// # Errors
+/// `not_done`, and what the disk and the store say.
+pub(super) async fn remove(api: &Arc<Api>, job: Job) -> Result<(), ApiError> {
+    let one_at_a_time = REMOVING.lock().await;
+    if api.parts.store.job(&job.row.id).await?.is_none() {
+        // Somebody else did meanwhile.
+        return Ok(());
+    }
     let (row, fetched) = (job.row, job.plan_json);
     let id = &row.id;
     let not_done = |state: &str| {
@@ -293,7 +314,7 @@ pub async fn delete(
     if !row.state.is_done() {
         return Err(not_done(row.state.name()));
     }
-    kept::keep(&api, &row).await.map_err(|error| {
+    kept::keep(api, &row).await.map_err(|error| {
         ApiError::new(ErrorCode::Internal, error).hint("nothing was deleted; free some space and try again")
     })?;
     match api.parts.store.delete(id).await {
@@ -308,7 +329,7 @@ pub async fn delete(
         tracing::warn!(job = %id, %error, "the change set of a deleted job is left; the sweeper goes on");
     }
     if serde_json::from_str::<Accepted>(&fetched).is_ok_and(|accepted| accepted.source.is_some()) {
-        super::sources::forget(&api, &row.identity, id).await;
+        super::sources::forget(api, &row.identity, id).await;
     }
     let dir = api.parts.settings.journal_dir(id);
     match tokio::fs::remove_dir_all(&dir).await {
@@ -316,6 +337,6 @@ pub async fn delete(
             ErrorCode::Internal,
             format!("the job's row is deleted, its events are not: {error}"),
         )),
-        _ => Ok(StatusCode::NO_CONTENT),
+        _ => Ok(()),
     }
 }

@@ -68,6 +68,18 @@ pub(super) async fn keep(api: &Arc<Api>, row: &JobRow) -> Result<(), KeepError> 
     Ok(())
 }
 
+/// Whether the audit of a removed job is here, of that user or of anybody.
+pub(super) async fn is_kept(api: &Api, uid: Option<u32>, job: &JobId) -> bool {
+    let (dir, job) = (folder(api), job.clone());
+    let look = move || {
+        months(&dir).into_iter().any(|month| match uid {
+            Some(uid) => month.join(format!("{uid}.{job}.ndjson")).exists(),
+            None => files(&month).iter().any(|file| file.job == job),
+        })
+    };
+    tokio::task::spawn_blocking(look).await.unwrap_or(false)
+}
+
 /// `2026-01`, in UTC.
 fn month_of(wall_ms: u64) -> String {
     clock::rfc3339(wall_ms).chars().take(7).collect()

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use super::cache::{CacheRemoved, CacheView};
 use super::changes::ChangesView;
 use super::cost::{BudgetList, CostReport};
+use super::gc::GcView;
 use super::wire::{Doctor, ErrorBody, Health, JobList, JobView, WhoAmI};
 use crate::audit::Record;
 use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest};
@@ -34,6 +35,7 @@ pub fn openapi() -> Value {
         generator.subschema_for::<BudgetList>(),
         generator.subschema_for::<CacheView>(),
         generator.subschema_for::<CacheRemoved>(),
+        generator.subschema_for::<GcView>(),
         generator.subschema_for::<ChangesView>(),
         generator.subschema_for::<ApplyRequest>(),
         generator.subschema_for::<ApplyAnswer>(),
@@ -308,6 +310,12 @@ fn cache() -> Value {
     let mut of_delete = which().to_vec();
     of_delete.push(query("all", "1: all of it, where nothing else is named"));
     json!({
+        "/v1/gc": { "post": {
+            "operationId": "collectGarbage",
+            "summary": "Remove what is older or more than [retention] keeps; for admins and the daemon's own user",
+            "parameters": [query("dry_run", "1: remove nothing, only tell what would go")],
+            "responses": { "200": answer("What goes, with its reason", "GcView"), "default": error() },
+        } },
         "/v1/cache": {
             "get": {
                 "operationId": "showCache",

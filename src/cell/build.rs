@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch::Receiver;
 
-pub use self::shelf::{Kept, forget, kept};
+pub use self::shelf::{Kept, forget, images_of, kept, unused};
 
 use self::watch::{Asked, Way, follow};
 use super::prepare::{self, Image, Launch, PrepareError, Started, WALL_SLACK_MS, failed};

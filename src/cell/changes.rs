@@ -8,7 +8,7 @@ mod kept;
 use std::time::{Duration, Instant};
 
 use super::committer::committer;
-use super::{Accepted, Parts};
+use super::{Accepted, Parts, Settings};
 use crate::change::ChangeSet;
 use crate::change::decision::{
     ApplyAnswer, ApplyRequest, BranchMade, CheckoutAnswer, ExportFormat, Form, LeftOut, Standing,
@@ -396,8 +396,9 @@ pub(super) async fn forget(parts: &Parts, job: &JobId) {
 
 /// Puts right what a dead daemon left half applied. What cannot be put right now stays noted and is tried again when
 /// the daemon starts next.
-pub async fn recover(parts: &Parts, job: &JobId) {
-    let (shelf, state_dir, id) = (shelf(parts, job), parts.settings.state_dir.clone(), job.clone());
+pub async fn recover(settings: &Settings, job: &JobId) {
+    let shelf = Shelf::new(settings.changes_dir()).of(job);
+    let (state_dir, id) = (settings.state_dir.clone(), job.clone());
     let put_right = blocking(move || {
         let checkouts = let_go(|| apply::recover_checkouts(&shelf), |e| matches!(e, ApplyError::Busy))?;
         let branches = let_go(|| branch::recover(&shelf), |e| matches!(e, BranchError::Busy))?;

@@ -17,6 +17,7 @@ use super::fail::{ApiError, CliError};
 use crate::api::cache::{CacheRemoved, CacheView};
 use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
+use crate::api::gc::GcView;
 use crate::api::wire::{Doctor, Health, JobList, JobView, WhoAmI};
 use crate::change::decision::{
     ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest, ExportFormat, Form,
@@ -179,6 +180,12 @@ impl Client {
     /// Removes what is kept of package hosts.
     pub(crate) async fn remove_cache(&self, query: &[(&str, &str)]) -> Result<CacheRemoved, CliError> {
         self.read(Request::delete(cache_path(query)).body(Full::default())).await
+    }
+
+    /// Removes what is old or too much, or only says so.
+    pub(crate) async fn gc(&self, dry_run: bool) -> Result<GcView, CliError> {
+        let request = Request::post(format!("/v1/gc?dry_run={}", u8::from(dry_run)));
+        self.read(request.body(Full::default())).await
     }
 
     /// The report that a job left.

@@ -19,6 +19,9 @@ that over the default. The file is --config, else $HOTCELL_CONFIG, else
 /etc/hotcell/config.toml as root and $XDG_CONFIG_HOME/hotcell/config.toml otherwise.
 `--help` shows all settings, `-h` the everyday ones.")]
 pub(super) struct ServeArgs {
+    /// If the store is damaged, keep it beside with all journals and change sets, and begin anew
+    #[arg(long)]
+    set_store_aside: bool,
     #[command(flatten)]
     config: ConfigFlags,
 }
@@ -103,7 +106,8 @@ impl<S: Concerns> FromArgMatches for ConfigFlags<S> {
 }
 
 pub(super) fn serve(args: &ServeArgs, context: &mut Context) -> Result<ExitCode, CliError> {
-    let config = Config::load(&args.config.flags(), &context.machine)?;
+    let mut config = Config::load(&args.config.flags(), &context.machine)?;
+    config.set_store_aside = args.set_store_aside;
     crate::daemon::serve(config).map_err(CliError::Local)?;
     Ok(ExitCode::Succeeded)
 }

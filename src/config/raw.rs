@@ -39,6 +39,7 @@ pub(super) struct RawConfig {
     pub(super) budgets: super::budgets::RawBudgets,
     pub(super) network: super::network::RawNetwork,
     pub(super) cache: super::cache::RawCache,
+    pub(super) retention: super::retention::RawRetention,
     pub(super) admin_uids: Opt<Vec<u32>>,
     pub(super) access: Vec<Spanned<RawAccess>>,
     pub(super) init_binary: Opt<String>,

@@ -39,7 +39,7 @@ const fn everyday(key: &'static str, value_name: &'static str, help: &'static st
 }
 
 /// All settings.
-pub const SETTINGS: [Setting; 36] = [
+pub const SETTINGS: [Setting; 44] = [
     everyday(
         "state_dir",
         "DIR",
@@ -146,6 +146,34 @@ pub const SETTINGS: [Setting; 36] = [
     ),
     setting("cache.entry_bytes_max", "BYTES", "Largest file that it keeps [default: 2147483648]"),
     setting("cache.free_bytes_min", "BYTES", "Disk space that it leaves free [default: 2147483648]"),
+    setting("retention.days", "DAYS", "How long jobs that are over are kept [default: 30]"),
+    setting(
+        "retention.undecided_days",
+        "DAYS",
+        "The same where nobody has applied or discarded what they changed [default: 180]",
+    ),
+    setting("retention.jobs", "N", "Most jobs that are over [default: 10000]"),
+    setting(
+        "retention.bytes",
+        "BYTES",
+        "Most bytes of their events, reports and change sets [default: 21474836480]",
+    ),
+    setting(
+        "retention.mirror_days",
+        "DAYS",
+        "How long an unused mirror of a repository is kept [default: 30]",
+    ),
+    setting("retention.mirror_bytes", "BYTES", "Most bytes of one user's mirrors [default: 34359738368]"),
+    setting(
+        "retention.image_days",
+        "DAYS",
+        "How long an unused image that was built for a repository is kept [default: 30]",
+    ),
+    setting(
+        "retention.agent_days",
+        "DAYS",
+        "How long versions of the agent are kept that nothing names [default: 90]",
+    ),
     setting("admin_uids", "UID[,UID…]", "Users who see and cancel everybody's jobs [default: 0]"),
     setting("init_binary", "FILE", "The static hotcell-init [default: beside this executable]"),
     everyday("log", "FILTER", "What is logged, e.g. info,hotcell=debug [default: info]"),

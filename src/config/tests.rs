@@ -172,6 +172,7 @@ fn the_table_of_settings_and_the_file_have_the_same_keys() {
         "log" => "\"info\"",
         "budgets.day_usd" => "1.5",
         _ if key.starts_with("limits.") || key.starts_with("cache.") => "2000000",
+        _ if key.starts_with("retention.") => "2000",
         _ => "\"/x\"",
     };
     for setting in &SETTINGS {

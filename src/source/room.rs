@@ -165,7 +165,7 @@ pub(super) async fn too_many(
     dir: &Path,
     who: &Identity,
     limits: &Limits,
-) -> Result<Vec<String>, SourceError> {
+) -> Result<Vec<(String, u64, bool)>, SourceError> {
     let (mirrors, limits) = (dir.join(who.uid.to_string()).join("mirrors"), *limits);
     as_user(who, &mirrors.clone(), move || {
         let mut found = Vec::new();
@@ -181,16 +181,21 @@ pub(super) async fn too_many(
     .await
 }
 
-/// Which of them go: the old ones, then the ones unused longest until the rest fits.
-fn excess(mut found: Vec<(SystemTime, String, u64)>, now: SystemTime, limits: &Limits) -> Vec<String> {
+/// Which of them go: the old ones, then the ones unused longest until the rest fits. With their bytes; true: for their
+/// age.
+fn excess(
+    mut found: Vec<(SystemTime, String, u64)>,
+    now: SystemTime,
+    limits: &Limits,
+) -> Vec<(String, u64, bool)> {
     found.sort();
     let mut bytes: u64 = found.iter().map(|(_, _, bytes)| bytes).sum();
     let mut gone = Vec::new();
     for (used, name, size) in found {
-        let age = now.duration_since(used).unwrap_or_default();
-        if age > limits.mirror_age_max || bytes > limits.mirrors_bytes_max {
+        let aged = now.duration_since(used).unwrap_or_default() > limits.mirror_age_max;
+        if aged || bytes > limits.mirrors_bytes_max {
             bytes -= size;
-            gone.push(name);
+            gone.push((name, size, aged));
         }
     }
     gone
@@ -213,7 +218,8 @@ mod tests {
         let limits =
             Limits { mirror_age_max: Duration::from_secs(1000), mirrors_bytes_max: 100, ..Limits::default() };
         let found = vec![at(10, "new", 60), at(500, "middle", 50), at(2000, "old", 500), at(20, "other", 30)];
-        assert_eq!(excess(found, now, &limits), ["old", "middle"]);
-        assert_eq!(excess(vec![at(10, "new", 100)], now, &limits), Vec::<String>::new());
+        let expected = [("old".to_owned(), 500, true), ("middle".to_owned(), 50, false)];
+        assert_eq!(excess(found, now, &limits), expected);
+        assert_eq!(excess(vec![at(10, "new", 100)], now, &limits), []);
     }
 }

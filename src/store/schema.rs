@@ -1,10 +1,12 @@
 //! The file itself: its lock, its schema and migrations, its check at open. A migration must never be
 //! edited once released: a change is a new step at the end of [`MIGRATIONS`].
 
+pub(super) mod beside;
+
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, OpenFlags};
@@ -20,7 +22,7 @@ const BUSY_TIMEOUT_MS: u64 = 5_000;
 const CHECK_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// Step `n` takes a file from schema `n` to `n + 1`.
-const MIGRATIONS: [&str; 4] = [JOBS, include_str!("schema/money.sql"), RUNTIME, PARKING];
+pub(super) const MIGRATIONS: [&str; 4] = [JOBS, include_str!("schema/money.sql"), RUNTIME, PARKING];
 
 /// What isolated the cell; none of a cell in which a runtime was only tried out.
 const RUNTIME: &str = "ALTER TABLE cells ADD COLUMN runtime TEXT;";
@@ -148,21 +150,18 @@ pub(super) fn lock(state_dir: &Path) -> Result<File, StoreError> {
 
 /// Opens the writing connection: checked, migrated, with its instance id.
 pub(super) fn open(file: &Path) -> Result<(Connection, InstanceId), StoreError> {
+    let there = look(file, file.parent().unwrap_or(Path::new(".")))?;
+    open_seen(file, there)
+}
+
+/// The same for a file of `there` bytes that was looked at.
+fn open_seen(file: &Path, there: u64) -> Result<(Connection, InstanceId), StoreError> {
+    let dir = file.parent().unwrap_or(Path::new("."));
     // A log that is left means that the last daemon was killed.
     let killed =
         std::fs::metadata(file.with_file_name(format!("{FILE_NAME}-wal"))).is_ok_and(|m| m.len() > 0);
-    let bytes = std::fs::metadata(file).map_or(0, |m| m.len());
     let connection = connect(file, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
-    let known = MIGRATIONS.len() as u32;
-    let found: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    let application: i32 = connection.pragma_query_value(None, "application_id", |row| row.get(0))?;
-    let tables: u32 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
-    if application != APPLICATION_ID && (application != 0 || tables > 0) {
-        return Err(StoreError::Foreign { path: file.to_owned() });
-    }
-    if found > known {
-        return Err(StoreError::TooNew { path: file.to_owned(), found, known });
-    }
+    let found = schema_of(&connection, file)?;
     let mode: String = connection.pragma_update_and_check(None, "journal_mode", "wal", |row| row.get(0))?;
     if mode != "wal" {
         let detail = format!("no write-ahead log here (journal mode {mode}): use a local file system");
@@ -170,18 +169,91 @@ pub(super) fn open(file: &Path) -> Result<(Connection, InstanceId), StoreError> 
     }
     connection.pragma_update(None, "synchronous", "normal")?;
     connection.pragma_update(None, "foreign_keys", true)?;
-    if bytes > 0 && (killed || bytes <= CHECK_BYTES_MAX) {
+    if there > 0 && (killed || there <= CHECK_BYTES_MAX) {
         let answer: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
         if answer != "ok" {
-            return Err(StoreError::Corrupt { path: file.to_owned(), detail: answer });
+            return Err(corrupt(file, answer));
         }
     }
-    let instance = migrate(&connection, found)?;
+    if (1..MIGRATIONS.len() as u32).contains(&found) {
+        beside::copy(&connection, file, found)?;
+    }
+    let instance = migrate(&connection, found, beside::instance(dir))?;
+    beside::put_instance(dir, &instance)?;
     // The names of the file and of its log must last as well as what is in them.
-    let dir = file.parent().unwrap_or(Path::new("."));
     let synced = File::open(dir).and_then(|dir| dir.sync_all());
     synced.map_err(|error| StoreError::io("sync", dir, &error))?;
     Ok((connection, instance))
+}
+
+fn corrupt(file: &Path, detail: impl Into<String>) -> StoreError {
+    StoreError::Corrupt { path: file.to_owned(), detail: detail.into() }
+}
+
+/// SQLite's pages, as our files have them.
+const PAGE_BYTES: u64 = 4096;
+/// What every file of SQLite's begins with.
+const MAGIC: &[u8; 16] = b"SQLite format 3\0";
+
+/// Looks at the file before SQLite does, which would make an empty store of one that is gone or cut to nothing. Gives
+/// its bytes.
+fn look(file: &Path, dir: &Path) -> Result<u64, StoreError> {
+    let ours = beside::instance(dir).is_some();
+    let mut head = Vec::new();
+    let read = File::open(file).and_then(|open| {
+        open.take(MAGIC.len() as u64).read_to_end(&mut head)?;
+        Ok(std::fs::metadata(file)?.len())
+    });
+    let bytes = match read {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && ours => {
+            return Err(corrupt(file, "it is gone, and there was one here before"));
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(StoreError::io("read", file, &error)),
+    };
+    // SQLite takes the rest of a page that was cut off for zeros, which no check of its own finds.
+    let log = std::fs::metadata(file.with_file_name(format!("{FILE_NAME}-wal"))).is_ok_and(|m| m.len() > 0);
+    if head.as_slice() == MAGIC && !log && bytes % PAGE_BYTES != 0 {
+        return Err(corrupt(file, format!("its last page is cut off: it has {bytes} bytes")));
+    }
+    match (head.as_slice() == MAGIC, ours) {
+        (true, _) => Ok(bytes),
+        (false, true) if bytes == 0 => Err(corrupt(file, "it is empty, and was not before")),
+        (false, false) if bytes == 0 => Ok(0),
+        (false, true) => Err(corrupt(file, "its first page is not a database's")),
+        (false, false) if head.iter().all(|byte| *byte == 0) => {
+            Err(corrupt(file, "its first page is nothing but zeros"))
+        }
+        (false, false) => Err(StoreError::Foreign { path: file.to_owned() }),
+    }
+}
+
+/// The schema of a file that is ours, or none yet; 0 of a new one.
+fn schema_of(connection: &Connection, file: &Path) -> Result<u32, StoreError> {
+    let known = MIGRATIONS.len() as u32;
+    let found: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    let application: i32 = connection.pragma_query_value(None, "application_id", |row| row.get(0))?;
+    let count = |sql| connection.query_row(sql, [], |row| row.get::<_, u32>(0));
+    let tables = count("SELECT count(*) FROM sqlite_schema")?;
+    if application != APPLICATION_ID && (application != 0 || tables > 0) {
+        let ours = "SELECT count(*) FROM sqlite_schema WHERE name IN ('meta', 'jobs', 'cells', 'ledger')";
+        return Err(match count(ours)? {
+            4 => corrupt(file, "its mark as hotcell's is gone, its tables are there"),
+            _ => StoreError::Foreign { path: file.to_owned() },
+        });
+    }
+    if found > known {
+        return Err(StoreError::TooNew { path: file.to_owned(), found, known });
+    }
+    Ok(found)
+}
+
+/// The instance id in a damaged store, where it can still be read.
+fn instance_of_damaged(file: &Path) -> Option<InstanceId> {
+    let connection = connect(file, OpenFlags::SQLITE_OPEN_READ_ONLY).ok()?;
+    let sql = "SELECT value FROM meta WHERE key = 'instance'";
+    connection.query_row(sql, [], |row| row.get::<_, String>(0)).ok()?.parse().ok()
 }
 
 /// Opens the connection that folds the log into the file.
@@ -203,40 +275,31 @@ fn connect(file: &Path, flags: OpenFlags) -> Result<Connection, StoreError> {
     Ok(connection)
 }
 
-fn migrate(connection: &Connection, found: u32) -> Result<InstanceId, StoreError> {
+fn migrate(
+    connection: &Connection,
+    found: u32,
+    before: Option<InstanceId>,
+) -> Result<InstanceId, StoreError> {
     connection.execute_batch("BEGIN IMMEDIATE")?;
     for step in &MIGRATIONS[found as usize..] {
-        connection.execute_batch(step)?;
+        connection.execute_batch(step).map_err(|error| match StoreError::from(error) {
+            StoreError::Sqlite { detail } => {
+                corrupt(Path::new(FILE_NAME), format!("it is not what its schema {found} says: {detail}"))
+            }
+            other => other,
+        })?;
     }
     connection.pragma_update(None, "application_id", APPLICATION_ID)?;
     connection.pragma_update(None, "user_version", MIGRATIONS.len() as u32)?;
     let random = getrandom::u64().map_err(|error| StoreError::Sqlite { detail: error.to_string() })?;
+    // A new store in a directory that had one: its cells are this store's to remove.
+    let fresh = before.unwrap_or_else(|| InstanceId::new(random));
     connection.execute(
         "INSERT INTO meta (key, value) VALUES ('instance', ?1) ON CONFLICT DO NOTHING",
-        [InstanceId::new(random).as_str()],
+        [fresh.as_str()],
     )?;
     let text: String =
         connection.query_row("SELECT value FROM meta WHERE key = 'instance'", [], |row| row.get(0))?;
     connection.execute_batch("COMMIT")?;
-    text.parse().map_err(|_| StoreError::Corrupt {
-        path: FILE_NAME.into(),
-        detail: format!("its instance id is {text:?}"),
-    })
-}
-
-/// See [`super::Store::set_aside`].
-pub(super) fn set_aside(state_dir: &Path, now_ms: u64) -> Result<PathBuf, StoreError> {
-    let _lock = lock(state_dir)?;
-    let aside = state_dir.join(format!("{FILE_NAME}.damaged-{now_ms}"));
-    for suffix in ["-wal", "-shm", ""] {
-        let from = state_dir.join(format!("{FILE_NAME}{suffix}"));
-        let to = state_dir.join(format!("{FILE_NAME}.damaged-{now_ms}{suffix}"));
-        match std::fs::rename(&from, &to) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(StoreError::io("rename", &from, &error));
-            }
-            _ => {}
-        }
-    }
-    Ok(aside)
+    text.parse().map_err(|_| corrupt(Path::new(FILE_NAME), format!("its instance id is {text:?}")))
 }

@@ -282,7 +282,7 @@ async fn a_second_daemon_is_told_who_is_there() {
     let path = dir.path().join(LOCK_NAME);
     let locked = StoreError::Locked { path, pid: Some(std::process::id()) };
     assert_eq!(Store::open(dir.path()).await.unwrap_err(), locked);
-    assert_eq!(Store::set_aside(dir.path(), 1).await, Err(locked));
+    assert_eq!(Store::set_aside(dir.path(), 1, Vec::new()).await, Err(locked));
     let clone = store.clone();
     store.close().await.unwrap();
     assert_eq!(clone.open_jobs().await, Err(StoreError::Closed));
@@ -311,10 +311,18 @@ async fn files_that_are_not_ours_or_not_whole_are_refused_and_can_be_set_aside()
     std::fs::write(&path, b"this is no database, it only has its name").unwrap();
     let error = Store::open(dir.path()).await.unwrap_err();
     assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
-    let aside = Store::set_aside(dir.path(), 42).await.unwrap();
-    assert!(aside.is_file() && !path.exists());
+    let aside = Store::set_aside(dir.path(), 42, Vec::new()).await.unwrap();
+    assert!(std::fs::read(aside.join(FILE_NAME)).unwrap().starts_with(b"this is no database"));
     let store = open(&dir).await;
-    assert_ne!(store.instance(), &instance);
+    assert_eq!(store.instance(), &instance, "what is left of the old one's cells is this one's to remove");
+    assert_eq!(store.jobs(Filter::default()).await.unwrap().rows.len(), 0);
+    store.close().await.unwrap();
+    // A store from before the id had a file of its own: it is read from the damaged one.
+    std::fs::write(&path, &bad).unwrap();
+    std::fs::remove_file(dir.path().join(INSTANCE_NAME)).unwrap();
+    Store::set_aside(dir.path(), 43, Vec::new()).await.unwrap();
+    let store = open(&dir).await;
+    assert_eq!(store.instance(), &instance);
     store.close().await.unwrap();
 
     std::fs::write(&path, &good).unwrap();
@@ -617,4 +625,160 @@ proptest! {
 fn the_readme_says_what_a_power_loss_can_take() {
     let readme = include_str!("../../README.md");
     assert!(readme.contains(&format!("the last {} ms of them", super::SYNC_DELAY_MS)));
+}
+
+/// A store with jobs as a killed daemon leaves it, its log beside it: database, log.
+async fn killed_store() -> (TempDir, Vec<u8>, Vec<u8>) {
+    let dir = TempDir::new().unwrap();
+    let store = open(&dir).await;
+    for n in 0..300 {
+        store.submit(new_job(n, 1000)).await.unwrap();
+    }
+    store.close().await.unwrap();
+    let store = open(&dir).await;
+    for n in 300..600 {
+        store.submit(new_job(n, 1000)).await.unwrap();
+    }
+    let read = |name: String| std::fs::read(dir.path().join(name)).unwrap();
+    let files = (read(FILE_NAME.to_owned()), read(format!("{FILE_NAME}-wal")));
+    store.close().await.unwrap();
+    (dir, files.0, files.1)
+}
+
+/// The jobs of a directory with these files, or why it is refused. Whatever is refused can be set aside.
+async fn jobs_with(dir: &TempDir, database: &[u8], log: &[u8]) -> Result<BTreeSet<JobId>, StoreError> {
+    std::fs::write(dir.path().join(FILE_NAME), database).unwrap();
+    std::fs::write(dir.path().join(format!("{FILE_NAME}-wal")), log).unwrap();
+    let _ = std::fs::remove_file(dir.path().join(format!("{FILE_NAME}-shm")));
+    let store = Store::open(dir.path()).await?;
+    let mut jobs = BTreeSet::new();
+    let mut filter = Filter::default();
+    let read = loop {
+        match store.jobs(filter.clone()).await {
+            Ok(page) => {
+                jobs.extend(page.rows.into_iter().map(|row| row.id));
+                match page.next_cursor {
+                    Some(cursor) => filter.cursor = Some(cursor),
+                    None => break Ok(jobs),
+                }
+            }
+            Err(error) => break Err(error),
+        }
+    };
+    store.close().await.unwrap();
+    read
+}
+
+#[tokio::test]
+async fn a_flipped_or_cut_page_is_refused_as_damage_and_a_flipped_or_cut_log_ends_earlier() {
+    let (dir, database, log) = killed_store().await;
+    assert_eq!(jobs_with(&dir, &database, &log).await.unwrap().len(), 600);
+    let pages = database.len() / 4096;
+    let (mut refused, mut tried) = (0, 0);
+    for page in (0..pages).step_by(pages / 12 + 1) {
+        tried += 1;
+        let mut bad = database.clone();
+        bad[page * 4096..(page + 1) * 4096].iter_mut().for_each(|byte| *byte ^= 0x5a);
+        // Without a log, which may hold the page anew.
+        match jobs_with(&dir, &bad, &[]).await {
+            Ok(jobs) => assert!(jobs.len() <= 300, "page {page}"),
+            Err(StoreError::Corrupt { .. } | StoreError::Unreadable { .. }) => refused += 1,
+            Err(other) => panic!("page {page}: {other}"),
+        }
+    }
+    assert!(refused * 10 >= tried * 7, "{refused} of {tried} pages");
+    for bytes in [0, 1, 100, 4096, database.len() / 2, database.len() - 4096, database.len() - 1] {
+        let error = jobs_with(&dir, &database[..bytes], &[]).await.err();
+        let error = error.unwrap_or_else(|| panic!("{bytes} bytes are taken for a whole store"));
+        assert!(matches!(error, StoreError::Corrupt { .. }), "{bytes}: {error}");
+        assert!(error.to_string().contains("--set-store-aside"), "{error}");
+    }
+    // What a log has after damage is not taken: a prefix of the commits is, whole; or, where a part of the log was
+    // in the database already, the store is refused.
+    let whole: Vec<JobId> = (0..600).map(|n| JobId::new(n, 0)).collect();
+    for at in (0..log.len()).step_by(log.len() / 5) {
+        let mut bad = log.clone();
+        bad[at] ^= 0xff;
+        for log in [&bad[..], &log[..at]] {
+            let jobs = match jobs_with(&dir, &database, log).await {
+                Ok(jobs) => jobs,
+                Err(StoreError::Corrupt { .. }) => continue,
+                Err(other) => panic!("byte {at}: {other}"),
+            };
+            let prefix: BTreeSet<JobId> = whole[..jobs.len()].iter().cloned().collect();
+            assert!(jobs.len() >= 300 && jobs == prefix, "byte {at}: {} jobs", jobs.len());
+        }
+    }
+    // Gone, where there was one: not a new one.
+    for suffix in ["", "-wal", "-shm"] {
+        let _ = std::fs::remove_file(dir.path().join(format!("{FILE_NAME}{suffix}")));
+    }
+    let error = Store::open(dir.path()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
+    let journals = dir.path().join("jobs");
+    std::fs::create_dir(&journals).unwrap();
+    std::fs::write(journals.join("one"), "kept").unwrap();
+    let aside =
+        Store::set_aside(dir.path(), 7, vec![journals.clone(), dir.path().join("none")]).await.unwrap();
+    assert_eq!(std::fs::read_to_string(aside.join("jobs/one")).unwrap(), "kept");
+    assert!(!journals.exists());
+    open(&dir).await.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_file_of_another_program_is_refused_and_stays_as_it_is() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join(FILE_NAME);
+    std::fs::write(&path, "somebody's notes").unwrap();
+    let error = Store::open(dir.path()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Foreign { .. }), "{error}");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "somebody's notes");
+    assert!(!dir.path().join(INSTANCE_NAME).exists());
+}
+
+#[tokio::test]
+async fn before_each_migration_a_copy_is_kept_that_opens_with_the_old_number() {
+    use std::os::unix::fs::PermissionsExt;
+    for old in 1..schema::MIGRATIONS.len() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        let db = Connection::open(&path).unwrap();
+        for step in &schema::MIGRATIONS[..old] {
+            db.execute_batch(step).unwrap();
+        }
+        db.execute_batch("INSERT INTO meta VALUES ('mark', 'of this one')").unwrap();
+        db.pragma_update(None, "application_id", 0x686f_7463).unwrap();
+        db.pragma_update(None, "user_version", old as u32).unwrap();
+        let id: String = InstanceId::new(5).to_string();
+        db.execute("INSERT INTO meta VALUES ('instance', ?1)", [&id]).unwrap();
+        drop(db);
+        for n in 0..old {
+            std::fs::write(dir.path().join(format!("{FILE_NAME}.schema-{n}")), "older").unwrap();
+        }
+        let store = open(&dir).await;
+        assert_eq!(store.instance().as_str(), id);
+        store.close().await.unwrap();
+        assert_eq!(std::fs::read_to_string(dir.path().join(INSTANCE_NAME)).unwrap().trim(), id);
+        let copy = dir.path().join(format!("{FILE_NAME}.schema-{old}"));
+        assert_eq!(std::fs::metadata(&copy).unwrap().permissions().mode() & 0o777, 0o600);
+        let db = Connection::open(&copy).unwrap();
+        let one = |sql: &str| db.query_row(sql, [], |row| row.get::<_, rusqlite::types::Value>(0)).unwrap();
+        assert_eq!(one("PRAGMA user_version"), (old as i64).into());
+        assert_eq!(one("PRAGMA application_id"), 0x686f_7463_i64.into());
+        assert_eq!(one("PRAGMA integrity_check"), "ok".to_owned().into());
+        assert_eq!(one("SELECT value FROM meta WHERE key = 'mark'"), "of this one".to_owned().into());
+        let mut copies: Vec<String> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name.contains(".schema"))
+            .collect();
+        copies.sort();
+        let kept = [old - 1, old].map(|n| format!("{FILE_NAME}.schema-{n}"));
+        assert_eq!(copies, kept, "the last two are kept");
+        // Open again: no further copy, and the copy opens as a store of its own.
+        open(&dir).await.close().await.unwrap();
+        let again = TempDir::new().unwrap();
+        std::fs::copy(&copy, again.path().join(FILE_NAME)).unwrap();
+        open(&again).await.close().await.unwrap();
+    }
 }

@@ -22,6 +22,7 @@ mod exec;
 mod fake_agent;
 mod image;
 mod init;
+mod keeping;
 mod life;
 mod modes;
 mod money;

@@ -399,6 +399,8 @@ fn config(dir: &Path, slots: u32) -> Config {
         access: Vec::new(),
         init_binary: init_binary(),
         log: "warn".into(),
+        set_store_aside: false,
+        retention: hotcell::retention::Limits::default(),
     }
 }
 

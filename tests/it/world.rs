@@ -32,6 +32,8 @@ pub(crate) struct World {
     engine: Option<String>,
     /// More variables of the daemon's environment, from its next start on.
     pub(crate) daemon_env: Vec<(String, String)>,
+    /// More flags of `hotcell serve`, from its next start on.
+    pub(crate) daemon_args: Vec<String>,
     /// Whom the daemon runs as, from its next start on, where that is not root.
     pub(crate) daemon_uid: Option<u32>,
 }
@@ -86,6 +88,7 @@ impl World {
             more: more.to_owned(),
             engine: None,
             daemon_env: Vec::new(),
+            daemon_args: Vec::new(),
             daemon_uid: None,
         };
         world.write_config();
@@ -159,6 +162,7 @@ impl World {
         command
             .envs(self.daemon_env.iter().cloned())
             .args(["serve", "--log", "info,hotcell=debug"])
+            .args(&self.daemon_args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);

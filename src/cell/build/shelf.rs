@@ -51,6 +51,20 @@ pub fn kept(state_dir: &Path) -> Vec<Kept> {
     all
 }
 
+/// Those that no job has used for longer than `age`. Blocks.
+pub fn unused(state_dir: &Path, now: SystemTime, age: Duration) -> Vec<Kept> {
+    let used = |kept: &Kept| {
+        let file = std::fs::metadata(file_of(&dir_below(state_dir), &kept.name)).ok()?;
+        now.duration_since(file.modified().ok()?).ok()
+    };
+    kept(state_dir).into_iter().filter(|kept| used(kept).is_some_and(|unused| unused > age)).collect()
+}
+
+/// Ids of the images that jobs have, by the directories of their journals. Blocks.
+pub fn images_of(journals: &[PathBuf]) -> Vec<String> {
+    journals.iter().filter_map(|dir| Some(read(&dir.join(OF_JOB))?.id)).collect()
+}
+
 /// Forgets one that is gone. Blocks.
 ///
 /// # Errors
@@ -207,4 +221,34 @@ fn oldest(dir: &Path) -> std::io::Result<Vec<(PathBuf, Kept)>> {
         }
     }
     Ok(old)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_that_were_not_used_for_long_are_told_and_those_of_jobs_by_their_ids() {
+        let state = tempfile::tempdir().expect("dir");
+        let dir = dir_below(state.path());
+        std::fs::create_dir(&dir).expect("dir");
+        let of = |name: &str| Kept {
+            name: format!("hotcell/build:{name}"),
+            id: format!("sha256:{name}"),
+            uid: 7,
+            source: "Dockerfile".to_owned(),
+            built_at_ms: 0,
+        };
+        write(&file_of(&dir, &of("one").name), &of("one")).expect("written");
+        let age = Duration::from_secs(1000);
+        let later = |seconds| SystemTime::now() + Duration::from_secs(seconds);
+        assert!(unused(state.path(), later(900), age).is_empty(), "its file says when it was used last");
+        let old = unused(state.path(), later(1100), age);
+        assert_eq!(old.iter().map(|kept| kept.name.as_str()).collect::<Vec<_>>(), ["hotcell/build:one"]);
+        let journal = state.path().join("journal");
+        std::fs::create_dir(&journal).expect("dir");
+        assert!(images_of(std::slice::from_ref(&journal)).is_empty());
+        write(&journal.join(OF_JOB), &of("one")).expect("written");
+        assert_eq!(images_of(&[journal]), ["sha256:one"]);
+    }
 }
