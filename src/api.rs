@@ -31,11 +31,10 @@ use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use tokio_util::sync::CancellationToken;
 
 use crate::cell::Parts;
 use crate::config::PolicyShelf;
-use crate::driver::{self, Handle};
+use crate::driver::{self, Handle, Shutdown};
 use crate::job::spec::SPEC_BYTES_MAX;
 use crate::policy::{Access, Defaults, Policy};
 use wire::{ErrorBody, ErrorCode, ErrorInfo, Health};
@@ -63,8 +62,8 @@ pub struct Api {
     pub engine_address: String,
     /// What does not work at the moment, in words.
     pub problems: RwLock<Vec<String>>,
-    /// Fires when the daemon is going down.
-    pub shutdown: CancellationToken,
+    /// How the daemon is going down, once it is.
+    pub shutdown: Shutdown,
 }
 
 impl Api {
@@ -179,7 +178,7 @@ async fn health_now(api: &Api) -> Health {
     if api.parts.metrics.engine_up.get() == 0 {
         problems.push(format!("the engine at {} does not answer", api.engine_address));
     }
-    if api.shutdown.is_cancelled() {
+    if api.shutdown.has_begun() {
         problems.push("the daemon is going down".to_owned());
     }
     let status = if problems.is_empty() { "ok" } else { "degraded" }.to_owned();

@@ -4,6 +4,7 @@
 
 mod endings;
 mod figures;
+mod stopping;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -11,23 +12,26 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{Id, JoinSet};
-use tokio_util::sync::CancellationToken;
 
 use crate::cell::record::Record;
 use crate::cell::{self, Fate, Parts, Start, StopWish};
 use crate::clock;
-use crate::job::{CellId, Input as Move, JobId, ParkReason, State, StopReason};
+use crate::job::{CellId, Input as Move, JobId, JobSpec, ParkReason, State, StopReason};
 use crate::money::{self, Budget, Scope};
 use crate::scheduler::recover::{self, FoundCell};
 use crate::scheduler::{Action, Input, Scheduler, Ticket};
 use crate::store::{Payer, StoreError};
 
 use self::endings::Endings;
+pub use self::stopping::{How, Shutdown};
 
 /// Messages that wait for the loop.
 const INBOX_MAX: usize = 1024;
 /// Time for jobs to end after a drain turned into a stop, beside the grace that agents get.
 const STOP_SLACK: Duration = Duration::from_secs(30);
+/// How long a detach waits for requests for the model that are under way, and for jobs without a cell that are being
+/// ended.
+const DETACH_MAX: Duration = Duration::from_secs(10);
 
 /// Longest sleep while a job is parked: its moment is on the wall clock, which may jump.
 const LOOK_MAX: Duration = Duration::from_secs(60);
@@ -285,47 +289,106 @@ impl Driver {
         self.start(job, Start::Adopt { cell, container });
     }
 
-    /// Runs until `shutdown`, then drains: nothing new starts, running jobs may end within the drain limit
-    /// and are stopped then, or at once when `hurry` fires.
-    pub async fn run(mut self, shutdown: CancellationToken, hurry: CancellationToken) {
-        loop {
+    /// Runs until `shutdown` says how to end, and ends so.
+    pub async fn run(mut self, shutdown: Shutdown) {
+        let mut how = loop {
             self.unpark_due().await;
             self.stop_late().await;
             tokio::select! {
-                () = shutdown.cancelled() => break,
+                how = shutdown.begun() => break how,
                 Some(message) = self.inbox.recv() => self.on_message(message).await,
                 Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
                 back = self.endings.next() => self.give_back(back),
                 () = until(self.wake_ms) => self.step(Input::Now { ms: clock::wall_ms() }),
             }
-        }
+        };
         self.step(Input::Drain);
+        if how == How::Drain {
+            how = self.drain(&shutdown).await;
+        }
+        if how == How::Now {
+            how = self.stop_all(&shutdown).await;
+        }
+        match how {
+            How::Drain | How::Now => {}
+            How::Detach | How::Leave => self.detach(how, &shutdown).await,
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.tasks.is_empty() && self.endings.is_empty()
+    }
+
+    /// Running jobs may end. Gives what is to be done about those that did not.
+    async fn drain(&mut self, shutdown: &Shutdown) -> How {
         tracing::info!(running = self.tasks.len(), "draining");
         let deadline = tokio::time::Instant::now() + self.drain_max;
-        while !self.tasks.is_empty() || !self.endings.is_empty() {
+        while !self.is_idle() {
             tokio::select! {
                 Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
                 back = self.endings.next() => self.give_back(back),
                 Some(message) = self.inbox.recv() => self.on_message(message).await,
-                () = tokio::time::sleep_until(deadline) => break,
-                () = hurry.cancelled() => break,
+                () = tokio::time::sleep_until(deadline) => return How::Now,
+                how = shutdown.beyond(How::Drain) => return how,
             }
         }
+        How::Drain
+    }
+
+    /// Running jobs are stopped. Gives the more urgent word that may come meanwhile.
+    async fn stop_all(&mut self, shutdown: &Shutdown) -> How {
         for stop in self.stops.values() {
             wish(stop, StopReason::Drain, "the daemon is going down");
         }
         let slack = self.parts.settings.cancel_grace + STOP_SLACK;
         let deadline = tokio::time::Instant::now() + slack;
-        while !self.tasks.is_empty() || !self.endings.is_empty() {
+        while !self.is_idle() {
             tokio::select! {
                 Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
                 back = self.endings.next() => self.give_back(back),
+                how = shutdown.beyond(How::Now) => return how,
                 () = tokio::time::sleep_until(deadline) => {
                     tracing::error!(left = self.tasks.len(), "jobs did not end in time; the next daemon takes them up");
-                    return;
+                    self.tasks.shutdown().await;
+                    self.endings.abandon().await;
                 }
             }
         }
+        How::Now
+    }
+
+    /// Lets go of the jobs: nothing of them is stopped, revoked or collected, and the next daemon takes them up as
+    /// after a kill. Before, no request for the model goes out any more, and those under way may end, for
+    /// [`DETACH_MAX`].
+    async fn detach(&mut self, how: How, shutdown: &Shutdown) {
+        tracing::info!(running = self.tasks.len(), "detaching: cells go on, the next daemon takes them up");
+        match attended(&self.parts).await {
+            Ok(lost) if lost.is_empty() => {}
+            Ok(lost) => {
+                tracing::warn!(jobs = ?lost, "the commands of these jobs end: their clients lose the connection");
+            }
+            Err(error) => tracing::warn!(%error, "cannot tell which commands end with their clients"),
+        }
+        let gateway = self.parts.gateway.clone();
+        let mut quiet = std::pin::pin!(gateway.close());
+        let mut answered = false;
+        let deadline = tokio::time::Instant::now() + DETACH_MAX;
+        while how == How::Detach && !(answered && self.endings.is_empty()) {
+            tokio::select! {
+                () = &mut quiet, if !answered => answered = true,
+                Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
+                back = self.endings.next() => self.give_back(back),
+                Some(message) = self.inbox.recv() => self.on_message(message).await,
+                () = tokio::time::sleep_until(deadline) => {
+                    tracing::warn!("requests under way are charged in full by the next daemon");
+                    break;
+                }
+                _ = shutdown.beyond(How::Detach) => break,
+            }
+        }
+        // What they had begun is whole or is put right at the next start, as after a kill.
+        self.tasks.shutdown().await;
+        self.endings.abandon().await;
     }
 
     async fn on_message(&mut self, message: Message) {
@@ -541,6 +604,26 @@ pub enum RecoverError {
     /// The engine.
     #[error(transparent)]
     Engine(#[from] crate::engine::EngineError),
+}
+
+/// Jobs that a restart of the daemon ends: their commands run for a client, whose connection goes with the daemon.
+///
+/// # Errors
+/// [`StoreError`].
+pub async fn attended(parts: &Parts) -> Result<Vec<JobId>, StoreError> {
+    let mut found = Vec::new();
+    for open in parts.store.open_jobs().await? {
+        // Before `Running` it is only begun anew.
+        if open.state != State::Running {
+            continue;
+        }
+        let job = parts.store.job(&open.id).await?;
+        let spec = job.and_then(|job| serde_json::from_str::<JobSpec>(&job.spec_json).ok());
+        if spec.is_some_and(|spec| spec.command.is_some()) {
+            found.push(open.id);
+        }
+    }
+    Ok(found)
 }
 
 /// Keeps the gauges of the queue true: called when somebody reads the metrics.

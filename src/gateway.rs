@@ -42,6 +42,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 pub use credentials::{
     CredentialError, CredentialKind, CredentialSource, CredentialSpec, Credentials, Injected, Principal,
@@ -261,6 +263,8 @@ pub struct Gateway {
     prices: Arc<Prices>,
     limits: Limits,
     buffers: Buffers,
+    /// Requests that cost and are under way; closed for good when the daemon detaches.
+    open: TaskTracker,
 }
 
 impl Gateway {
@@ -295,7 +299,8 @@ impl Gateway {
             }
         }
         let buffers = Buffers::default();
-        Ok(Arc::new(Self { providers, default_provider, credentials, prices, limits, buffers }))
+        let open = TaskTracker::new();
+        Ok(Arc::new(Self { providers, default_provider, credentials, prices, limits, buffers, open }))
     }
 
     /// What a job of this provider and model shares the provider's limits with: credential and class of model. Only
@@ -319,6 +324,24 @@ impl Gateway {
                 provider.pacer.lift(class);
             }
         }
+    }
+
+    /// From now on no request that costs goes out: those that come wait until their connection ends with the daemon.
+    /// Returns when those under way are settled.
+    pub async fn close(&self) {
+        self.open.close();
+        self.open.wait().await;
+    }
+
+    /// The right to one request that costs, until it is settled. Does not return once the gateway is closed.
+    async fn entered(&self) -> TaskTrackerToken {
+        let token = self.open.token();
+        // In this order: who closes it waits for the token, or we see that it is closed.
+        if !self.open.is_closed() {
+            return token;
+        }
+        drop(token);
+        std::future::pending().await
     }
 
     /// How fast the credentials are used just now: of each figure the sum, of pauses the longest.

@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 use crate::agent_bundle::{Report, Version};
 use crate::clock;
 use crate::config::{self, ApiKeySource, Config};
-use crate::daemon::{self, Listeners, Shutdown};
+use crate::daemon::{self, Listeners};
+use crate::driver::{How, Shutdown};
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
 use crate::model::{self, Recorder, Script};
@@ -260,8 +261,7 @@ impl Lab {
     }
 
     async fn stop(self) -> anyhow::Result<()> {
-        self.shutdown.drain.cancel();
-        self.shutdown.hurry.cancel();
+        self.shutdown.ask(How::Now);
         let ended = self.daemon.await.context("our daemon died")?;
         self.model_stop.cancel();
         self.model.await.context("the scripted model died")?;
