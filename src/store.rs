@@ -23,6 +23,7 @@ mod fold;
 mod found;
 pub mod jobs;
 pub mod ledger;
+mod pause;
 mod row;
 mod schema;
 mod writer;
@@ -46,6 +47,7 @@ pub use access::{AuditFilter, AuditJob};
 pub use cells::CellRow;
 pub use jobs::{Filter, Job, JobRow, NewJob, OpenJob, Page, Submitted};
 pub use ledger::{Batch, ModelCost, NewReservation, Payer, ReservationId, Reserved, Spend};
+pub use pause::Paused;
 use writer::{Durability, Writer};
 
 /// Name of the database in the state directory.
