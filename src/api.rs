@@ -10,12 +10,14 @@ mod build;
 pub mod cache;
 pub mod changes;
 pub mod cost;
+pub mod daemon;
 pub mod doctor;
 pub mod events;
 pub mod jobs;
 mod kept;
 pub mod openapi;
 pub mod peer;
+pub mod queue;
 pub mod report;
 mod sources;
 pub mod submit;
@@ -128,6 +130,11 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/attach", post(attach::attach))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/audit", get(audit::daemon))
+        .route("/v1/daemon/drain", post(daemon::drain))
+        .route("/v1/daemon/detach", post(daemon::detach))
+        .route("/v1/daemon/pause", post(daemon::pause))
+        .route("/v1/daemon/resume", post(daemon::resume))
+        .route("/v1/queue", get(queue::queue))
         .route("/v1/whoami", get(whoami::whoami))
         .route("/v1/doctor", get(doctor::doctor))
         .route("/v1/jobs/{id}/unpark", post(jobs::unpark))
@@ -181,6 +188,11 @@ async fn health_now(api: &Api) -> Health {
     if api.shutdown.has_begun() {
         problems.push("the daemon is going down".to_owned());
     }
+    let mut notes: Vec<String> = crate::workspace::form_here().1.into_iter().collect();
+    match api.paused().await {
+        Ok(paused) => notes.extend(paused.map(|paused| paused.words())),
+        Err(error) => problems.push(error.0.message),
+    }
     let status = if problems.is_empty() { "ok" } else { "degraded" }.to_owned();
     Health {
         status,
@@ -188,7 +200,7 @@ async fn health_now(api: &Api) -> Health {
         instance: api.parts.store.instance().to_string(),
         engine: api.engine_address.clone(),
         problems,
-        notes: crate::workspace::form_here().1.into_iter().collect(),
+        notes,
     }
 }
 

@@ -1,6 +1,8 @@
 //! The daemon's composition root: configuration → parts → run → drain. The caller owns socket, engine and
 //! stop ([`run`]); [`serve`] is the caller for `hotcell serve`.
 
+mod reload;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
@@ -11,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener, UnixSocket};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -57,6 +59,8 @@ pub struct Listeners {
     pub api: UnixListener,
     /// Metrics over TCP, where asked for.
     pub metrics: Option<TcpListener>,
+    /// SIGHUP, where it is watched: files are read again.
+    pub hangup: Option<Signal>,
 }
 
 /// `hotcell serve`: owns socket, signals and runtime.
@@ -73,6 +77,7 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
     let ended = runtime.block_on(async move {
         let shutdown = Shutdown::default();
         watch_signals(shutdown.clone())?;
+        let hangup = signal(SignalKind::hangup()).context("cannot watch SIGHUP")?;
         let address = find_address(config.engine.as_deref())?;
         let engine: Arc<dyn Engine> = Arc::new(Docker::connect(&address).await?);
         let listeners = Listeners {
@@ -83,6 +88,7 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
                 }
                 None => None,
             },
+            hangup: Some(hangup),
         };
         let socket = config.socket.clone();
         let ended = run(config, listeners, engine, address, shutdown).await;
@@ -108,7 +114,7 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
 /// Whatever keeps it from starting; once it serves, it ends well.
 pub async fn run(
     config: Config,
-    listeners: Listeners,
+    mut listeners: Listeners,
     engine: Arc<dyn Engine>,
     engine_address: String,
     shutdown: Shutdown,
@@ -143,7 +149,13 @@ pub async fn run(
         problems: RwLock::new(problems(&parts)),
         shutdown: shutdown.clone(),
     });
+    let (reloading, closing) = (api.clone(), close.clone());
+    let (hangup, prices_file) = (listeners.hangup.take(), config.prices_file.clone());
     let mut tasks = spawn_faces(&api, listeners, &close);
+    tasks.spawn(async move {
+        reload::run(reloading, hangup, prices_file, closing).await;
+        "reload"
+    });
     let (swept, closing) = (parts.clone(), close.clone());
     tasks.spawn(async move {
         sweeper::run(swept, closing).await;

@@ -38,7 +38,7 @@ mod upstream;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -260,7 +260,7 @@ pub struct Gateway {
     providers: BTreeMap<String, Arc<Provider>>,
     default_provider: String,
     credentials: Credentials,
-    prices: Arc<Prices>,
+    prices: RwLock<Arc<Prices>>,
     limits: Limits,
     buffers: Buffers,
     /// Requests that cost and are under way; closed for good when the daemon detaches.
@@ -299,7 +299,7 @@ impl Gateway {
             }
         }
         let buffers = Buffers::default();
-        let open = TaskTracker::new();
+        let (prices, open) = (RwLock::new(prices), TaskTracker::new());
         Ok(Arc::new(Self { providers, default_provider, credentials, prices, limits, buffers, open }))
     }
 
@@ -409,10 +409,16 @@ impl Gateway {
         self.providers.get(name).ok_or_else(|| GatewayError::UnknownProvider(name.to_owned()))
     }
 
+    /// From the next request on these are the prices; what is under way is charged by those it was reserved by.
+    pub fn set_prices(&self, prices: Prices) {
+        *self.prices.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(prices);
+    }
+
     /// The price of a model: what the list says of `<provider>/<model>`, else of the model, else the plan's highest.
     fn price(&self, provider: &Provider, model: &str, plan: &Plan) -> Option<Price> {
-        let special = self.prices.of_provider(&provider.name, model).copied();
-        special.or_else(|| self.prices.of_or(model, plan.unpriced.as_ref()))
+        let prices = self.prices.read().unwrap_or_else(PoisonError::into_inner);
+        let special = prices.of_provider(&provider.name, model).copied();
+        special.or_else(|| prices.of_or(model, plan.unpriced.as_ref()))
     }
 
     /// Opens a cell's socket, `<run_dir>/api.sock`, in place of one that a former daemon left there.

@@ -12,8 +12,6 @@ pub mod recover;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use serde::{Deserialize, Serialize};
-
 use crate::job::JobId;
 
 /// What the scheduler knows of a job.
@@ -114,8 +112,7 @@ enum Starts {
 }
 
 /// Why a job has no slot yet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Waits {
     /// The daemon is paused.
     Paused,
@@ -130,14 +127,14 @@ pub enum Waits {
 }
 
 impl Waits {
-    /// In words.
-    pub fn words(self) -> &'static str {
+    /// One word, for programs.
+    pub fn as_str(self) -> &'static str {
         match self {
-            Self::Paused => "the daemon is paused",
-            Self::Draining => "the daemon is going down",
-            Self::UserLimit => "its user's limit",
-            Self::CredentialLimit => "its credential's limit",
-            Self::Slots => "a free slot",
+            Self::Paused => "paused",
+            Self::Draining => "draining",
+            Self::UserLimit => "user_limit",
+            Self::CredentialLimit => "credential_limit",
+            Self::Slots => "slots",
         }
     }
 }

@@ -125,6 +125,7 @@ pub async fn submit(
     let status = if fresh { StatusCode::CREATED } else { StatusCode::OK };
     let mut view = view(&api, &job).await?;
     view.warnings = warnings;
+    view.warnings.extend(api.paused().await?.map(|paused| format!("the daemon is {}", paused.words())));
     Ok((status, axum::Json(view)).into_response())
 }
 
