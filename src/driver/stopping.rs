@@ -24,6 +24,15 @@ pub enum How {
 }
 
 impl How {
+    /// For people.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Drain => "draining",
+            Self::Now => "stopping",
+            Self::Detach | Self::Leave => "detaching",
+        }
+    }
+
     /// What it becomes when it is asked for a second time.
     pub fn hurried(self) -> Self {
         match self {
