@@ -49,10 +49,9 @@ async fn once(api: &Api, prices_file: Option<PathBuf>) {
     for problem in &wrong {
         tracing::warn!(problem, "SIGHUP");
     }
-    if wrong.is_empty() {
-        tracing::info!("SIGHUP: policies, prices and credentials were read again");
-    }
     let mut problems = super::problems(&api.parts);
+    let wrong_count = wrong.len();
     problems.extend(wrong);
     *api.problems.write().unwrap_or_else(PoisonError::into_inner) = problems;
+    tracing::info!(wrong = wrong_count, "SIGHUP: done: policies, prices and credentials were read again");
 }

@@ -39,6 +39,7 @@ mod runtime;
 mod scripted_engine;
 mod sources;
 mod steps;
+mod stop;
 mod support;
 mod surroundings;
 mod walls;
