@@ -327,9 +327,12 @@ impl Gateway {
     }
 
     /// From now on no request that costs goes out: those that come wait until their connection ends with the daemon.
-    /// Returns when those under way are settled.
-    pub async fn close(&self) {
+    pub fn close(&self) {
         self.open.close();
+    }
+
+    /// Returns when it is closed and those that were under way are settled.
+    pub async fn settled(&self) {
         self.open.wait().await;
     }
 

@@ -43,7 +43,8 @@
 //!    container, mounts and directory proven gone; `verify` judges the change set in a fresh cell, and the agent may get another
 //!    try; totals, `Done`. What becomes of a change set is its submitter's word
 //!    ([`api::changes`]) and done with their rights.
-//! 8. After a crash [`scheduler::recover`] says what becomes of each row and each container. What a machine lacks for
+//! 8. A daemon that is to end drains, stops what runs, or detaches and leaves it to the next one ([`driver::How`]).
+//!    After a detach as after a crash [`scheduler::recover`] says what becomes of each row and each container. What a machine lacks for
 //!    all this, and what to do about it, [`api::doctor`] says; what is known of a job that went wrong, [`api::support`]
 //!    packs, without secrets.
 //!

@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use clap::Args;
 use rustix::io::Errno;
-use rustix::process::{Pid, test_kill_process};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::fail::{CliError, ExitCode};
 use super::render::Text;
 use super::{Connection, Context};
 use crate::api::daemon::EndingView;
 
-/// How often it is looked whether the daemon has ended.
-const LOOK: Duration = Duration::from_millis(100);
 /// Longest wait for the end of a detached daemon: its own limits are shorter.
 const DETACHED_MAX: Duration = Duration::from_secs(60);
 
@@ -81,17 +81,19 @@ fn told(context: &mut Context, ending: &EndingView, json: bool) -> Result<(), Cl
 async fn gone(ending: &EndingView, max: Option<Duration>) -> Result<(), CliError> {
     let pid = i32::try_from(ending.pid).ok().and_then(Pid::from_raw);
     let Some(pid) = pid else { return Err(CliError::Protocol { what: "no process id".into() }) };
-    let waiting = async {
-        // Somebody else's process may not be signalled, but it is there.
-        while test_kill_process(pid) != Err(Errno::SRCH) {
-            tokio::time::sleep(LOOK).await;
-        }
+    let local = |error: std::io::Error| CliError::Local(error.into());
+    let process = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(process) => AsyncFd::register_with_interest(process, Interest::READABLE).map_err(local)?,
+        Err(Errno::SRCH) => return Ok(()),
+        Err(error) => return Err(local(error.into())),
     };
-    match max {
-        None => waiting.await,
-        Some(max) => tokio::time::timeout(max, waiting).await.map_err(|_| CliError::ConnectionLost {
-            what: format!("process {} has not ended within {} s", ending.pid, max.as_secs()),
+    // Readable once it has ended, also before anybody asks for its exit code.
+    let ended = match max {
+        None => process.readable().await,
+        Some(max) => tokio::time::timeout(max, process.readable()).await.map_err(|_| {
+            let what = format!("process {} has not ended within {} s", ending.pid, max.as_secs());
+            CliError::ConnectionLost { what }
         })?,
-    }
-    Ok(())
+    };
+    ended.map(|_| ()).map_err(local)
 }

@@ -84,7 +84,8 @@ impl Driver {
             Err(error) => tracing::warn!(%error, "cannot tell which commands end with their clients"),
         }
         let gateway = self.parts.gateway.clone();
-        let mut quiet = std::pin::pin!(gateway.close());
+        gateway.close();
+        let mut quiet = std::pin::pin!(gateway.settled());
         let mut answered = false;
         let deadline = tokio::time::Instant::now() + DETACH_MAX;
         while how == How::Detach && !(answered && self.endings.is_empty()) {
