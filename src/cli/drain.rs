@@ -1,19 +1,20 @@
 //! `hotcell drain` and `hotcell detach`: end the daemon. What becomes of jobs is the daemon's; this asks, and waits
 //! where it is told to.
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use clap::Args;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
 use super::fail::{CliError, ExitCode};
 use super::render::Text;
 use super::{Connection, Context};
 use crate::api::daemon::EndingView;
 
+/// How often it is looked whether the daemon has ended.
+const LOOK: Duration = Duration::from_millis(50);
 /// Longest wait for the end of a detached daemon: its own limits are shorter.
 const DETACHED_MAX: Duration = Duration::from_secs(60);
 
@@ -81,19 +82,30 @@ fn told(context: &mut Context, ending: &EndingView, json: bool) -> Result<(), Cl
 async fn gone(ending: &EndingView, max: Option<Duration>) -> Result<(), CliError> {
     let pid = i32::try_from(ending.pid).ok().and_then(Pid::from_raw);
     let Some(pid) = pid else { return Err(CliError::Protocol { what: "no process id".into() }) };
-    let local = |error: std::io::Error| CliError::Local(error.into());
     let process = match pidfd_open(pid, PidfdFlags::empty()) {
-        Ok(process) => AsyncFd::register_with_interest(process, Interest::READABLE).map_err(local)?,
+        Ok(process) => process,
         Err(Errno::SRCH) => return Ok(()),
-        Err(error) => return Err(local(error.into())),
+        Err(error) => return Err(CliError::Local(error.into())),
     };
-    // Readable once it has ended, also before anybody asks for its exit code.
-    let ended = match max {
-        None => process.readable().await,
-        Some(max) => tokio::time::timeout(max, process.readable()).await.map_err(|_| {
+    let waiting = async {
+        while !has_ended(&process) {
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    match max {
+        None => waiting.await,
+        Some(max) => tokio::time::timeout(max, waiting).await.map_err(|_| {
             let what = format!("process {} has not ended within {} s", ending.pid, max.as_secs());
             CliError::ConnectionLost { what }
         })?,
-    };
-    ended.map(|_| ()).map_err(local)
+    }
+    Ok(())
+}
+
+/// Its descriptor can be read once it has ended, also before anybody asks for its exit code.
+fn has_ended(process: &OwnedFd) -> bool {
+    let mut fd = libc::pollfd { fd: process.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid entry, an open descriptor, no waiting.
+    let count = unsafe { libc::poll(&mut fd, 1, 0) };
+    count > 0
 }
