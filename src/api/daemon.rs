@@ -77,6 +77,7 @@ impl Api {
         if self.access.is_admin(who.uid) || who.uid == rustix::process::geteuid().as_raw() {
             return Ok(who);
         }
+        self.granted(&who)?;
         let words = format!("user {} may neither end nor hold the daemon", who.uid);
         Err(ApiError::new(ErrorCode::AboveAccess, words)
             .hint("the user whom the daemon runs as can, and those whom it names in admin_uids"))

@@ -20,8 +20,8 @@ that over the default. The file is --config, else $HOTCELL_CONFIG, else
 
 Signals: SIGTERM or SIGINT drains (nothing new starts, running jobs get limits.drain_s), a
 second one stops running jobs. SIGQUIT detaches: cells go on and the next daemon adopts them.
-SIGHUP reads policies, prices and credentials again. `hotcell drain`, `detach` and `pause` do
-the same over the socket.
+SIGHUP reads policies, prices and credentials again. `hotcell drain` and `detach` do the same
+over the socket.
 
 `--help` shows all settings, `-h` the everyday ones.")]
 pub(super) struct ServeArgs {
