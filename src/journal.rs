@@ -32,6 +32,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::event::{Body, Origin, Stream};
+use crate::failpoint;
 use crate::job::State;
 
 pub use read::Reader;
@@ -330,7 +331,10 @@ impl Journal {
         self.make_room(grow)?;
         let path = self.current().path(&self.dir);
         let at = self.current().bytes;
-        if let Err(error) = self.file.write_all_at(&self.buffer, at) {
+        failpoint::pass("journal: before a write");
+        let written = self.file.write_all_at(&self.buffer, at);
+        failpoint::pass("journal: after a write");
+        if let Err(error) = written {
             // Where cutting fails too the next commit tries again, and recovery cuts at the latest.
             self.torn = self.file.set_len(at).is_err();
             return Err(JournalError::io("write", &path, error));

@@ -17,7 +17,7 @@
 //! deciding  scheduler (+ recover), session                    pure: no IO, no clock, no chance
 //! hands     store, journal, engine, link, workspace, changes, git, source, gateway, cell_image, agent_bundle, npm,
 //!           run_as, model, metrics, dockerfile, daemon_log
-//! facts     job, policy, agent, change, event, audit, money, pricing, clock  pure types
+//! facts     job, policy, agent, change, event, audit, money, pricing, clock  pure types; failpoint (tests)
 //! ```
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
 //!
@@ -67,6 +67,7 @@ pub mod audit;
 pub mod change;
 pub mod clock;
 pub mod event;
+pub mod failpoint;
 pub mod job;
 pub mod money;
 pub mod policy;

@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 
 /// Module → layer. A module of a layer may use modules of lower layers only.
 const LAYERS: [(&str, &[&str]); 5] = [
-    ("facts", &["agent", "audit", "change", "clock", "event", "job", "money", "policy", "pricing"]),
+    (
+        "facts",
+        &["agent", "audit", "change", "clock", "event", "failpoint", "job", "money", "policy", "pricing"],
+    ),
     ("deciding", &["scheduler", "session"]),
     (
         "hands",

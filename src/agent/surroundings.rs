@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use super::options::HOME;
 use super::{trust_store, way_out};
-use crate::policy::{Plan, is_reserved_variable};
+use crate::policy::egress::is_upgraded;
+use crate::policy::{Host, Plan, is_reserved_variable};
 
 /// Most variables that an image brings along; more are left out.
 const IMAGE_VARIABLES_MAX: usize = 128;
@@ -57,6 +58,11 @@ const BELOW_HOME: [(&str, &str); 17] = [
     // From pnpm 11 on; older ones read a file.
     ("pnpm_config_store_dir", PNPM_STORE),
 ];
+/// Maven's central repository.
+const MAVEN_CENTRAL: &str = "repo.maven.apache.org";
+/// The same in plain text: the gateway goes on over TLS. Under its own id, so that Maven takes what it has for its own.
+const MAVEN_MIRROR: &str = "  <mirrors>\n    <mirror><id>central</id><mirrorOf>central</mirrorOf>\
+                            <url>http://repo.maven.apache.org/maven2</url></mirror>\n  </mirrors>\n";
 /// Packages of pnpm, below HOME.
 const PNPM_STORE: &str = ".local/share/pnpm/store";
 
@@ -176,6 +182,16 @@ fn add_git_settings(env: &mut BTreeMap<String, String>, settings: &[(String, Str
     env.insert("GIT_CONFIG_COUNT".to_owned(), (there + settings.len()).to_string());
 }
 
+/// Where the policy upgrades Maven's central repository, in each step of the job that reaches it.
+fn asks_maven_in_plain_text(plan: &Plan) -> bool {
+    let Ok(central) = Host::parse(MAVEN_CENTRAL) else { return false };
+    let setup = plan.for_setup(None);
+    let upgraded = |plan: &Plan| is_upgraded(&plan.layers, &central, 80);
+    let reaches = |plan: &Plan| plan.has_egress() && upgraded(plan);
+    let steps = [plan, &setup];
+    steps.into_iter().any(reaches) && steps.into_iter().all(|step| !step.has_egress() || upgraded(step))
+}
+
 /// Files below HOME of a new cell, for tools that no variable tells: pnpm up to 10 puts its store into the workspace
 /// otherwise, and Maven 4 looks at no system property for a proxy.
 pub fn home_files(plan: &Plan) -> Vec<(&'static str, String)> {
@@ -191,10 +207,9 @@ pub fn home_files(plan: &Plan) -> Vec<(&'static str, String)> {
                 )
             })
             .collect();
-        files.push((
-            ".m2/settings.xml",
-            format!("<settings>\n  <proxies>\n{proxies}  </proxies>\n</settings>\n"),
-        ));
+        let mirrors = if asks_maven_in_plain_text(plan) { MAVEN_MIRROR } else { "" };
+        let text = format!("<settings>\n  <proxies>\n{proxies}  </proxies>\n{mirrors}</settings>\n");
+        files.push((".m2/settings.xml", text));
     }
     files
 }

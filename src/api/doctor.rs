@@ -9,7 +9,7 @@ use axum::extract::State;
 
 use super::wire::{Check, CheckVerdict, Doctor};
 use super::{Api, ApiError};
-use crate::agent_bundle::{Bundle, Qualification};
+use crate::agent_bundle::Qualification;
 use crate::cell::Parts;
 use crate::engine::EngineInfo;
 use crate::job::spec::Runtime;
@@ -125,16 +125,27 @@ fn agent(parts: &Parts) -> Check {
         }
     };
     let of_jobs = parts.settings.agent.clone().unwrap_or_else(|| active.as_str().to_owned());
-    let is_it = |bundle: &&Bundle| bundle.version.as_str() == of_jobs;
-    match bundles.iter().find(is_it).map(|bundle| &bundle.state) {
+    let bundle = bundles.iter().find(|bundle| bundle.version.as_str() == of_jobs);
+    agent_of_jobs(&of_jobs, bundle.map(|bundle| &bundle.state))
+}
+
+/// The version that hotcell is made for is used without a test on this machine; any other one cannot be chosen so.
+fn agent_of_jobs(version: &str, state: Option<&Qualification>) -> Check {
+    let install = "install one: hotcell image build, or hotcell agent install VERSION";
+    match state {
         Some(Qualification::Qualified { .. }) => {
-            check("agent", CheckVerdict::Pass, format!("Claude Code {of_jobs}, self-test passed"))
+            check("agent", CheckVerdict::Pass, format!("Claude Code {version}, self-test passed"))
         }
-        Some(_) => {
-            let words = format!("Claude Code {of_jobs} has not passed its self-test: no job gets it");
+        Some(Qualification::Installed) => {
+            let words = format!("Claude Code {version} is installed; it was not tested on this machine yet");
+            check("agent", CheckVerdict::Note, words)
+                .hint(&format!("try it in real cells: hotcell agent test {version}"))
+        }
+        Some(Qualification::Failed { why, .. }) => {
+            let words = format!("Claude Code {version} failed its self-test: {why}");
             check("agent", CheckVerdict::Fail, words).hint(install)
         }
-        None => check("agent", CheckVerdict::Fail, format!("Claude Code {of_jobs} is not installed"))
+        None => check("agent", CheckVerdict::Fail, format!("Claude Code {version} is not installed"))
             .hint(install),
     }
 }
@@ -180,4 +191,27 @@ fn policies(problems: &[String]) -> Check {
         return check("policies", CheckVerdict::Pass, "all files can be used");
     }
     check("policies", CheckVerdict::Note, problems.join("; ")).hint("hotcell policy check FILE says more")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent_bundle::Report;
+
+    #[test]
+    fn an_agent_that_was_not_tested_here_is_a_note_and_one_that_failed_or_is_missing_a_fault() {
+        let report = Report { at_ms: 1, duration_ms: 2, checks: Vec::new() };
+        let failed = Qualification::Failed { why: "no gate".to_owned(), at_ms: 1 };
+        for (state, verdict) in [
+            (Some(Qualification::Installed), CheckVerdict::Note),
+            (Some(Qualification::Qualified { report }), CheckVerdict::Pass),
+            (Some(failed), CheckVerdict::Fail),
+            (None, CheckVerdict::Fail),
+        ] {
+            let check = agent_of_jobs("2.1.1", state.as_ref());
+            assert_eq!(check.verdict, verdict, "{check:?}");
+            assert_eq!(check.hint.is_none(), check.verdict == CheckVerdict::Pass, "{check:?}");
+            assert!(check.words.contains("2.1.1"), "{check:?}");
+        }
+    }
 }

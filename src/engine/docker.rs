@@ -34,6 +34,7 @@ use super::{
     ImageInfo, LABEL_BUILD, LABEL_CELL, LABEL_INSTANCE, Progress, Reply, RuntimeInfo, SealedBuild, address,
     config, container_name, normalise_arch, tail,
 };
+use crate::failpoint;
 use crate::job::{InstanceId, JobId};
 
 /// Questions: info, inspect, list, tag.
@@ -107,7 +108,10 @@ impl Docker {
         ms_max: u64,
         call: impl Future<Output = Result<T, ApiError>>,
     ) -> Result<T, EngineError> {
-        match timeout(Duration::from_millis(ms_max), call).await {
+        failpoint::pass("engine: before a call");
+        let answer = timeout(Duration::from_millis(ms_max), call).await;
+        failpoint::pass("engine: after a call");
+        match answer {
             Ok(result) => result.map_err(|e| translate(&self.address, what, e)),
             Err(_) => Err(EngineError::Timeout { what, after_ms: ms_max }),
         }

@@ -14,6 +14,8 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use super::egress::route::ProviderConnector;
 use super::{GatewayError, Reach};
 
+use crate::failpoint;
+
 /// Longest wait for a TCP connection.
 const CONNECT_WAIT: Duration = Duration::from_secs(10);
 /// An idle connection is kept this long: shorter than providers do, so that we close first.
@@ -86,7 +88,10 @@ impl Upstream {
         *request.method_mut() = Method::POST;
         *request.uri_mut() = uri;
         *request.headers_mut() = headers;
-        self.client.request(request).await
+        failpoint::pass("gateway: before a request");
+        let answer = self.client.request(request).await;
+        failpoint::pass("gateway: after a request");
+        answer
     }
 }
 

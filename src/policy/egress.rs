@@ -75,6 +75,11 @@ pub struct HostRule {
     /// Globs of paths whose content never changes: what is kept of them is not asked for again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub immutable: Vec<String>,
+    /// A request for it over plain HTTP is taken for one over TLS: it is judged as such, and goes on as such. For
+    /// tools to which TLS costs more than it gives, since a cell's plain HTTP does not leave this machine. Only the
+    /// policy's own word counts.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub upgrade: bool,
     /// The set that it came from. Written where sets are opened, never in a file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(skip)]
@@ -246,7 +251,7 @@ impl HostRule {
     /// Closes it: what it adds is not for this step, and no less exact rule may speak in its stead.
     pub(super) fn close(&mut self) {
         (self.inspect, self.closed, self.credential) = (true, true, None);
-        (self.cache, self.immutable) = (false, Vec::new());
+        (self.cache, self.immutable, self.upgrade) = (false, Vec::new(), false);
     }
 
     /// Whether what is kept of such a request is never asked for again.
@@ -358,6 +363,13 @@ fn speaking_rule<'a>(layer: &'a Layer, ask: &EgressAsk<'_>) -> Result<&'a HostRu
     }
 }
 
+/// Whether a request for a host over plain HTTP, on its usual port, is taken for one over TLS: the policy says so, and
+/// then it is judged and sent as such.
+pub fn is_upgraded(layers: &[Layer], host: &Host, port: u16) -> bool {
+    let rules = layers.first().filter(|_| port == 80).map(|layer| layer.egress.speaking(host, 443));
+    rules.unwrap_or_default().iter().any(|rule| rule.upgrade)
+}
+
 /// Answers people read hold at most this much of a path.
 pub(super) fn shown(path: &str) -> &str {
     path.get(..200).unwrap_or(path)
@@ -369,7 +381,10 @@ pub(super) fn shown(path: &str) -> &str {
 /// # Errors
 /// What is wrong with the URL, in words.
 pub fn decide_url(layers: &[Layer], method: &str, url: &str) -> Result<Result<Terms, Denial>, String> {
-    let (host, port, path, secure) = parse_url(url)?;
+    let (host, mut port, path, mut secure) = parse_url(url)?;
+    if !secure && is_upgraded(layers, &host, port) {
+        (port, secure) = (443, true);
+    }
     let query = url.split('#').next().and_then(|url| url.split_once('?')).map(|(_, query)| query);
     let ask = |act| decide_egress(layers, &EgressAsk { host: &host, port, act });
     if secure {

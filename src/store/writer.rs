@@ -20,6 +20,7 @@ use rusqlite::Connection;
 
 use super::fold::Folder;
 use super::{SYNC_DELAY_MS, StoreError, lock};
+use crate::failpoint;
 
 /// Requests per transaction.
 const BATCH_MAX: usize = 64;
@@ -332,8 +333,10 @@ impl Books {
         if batch.is_empty() {
             return false;
         }
+        failpoint::pass("store: before a transaction");
         let mut replies = Vec::with_capacity(batch.len());
         let committed = self.transaction(batch, &mut replies);
+        failpoint::pass("store: after a transaction");
         let first = committed.is_ok() && !self.unsynced;
         self.unsynced |= committed.is_ok();
         let mut now = Vec::new();

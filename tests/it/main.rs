@@ -15,6 +15,7 @@ mod changes;
 mod command;
 mod copies;
 mod crash;
+mod crash_points;
 mod egress;
 mod engine;
 mod exec;

@@ -123,6 +123,37 @@ impl World {
 
     /// Starts the daemon and waits until it answers.
     pub(crate) fn start(&mut self) {
+        self.launch();
+        self.wait_for("the daemon answers", |world| {
+            if let Some(ended) = world.daemon.as_mut().and_then(|d| d.try_wait().unwrap()) {
+                panic!("the daemon ended ({ended}):\n{}", world.log());
+            }
+            world.try_call("GET", "/healthz", "").is_some_and(|a| a.status == 200)
+        });
+    }
+
+    /// Starts a daemon that may get SIGKILL at any time: whether it came to answer.
+    pub(crate) fn start_or_be_killed(&mut self) -> bool {
+        self.launch();
+        let mut killed = false;
+        self.wait_for("the daemon answers or is dead", |world| {
+            killed = world.was_killed();
+            killed || world.try_call("GET", "/healthz", "").is_some_and(|a| a.status == 200)
+        });
+        !killed
+    }
+
+    /// Whether the daemon got SIGKILL; any other end of it is a fault.
+    pub(crate) fn was_killed(&mut self) -> bool {
+        use std::os::unix::process::ExitStatusExt;
+        let Some(daemon) = self.daemon.as_mut() else { return true };
+        let Some(ended) = daemon.try_wait().unwrap() else { return false };
+        assert_eq!(ended.signal(), Some(9), "the daemon ended ({ended}):\n{}", self.log());
+        self.daemon = None;
+        true
+    }
+
+    fn launch(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let mut command = self.hotcell();
         command
@@ -137,12 +168,6 @@ impl World {
         }
         let child = command.spawn().expect("hotcell serve");
         self.daemon = Some(child);
-        self.wait_for("the daemon answers", |world| {
-            if let Some(ended) = world.daemon.as_mut().and_then(|d| d.try_wait().unwrap()) {
-                panic!("the daemon ended ({ended}):\n{}", world.log());
-            }
-            world.try_call("GET", "/healthz", "").is_some_and(|a| a.status == 200)
-        });
     }
 
     /// kill -9 of the daemon.
@@ -327,7 +352,7 @@ impl World {
             .unwrap_or_else(|| panic!("no answer to {method} {path}:\n{}", self.log()))
     }
 
-    fn try_call(&self, method: &str, path: &str, body: &str) -> Option<Answer> {
+    pub(crate) fn try_call(&self, method: &str, path: &str, body: &str) -> Option<Answer> {
         self.curl(method, path, body, &[], None)
     }
 

@@ -154,6 +154,20 @@ fn tools_without_a_variable_find_a_file() {
 }
 
 #[test]
+fn maven_asks_in_plain_text_where_every_step_that_reaches_it_is_upgraded() {
+    let asks = |policy: &str| {
+        let files = home_files(&plan(policy));
+        files.iter().any(|(_, text)| text.contains("<url>http://repo.maven.apache.org/maven2</url>"))
+    };
+    assert!(asks("[egress]\nsets = ['maven']") && asks("[setup]\negress = { sets = ['maven'] }"));
+    assert!(
+        !asks("[egress]\nsets = ['npm']")
+            && !asks("[egress]\nsets = ['npm']\n[setup]\negress = { sets = ['maven'] }")
+    );
+    assert!(!asks("[[egress.host]]\nname = 'repo.maven.apache.org'\ninspect = true"));
+}
+
+#[test]
 fn the_agent_is_told_what_is_open_and_what_is_not_there() {
     let closed = words(&plan(""));
     assert!(

@@ -15,7 +15,7 @@ use super::door::{Body, Refused, Shared, elapsed_ms, shown};
 use super::exchange::{Asked, Origin, Passage, RequestBody};
 use super::{EgressRecord, cached};
 use crate::gateway::credentials::Injected;
-use crate::policy::egress::{CanonicalPath, Terms};
+use crate::policy::egress::{CanonicalPath, Terms, is_upgraded};
 use crate::policy::{Act, EgressAsk, Host, decide_egress};
 
 /// Headers of one hop, of proxies, and those that we write ourselves.
@@ -78,7 +78,9 @@ pub(super) async fn plain(shared: &Arc<Shared>, request: Request<Incoming>) -> R
         };
         let (host, port) = parsed.map_err(|error| Refused::malformed(format!("the URL's host {error}")))?;
         let path = CanonicalPath::parse(request.uri().path()).map_err(Refused::malformed)?;
-        Ok(Asked { host, port, path, secure: false })
+        // What the policy judges as a request over TLS leaves as one, too.
+        let secure = is_upgraded(&shared.plan.layers, &host, port);
+        Ok(Asked { host, port: if secure { 443 } else { port }, path, secure })
     })();
     let (host, port) = match &asked {
         Ok(asked) => (asked.host.to_string(), asked.port),

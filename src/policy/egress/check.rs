@@ -185,7 +185,7 @@ impl HostRule {
         Ok(())
     }
 
-    /// What can be kept for other jobs.
+    /// What can be kept for other jobs, and what is sent on over TLS.
     fn check_cache(&self) -> Result<(), (&'static str, String)> {
         if !self.cache && !self.immutable.is_empty() {
             return Err(("immutable", "needs cache = true: nothing is kept without it".into()));
@@ -194,6 +194,12 @@ impl HostRule {
             return Err((
                 "cache",
                 "needs inspect = true: nobody can see an answer from outside of TLS".into(),
+            ));
+        }
+        if self.upgrade && !(self.inspect && self.ports.contains(&443)) {
+            return Err((
+                "upgrade",
+                "needs inspect = true and port 443: it is about requests over TLS".into(),
             ));
         }
         for glob in &self.immutable {

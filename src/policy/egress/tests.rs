@@ -78,6 +78,8 @@ fn mistakes_are_named_with_their_key_and_place() {
         ("name = \"a.b\"\ninspect = true\nqueries = []", &["egress.host[1].queries", "is empty"]),
         ("name = \"a.b\"\ninspect = true\nqueries = [\"a b\"]", &["is no query that passes"]),
         ("name = \"a.b\"\ncache = true", &["egress.host[1].cache", "inspect = true"]),
+        ("name = \"a.b\"\nupgrade = true", &["egress.host[1].upgrade", "inspect = true"]),
+        ("name = \"a.b\"\ninspect = true\nports = [80]\nupgrade = true", &["upgrade", "port 443"]),
         ("name = \"a.b\"\nimmutable = [\"/**\"]", &["egress.host[1].immutable", "cache = true"]),
         ("name = \"a.b\"\nports = [80]\ncache = true\nimmutable = [\"x\"]", &["immutable", "begin with '/'"]),
     ] {
@@ -185,6 +187,25 @@ fn only_the_policys_own_rule_has_answers_kept() {
     assert_eq!(of(plain, kept, "/files/x"), (false, false));
     let terms = connect(&[layer(kept)], "a.example", 443).expect("allowed");
     assert_eq!((terms.cache, terms.immutable), (true, false));
+}
+
+#[test]
+fn only_the_policys_own_word_takes_plain_text_for_tls_and_then_it_is_judged_as_such() {
+    let raised =
+        "[[egress.host]]\nname = \"a.example\"\ninspect = true\nupgrade = true\nmethods = [\"GET\"]\n";
+    let usual = "[[egress.host]]\nname = \"a.example\"\ninspect = true\n";
+    let ask = |layers: &[&str], method: &str, url: &str| {
+        let layers: Vec<_> = layers.iter().map(|text| layer(text)).collect();
+        decide_url(&layers, method, url).expect("a URL").is_ok()
+    };
+    let url = "http://a.example/x";
+    assert!(ask(&[raised], "GET", url) && ask(&[raised, usual], "GET", url));
+    assert!(!ask(&[raised], "POST", url), "the rule's own conditions hold");
+    assert!(!ask(&[usual], "GET", url) && !ask(&[usual, raised], "GET", url));
+    assert!(!ask(&[raised, ""], "GET", url), "every layer has to open it");
+    assert!(
+        !ask(&[raised], "GET", "http://a.example:8080/x") && !ask(&[raised], "GET", "http://b.example/x")
+    );
 }
 
 #[test]

@@ -98,7 +98,10 @@ fn main() {
                         return;
                     }
                 },
-                None => act(command, &answered),
+                None => match command.strip_prefix("patient ") {
+                    Some(prompt) => patient(prompt),
+                    None => act(command, &answered),
+                },
             }
             todo.remove(0);
         }
@@ -148,6 +151,13 @@ fn ask_model(prompt: &str) -> u16 {
     let mut answer = String::new();
     let _ = socket.read_to_string(&mut answer);
     answer.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0)
+}
+
+/// Asks until there is an answer, as the CLI does.
+fn patient(prompt: &str) {
+    while ask_model(prompt) != 200 {
+        std::thread::sleep(Duration::from_millis(200));
+    }
 }
 
 fn act(command: &str, answered: &Receiver<String>) {

@@ -887,3 +887,29 @@ proptest! {
         })?;
     }
 }
+
+#[tokio::test]
+async fn a_plain_request_that_the_policy_upgrades_leaves_over_tls_and_shares_what_is_kept() {
+    async fn plain(cell: &mut Cell, path: &str) -> Answer {
+        let ask =
+            format!("GET http://a.example{path} HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\n\r\n");
+        let bytes = cell.raw(ask.as_bytes()).await.into_bytes();
+        parsed(cell, &bytes).await
+    }
+    let jobs = Jobs::new();
+    jobs.host.put("/files/x.jar", Page::of("x", &FRESH));
+    let mut cell = jobs.job(&rule("a.example", &format!("{RULES}\nupgrade = true"))).await;
+    let first = plain(&mut cell, "/files/x.jar").await;
+    assert_eq!((first.status, first.body.as_slice(), first.event.port), (200, &b"x"[..], 443));
+    assert_eq!(jobs.host.came().len(), 1);
+    let again = plain(&mut cell, "/files/x.jar").await;
+    assert_eq!((again.event.cached_bytes, again.event.bytes_up), (1, 0));
+    cell.end().await;
+    assert_eq!(jobs.one("GET /files/x.jar").await.event.cached_bytes, 1, "the same as over TLS");
+    // Without the word of the policy plain text is what it was.
+    let mut cell = jobs.job(&rule("a.example", RULES)).await;
+    let refused = plain(&mut cell, "/files/x.jar").await;
+    assert_eq!((refused.status, refused.event.allowed), (403, false));
+    cell.end().await;
+    assert_eq!(jobs.host.came(), []);
+}
