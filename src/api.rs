@@ -10,6 +10,7 @@ mod build;
 pub mod cache;
 pub mod changes;
 pub mod cost;
+pub mod daemon;
 pub mod doctor;
 pub mod events;
 pub mod gc;
@@ -17,6 +18,7 @@ pub mod jobs;
 mod kept;
 pub mod openapi;
 pub mod peer;
+pub mod queue;
 pub mod report;
 mod sources;
 pub mod submit;
@@ -32,11 +34,10 @@ use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use tokio_util::sync::CancellationToken;
 
 use crate::cell::Parts;
 use crate::config::PolicyShelf;
-use crate::driver::{self, Handle};
+use crate::driver::{self, Handle, Shutdown};
 use crate::job::spec::SPEC_BYTES_MAX;
 use crate::policy::{Access, Defaults, Policy};
 use wire::{ErrorBody, ErrorCode, ErrorInfo, Health};
@@ -66,8 +67,8 @@ pub struct Api {
     pub engine_address: String,
     /// What does not work at the moment, in words.
     pub problems: RwLock<Vec<String>>,
-    /// Fires when the daemon is going down.
-    pub shutdown: CancellationToken,
+    /// How the daemon is going down, once it is.
+    pub shutdown: Shutdown,
 }
 
 impl Api {
@@ -132,6 +133,11 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/jobs/{id}/attach", post(attach::attach))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/audit", get(audit::daemon))
+        .route("/v1/daemon/drain", post(daemon::drain))
+        .route("/v1/daemon/detach", post(daemon::detach))
+        .route("/v1/daemon/pause", post(daemon::pause))
+        .route("/v1/daemon/resume", post(daemon::resume))
+        .route("/v1/queue", get(queue::queue))
         .route("/v1/whoami", get(whoami::whoami))
         .route("/v1/doctor", get(doctor::doctor))
         .route("/v1/jobs/{id}/unpark", post(jobs::unpark))
@@ -184,8 +190,13 @@ async fn health_now(api: &Api) -> Health {
     if api.parts.metrics.engine_up.get() == 0 {
         problems.push(format!("the engine at {} does not answer", api.engine_address));
     }
-    if api.shutdown.is_cancelled() {
+    if api.shutdown.has_begun() {
         problems.push("the daemon is going down".to_owned());
+    }
+    let mut notes: Vec<String> = crate::workspace::form_here().1.into_iter().collect();
+    match api.paused().await {
+        Ok(paused) => notes.extend(paused.map(|paused| paused.words())),
+        Err(error) => problems.push(error.0.message),
     }
     let status = if problems.is_empty() { "ok" } else { "degraded" }.to_owned();
     Health {
@@ -194,7 +205,7 @@ async fn health_now(api: &Api) -> Health {
         instance: api.parts.store.instance().to_string(),
         engine: api.engine_address.clone(),
         problems,
-        notes: crate::workspace::form_here().1.into_iter().collect(),
+        notes,
     }
 }
 

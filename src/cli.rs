@@ -15,6 +15,7 @@ mod cost;
 mod diff;
 mod discard;
 mod doctor;
+mod drain;
 mod exec;
 mod export;
 mod fail;
@@ -25,7 +26,9 @@ mod image;
 mod logs;
 mod ls;
 mod model;
+mod pause;
 mod policy;
+mod queue;
 mod render;
 mod report;
 mod retry;
@@ -82,11 +85,16 @@ enum Command {
     Cancel(cancel::CancelArgs),
     Unpark(unpark::UnparkArgs),
     Retry(retry::RetryArgs),
+    Queue(queue::QueueArgs),
     Rm(rm::RmArgs),
     Cost(cost::CostArgs),
     Cache(cache::CacheArgs),
     Gc(gc::GcArgs),
     Serve(serve::ServeArgs),
+    Pause(pause::PauseArgs),
+    Resume(pause::ResumeArgs),
+    Drain(drain::DrainArgs),
+    Detach(drain::DetachArgs),
     Image(image::ImageArgs),
     Agent(agent::AgentArgs),
     Model(model::ModelArgs),
@@ -195,11 +203,16 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Cancel(args) => wait(cancel::cancel(&args, context)),
         Command::Unpark(args) => wait(unpark::unpark(&args, context)),
         Command::Retry(args) => wait(retry::retry(&args, context)),
+        Command::Queue(args) => wait(queue::queue(&args, context)),
         Command::Rm(args) => wait(rm::rm(&args, context)),
         Command::Cost(args) => wait(cost::cost(&args, context)),
         Command::Cache(args) => wait(cache::cache(&args, context)),
         Command::Gc(args) => wait(gc::gc(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
+        Command::Pause(args) => wait(pause::pause(&args, context)),
+        Command::Resume(args) => wait(pause::resume(&args, context)),
+        Command::Drain(args) => wait(drain::drain(&args, context)),
+        Command::Detach(args) => wait(drain::detach(&args, context)),
         Command::Image(args) => image::image(&args, context),
         Command::Agent(args) => agent::agent(&args, context),
         Command::Model(args) => model::model(&args, context),
@@ -234,6 +247,14 @@ impl Command {
             Self::Cost(args) => args.json,
             Self::Cache(args) => args.json(),
             Self::Gc(args) => args.json,
+            Self::Queue(args) => args.json,
+            Self::Rm(args) => args.json,
+            Self::Cost(args) => args.json,
+            Self::Cache(args) => args.json(),
+            Self::Pause(args) => args.json,
+            Self::Resume(args) => args.json,
+            Self::Drain(args) => args.json,
+            Self::Detach(args) => args.json,
             Self::Image(args) => args.json(),
             Self::Agent(args) => args.json(),
             Self::Policy(args) => args.json(),

@@ -2,6 +2,7 @@
 //! stop ([`run`]); [`serve`] is the caller for `hotcell serve`.
 
 mod aside;
+mod reload;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -13,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener, UnixSocket};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -25,7 +26,7 @@ use crate::cell::runtime::Tried;
 use crate::cell::{Parts, Settings};
 use crate::config::{Config, PolicyShelf, unknown_name};
 use crate::daemon_log::{self, DaemonLog};
-use crate::driver::Driver;
+use crate::driver::{Driver, How, Shutdown};
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
 use crate::gateway::egress::{CorporateProxy, EgressLimits, Network, further_roots};
@@ -52,15 +53,6 @@ const CLOSE_MAX: Duration = Duration::from_secs(5);
 /// Connections that the kernel holds until they are accepted.
 const LISTEN_BACKLOG: u32 = 1024;
 
-/// Two stops: the first lets jobs end, the second stops them.
-#[derive(Debug, Clone, Default)]
-pub struct Shutdown {
-    /// No new jobs; running ones may end.
-    pub drain: CancellationToken,
-    /// Running jobs are stopped as well.
-    pub hurry: CancellationToken,
-}
-
 /// What the caller of [`run`] listens on.
 #[derive(Debug)]
 pub struct Listeners {
@@ -68,6 +60,8 @@ pub struct Listeners {
     pub api: UnixListener,
     /// Metrics over TCP, where asked for.
     pub metrics: Option<TcpListener>,
+    /// SIGHUP, where it is watched: files are read again.
+    pub hangup: Option<Signal>,
 }
 
 /// `hotcell serve`: owns socket, signals and runtime.
@@ -84,6 +78,7 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
     let ended = runtime.block_on(async move {
         let shutdown = Shutdown::default();
         watch_signals(shutdown.clone())?;
+        let hangup = signal(SignalKind::hangup()).context("cannot watch SIGHUP")?;
         let address = find_address(config.engine.as_deref())?;
         let engine: Arc<dyn Engine> = Arc::new(Docker::connect(&address).await?);
         let listeners = Listeners {
@@ -94,6 +89,7 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
                 }
                 None => None,
             },
+            hangup: Some(hangup),
         };
         let socket = config.socket.clone();
         let ended = run(config, listeners, engine, address, shutdown).await;
@@ -105,6 +101,8 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
         }
         ended
     });
+    // What a detach left on a blocking thread is put right by the next daemon.
+    runtime.shutdown_timeout(CLOSE_MAX);
     if let Some(log) = log {
         log.flush();
     }
@@ -117,7 +115,7 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
 /// Whatever keeps it from starting; once it serves, it ends well.
 pub async fn run(
     config: Config,
-    listeners: Listeners,
+    mut listeners: Listeners,
     engine: Arc<dyn Engine>,
     engine_address: String,
     shutdown: Shutdown,
@@ -154,9 +152,15 @@ pub async fn run(
         queued_jobs_max: config.limits.queued_jobs_max.into(),
         engine_address,
         problems: RwLock::new(problems(&parts)),
-        shutdown: shutdown.drain.clone(),
+        shutdown: shutdown.clone(),
     });
+    let (reloading, closing) = (api.clone(), close.clone());
+    let (hangup, prices_file) = (listeners.hangup.take(), config.prices_file.clone());
     let mut tasks = spawn_faces(&api, listeners, &close);
+    tasks.spawn(async move {
+        reload::run(reloading, hangup, prices_file, closing).await;
+        "reload"
+    });
     let (swept, closing) = (parts.clone(), close.clone());
     tasks.spawn(async move {
         sweeper::run(swept, closing).await;
@@ -168,17 +172,18 @@ pub async fn run(
         "retention"
     });
     let (drain, hurry) = (shutdown.drain.clone(), shutdown.hurry.clone());
+    let ending = shutdown.clone();
     tasks.spawn(async move {
-        driver.run(drain, hurry).await;
+        driver.run(ending).await;
         "driver"
     });
     tracing::info!(socket = %config.socket.display(), slots, "hotcell serves");
     let failed = until_one_ends(tasks, &shutdown, &close).await;
     drop(api);
-    match Arc::try_unwrap(parts) {
-        Ok(parts) => parts.store.close().await?,
-        Err(_) => tracing::warn!("somebody still holds the store; it is closed by the end of the process"),
-    }
+    // Whoever still has a clone is told that it is closed.
+    let store = parts.store.clone();
+    drop(parts);
+    store.close().await?;
     match failed {
         Some(words) => bail!(words),
         None => Ok(()),
@@ -217,12 +222,12 @@ fn spawn_faces(api: &Arc<Api>, listeners: Listeners, close: &CancellationToken) 
 /// The first task that ends is the driver after a drain; any other one, or a panic, ends the daemon, in words.
 async fn until_one_ends(mut tasks: Tasks, shutdown: &Shutdown, close: &CancellationToken) -> Option<String> {
     let failed = match tasks.join_next().await {
-        Some(Ok("driver")) if shutdown.drain.is_cancelled() => None,
+        Some(Ok("driver")) if shutdown.has_begun() => None,
         Some(Ok(name)) => Some(format!("the {name} task ended by itself")),
         Some(Err(error)) => Some(format!("a task of the daemon died: {error}")),
         None => None,
     };
-    shutdown.drain.cancel();
+    shutdown.ask(How::Drain);
     close.cancel();
     let limit = if failed.is_some() { BOOT_MAX } else { CLOSE_MAX };
     let finish = async { while tasks.join_next().await.is_some() {} };
@@ -487,21 +492,19 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// SIGTERM or SIGINT drains; the second one hurries.
+/// SIGTERM or SIGINT drains, SIGQUIT detaches; a second one hurries.
 fn watch_signals(shutdown: Shutdown) -> anyhow::Result<()> {
     let mut term = signal(SignalKind::terminate()).context("cannot watch SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("cannot watch SIGINT")?;
+    let mut quit = signal(SignalKind::quit()).context("cannot watch SIGQUIT")?;
     // Lives as long as the process: there is nothing to wait for at its end.
     drop(tokio::spawn(async move {
         loop {
             tokio::select! {
-                _ = term.recv() => {}
-                _ = int.recv() => {}
+                _ = term.recv() => shutdown.terminate(),
+                _ = int.recv() => shutdown.terminate(),
+                _ = quit.recv() => shutdown.quit(),
             }
-            if shutdown.drain.is_cancelled() {
-                shutdown.hurry.cancel();
-            }
-            shutdown.drain.cancel();
         }
     }));
     Ok(())

@@ -3,7 +3,10 @@
 //! end like any other.
 
 mod endings;
+mod ends;
 mod figures;
+mod recovery;
+mod stopping;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -11,24 +14,22 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{Id, JoinSet};
-use tokio_util::sync::CancellationToken;
 
 use crate::cell::record::Record;
 use crate::cell::{self, Fate, Parts, Start, StopWish};
 use crate::clock;
-use crate::job::{CellId, Input as Move, JobId, ParkReason, State, StopReason};
-use crate::money::{self, Budget, Scope};
-use crate::scheduler::recover::{self, FoundCell};
+use crate::job::{Input as Move, JobId, State, StopReason};
 use crate::scheduler::{Action, Input, Scheduler, Ticket};
-use crate::store::{Payer, StoreError};
+use crate::store::{Paused, StoreError};
 
 use self::endings::Endings;
+pub use self::ends::attended;
+pub use self::figures::refresh_gauges;
+pub use self::recovery::RecoverError;
+pub use self::stopping::{How, Shutdown};
 
 /// Messages that wait for the loop.
 const INBOX_MAX: usize = 1024;
-/// Time for jobs to end after a drain turned into a stop, beside the grace that agents get.
-const STOP_SLACK: Duration = Duration::from_secs(30);
-
 /// Longest sleep while a job is parked: its moment is on the wall clock, which may jump.
 const LOOK_MAX: Duration = Duration::from_secs(60);
 /// When a parked job whose record could not be written is tried again.
@@ -42,6 +43,19 @@ enum Message {
     Unpark { job: JobId, done: oneshot::Sender<Result<(), UnparkError>> },
     Limited { credential: String, max: Option<usize> },
     Stop { job: JobId, reason: StopReason, detail: String, done: oneshot::Sender<Result<(), StopError>> },
+    Pause { paused: Option<Paused>, done: oneshot::Sender<Result<(), PauseError>> },
+    Look { done: oneshot::Sender<Scheduler> },
+}
+
+/// Why the daemon cannot be paused or resumed.
+#[derive(Debug, thiserror::Error)]
+pub enum PauseError {
+    /// It is going down.
+    #[error("the daemon is going down")]
+    Draining,
+    /// The row cannot be written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// Why a job cannot be stopped.
@@ -131,6 +145,23 @@ impl Handle {
         let _ = self.inbox.send(Message::Limit { uid, slots }).await;
     }
 
+    /// Pauses all starts, or resumes them: stored, so that it outlives the daemon.
+    ///
+    /// # Errors
+    /// [`PauseError`].
+    pub async fn pause(&self, paused: Option<Paused>) -> Result<(), PauseError> {
+        let (done, answer) = oneshot::channel();
+        self.inbox.send(Message::Pause { paused, done }).await.map_err(|_| PauseError::Draining)?;
+        answer.await.map_err(|_| PauseError::Draining)?
+    }
+
+    /// The queue as it is now, to be read; none while the daemon is going down.
+    pub async fn look(&self) -> Option<Scheduler> {
+        let (done, answer) = oneshot::channel();
+        self.inbox.send(Message::Look { done }).await.ok()?;
+        answer.await.ok()
+    }
+
     /// Stops a job: one that waits is over when this returns; one that runs is being stopped.
     ///
     /// # Errors
@@ -170,162 +201,21 @@ impl Driver {
         self.step(Input::Limit { uid, slots });
     }
 
-    /// Takes up what an earlier daemon left, by the plan of [`recover::plan`].
-    ///
-    /// # Errors
-    /// When the store cannot be read, or the engine does not answer: then nothing was done.
-    pub async fn recover(&mut self) -> Result<(), RecoverError> {
-        let (mut rows, mut tickets) = (Vec::new(), HashMap::new());
-        for open in self.parts.store.open_jobs().await? {
-            let cell = match open.state {
-                State::Queued => None,
-                // No arm for each: whatever state a row is in, it may have a cell that is not gone.
-                _ => self
-                    .parts
-                    .store
-                    .cell_of(&open.id)
-                    .await?
-                    .filter(|row| row.gone_ms.is_none())
-                    .map(|row| row.cell),
-            };
-            let provider = open.provider.unwrap_or_else(|| self.parts.gateway.default_provider().to_owned());
-            let credential = self.parts.gateway.limited_with(&provider, &open.model);
-            let ticket = Ticket { uid: open.uid, priority: open.priority, credential };
-            if let State::Parked { parked } = &open.state
-                && parked.why == ParkReason::ProviderLimit
-            {
-                self.parts.pauses.note(&ticket.credential, parked.until_ms);
-            }
-            tickets.insert(open.id.clone(), ticket);
-            rows.push(recover::Row { job: open.id, state: open.state, cell });
-        }
-        let found = self.parts.engine.list(self.parts.store.instance()).await?;
-        let found: Vec<FoundCell> = found
-            .into_iter()
-            .map(|f| FoundCell {
-                cell: f.cell,
-                container: f.container.as_str().to_owned(),
-                running: f.running,
-            })
-            .collect();
-        for action in recover::plan(&rows, &found) {
-            let job = match action {
-                recover::Action::Reap { container } => {
-                    self.reap(&container).await;
-                    continue;
-                }
-                recover::Action::Requeue { ref job }
-                | recover::Action::Adopt { ref job, .. }
-                | recover::Action::Park { ref job, .. }
-                | recover::Action::Close { ref job } => job.clone(),
-            };
-            let Some(ticket) = tickets.remove(&job) else { continue };
-            match action {
-                recover::Action::Requeue { .. } => self.requeue(job, ticket).await,
-                recover::Action::Adopt { cell, container, .. } => self.adopt(job, ticket, cell, &container),
-                recover::Action::Park { until_ms, .. } => self.park(job, ticket, until_ms).await,
-                recover::Action::Close { .. } => self.close(job, ticket),
-                recover::Action::Reap { .. } => {}
-            }
-        }
-        Ok(())
-    }
-
-    async fn reap(&self, container: &str) {
-        let container = crate::engine::ContainerId::new(container.to_owned());
-        if let Err(error) = self.parts.engine.remove(&container).await {
-            tracing::warn!(%container, %error, "a container that no job owns is left; the sweeper goes on");
-            return;
-        }
-        self.parts.metrics.reaped(crate::metrics::Orphan::Container, 1);
-        tracing::info!(%container, "removed a container that no job owns");
-    }
-
-    /// One job whose record is damaged must not keep the daemon from starting: it goes the way of a lost one.
-    async fn requeue(&mut self, job: JobId, ticket: Ticket) {
-        self.remove_cells(&job).await;
-        if let Err(error) = self.requeue_record(&job).await {
-            tracing::error!(%job, %error, "cannot queue a job again; closing it");
-            self.close(job, ticket);
-            return;
-        }
-        self.step(Input::Submitted { job, ticket });
-    }
-
-    /// One try: what is left has its row, and is tried again at the job's end.
-    async fn remove_cells(&self, job: &JobId) {
-        if let Err(left) = cell::destroy_once(&self.parts, job).await {
-            tracing::warn!(%job, %left, "something of a cell is left");
-        }
-    }
-
-    async fn requeue_record(&self, job: &JobId) -> Result<(), cell::record::RecordError> {
-        let mut record = Record::open(&self.parts, job).await?;
-        let moved = match record.state() {
-            State::Preparing => record.step(&self.parts, Move::Requeue).await,
-            _ => Ok(()),
-        };
-        record.finish(&self.parts);
-        moved
-    }
-
-    async fn park(&mut self, job: JobId, ticket: Ticket, until_ms: u64) {
-        self.remove_cells(&job).await;
-        self.step(Input::Parked { job, ticket, until_ms, limited: false });
-    }
-
-    fn close(&mut self, job: JobId, ticket: Ticket) {
-        self.step(Input::Adopted { job: job.clone(), ticket });
-        self.start(job, Start::Close);
-    }
-
-    fn adopt(&mut self, job: JobId, ticket: Ticket, cell: CellId, container: &str) {
-        self.step(Input::Adopted { job: job.clone(), ticket });
-        let container = crate::engine::ContainerId::new(container);
-        self.start(job, Start::Adopt { cell, container });
-    }
-
-    /// Runs until `shutdown`, then drains: nothing new starts, running jobs may end within the drain limit
-    /// and are stopped then, or at once when `hurry` fires.
-    pub async fn run(mut self, shutdown: CancellationToken, hurry: CancellationToken) {
-        loop {
+    /// Runs until `shutdown` says how to end, and ends so.
+    pub async fn run(mut self, shutdown: Shutdown) {
+        let how = loop {
             self.unpark_due().await;
             self.stop_late().await;
             tokio::select! {
-                () = shutdown.cancelled() => break,
+                how = shutdown.begun() => break how,
                 Some(message) = self.inbox.recv() => self.on_message(message).await,
                 Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
                 back = self.endings.next() => self.give_back(back),
                 () = until(self.wake_ms) => self.step(Input::Now { ms: clock::wall_ms() }),
             }
-        }
+        };
         self.step(Input::Drain);
-        tracing::info!(running = self.tasks.len(), "draining");
-        let deadline = tokio::time::Instant::now() + self.drain_max;
-        while !self.tasks.is_empty() || !self.endings.is_empty() {
-            tokio::select! {
-                Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
-                back = self.endings.next() => self.give_back(back),
-                Some(message) = self.inbox.recv() => self.on_message(message).await,
-                () = tokio::time::sleep_until(deadline) => break,
-                () = hurry.cancelled() => break,
-            }
-        }
-        for stop in self.stops.values() {
-            wish(stop, StopReason::Drain, "the daemon is going down");
-        }
-        let slack = self.parts.settings.cancel_grace + STOP_SLACK;
-        let deadline = tokio::time::Instant::now() + slack;
-        while !self.tasks.is_empty() || !self.endings.is_empty() {
-            tokio::select! {
-                Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
-                back = self.endings.next() => self.give_back(back),
-                () = tokio::time::sleep_until(deadline) => {
-                    tracing::error!(left = self.tasks.len(), "jobs did not end in time; the next daemon takes them up");
-                    return;
-                }
-            }
-        }
+        self.end(how, &shutdown).await;
     }
 
     async fn on_message(&mut self, message: Message) {
@@ -340,10 +230,28 @@ impl Driver {
                 let answer = self.unpark(job).await;
                 let _ = done.send(answer);
             }
+            Message::Pause { paused, done } => {
+                let _ = done.send(self.pause(paused).await);
+            }
+            Message::Look { done } => {
+                let _ = done.send(self.scheduler.clone());
+            }
             Message::Stop { job, reason, detail, done } => {
                 self.stop(job, reason, detail, Some(done)).await;
             }
         }
+    }
+
+    /// The row first: what was told to be paused stays so over a kill.
+    async fn pause(&mut self, paused: Option<Paused>) -> Result<(), PauseError> {
+        self.parts.store.set_paused(paused).await?;
+        self.paused(paused.is_some());
+        Ok(())
+    }
+
+    fn paused(&mut self, paused: bool) {
+        self.parts.metrics.paused.set(i64::from(paused));
+        self.step(if paused { Input::Pause } else { Input::Resume });
     }
 
     /// `answer` hears of it when a job that waits is over, or one that runs is being stopped.
@@ -530,51 +438,4 @@ fn wish(stop: &watch::Sender<StopWish>, reason: StopReason, detail: &str) {
         }
         first
     });
-}
-
-/// Why a restart could not be planned.
-#[derive(Debug, thiserror::Error)]
-pub enum RecoverError {
-    /// The store.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The engine.
-    #[error(transparent)]
-    Engine(#[from] crate::engine::EngineError),
-}
-
-/// Keeps the gauges of the queue true: called when somebody reads the metrics.
-///
-/// # Errors
-/// [`StoreError`].
-pub async fn refresh_gauges(parts: &Parts) -> Result<(), StoreError> {
-    let pace = parts.gateway.pace();
-    parts.metrics.provider_concurrency.set(i64::from(pace.limit));
-    parts.metrics.provider_paused_s.set(pace.paused.as_secs_f64());
-    let counts: Vec<(String, u64)> =
-        parts.store.counts_by_state().await?.into_iter().map(|(name, n)| (name.to_owned(), n)).collect();
-    parts.metrics.set_jobs(&counts);
-    let oldest = parts.store.oldest_queued_ms().await?;
-    let age = oldest.map_or(0.0, |ms| clock::wall_ms().saturating_sub(ms) as f64 / 1000.0);
-    parts.metrics.queue_age_s.set(age);
-    figures::refresh_cache(parts);
-    refresh_money(parts).await
-}
-
-/// Sums of cost, and how the budgets of the daemon stand.
-async fn refresh_money(parts: &Parts) -> Result<(), StoreError> {
-    let totals = parts.store.cost_totals().await?;
-    let costs: Vec<_> = totals.into_iter().map(|cost| (cost.model, cost.usage, cost.charged)).collect();
-    parts.metrics.set_costs(&costs);
-    let (caps, calendar, now) = (parts.settings.caps, &parts.settings.calendar, clock::wall_ms());
-    let (spent, reserved) = parts.store.dearest_user_day(calendar.clone(), now).await?;
-    parts.metrics.set_budget(Scope::UserDay, caps.user_day, spent, reserved);
-    let limits = [(Scope::Day, caps.day), (Scope::Month, caps.month)];
-    let budgets = limits.map(|(scope, limit)| Budget { scope, limit: limit.unwrap_or(money::MAX) }).to_vec();
-    let payer = Payer { uid: 0, job: None, batch: None };
-    let standings = parts.store.budget_standing(payer, budgets, calendar.clone(), now).await?;
-    for ((scope, limit), standing) in limits.into_iter().zip(standings) {
-        parts.metrics.set_budget(scope, limit, standing.charged, standing.reserved);
-    }
-    Ok(())
 }

@@ -38,10 +38,12 @@ mod upstream;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 pub use credentials::{
     CredentialError, CredentialKind, CredentialSource, CredentialSpec, Credentials, Injected, Principal,
@@ -258,9 +260,11 @@ pub struct Gateway {
     providers: BTreeMap<String, Arc<Provider>>,
     default_provider: String,
     credentials: Credentials,
-    prices: Arc<Prices>,
+    prices: RwLock<Arc<Prices>>,
     limits: Limits,
     buffers: Buffers,
+    /// Requests that cost and are under way; closed for good when the daemon detaches.
+    open: TaskTracker,
 }
 
 impl Gateway {
@@ -295,7 +299,8 @@ impl Gateway {
             }
         }
         let buffers = Buffers::default();
-        Ok(Arc::new(Self { providers, default_provider, credentials, prices, limits, buffers }))
+        let (prices, open) = (RwLock::new(prices), TaskTracker::new());
+        Ok(Arc::new(Self { providers, default_provider, credentials, prices, limits, buffers, open }))
     }
 
     /// What a job of this provider and model shares the provider's limits with: credential and class of model. Only
@@ -319,6 +324,27 @@ impl Gateway {
                 provider.pacer.lift(class);
             }
         }
+    }
+
+    /// From now on no request that costs goes out: those that come wait until their connection ends with the daemon.
+    pub fn close(&self) {
+        self.open.close();
+    }
+
+    /// Returns when it is closed and those that were under way are settled.
+    pub async fn settled(&self) {
+        self.open.wait().await;
+    }
+
+    /// The right to one request that costs, until it is settled. Does not return once the gateway is closed.
+    async fn entered(&self) -> TaskTrackerToken {
+        let token = self.open.token();
+        // In this order: who closes it waits for the token, or we see that it is closed.
+        if !self.open.is_closed() {
+            return token;
+        }
+        drop(token);
+        std::future::pending().await
     }
 
     /// How fast the credentials are used just now: of each figure the sum, of pauses the longest.
@@ -386,10 +412,16 @@ impl Gateway {
         self.providers.get(name).ok_or_else(|| GatewayError::UnknownProvider(name.to_owned()))
     }
 
+    /// From the next request on these are the prices; what is under way is charged by those it was reserved by.
+    pub fn set_prices(&self, prices: Prices) {
+        *self.prices.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(prices);
+    }
+
     /// The price of a model: what the list says of `<provider>/<model>`, else of the model, else the plan's highest.
     fn price(&self, provider: &Provider, model: &str, plan: &Plan) -> Option<Price> {
-        let special = self.prices.of_provider(&provider.name, model).copied();
-        special.or_else(|| self.prices.of_or(model, plan.unpriced.as_ref()))
+        let prices = self.prices.read().unwrap_or_else(PoisonError::into_inner);
+        let special = prices.of_provider(&provider.name, model).copied();
+        special.or_else(|| prices.of_or(model, plan.unpriced.as_ref()))
     }
 
     /// Opens a cell's socket, `<run_dir>/api.sock`, in place of one that a former daemon left there.

@@ -40,6 +40,8 @@ pub struct Metrics {
     pub slots: IntGauge,
     /// Slots taken.
     pub slots_used: IntGauge,
+    /// 1 while nothing starts because somebody said so.
+    pub paused: IntGauge,
     /// Requests that may go to the model provider at once.
     pub provider_concurrency: IntGauge,
     /// Seconds for which the provider still pauses all requests.
@@ -193,6 +195,7 @@ impl Metrics {
             engine_up: gauge(&registry, "hotcell_engine_up", "1 while the container engine answers.")?,
             slots: gauge(&registry, "hotcell_slots", "Jobs that may run at once.")?,
             slots_used: gauge(&registry, "hotcell_slots_used", "Jobs that hold a slot.")?,
+            paused: gauge(&registry, "hotcell_paused", "1 while starts are paused by an admin.")?,
             provider_concurrency: gauge(
                 &registry,
                 "hotcell_provider_concurrency",

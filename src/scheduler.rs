@@ -5,11 +5,12 @@
 //! *Invariant*: at most `slots` jobs run, and of one credential at most as many as its limit says. Among users, the
 //! one with the fewest running jobs goes first, and among those the one that was served longest ago; among one user's
 //! jobs the higher priority, then the older. A user with a limit of their own starts none above it, whatever is free.
-//! A slot is free when its job's end was reported, never when it was asked to end. A parked job holds no slot.
+//! A slot is free when its job's end was reported, never when it was asked to end. A parked job holds no slot. While it
+//! is paused nothing starts.
 
 pub mod recover;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::job::JobId;
 
@@ -82,6 +83,10 @@ pub enum Input {
         /// Milliseconds since 1970. May jump back.
         ms: u64,
     },
+    /// Start nothing until `Resume`.
+    Pause,
+    /// Start again what waits.
+    Resume,
     /// Start nothing more.
     Drain,
 }
@@ -97,10 +102,58 @@ pub enum Action {
     WakeAt(u64),
 }
 
+/// Whether jobs start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Starts {
+    Open,
+    Paused,
+    /// For good.
+    Draining,
+}
+
+/// Why a job has no slot yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Waits {
+    /// The daemon is paused.
+    Paused,
+    /// The daemon is going down: the next one starts it.
+    Draining,
+    /// Its user runs as many jobs as they may.
+    UserLimit,
+    /// As many jobs use its credential as may at once.
+    CredentialLimit,
+    /// All slots are taken, or others of those that are free come first.
+    Slots,
+}
+
+impl Waits {
+    /// One word, for programs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Paused => "paused",
+            Self::Draining => "draining",
+            Self::UserLimit => "user_limit",
+            Self::CredentialLimit => "credential_limit",
+            Self::Slots => "slots",
+        }
+    }
+}
+
+/// A job that waits for a slot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    /// Its id.
+    pub job: JobId,
+    /// The rest.
+    pub ticket: Ticket,
+    /// Why it waits.
+    pub waits: Waits,
+}
+
 /// Lower priority value first: (-priority, id).
 type Rank = (i16, JobId);
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct User {
     /// By credential.
     queued: BTreeMap<String, BTreeSet<Rank>>,
@@ -108,7 +161,7 @@ struct User {
     served: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Credential {
     running: usize,
     /// Told from outside.
@@ -124,10 +177,10 @@ impl Credential {
 }
 
 /// The queue and the slots.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Scheduler {
     slots: usize,
-    draining: bool,
+    starts: Starts,
     clock: u64,
     users: BTreeMap<u32, User>,
     limits: BTreeMap<u32, usize>,
@@ -147,7 +200,7 @@ impl Scheduler {
     pub fn new(slots: usize) -> Self {
         Self {
             slots,
-            draining: false,
+            starts: Starts::Open,
             clock: 0,
             users: BTreeMap::new(),
             credentials: BTreeMap::new(),
@@ -203,7 +256,9 @@ impl Scheduler {
                     None => self.limits.remove(&uid),
                 };
             }
-            Input::Drain => self.draining = true,
+            Input::Pause => self.open_or(Starts::Paused),
+            Input::Resume => self.open_or(Starts::Open),
+            Input::Drain => self.starts = Starts::Draining,
         }
         self.fill(&mut actions);
         actions
@@ -229,8 +284,67 @@ impl Scheduler {
         self.running.get(job).or_else(|| self.queued.get(job))
     }
 
+    /// Slots in all.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// What waits for a slot, in the order in which it would start if running jobs ended in the order of their ids and
+    /// nothing else happened; what no end lets start comes last. Takes the place of this queue: ask a clone.
+    pub fn order(mut self) -> Vec<Waiting> {
+        let waits: BTreeMap<JobId, Waits> =
+            self.queued.iter().map(|(job, ticket)| (job.clone(), self.waits(ticket))).collect();
+        let tickets = self.queued.clone();
+        self.starts = Starts::Open;
+        let mut ends: VecDeque<JobId> = self.running.keys().cloned().collect();
+        let mut order = Vec::with_capacity(tickets.len());
+        let mut actions = Vec::new();
+        loop {
+            self.fill(&mut actions);
+            for action in actions.drain(..) {
+                if let Action::Start(job) = action {
+                    ends.push_back(job.clone());
+                    order.push(job);
+                }
+            }
+            let Some(job) = ends.pop_front().filter(|_| !self.queued.is_empty()) else { break };
+            self.ended(&job);
+        }
+        let mut left: Vec<Rank> = self.queued.iter().map(|(job, ticket)| rank(job, ticket)).collect();
+        left.sort();
+        order.extend(left.into_iter().map(|(_, job)| job));
+        let told = |job: JobId| {
+            let (ticket, waits) = (tickets.get(&job)?.clone(), *waits.get(&job)?);
+            Some(Waiting { job, ticket, waits })
+        };
+        order.into_iter().filter_map(told).collect()
+    }
+
+    fn waits(&self, ticket: &Ticket) -> Waits {
+        let running = self.users.get(&ticket.uid).map_or(0, |user| user.running);
+        match self.starts {
+            Starts::Paused => Waits::Paused,
+            Starts::Draining => Waits::Draining,
+            Starts::Open if self.limits.get(&ticket.uid).is_some_and(|most| running >= *most) => {
+                Waits::UserLimit
+            }
+            Starts::Open if self.credentials.get(&ticket.credential).is_some_and(|c| !c.has_room()) => {
+                Waits::CredentialLimit
+            }
+            Starts::Open => Waits::Slots,
+        }
+    }
+
+    /// A drain is for good.
+    fn open_or(&mut self, starts: Starts) {
+        self.starts = match self.starts {
+            Starts::Draining => Starts::Draining,
+            Starts::Open | Starts::Paused => starts,
+        };
+    }
+
     fn fill(&mut self, actions: &mut Vec<Action>) {
-        while !self.draining && self.running.len() < self.slots {
+        while self.starts == Starts::Open && self.running.len() < self.slots {
             let open = |name: &String| self.credentials.get(name).is_none_or(Credential::has_room);
             // Each user's next job among the credentials that have room.
             let below = |uid: &u32, user: &User| self.limits.get(uid).is_none_or(|most| user.running < *most);
@@ -377,6 +491,47 @@ mod tests {
     }
 
     #[test]
+    fn a_pause_starts_nothing_until_it_is_over_and_cannot_undo_a_drain() {
+        let mut scheduler = Scheduler::new(2);
+        scheduler.step(submit(1, 1, 0));
+        assert!(scheduler.step(Input::Pause).is_empty());
+        assert!(scheduler.step(submit(2, 1, 0)).is_empty());
+        assert!(scheduler.step(Input::Ended { job: job(1) }).is_empty());
+        scheduler.step(park(4, 5000, false));
+        // Its time comes all the same: it waits with the others.
+        assert_eq!(scheduler.step(Input::Now { ms: 6000 }), [Action::Unpark(job(4))]);
+        assert!(scheduler.step(submit(4, 1, 0)).is_empty());
+        scheduler.step(Input::Adopted { job: job(9), ticket: ticket(1, 0, "") });
+        assert_eq!(scheduler.step(Input::Resume), [Action::Start(job(2))]);
+        assert!(scheduler.step(Input::Resume).is_empty());
+        scheduler.step(Input::Drain);
+        assert!(scheduler.step(Input::Resume).is_empty());
+        scheduler.step(Input::Pause);
+        assert!(scheduler.step(Input::Ended { job: job(2) }).is_empty());
+        assert_eq!(scheduler.clone().order()[0].waits, Waits::Draining);
+    }
+
+    #[test]
+    fn what_waits_says_why_and_what_can_never_start_comes_last() {
+        let mut scheduler = Scheduler::new(1);
+        scheduler.step(Input::Limit { uid: 7, slots: Some(1) });
+        scheduler.step(Input::Limited { credential: "full".into(), max: Some(0) });
+        scheduler.step(submit(1, 7, 0));
+        scheduler.step(Input::Submitted { job: job(2), ticket: ticket(1, 9, "full") });
+        for (n, uid, priority) in [(3, 7, 5), (4, 1, 0), (5, 1, 1)] {
+            scheduler.step(submit(n, uid, priority));
+        }
+        let told = |scheduler: &Scheduler| -> Vec<(JobId, Waits)> {
+            scheduler.clone().order().into_iter().map(|w| (w.job, w.waits)).collect()
+        };
+        use Waits::{CredentialLimit, Paused, Slots, UserLimit};
+        let order = [(job(5), Slots), (job(3), UserLimit), (job(4), Slots), (job(2), CredentialLimit)];
+        assert_eq!(told(&scheduler), order);
+        scheduler.step(Input::Pause);
+        assert_eq!(told(&scheduler), order.map(|(job, _)| (job, Paused)));
+    }
+
+    #[test]
     fn a_users_limit_holds_beside_free_slots_and_keeps_nobody_else_waiting() {
         let mut scheduler = Scheduler::new(4);
         scheduler.step(Input::Limit { uid: 7, slots: Some(1) });
@@ -445,6 +600,37 @@ mod tests {
 
     proptest! {
         #[test]
+        fn the_order_that_is_told_is_the_order_of_starts(
+            slots in 1usize..4,
+            limits in proptest::collection::vec(proptest::option::of(1usize..3), 4),
+            script in proptest::collection::vec((0u32..4, -3i8..3), 0..40),
+        ) {
+            let mut scheduler = Scheduler::new(slots);
+            for (uid, slots) in (0u32..).zip(&limits) {
+                scheduler.step(Input::Limit { uid, slots: *slots });
+            }
+            let mut ends: VecDeque<JobId> = VecDeque::new();
+            let note = |ends: &mut VecDeque<JobId>, actions: Vec<Action>| {
+                for action in actions {
+                    if let Action::Start(job) = action { ends.push_back(job); }
+                }
+            };
+            for (n, (uid, priority)) in (0u64..).zip(script) {
+                let started = scheduler.step(submit(n, uid, priority));
+                note(&mut ends, started);
+            }
+            ends.make_contiguous().sort();
+            let told: Vec<JobId> = scheduler.clone().order().into_iter().map(|w| w.job).collect();
+            let mut order = Vec::new();
+            while let Some(job) = ends.pop_front() {
+                let started = scheduler.step(Input::Ended { job });
+                order.extend(started.iter().filter_map(|a| match a { Action::Start(job) => Some(job.clone()), _ => None }));
+                note(&mut ends, started);
+            }
+            prop_assert_eq!(told, order);
+        }
+
+        #[test]
         fn limits_hold_and_only_they_keep_a_free_slot_from_a_waiting_job(
             slots in 1usize..5,
             limits in proptest::collection::vec(proptest::option::of(1usize..3), 4),
@@ -469,10 +655,11 @@ mod tests {
         #[test]
         fn slots_hold_and_every_job_starts_once_per_turn(
             slots in 1usize..5,
-            script in proptest::collection::vec((0u64..30, 0u32..4, -3i8..3, 0u8..6, any::<bool>()), 0..200),
+            script in proptest::collection::vec((0u64..30, 0u32..4, -3i8..3, 0u8..8, any::<bool>()), 0..200),
         ) {
             let mut scheduler = Scheduler::new(slots);
             let (mut live, mut over, mut parked) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+            let mut paused = false;
             for (step, (n, uid, priority, kind, limited)) in script.into_iter().enumerate() {
                 let id = job(n);
                 let credential = if n % 2 == 0 { "even" } else { "odd" };
@@ -486,6 +673,8 @@ mod tests {
                         Input::Parked { job: id, ticket, until_ms: step as u64 + 3, limited }
                     }
                     4 => Input::Now { ms: step as u64 },
+                    6 => { paused = true; Input::Pause }
+                    7 => { paused = false; Input::Resume }
                     _ => { if live.remove(&id) { over.insert(id.clone()); } Input::Ended { job: id } }
                 };
                 let mut todo = vec![input];
@@ -495,6 +684,7 @@ mod tests {
                             Action::Start(job) => {
                                 prop_assert!(!over.contains(&job) && !parked.contains(&job));
                                 prop_assert!(live.insert(job), "started twice");
+                                prop_assert!(!paused, "started while paused");
                             }
                             Action::Unpark(job) => {
                                 prop_assert!(parked.remove(&job), "woken and not parked");
@@ -510,10 +700,14 @@ mod tests {
                 prop_assert_eq!(parked.len(), scheduler.parked());
                 let limited = scheduler.credentials.values().any(|c| c.eased.is_some());
                 prop_assert!(
-                    scheduler.running() == slots || scheduler.queued() == 0 || limited,
+                    paused || scheduler.running() == slots || scheduler.queued() == 0 || limited,
                     "a free slot beside a waiting job"
                 );
-                prop_assert!(scheduler.running() > 0 || scheduler.queued() == 0, "nobody runs and somebody waits");
+                prop_assert!(
+                    paused || scheduler.running() > 0 || scheduler.queued() == 0,
+                    "nobody runs and somebody waits"
+                );
+                prop_assert_eq!(scheduler.clone().order().len(), scheduler.queued());
             }
         }
     }

@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 use crate::agent_bundle::{Report, Version};
 use crate::clock;
 use crate::config::{self, ApiKeySource, Config};
-use crate::daemon::{self, Listeners, Shutdown};
+use crate::daemon::{self, Listeners};
+use crate::driver::{How, Shutdown};
 use crate::engine::docker::Docker;
 use crate::engine::{Engine, find_address};
 use crate::model::{self, Recorder, Script};
@@ -225,7 +226,7 @@ impl Lab {
         own.defaults.agent = Some(version.to_string());
         own.limits.slots = 1;
         own.limits.drain_s = 1;
-        let listeners = Listeners { api: UnixListener::bind(&socket)?, metrics: None };
+        let listeners = Listeners { api: UnixListener::bind(&socket)?, metrics: None, hangup: None };
         let shutdown = Shutdown::default();
         let daemon = tokio::spawn(daemon::run(own, listeners, engine, address, shutdown.clone()));
         Ok(Self { socket, shutdown, daemon, model_stop, model })
@@ -260,8 +261,7 @@ impl Lab {
     }
 
     async fn stop(self) -> anyhow::Result<()> {
-        self.shutdown.drain.cancel();
-        self.shutdown.hurry.cancel();
+        self.shutdown.ask(How::Now);
         let ended = self.daemon.await.context("our daemon died")?;
         self.model_stop.cancel();
         self.model.await.context("the scripted model died")?;

@@ -24,6 +24,7 @@ mod found;
 pub mod jobs;
 pub mod ledger;
 pub mod retain;
+mod pause;
 mod row;
 mod schema;
 mod writer;
@@ -48,6 +49,7 @@ pub use cells::CellRow;
 pub use jobs::{Filter, Job, JobRow, NewJob, OpenJob, Page, Submitted};
 pub use ledger::{Batch, ModelCost, NewReservation, Payer, ReservationId, Reserved, Spend};
 pub use retain::{Leftover, Needed};
+pub use pause::Paused;
 use writer::{Durability, Writer};
 
 /// Name of the database in the state directory.

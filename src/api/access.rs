@@ -15,8 +15,17 @@ use crate::job::Identity;
 use crate::policy::{AccessError, Grant};
 
 /// Open to everybody who can open the socket: health, figures of the daemon as a whole, the API's description,
-/// and the answer to "what may I do?".
-const OPEN: [&str; 4] = ["/healthz", "/metrics", "/v1/openapi.json", "/v1/whoami"];
+/// and the answer to "what may I do?"; and what asks itself who may (the user whom the daemon runs as need not be listed).
+const OPEN: [&str; 8] = [
+    "/healthz",
+    "/metrics",
+    "/v1/openapi.json",
+    "/v1/whoami",
+    "/v1/daemon/drain",
+    "/v1/daemon/detach",
+    "/v1/daemon/pause",
+    "/v1/daemon/resume",
+];
 
 impl From<AccessError> for ApiError {
     fn from(error: AccessError) -> Self {

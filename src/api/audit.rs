@@ -310,7 +310,7 @@ impl All {
             tokio::select! {
                 Some(chunk) = self.live.next(), if !self.live.is_empty() => return Some(chunk),
                 _ = self.tick.tick() => self.look().await?,
-                () = stopping.cancelled(), if self.live.is_empty() => return None,
+                _ = stopping.begun(), if self.live.is_empty() => return None,
             }
         }
     }

@@ -38,6 +38,7 @@ pub async fn doctor(State(api): State<Arc<Api>>) -> Result<Json<Doctor>, ApiErro
     checks.extend(disk.map_err(|error| ApiError::new(super::ErrorCode::Internal, error))?);
     api.policies().await?;
     checks.push(policies(&api.policies.problems()));
+    checks.extend(problems(&api));
     let failed = checks.iter().any(|check| check.verdict == CheckVerdict::Fail);
     Ok(Json(Doctor { status: if failed { "degraded" } else { "ok" }.to_owned(), checks }))
 }
@@ -175,6 +176,14 @@ fn space(parts: &Parts) -> Check {
         }
         Err(error) => check("disk", CheckVerdict::Fail, error.to_string()),
     }
+}
+
+/// What the daemon itself knows to be wrong.
+fn problems(api: &Api) -> Option<Check> {
+    let problems = api.problems.read().map(|problems| problems.clone()).unwrap_or_default();
+    let words = problems.join("; ");
+    (!words.is_empty())
+        .then(|| check("files", CheckVerdict::Note, words).hint("put it right, then send the daemon SIGHUP"))
 }
 
 fn policies(problems: &[String]) -> Check {

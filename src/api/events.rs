@@ -143,7 +143,7 @@ impl Follower {
                     changed = self.feed.changed() => if changed.is_err() {
                         self.feed = self.api.parts.feeds.follow(&self.job);
                     },
-                    () = stopping.cancelled() => return Ok(None),
+                    _ = stopping.begun() => return Ok(None),
                     () = tokio::time::sleep(LOOK_AGAIN) => {}
                 }
             }

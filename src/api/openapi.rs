@@ -7,6 +7,8 @@ use super::cache::{CacheRemoved, CacheView};
 use super::changes::ChangesView;
 use super::cost::{BudgetList, CostReport};
 use super::gc::GcView;
+use super::daemon::{EndingView, PauseView};
+use super::queue::QueueView;
 use super::wire::{Doctor, ErrorBody, Health, JobList, JobView, WhoAmI};
 use crate::audit::Record;
 use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest};
@@ -41,6 +43,9 @@ pub fn openapi() -> Value {
         generator.subschema_for::<ApplyAnswer>(),
         generator.subschema_for::<CheckoutRequest>(),
         generator.subschema_for::<CheckoutAnswer>(),
+        generator.subschema_for::<EndingView>(),
+        generator.subschema_for::<PauseView>(),
+        generator.subschema_for::<QueueView>(),
         generator.subschema_for::<Health>(),
         generator.subschema_for::<Doctor>(),
         generator.subschema_for::<WhoAmI>(),
@@ -96,7 +101,9 @@ fn audit(operation: &str, summary: &str, more: Vec<Value>) -> Value {
 
 fn paths() -> Value {
     let mut all = serde_json::Map::new();
-    for paths in [jobs(), one_job(), changes_of_jobs(), told_of_jobs(), of_the_daemon(), cache()] {
+    for paths in
+        [jobs(), one_job(), changes_of_jobs(), told_of_jobs(), of_the_daemon(), to_the_daemon(), cache()]
+    {
         if let Value::Object(paths) = paths {
             all.extend(paths);
         }
@@ -328,6 +335,31 @@ fn cache() -> Value {
                 "responses": { "200": answer("What is gone", "CacheRemoved"), "default": error() },
             },
         },
+    })
+}
+
+/// What waits, and how the daemon is held or ended.
+fn to_the_daemon() -> Value {
+    let post = |operation: &str, summary: &str, status: &str, gives: &str| {
+        json!({ "post": {
+            "operationId": operation, "summary": format!("{summary}; for admins and the user it runs as"),
+            "responses": { status: answer("What it does now", gives), "default": error() },
+        } })
+    };
+    json!({
+        "/v1/queue": { "get": {
+            "operationId": "queue",
+            "summary": "What waits, in the order in which it would start; others' jobs are shown to admins only",
+            "responses": { "200": answer("The queue", "QueueView"), "default": error() },
+        } },
+        "/v1/daemon/drain": post(
+            "drainDaemon", "End the daemon when running jobs have ended, within the drain limit", "202", "EndingView",
+        ),
+        "/v1/daemon/detach": post(
+            "detachDaemon", "End the daemon; its cells go on and the next one adopts them", "202", "EndingView",
+        ),
+        "/v1/daemon/pause": post("pauseDaemon", "Start nothing, over a restart too", "200", "PauseView"),
+        "/v1/daemon/resume": post("resumeDaemon", "Start again what waits", "200", "PauseView"),
     })
 }
 

@@ -25,7 +25,7 @@ pub(super) async fn fetch<'a>(
     };
     let kept = tokio::select! {
         kept = api.parts.sources.fetch(identity, git, job) => kept.map_err(refusal)?,
-        () = api.shutdown.cancelled() => {
+        _ = api.shutdown.begun() => {
             // What was begun is swept when the daemon starts next.
             return Err(ApiError::new(ErrorCode::Draining, "the daemon is going down and takes no new jobs"));
         }

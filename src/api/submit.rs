@@ -49,7 +49,7 @@ pub async fn submit(
     body: Result<Bytes, axum::extract::rejection::BytesRejection>,
 ) -> Result<Response, ApiError> {
     let identity = identity(&peer)?;
-    if api.shutdown.is_cancelled() {
+    if api.shutdown.has_begun() {
         return Err(ApiError::new(ErrorCode::Draining, "the daemon is going down and takes no new jobs"));
     }
     let body = body.map_err(|rejection| {
@@ -125,6 +125,7 @@ pub async fn submit(
     let status = if fresh { StatusCode::CREATED } else { StatusCode::OK };
     let mut view = view(&api, &job).await?;
     view.warnings = warnings;
+    view.warnings.extend(api.paused().await?.map(|paused| format!("the daemon is {}", paused.words())));
     Ok((status, axum::Json(view)).into_response())
 }
 

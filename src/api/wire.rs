@@ -191,7 +191,8 @@ pub struct Doctor {
 /// One thing that jobs need.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Check {
-    /// What it is: `daemon`, `engine`, `runtimes`, `image`, `agent`, `workspaces`, `disk`, `policies`.
+    /// What it is: `daemon`, `engine`, `runtimes`, `image`, `agent`, `workspaces`, `disk`, `policies`, and `files` where
+    /// some could not be read again.
     pub name: String,
     /// How it stands.
     pub verdict: CheckVerdict,

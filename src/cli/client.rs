@@ -18,6 +18,8 @@ use crate::api::cache::{CacheRemoved, CacheView};
 use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
 use crate::api::gc::GcView;
+use crate::api::daemon::{EndingView, PauseView};
+use crate::api::queue::QueueView;
 use crate::api::wire::{Doctor, Health, JobList, JobView, WhoAmI};
 use crate::change::decision::{
     ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest, ExportFormat, Form,
@@ -154,6 +156,19 @@ impl Client {
     pub(crate) async fn retry(&self, id: &JobId) -> Result<JobView, CliError> {
         let request = Request::post(format!("/v1/jobs/{id}/retry"));
         self.read(request.body(Full::default())).await
+    /// What waits.
+    pub(crate) async fn queue(&self) -> Result<QueueView, CliError> {
+        self.get("/v1/queue").await
+    }
+
+    /// Ends the daemon: `drain` or `detach`.
+    pub(crate) async fn end(&self, how: &str) -> Result<EndingView, CliError> {
+        self.read(Request::post(format!("/v1/daemon/{how}")).body(Full::default())).await
+    }
+
+    /// Holds all starts or lets them go: `pause` or `resume`.
+    pub(crate) async fn hold(&self, what: &str) -> Result<PauseView, CliError> {
+        self.read(Request::post(format!("/v1/daemon/{what}")).body(Full::default())).await
     }
 
     /// Deletes a job that is done, with its events.

@@ -8,6 +8,7 @@ pub(crate) mod cost;
 pub(crate) mod diff;
 pub(crate) mod escape;
 pub(crate) mod gc;
+pub(crate) mod queue;
 pub(crate) mod stream;
 pub(crate) mod tables;
 pub(crate) mod whoami;

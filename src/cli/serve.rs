@@ -17,6 +17,12 @@ Every setting has a key in the TOML file, a variable and a flag, e.g. limits.slo
 HOTCELL_LIMITS_SLOTS and --limits-slots. A flag wins over a variable, that over the file,
 that over the default. The file is --config, else $HOTCELL_CONFIG, else
 /etc/hotcell/config.toml as root and $XDG_CONFIG_HOME/hotcell/config.toml otherwise.
+
+Signals: SIGTERM or SIGINT drains (nothing new starts, running jobs get limits.drain_s), a
+second one stops running jobs. SIGQUIT detaches: cells go on and the next daemon adopts them.
+SIGHUP reads policies, prices and credentials again. `hotcell drain` and `detach` do the same
+over the socket.
+
 `--help` shows all settings, `-h` the everyday ones.")]
 pub(super) struct ServeArgs {
     /// If the store is damaged, keep it beside with all journals and change sets, and begin anew

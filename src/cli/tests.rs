@@ -37,6 +37,11 @@ async fn hotcell(daemon: &Daemon, args: &[&str], context: &mut Context) -> ExitC
         Command::Cost(args) => cost::cost(&args, context).await,
         Command::Health(args) => health::health(&args, context).await,
         Command::Doctor(args) => doctor::doctor(&args, context).await,
+        Command::Queue(args) => queue::queue(&args, context).await,
+        Command::Pause(args) => pause::pause(&args, context).await,
+        Command::Resume(args) => pause::resume(&args, context).await,
+        Command::Drain(args) => drain::drain(&args, context).await,
+        Command::Detach(args) => drain::detach(&args, context).await,
         Command::Whoami(args) => whoami::whoami(&args, context).await,
         Command::Audit(args) => audit::audit(&args, context).await,
         Command::Run(args) => {
@@ -332,6 +337,47 @@ async fn logs_begin_where_asked_and_follow_gives_the_jobs_exit_code() {
     // Nothing follows the last event: the stream's end is the end.
     let args = ["logs", "-f", JOB, "--from", "30"];
     assert_eq!(hotcell(&daemon, &args, &mut context).await, ExitCode::Stopped);
+}
+
+#[tokio::test]
+async fn the_queue_is_shown_with_places_and_reasons_and_others_are_counted() {
+    let queue = json!({
+        "slots": {"used": 2, "total": 2}, "paused": {"since": "2026-01-02T03:04:05Z", "uid": 0},
+        "waiting": 5, "parked": 1,
+        "jobs": [
+            {"id": JOB, "position": 3, "uid": 7, "priority": -1, "why": "user_limit", "until": null},
+            {"id": OTHER, "position": null, "uid": 7, "priority": 0, "why": "provider_limit\u{1b}[2J",
+             "until": "2026-01-02T04:00:00Z"},
+        ],
+    });
+    let errors = vec![("GET /v1/queue", 200, queue.clone())];
+    let daemon = Daemon::start(Script { errors, ..Script::default() });
+    let (mut context, stdout, _) = context();
+    assert_eq!(hotcell(&daemon, &["queue"], &mut context).await, ExitCode::Succeeded);
+    let expected = format!(
+        "2 of 2 slots taken, 5 waiting, 1 parked\n\
+         paused by uid 0 at 2026-01-02T03:04:05Z: nothing starts until `hotcell resume`\n\
+         POS  JOB               UID  PRIORITY  WAITS FOR\n\
+         3    {JOB}  7    -1        its user's limit\n\
+         -    {OTHER}  7    0         provider_limit until 2026-01-02T04:00:00Z\n\
+         4 more that are not shown\n"
+    );
+    assert_eq!(stdout.text(), expected);
+    let (mut context, stdout, _) = fake::context();
+    assert_eq!(hotcell(&daemon, &["queue", "--json"], &mut context).await, ExitCode::Succeeded);
+    assert_eq!(serde_json::from_str::<Value>(&stdout.text()).ok(), Some(queue));
+}
+
+#[tokio::test]
+async fn who_may_not_end_or_hold_the_daemon_is_told_so_with_exit_code_2() {
+    let no = error("above_access", "user 7 may neither end nor hold the daemon");
+    let errors = vec![("POST /v1/daemon/", 403, no)];
+    let daemon = Daemon::start(Script { errors, ..Script::default() });
+    for command in ["drain", "detach", "pause", "resume"] {
+        let (mut context, _, stderr) = context();
+        assert_eq!(hotcell(&daemon, &[command], &mut context).await, ExitCode::Usage);
+        assert!(stderr.text().contains("neither end nor hold"), "{}", stderr.text());
+    }
 }
 
 #[tokio::test]

@@ -48,6 +48,12 @@ impl Endings {
         self.tasks.is_empty()
     }
 
+    /// Lets go of all of them; those that wait for one see that nobody answers.
+    pub(super) async fn abandon(&mut self) {
+        self.tasks.shutdown().await;
+        self.jobs.clear();
+    }
+
     /// Tells `answer` too when `job` is over. Gives it back where it is not being ended.
     pub(super) fn join(&mut self, job: &JobId, answer: Option<Answer>) -> Result<(), Option<Answer>> {
         match self.jobs.values_mut().find(|ending| ending.job == *job) {

@@ -149,6 +149,7 @@ pub(super) async fn admit(lease: &Arc<Shared>, request: Request<Incoming>) -> Re
         permit,
         body_memory: Some(body_memory),
         _place: place,
+        entered: None,
     })
 }
 

@@ -308,6 +308,16 @@ impl Credentials {
         }
     }
 
+    /// Reads files again now, and what commands give at its next use; the environment cannot change. What cannot be
+    /// read stays as it was; gives why, in words without values.
+    pub async fn reload(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        for named in self.0.values() {
+            wrong.extend(named.reload().await.err().map(|error| error.to_string()));
+        }
+        wrong
+    }
+
     /// The secret texts of all that is held now, to be looked for in what goes out to people, and never for anything
     /// else. One that is being read by a command is waited for.
     pub async fn held(&self) -> Vec<Secret> {
@@ -359,6 +369,28 @@ impl Named {
             }
         }
         Ok(named)
+    }
+
+    async fn reload(&self) -> Result<(), CredentialError> {
+        match &self.spec.source {
+            CredentialSource::Env(_) => {}
+            CredentialSource::File(_) => {
+                let nobody = Identity { uid: 0, gid: 0, groups: Vec::new() };
+                let slot = self.slot(&nobody);
+                let mut slot = slot.lock().await;
+                *slot = Some(self.read(&nobody).await?);
+            }
+            CredentialSource::Command(_) => {
+                let slots: Vec<Arc<Slot>> =
+                    self.kept.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+                for slot in slots {
+                    if let Some(current) = slot.lock().await.as_mut() {
+                        current.fresh_until = Instant::now();
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     fn allows(&self, who: &Identity) -> Result<(), CredentialError> {

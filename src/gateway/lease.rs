@@ -278,7 +278,9 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         if !self.destroyed {
-            tracing::error!(job = %self.shared.job, "a lease was dropped, not destroyed: its socket file stays");
+            if !self.shared.gateway.open.is_closed() {
+                tracing::error!(job = %self.shared.job, "a lease was dropped, not destroyed: its socket file stays");
+            }
             // Not clean-up, but a door that nobody watches must not stay open.
             self.revoke();
         }

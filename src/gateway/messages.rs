@@ -12,6 +12,7 @@ use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Request, Response, StatusCode};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::timeout;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::admit::{Refused, admit};
 use super::body::BodyFacts;
@@ -100,6 +101,8 @@ pub(super) struct Call {
     pub(super) body_memory: Option<OwnedSemaphorePermit>,
     /// A place among the requests under way.
     pub(super) _place: OwnedSemaphorePermit,
+    /// Held from its reservation to its settlement.
+    pub(super) entered: Option<TaskTrackerToken>,
 }
 
 /// What came of forwarding.
@@ -244,12 +247,20 @@ impl Call {
             tokio::pin!(settled);
             // Before the question, so that a settlement right after it is not missed.
             settled.as_mut().enable();
+            let entered = tokio::select! {
+                entered = lease.gateway.entered() => entered,
+                () = head.closed() => return Err(Stop::Gone),
+                () = lease.cut.cancelled() => return Err(Stop::Gone),
+            };
             match lease.ledger.reserve(ask.clone()).await {
-                Ok(grant) => break grant,
+                Ok(grant) => {
+                    self.entered = Some(entered);
+                    break grant;
+                }
                 Err(error @ LedgerError::Exhausted { .. }) => {
                     return Err(Stop::Refused(self.exhausted(&error)));
                 }
-                Err(LedgerError::Busy) if Instant::now() < give_up => drop(turn.take()),
+                Err(LedgerError::Busy) if Instant::now() < give_up => drop((turn.take(), entered)),
                 Err(LedgerError::Busy) => {
                     return Err(refused(Refusal::Busy, "other requests hold the rest of a budget"));
                 }

@@ -41,6 +41,7 @@ mod runtime;
 mod scripted_engine;
 mod sources;
 mod steps;
+mod stop;
 mod support;
 mod surroundings;
 mod walls;

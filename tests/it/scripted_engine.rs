@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hotcell::config::{self, ApiKeySource, Config, Defaults, Limits};
-use hotcell::daemon::{self, Listeners, Shutdown};
+use hotcell::daemon::{self, Listeners};
+use hotcell::driver::{How, Shutdown};
 use hotcell::engine::{
     BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Extend, Found, ImageInfo,
     Progress, Reply, RuntimeInfo, SealedBuild,
@@ -279,7 +280,7 @@ impl House {
             runtime.block_on(async move {
                 let api = tokio::net::UnixListener::bind(&config.socket).unwrap();
                 listening.send(()).unwrap();
-                let listeners = Listeners { api, metrics: None };
+                let listeners = Listeners { api, metrics: None, hangup: None };
                 daemon::run(config, listeners, engine_of, "scripted".to_owned(), shutdown_of).await.unwrap();
             });
         });
@@ -334,7 +335,7 @@ impl House {
     }
 
     fn end(mut self) {
-        self.shutdown.drain.cancel();
+        self.shutdown.ask(How::Drain);
         self.daemon.take().unwrap().join().unwrap();
         assert!(self.engine.state.lock().unwrap().containers.is_empty(), "containers are left");
         let state = self.dir.path().join("state");
@@ -349,8 +350,7 @@ impl Drop for House {
         // A failed test: what it holds back and breaks is let go, so that the daemon can clean up.
         if let Some(daemon) = self.daemon.take() {
             self.engine.script(|s| *s = Script::default());
-            self.shutdown.drain.cancel();
-            self.shutdown.hurry.cancel();
+            self.shutdown.ask(How::Now);
             let _ = daemon.join();
         }
     }

@@ -188,8 +188,13 @@ impl World {
 
     /// SIGTERM to the daemon, which goes on for a while.
     pub(crate) fn signal(&self) {
+        self.send(rustix::process::Signal::TERM);
+    }
+
+    /// A signal to the daemon.
+    pub(crate) fn send(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(self.daemon.as_ref().expect("a daemon"));
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
     }
 
     /// SIGTERM to the daemon; it must end by itself, with code 0.

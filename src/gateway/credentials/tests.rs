@@ -32,6 +32,26 @@ fn sh(script: &str) -> CredentialSource {
 }
 
 #[tokio::test]
+async fn a_reload_reads_files_and_commands_again_and_keeps_what_it_cannot_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("key");
+    std::fs::write(&path, "canary-1").unwrap();
+    let file = open(spec(CredentialKind::ApiKey, CredentialSource::File(path.clone()))).await.unwrap();
+    assert_eq!(value(&file).await.unwrap(), "x-api-key: canary-1");
+    std::fs::write(&path, "canary-2").unwrap();
+    assert_eq!(value(&file).await.unwrap(), "x-api-key: canary-1", "not due yet");
+    assert!(file.reload().await.is_empty());
+    assert_eq!(value(&file).await.unwrap(), "x-api-key: canary-2");
+    std::fs::write(&path, "canary-3\ncanary-4").unwrap();
+    let wrong = file.reload().await;
+    assert!(wrong.len() == 1 && wrong[0].contains("key") && !wrong[0].contains("canary"), "{wrong:?}");
+    assert_eq!(value(&file).await.unwrap(), "x-api-key: canary-2");
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(file.reload().await.len(), 1);
+    assert_eq!(value(&file).await.unwrap(), "x-api-key: canary-2");
+}
+
+#[tokio::test]
 async fn it_is_read_from_file_and_command_and_never_printed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("key");
