@@ -171,7 +171,6 @@ pub async fn run(
         api::gc::run(kept, closing).await;
         "retention"
     });
-    let (drain, hurry) = (shutdown.drain.clone(), shutdown.hurry.clone());
     let ending = shutdown.clone();
     tasks.spawn(async move {
         driver.run(ending).await;

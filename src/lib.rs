@@ -44,10 +44,9 @@
 //!    try; totals, `Done`. What becomes of a change set is its submitter's word
 //!    ([`api::changes`]) and done with their rights.
 //!    What is over is kept as long and as much as [`retention`] says, and removed by [`api::gc`].
-//! 8. After a crash [`scheduler::recover`] says what becomes of each row and each container. A damaged store is refused, or
-//!    set aside with all that its rows gave a meaning to, where the operator says so ([`daemon`]). What a machine lacks for
 //! 8. A daemon that is to end drains, stops what runs, or detaches and leaves it to the next one ([`driver::How`]).
-//!    After a detach as after a crash [`scheduler::recover`] says what becomes of each row and each container. What a machine lacks for
+//!    After a detach as after a crash [`scheduler::recover`] says what becomes of each row and each container. A damaged
+//!    store is refused, or set aside with all that its rows gave a meaning to, where the operator says so ([`daemon`]). What a machine lacks for
 //!    all this, and what to do about it, [`api::doctor`] says; what is known of a job that went wrong, [`api::support`]
 //!    packs, without secrets.
 //!

@@ -23,8 +23,8 @@ mod fold;
 mod found;
 pub mod jobs;
 pub mod ledger;
-pub mod retain;
 mod pause;
+pub mod retain;
 mod row;
 mod schema;
 mod writer;
@@ -48,8 +48,8 @@ pub use access::{AuditFilter, AuditJob};
 pub use cells::CellRow;
 pub use jobs::{Filter, Job, JobRow, NewJob, OpenJob, Page, Submitted};
 pub use ledger::{Batch, ModelCost, NewReservation, Payer, ReservationId, Reserved, Spend};
-pub use retain::{Leftover, Needed};
 pub use pause::Paused;
+pub use retain::{Leftover, Needed};
 use writer::{Durability, Writer};
 
 /// Name of the database in the state directory.

@@ -11,8 +11,6 @@ const LAYERS: [(&str, &[&str]); 5] = [
         "facts",
         &["agent", "audit", "change", "clock", "event", "failpoint", "job", "money", "policy", "pricing"],
     ),
-    ("deciding", &["scheduler", "session"]),
-    ("facts", &["agent", "audit", "change", "clock", "event", "job", "money", "policy", "pricing"]),
     ("deciding", &["retention", "scheduler", "session"]),
     (
         "hands",

@@ -17,8 +17,8 @@ use super::fail::{ApiError, CliError};
 use crate::api::cache::{CacheRemoved, CacheView};
 use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
-use crate::api::gc::GcView;
 use crate::api::daemon::{EndingView, PauseView};
+use crate::api::gc::GcView;
 use crate::api::queue::QueueView;
 use crate::api::wire::{Doctor, Health, JobList, JobView, WhoAmI};
 use crate::change::decision::{
@@ -156,6 +156,8 @@ impl Client {
     pub(crate) async fn retry(&self, id: &JobId) -> Result<JobView, CliError> {
         let request = Request::post(format!("/v1/jobs/{id}/retry"));
         self.read(request.body(Full::default())).await
+    }
+
     /// What waits.
     pub(crate) async fn queue(&self) -> Result<QueueView, CliError> {
         self.get("/v1/queue").await
