@@ -1,13 +1,13 @@
 //! Folds the write-ahead log into the database, on a thread and a connection of its own: what is long about it, the
 //! disk, must hold up no request. The log begins anew only when a writer finds all of it folded, so where writes
-//! never pause the writer's thread folds the last few pages itself. It must never lose a commit: SQLite syncs the log
-//! before it folds.
+//! never pause the writer's thread folds the last few pages itself; and where the disk cannot follow, requests wait for
+//! it: the log has a limit. It must never lose a commit: SQLite syncs the log before it folds.
 
 use std::cell::Cell;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use rusqlite::Connection;
@@ -16,8 +16,10 @@ use super::{StoreError, schema};
 
 /// Pages of the log from one folding to the next.
 const PAGES: u32 = 1_000;
-/// From here on the writer folds what is left.
-const PAGES_MAX: u32 = 4_000;
+/// From here on the writer folds what is left, where the thread has done its part.
+const PAGES_LONG: u32 = 4_000;
+/// From here on nothing is written before the thread has done its part and the writer the rest: 24 MiB.
+const PAGES_MAX: u32 = 6_000;
 
 thread_local! {
     /// Pages in the log after the last commit of this thread.
@@ -32,8 +34,21 @@ pub(super) struct Folder {
     pages_asked: u32,
     /// The thread came to its end since the writer looked: little is left to fold.
     folded: Arc<AtomicBool>,
-    /// The writer is to fold what is left.
-    due: bool,
+    /// Who has it folds: SQLite lets only one, and the other would do nothing.
+    turn: Arc<Mutex<()>>,
+    due: Due,
+    /// How long the log was when the writer last waited. A reader may have kept it from beginning anew.
+    pages_waited: u32,
+}
+
+/// Whether the writer's thread is to fold.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Due {
+    No,
+    /// Where the folding thread is not at it.
+    Soon,
+    /// Before anything else is written.
+    Now,
 }
 
 impl Folder {
@@ -47,15 +62,19 @@ impl Folder {
         let folded = Arc::new(AtomicBool::new(false));
         let (asks, inbox) = sync_channel(1);
         let done = Arc::clone(&folded);
+        let turn = Arc::new(Mutex::new(()));
+        let own_turn = Arc::clone(&turn);
         let body = move || {
             while inbox.recv().is_ok() {
+                let _turn = own_turn.lock().unwrap_or_else(PoisonError::into_inner);
                 fold(&own);
                 done.store(true, Ordering::Release);
             }
         };
         let thread = std::thread::Builder::new().name("hotcell-fold".to_owned()).spawn(body);
         let thread = thread.map_err(|error| StoreError::io("start the folder of", file, &error))?;
-        Ok(Self { asks: Some(asks), thread: Some(thread), pages_asked: 0, folded, due: false })
+        let (asks, thread) = (Some(asks), Some(thread));
+        Ok(Self { asks, thread, pages_asked: 0, folded, turn, due: Due::No, pages_waited: 0 })
     }
 
     /// To be called after each commit, on the thread that made it.
@@ -63,9 +82,14 @@ impl Folder {
         let pages = LOG_PAGES.get();
         if pages < self.pages_asked {
             // The log has begun anew.
-            self.pages_asked = 0;
+            (self.pages_asked, self.pages_waited) = (0, 0);
         }
-        self.due |= pages >= PAGES_MAX && self.folded.swap(false, Ordering::Acquire);
+        if pages >= PAGES_MAX.max(self.pages_waited + PAGES) {
+            self.pages_waited = pages;
+            self.due = Due::Now;
+        } else if self.due == Due::No && pages >= PAGES_LONG && self.folded.swap(false, Ordering::Acquire) {
+            self.due = Due::Soon;
+        }
         if pages >= self.pages_asked + PAGES {
             self.pages_asked = pages;
             // Where one waits already this one is not needed.
@@ -75,14 +99,25 @@ impl Folder {
 
     /// Whether the writer's thread is to fold.
     pub(super) fn is_due(&self) -> bool {
-        self.due
+        self.due != Due::No
+    }
+
+    /// Whether it is to fold before anything else is written.
+    pub(super) fn is_overdue(&self) -> bool {
+        self.due == Due::Now
     }
 
     /// Folds what is left, where that is the writer's turn: on its thread, since it waits for the disk.
     pub(super) fn fold_if_due(&mut self, connection: &Connection) {
-        if std::mem::take(&mut self.due) {
-            fold(connection);
-        }
+        let _turn = match std::mem::replace(&mut self.due, Due::No) {
+            Due::No => return,
+            Due::Soon => match self.turn.try_lock() {
+                Ok(turn) => turn,
+                Err(_) => return,
+            },
+            Due::Now => self.turn.lock().unwrap_or_else(PoisonError::into_inner),
+        };
+        fold(connection);
     }
 
     /// Ends the thread; its connection is closed then.

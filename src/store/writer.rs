@@ -218,6 +218,9 @@ impl Shared {
                 Err(TryLockError::Poisoned(_)) => return false,
             };
             let Some(open) = books.as_mut() else { return false };
+            if open.folder.is_overdue() {
+                return false;
+            }
             let batch = lock(&self.queue).take();
             let begun = Instant::now();
             let first = open.execute(batch);
