@@ -14,6 +14,7 @@ use super::writer::Durability;
 use super::{Store, StoreError};
 use crate::event::Totals;
 use crate::job::{Carry, Identity, Input, JobId, Outcome, State, StopReason};
+use crate::policy::PlanLimits;
 use crate::policy::output::RESULT_BYTES_CEILING;
 
 /// Most rows of one [`Page`].
@@ -118,6 +119,10 @@ pub struct OpenJob {
     pub provider: Option<String>,
     /// The model that its plan names.
     pub model: String,
+    /// The policy that its plan names.
+    pub policy: String,
+    /// What it may use up; none where its plan cannot be read.
+    pub limits: Option<PlanLimits>,
 }
 
 /// Where a page ended: give it to the next call. Stays good when rows come and go.
@@ -238,14 +243,17 @@ impl Store {
     pub async fn open_jobs(&self) -> Result<Vec<OpenJob>, StoreError> {
         self.read(|db| {
             let sql = "SELECT id, uid, priority, state_json, \
-                       CASE WHEN json_valid(plan_json) THEN plan_json ->> '$.plan.provider' END, model \
+                       CASE WHEN json_valid(plan_json) THEN plan_json ->> '$.plan.provider' END, model, policy, \
+                       CASE WHEN json_valid(plan_json) THEN plan_json ->> '$.plan.limits' END \
                        FROM jobs WHERE state IN ('queued', 'preparing', 'running', 'stopping', 'parking', \
                        'parked', 'collecting', 'verifying') ORDER BY n";
             let mut statement = db.prepare_cached(sql)?;
             let rows = statement.query_map([], |row| {
                 let (uid, priority) = (row.get(1)?, row.get(2)?);
                 let (state, provider, model) = (json(row, 3)?, row.get(4)?, row.get(5)?);
-                Ok(OpenJob { id: parsed(row, 0)?, uid, priority, state, provider, model })
+                let (policy, limits): (_, Option<String>) = (row.get(6)?, row.get(7)?);
+                let limits = limits.and_then(|text| serde_json::from_str(&text).ok());
+                Ok(OpenJob { id: parsed(row, 0)?, uid, priority, state, provider, model, policy, limits })
             })?;
             Ok(rows.collect::<Result<_, _>>()?)
         })

@@ -375,6 +375,7 @@ fn config(dir: &Path, slots: u32) -> Config {
         cancel_grace_s: 1,
         drain_s: 30,
         disk_reserve_mib: 64,
+        memory_reserve_mib: 64,
     };
     let (policy, model, image) = ("trusted".into(), "claude-sonnet-4-6".into(), "some/image".into());
     let (base_url, api_key) = ("http://127.0.0.1:9".into(), ApiKeySource::File(dir.join("key")));

@@ -30,6 +30,9 @@ fn row(job: &QueuedJob) -> Vec<(Style, String)> {
         "slots" => "a slot".to_owned(),
         "user_limit" => "its user's limit".to_owned(),
         "credential_limit" => "its credential's limit".to_owned(),
+        "policy_limit" => "its policy's limit".to_owned(),
+        "memory" => "memory of this machine".to_owned(),
+        "disk" => "disk space of this machine".to_owned(),
         "paused" => "`hotcell resume`".to_owned(),
         "draining" => "the next daemon".to_owned(),
         // Why it is parked, or what a newer daemon says.
