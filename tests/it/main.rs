@@ -44,6 +44,7 @@ mod steps;
 mod stop;
 mod support;
 mod surroundings;
+mod systemd;
 mod walls;
 mod workspace;
 mod world;

@@ -280,7 +280,7 @@ impl House {
             runtime.block_on(async move {
                 let api = tokio::net::UnixListener::bind(&config.socket).unwrap();
                 listening.send(()).unwrap();
-                let listeners = Listeners { api, metrics: None, hangup: None };
+                let listeners = Listeners { api, metrics: None, hangup: None, systemd: false };
                 daemon::run(config, listeners, engine_of, "scripted".to_owned(), shutdown_of).await.unwrap();
             });
         });

@@ -17,6 +17,9 @@ use tokio_util::sync::CancellationToken;
 /// Longest wait for anything that a test waits for.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 
+/// The program under test.
+const HOTCELL: &str = env!("CARGO_BIN_EXE_hotcell");
+
 /// The credential that must be found nowhere inside a cell.
 pub(crate) const CANARY: &str = "sk-canary-7f3a9c51d2e84b06";
 
@@ -36,6 +39,8 @@ pub(crate) struct World {
     pub(crate) daemon_args: Vec<String>,
     /// Whom the daemon runs as, from its next start on, where that is not root.
     pub(crate) daemon_uid: Option<u32>,
+    /// The socket that it is handed over as systemd does, from its next start on.
+    pub(crate) handed_over: Option<std::os::fd::OwnedFd>,
 }
 
 /// One answer of the daemon.
@@ -90,6 +95,7 @@ impl World {
             daemon_env: Vec::new(),
             daemon_args: Vec::new(),
             daemon_uid: None,
+            handed_over: None,
         };
         world.write_config();
         share(&world.state_dir());
@@ -158,12 +164,21 @@ impl World {
 
     fn launch(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
-        let mut command = self.hotcell();
+        let (mut command, stdin) = match &self.handed_over {
+            None => (self.hotcell(), Stdio::null()),
+            Some(socket) => {
+                // Only the process itself knows its id.
+                let mut sh = self.program("/bin/sh");
+                sh.args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" \"$@\" 3<&0 </dev/null"]);
+                sh.arg(HOTCELL);
+                (sh, socket.try_clone().unwrap().into())
+            }
+        };
         command
             .envs(self.daemon_env.iter().cloned())
             .args(["serve", "--log", "info,hotcell=debug"])
             .args(&self.daemon_args)
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::null())
             .stderr(log);
         if let Some(uid) = self.daemon_uid {
@@ -172,6 +187,19 @@ impl World {
         }
         let child = command.spawn().expect("hotcell serve");
         self.daemon = Some(child);
+    }
+
+    /// Starts a daemon that must end by itself with an error: its log.
+    pub(crate) fn refuses_to_start(&mut self) -> String {
+        self.launch();
+        let mut daemon = self.daemon.take().unwrap();
+        let until = Instant::now() + PATIENCE;
+        while daemon.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < until, "the daemon does not end:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!daemon.wait().unwrap().success(), "{}", self.log());
+        self.log()
     }
 
     /// kill -9 of the daemon.
@@ -335,7 +363,11 @@ impl World {
     /// The `hotcell` binary with this world's configuration and nothing of the caller's environment but the
     /// engine.
     pub(crate) fn hotcell(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_hotcell"));
+        self.program(HOTCELL)
+    }
+
+    fn program(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
         let keep = ["PATH", "HOTCELL_ENGINE", "DOCKER_HOST", "SSL_CERT_FILE"];
         command.env_clear().envs(std::env::vars_os().filter(|(k, _)| keep.iter().any(|n| k == n)));
         command.env("HOME", "/root").env("HOTCELL_CONFIG", self.path("config.toml"));
