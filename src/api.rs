@@ -16,6 +16,7 @@ pub mod events;
 pub mod gc;
 pub mod jobs;
 mod kept;
+pub mod notices;
 pub mod openapi;
 pub mod peer;
 pub mod queue;
@@ -67,6 +68,8 @@ pub struct Api {
     pub engine_address: String,
     /// What does not work at the moment, in words.
     pub problems: RwLock<Vec<String>>,
+    /// Who is told of what happens to jobs.
+    pub notifiers: Vec<crate::notifier::Notifier>,
     /// How the daemon is going down, once it is.
     pub shutdown: Shutdown,
 }
@@ -145,6 +148,8 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/cost", get(cost::cost))
         .route("/v1/budgets", get(cost::budgets))
         .route("/v1/gc", post(gc::collect))
+        .route("/v1/notices", get(notices::list))
+        .route("/v1/notices/test", post(notices::test))
         .route("/v1/cache", get(cache::list).delete(cache::remove))
         .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health))

@@ -27,6 +27,7 @@ mod install;
 mod logs;
 mod ls;
 mod model;
+mod notify;
 mod pause;
 mod policy;
 mod queue;
@@ -91,6 +92,7 @@ enum Command {
     Cost(cost::CostArgs),
     Cache(cache::CacheArgs),
     Gc(gc::GcArgs),
+    Notify(notify::NotifyArgs),
     Serve(serve::ServeArgs),
     Pause(pause::PauseArgs),
     Resume(pause::ResumeArgs),
@@ -210,6 +212,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Cost(args) => wait(cost::cost(&args, context)),
         Command::Cache(args) => wait(cache::cache(&args, context)),
         Command::Gc(args) => wait(gc::gc(&args, context)),
+        Command::Notify(args) => wait(notify::notify(&args, context)),
         Command::Serve(args) => serve::serve(&args, context),
         Command::Pause(args) => wait(pause::pause(&args, context)),
         Command::Resume(args) => wait(pause::resume(&args, context)),
@@ -250,6 +253,7 @@ impl Command {
             Self::Cost(args) => args.json,
             Self::Cache(args) => args.json(),
             Self::Gc(args) => args.json,
+            Self::Notify(args) => args.json(),
             Self::Queue(args) => args.json,
             Self::Pause(args) => args.json,
             Self::Resume(args) => args.json,

@@ -7,6 +7,7 @@ mod access;
 mod budgets;
 mod cache;
 mod network;
+mod notify;
 mod policies;
 mod providers;
 mod raw;
@@ -220,6 +221,8 @@ pub struct Config {
     pub admin_uids: Vec<u32>,
     /// Who may use what; empty: everybody who can open the socket may use everything.
     pub access: Vec<Rule>,
+    /// Who is told of what happens to jobs.
+    pub notify: Vec<crate::notice::Target>,
     /// The static PID 1 of a cell.
     pub init_binary: PathBuf,
     /// Filter of the daemon's log, as `tracing` writes it.
@@ -279,6 +282,7 @@ impl Config {
                 })?
                 .unwrap_or_else(|| vec![0]),
             access: layers.access(&raw.access)?,
+            notify: layers.notify(&raw.notify)?,
             init_binary: layers
                 .checked("init_binary", &raw.init_binary, absolute)?
                 .or_else(beside)

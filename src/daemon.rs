@@ -37,6 +37,7 @@ use crate::job::State;
 use crate::journal;
 use crate::metrics::Metrics;
 use crate::money::Calendar;
+use crate::notifier::Notifier;
 use crate::policy::{Access, Defaults};
 use crate::pricing::Prices;
 use crate::source;
@@ -129,7 +130,9 @@ pub async fn run(
     engine_address: String,
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
-    let (parts, policies) = build(&config, engine).await?;
+    let (parts, policies, notifiers) = build(&config, engine).await?;
+    // Before anything happens to a job.
+    parts.store.set_notifies(!notifiers.is_empty()).await?;
     let slots = usize::try_from(config.limits.slots).unwrap_or(1);
     let (mut driver, handle) =
         Driver::new(parts.clone(), slots, Duration::from_secs(config.limits.drain_s.into()));
@@ -161,6 +164,7 @@ pub async fn run(
         queued_jobs_max: config.limits.queued_jobs_max.into(),
         engine_address,
         problems: RwLock::new(problems(&parts)),
+        notifiers,
         shutdown: shutdown.clone(),
     });
     let (reloading, closing) = (api.clone(), close.clone());
@@ -180,6 +184,11 @@ pub async fn run(
     tasks.spawn(async move {
         api::gc::run(kept, closing).await;
         "retention"
+    });
+    let (telling, closing) = (api.clone(), close.clone());
+    tasks.spawn(async move {
+        api::notices::run(telling, closing).await;
+        "notices"
     });
     let ending = shutdown.clone();
     tasks.spawn(async move {
@@ -277,7 +286,10 @@ async fn slot_limits(parts: &Parts, access: &Access, driver: &mut Driver) -> any
     }
 }
 
-async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<Parts>, Arc<PolicyShelf>)> {
+async fn build(
+    config: &Config,
+    engine: Arc<dyn Engine>,
+) -> anyhow::Result<(Arc<Parts>, Arc<PolicyShelf>, Vec<Notifier>)> {
     let state_dir = make_state_dir(&config.state_dir)?;
     check_init(&config.init_binary)?;
     let shelf = Arc::new(PolicyShelf::open(&config.policy_dirs, &config.egress_sets)?);
@@ -312,6 +324,8 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
     let store = aside::open_store(&settings, config.set_store_aside).await?;
     let packages = packages(&state_dir, config.cache).await;
     let (egress, reach) = way_out(config, packages)?;
+    let notifiers = config.notify.iter().map(|target| Notifier::new(target.clone(), &reach));
+    let notifiers = notifiers.collect::<Result<Vec<_>, _>>()?;
     let limits = gateway::Limits { drain: DRAIN_MAX, ..gateway::Limits::default() };
     let gateway = Gateway::open(config.gateway.clone(), prices, limits, &reach).await?;
     let runtimes = Tried::load(&settings.state_dir);
@@ -342,7 +356,7 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
         admission,
         pauses,
     };
-    Ok((Arc::new(parts), shelf))
+    Ok((Arc::new(parts), shelf, notifiers))
 }
 
 /// How hosts and providers are reached from here.

@@ -28,6 +28,7 @@ mod messages;
 pub mod meter;
 pub mod pace;
 pub mod packages;
+pub mod post;
 mod provider;
 mod relay;
 pub mod secret;

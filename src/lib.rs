@@ -15,9 +15,9 @@
 //! faces     main, cli, config, daemon, api, selftest
 //! doing     cell (one cell's life), driver (the one loop), sweeper
 //! deciding  scheduler (+ recover), session, retention         pure: no IO, no clock, no chance
-//! hands     store, journal, engine, link, workspace, changes, git, source, gateway, cell_image, agent_bundle, npm,
+//! hands     store, journal, engine, link, workspace, changes, git, source, gateway, cell_image, agent_bundle, npm, notifier,
 //!           run_as, model, metrics, dockerfile, daemon_log
-//! facts     job, policy, agent, change, event, audit, money, pricing, clock  pure types; failpoint (tests)
+//! facts     job, policy, agent, change, event, audit, money, notice, pricing, clock  pure types; failpoint (tests)
 //! ```
 //! `hotcell-init` (`src/init/`) stands alone: std and libc, static, PID 1 of every cell.
 //!
@@ -43,7 +43,8 @@
 //!    container, mounts and directory proven gone; `verify` judges the change set in a fresh cell, and the agent may get another
 //!    try; totals, `Done`. What becomes of a change set is its submitter's word
 //!    ([`api::changes`]) and done with their rights.
-//!    What is over is kept as long and as much as [`retention`] says, and removed by [`api::gc`].
+//!    What is over is kept as long and as much as [`retention`] says, and removed by [`api::gc`]. Who is told of it ([`notice`])
+//!    hears from [`api::notices`], by an outbox that the store writes with each change of state.
 //! 8. A daemon that is to end drains, stops what runs, or detaches and leaves it to the next one ([`driver::How`]).
 //!    After a detach as after a crash [`scheduler::recover`] says what becomes of each row and each container. A damaged
 //!    store is refused, or set aside with all that its rows gave a meaning to, where the operator says so ([`daemon`]). What a machine lacks for
@@ -72,6 +73,7 @@ pub mod event;
 pub mod failpoint;
 pub mod job;
 pub mod money;
+pub mod notice;
 pub mod policy;
 pub mod pricing;
 // deciding
@@ -91,6 +93,7 @@ pub mod journal;
 pub mod link;
 pub mod metrics;
 pub mod model;
+pub mod notifier;
 pub mod npm;
 pub mod run_as;
 pub mod source;

@@ -21,9 +21,11 @@ use register::{
 
 mod cache;
 mod register;
+mod words;
 
 use cache::Cache;
 pub use cache::CacheFigures;
+pub use words::{CopyStep, Orphan, Retired};
 
 /// Label of a model that the price list does not name.
 pub const OTHER_MODEL: &str = "other";
@@ -55,6 +57,7 @@ pub struct Metrics {
     orphans_total: IntCounterVec,
     retired_total: IntCounterVec,
     retired_bytes_total: IntCounterVec,
+    notices_total: IntCounterVec,
 }
 
 /// What becomes of jobs.
@@ -96,82 +99,6 @@ struct Doors {
 impl std::fmt::Debug for Metrics {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Metrics").finish_non_exhaustive()
-    }
-}
-
-/// What a sweep or a restart had to remove.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Orphan {
-    /// A container.
-    Container,
-    /// A mount, or the directory of a cell.
-    Directory,
-    /// A reservation of money.
-    Reservation,
-}
-
-impl Orphan {
-    const ALL: [Self; 3] = [Self::Container, Self::Directory, Self::Reservation];
-
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Container => "container",
-            Self::Directory => "directory",
-            Self::Reservation => "reservation",
-        }
-    }
-}
-
-/// What retention removes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Retired {
-    /// A job that is over, with all that is kept of it.
-    Job,
-    /// A mirror of a repository.
-    Mirror,
-    /// An image built for a repository.
-    Image,
-    /// A version of the agent.
-    Agent,
-}
-
-impl Retired {
-    const ALL: [Self; 4] = [Self::Job, Self::Mirror, Self::Image, Self::Agent];
-
-    /// As in the metrics.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Job => "job",
-            Self::Mirror => "mirror",
-            Self::Image => "image",
-            Self::Agent => "agent",
-        }
-    }
-}
-
-/// What a private copy of a workspace costs a job in time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CopyStep {
-    /// Listing the workspace as it is, and keeping that.
-    Snapshot,
-    /// All else until a cell can see it: staging, masks, scratch space, overlay.
-    SetUp,
-    /// Making the change set.
-    Extraction,
-    /// Taking down all of a cell, whatever its workspace, and proving it.
-    Removal,
-}
-
-impl CopyStep {
-    const ALL: [Self; 4] = [Self::Snapshot, Self::SetUp, Self::Extraction, Self::Removal];
-
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Snapshot => "snapshot",
-            Self::SetUp => "set_up",
-            Self::Extraction => "extraction",
-            Self::Removal => "removal",
-        }
     }
 }
 
@@ -227,6 +154,12 @@ impl Metrics {
                 "Things that were removed because they were old or too many.",
                 &["kind"],
             )?,
+            notices_total: counters(
+                &registry,
+                "hotcell_notices_total",
+                "Tries to tell somebody of what happened to a job: sent, failed, or given up.",
+                &["result"],
+            )?,
             retired_bytes_total: counters(
                 &registry,
                 "hotcell_retention_removed_bytes_total",
@@ -247,6 +180,9 @@ impl Metrics {
         self.cache.seed();
         for kind in Orphan::ALL {
             self.orphans_total.with_label_values(&[kind.as_str()]);
+        }
+        for result in ["sent", "failed", "given_up"] {
+            self.notices_total.with_label_values(&[result]);
         }
         for kind in Retired::ALL {
             self.retired_total.with_label_values(&[kind.as_str()]);
@@ -393,6 +329,11 @@ impl Metrics {
     pub fn retired(&self, kind: Retired, bytes: u64) {
         self.retired_total.with_label_values(&[kind.as_str()]).inc();
         self.retired_bytes_total.with_label_values(&[kind.as_str()]).inc_by(bytes);
+    }
+
+    /// Somebody was told, was not and will be, or will not be (`sent`, `failed`, `given_up`).
+    pub fn notice(&self, result: &str) {
+        self.notices_total.with_label_values(&[result]).inc();
     }
 
     /// A job was parked.

@@ -36,7 +36,7 @@ pub use sets::{EgressSet, Sets};
 pub use steps::{StepKind, check_step_egress};
 
 /// True where a text is what [`matches`] takes: a name, or the beginning of one with a final `*`.
-fn is_pattern(text: &str) -> bool {
+pub(crate) fn is_pattern(text: &str) -> bool {
     !text.is_empty() && !text.strip_suffix('*').unwrap_or(text).contains('*')
 }
 

@@ -9,7 +9,19 @@ use std::path::{Path, PathBuf};
 const LAYERS: [(&str, &[&str]); 5] = [
     (
         "facts",
-        &["agent", "audit", "change", "clock", "event", "failpoint", "job", "money", "policy", "pricing"],
+        &[
+            "agent",
+            "audit",
+            "change",
+            "clock",
+            "event",
+            "failpoint",
+            "job",
+            "money",
+            "notice",
+            "policy",
+            "pricing",
+        ],
     ),
     ("deciding", &["retention", "scheduler", "session"]),
     (
@@ -27,6 +39,7 @@ const LAYERS: [(&str, &[&str]); 5] = [
             "link",
             "metrics",
             "model",
+            "notifier",
             "npm",
             "run_as",
             "source",
@@ -39,13 +52,14 @@ const LAYERS: [(&str, &[&str]); 5] = [
 ];
 
 /// What hands may use of each other: everything else goes through the layer above.
-const BETWEEN_HANDS: [(&str, &[&str]); 7] = [
+const BETWEEN_HANDS: [(&str, &[&str]); 8] = [
     ("agent_bundle", &["npm"]),
     ("cell_image", &["agent_bundle", "engine", "npm"]),
     ("changes", &["git", "workspace"]),
     ("dockerfile", &["workspace"]),
     ("gateway", &["run_as", "store"]),
     ("git", &["run_as", "workspace"]),
+    ("notifier", &["gateway", "run_as"]),
     ("source", &["git", "run_as", "workspace"]),
 ];
 

@@ -8,6 +8,7 @@ use super::changes::ChangesView;
 use super::cost::{BudgetList, CostReport};
 use super::daemon::{EndingView, PauseView};
 use super::gc::GcView;
+use super::notices::{NoticesView, TestView};
 use super::queue::QueueView;
 use super::wire::{Doctor, ErrorBody, Health, JobList, JobView, WhoAmI};
 use crate::audit::Record;
@@ -38,6 +39,8 @@ pub fn openapi() -> Value {
         generator.subschema_for::<CacheView>(),
         generator.subschema_for::<CacheRemoved>(),
         generator.subschema_for::<GcView>(),
+        generator.subschema_for::<NoticesView>(),
+        generator.subschema_for::<TestView>(),
         generator.subschema_for::<ChangesView>(),
         generator.subschema_for::<ApplyRequest>(),
         generator.subschema_for::<ApplyAnswer>(),
@@ -322,6 +325,14 @@ fn cache() -> Value {
             "summary": "Remove what is older or more than [retention] keeps; for admins and the daemon's own user",
             "parameters": [query("dry_run", "1: remove nothing, only tell what would go")],
             "responses": { "200": answer("What goes, with its reason", "GcView"), "default": error() },
+        } },
+        "/v1/notices": { "get": {
+            "operationId": "listNotices", "summary": "Who is told of what happens to jobs, and what waits; for admins",
+            "responses": { "200": answer("Targets and notices", "NoticesView"), "default": error() },
+        } },
+        "/v1/notices/test": { "post": {
+            "operationId": "testNotices", "summary": "Tell each target a word, now and once; for admins",
+            "responses": { "200": answer("What became of it, a line for each target", "TestView"), "default": error() },
         } },
         "/v1/cache": {
             "get": {

@@ -19,6 +19,7 @@ use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
 use crate::api::daemon::{EndingView, PauseView};
 use crate::api::gc::GcView;
+use crate::api::notices::{NoticesView, TestView};
 use crate::api::queue::QueueView;
 use crate::api::wire::{Doctor, Health, JobList, JobView, WhoAmI};
 use crate::change::decision::{
@@ -203,6 +204,16 @@ impl Client {
     pub(crate) async fn gc(&self, dry_run: bool) -> Result<GcView, CliError> {
         let request = Request::post(format!("/v1/gc?dry_run={}", u8::from(dry_run)));
         self.read(request.body(Full::default())).await
+    }
+
+    /// Who is told of what happens to jobs, and what waits.
+    pub(crate) async fn notices(&self) -> Result<NoticesView, CliError> {
+        self.read(Request::get("/v1/notices").body(Full::default())).await
+    }
+
+    /// Tells each of them a word.
+    pub(crate) async fn test_notices(&self) -> Result<Vec<TestView>, CliError> {
+        self.read(Request::post("/v1/notices/test").body(Full::default())).await
     }
 
     /// The report that a job left.

@@ -35,7 +35,7 @@ pub(super) struct RawAccess {
 
 /// A user or a group: a name, or an id as a number or in digits.
 #[derive(Debug)]
-struct NameOrId(String);
+pub(super) struct NameOrId(pub(super) String);
 
 impl<'de> Deserialize<'de> for NameOrId {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

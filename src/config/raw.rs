@@ -42,6 +42,7 @@ pub(super) struct RawConfig {
     pub(super) retention: super::retention::RawRetention,
     pub(super) admin_uids: Opt<Vec<u32>>,
     pub(super) access: Vec<Spanned<RawAccess>>,
+    pub(super) notify: Vec<Spanned<super::notify::RawNotify>>,
     pub(super) init_binary: Opt<String>,
     pub(super) log: Opt<String>,
 }
@@ -233,6 +234,15 @@ impl<'a> Layers<'a> {
         // Most files have none, and then nobody's names matter.
         let names = if raw.is_empty() { Names::default() } else { Names::of_machine() };
         super::access::rules(&self.path, &self.text, raw, &names)
+    }
+
+    /// The entries that say who is told.
+    pub(super) fn notify(
+        &self,
+        raw: &[Spanned<super::notify::RawNotify>],
+    ) -> Result<Vec<crate::notice::Target>, ConfigError> {
+        let names = if raw.is_empty() { Names::default() } else { Names::of_machine() };
+        super::notify::targets(&self.path, &self.text, raw, &names)
     }
 
     /// Where the API key is: the highest layer that names a place decides, and it must name exactly one.

@@ -531,7 +531,7 @@ fn put_state(
         state.outcome().map(Outcome::label),
         tried,
     ])?;
-    Ok(())
+    super::outbox::note(db, job, state, now_ms)
 }
 
 fn job_row(row: &Row<'_>) -> rusqlite::Result<JobRow> {

@@ -22,7 +22,8 @@ const BUSY_TIMEOUT_MS: u64 = 5_000;
 const CHECK_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// Step `n` takes a file from schema `n` to `n + 1`.
-pub(super) const MIGRATIONS: [&str; 4] = [JOBS, include_str!("schema/money.sql"), RUNTIME, PARKING];
+pub(super) const MIGRATIONS: [&str; 5] =
+    [JOBS, include_str!("schema/money.sql"), RUNTIME, PARKING, super::outbox::OUTBOX];
 
 /// What isolated the cell; none of a cell in which a runtime was only tried out.
 const RUNTIME: &str = "ALTER TABLE cells ADD COLUMN runtime TEXT;";

@@ -26,6 +26,8 @@ mod keeping;
 mod life;
 mod modes;
 mod money;
+mod notify;
+
 mod output;
 mod packages;
 mod packages_cache;

@@ -381,6 +381,7 @@ fn config(dir: &Path, slots: u32) -> Config {
     let (base_url, api_key) = ("http://127.0.0.1:9".into(), ApiKeySource::File(dir.join("key")));
     Config {
         network: Default::default(),
+        notify: Vec::new(),
         cache: hotcell::gateway::packages::CacheLimits::default(),
         file: None,
         state_dir: dir.join("state"),

@@ -17,7 +17,7 @@ pub(crate) fn parse_ms(rfc3339: &str) -> Option<u64> {
 }
 
 /// Columns padded to their widest cell; the last one is not padded. Cells must be one line each.
-pub(super) fn table(paint: Paint, head: &[&str], rows: &[Vec<(Style, String)>]) -> Text {
+pub(crate) fn table(paint: Paint, head: &[&str], rows: &[Vec<(Style, String)>]) -> Text {
     let mut text = Text::new(paint);
     let width = |column: usize| {
         let cells = rows.iter().map(|row| row.get(column).map_or(0, |(_, cell)| cell.chars().count()));
