@@ -161,9 +161,9 @@ pub async fn run(
         reload::run(reloading, hangup, prices_file, closing).await;
         "reload"
     });
-    let (swept, closing) = (parts.clone(), close.clone());
+    let (swept, told, closing) = (parts.clone(), api.driver.clone(), close.clone());
     tasks.spawn(async move {
-        sweeper::run(swept, closing).await;
+        sweeper::run(swept, told, closing).await;
         "sweeper"
     });
     let (kept, closing) = (api.clone(), close.clone());
