@@ -198,7 +198,7 @@ fn spawn_faces(api: &Arc<Api>, listeners: Listeners, close: &CancellationToken) 
     let router = api::router(api.clone()).into_make_service_with_connect_info::<api::peer::Peer>();
     let closing = close.clone();
     tasks.spawn(async move {
-        let served = axum::serve(PeerListener(listeners.api), router)
+        let served = axum::serve(PeerListener::new(listeners.api), router)
             .with_graceful_shutdown(closing.cancelled_owned());
         if let Err(error) = served.await {
             tracing::error!(%error, "the API ended");

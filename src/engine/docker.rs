@@ -304,7 +304,9 @@ impl Docker {
             Err(_) => processes::hold_first(&id),
         };
         let held = tokio::task::spawn_blocking(look).await.ok()??;
-        let ended = Arc::new(AsyncFd::with_interest(held.fd, Interest::READABLE).ok()?);
+        // SAFETY: an `OwnedFd` is open, and the same file, until it is dropped.
+        let ended = unsafe { AsyncFd::register_with_interest(held.fd, Interest::READABLE) };
+        let ended = Arc::new(ended.ok()?);
         let first = First { pid: held.pid, ended };
         self.sees.store(true, Ordering::Relaxed);
         self.firsts().insert(container.clone(), first.clone());
