@@ -214,9 +214,9 @@ fn a_killed_shim_is_a_fault_of_this_machine_and_a_stopped_one_holds_nobody() {
         until_event(&mut world, job, "\"n\":0");
     }
     let (killed, stopped) = (&jobs[0], &jobs[1]);
-    let shim = engine.shim(&container(&world, stopped));
+    let shim = engine.shim(&container(&world, stopped)).expect("a shim");
     let (init, agent) = processes(&world, stopped);
-    kill(engine.shim(&container(&world, killed)));
+    kill(engine.shim(&container(&world, killed)).expect("a shim"));
     resumed_once(&mut world, killed);
 
     // The engine cannot do anything to it: neither kill it nor see that it is dead.
@@ -246,7 +246,7 @@ fn a_dead_containerd_does_not_make_a_dead_cell_look_alive() {
     let (cancelled, dying) = (&jobs[0], &jobs[1]);
     let (init, agent) = processes(&world, cancelled);
     let (dying_init, _) = processes(&world, dying);
-    kill(engine.containerd());
+    kill(engine.containerd().expect("a containerd"));
     kill(dying_init);
     let asked = Instant::now();
     assert_eq!(world.call("POST", &format!("/v1/jobs/{cancelled}/cancel"), "").status, 202);

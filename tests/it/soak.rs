@@ -5,10 +5,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 
 use crate::crash_points::Dice;
-use crate::fake_agent::{self, done, kill, spec, states};
+use crate::fake_agent::{self, done, spec, states};
 use crate::own_engine::{OwnEngine, all_pids, world_on};
 use crate::world::{World, one_command};
 
@@ -118,7 +119,7 @@ impl Side {
                 lines.ends_with(&(0..10).collect::<Vec<_>>()),
                 "the last lines once and in order: {lines:?}"
             );
-            let asked = events.iter().filter(|e| e["frame"]["got"] == Value::from("ask-2")).count();
+            let asked = events.iter().filter(|e| e["frame"]["got"] == "ask-2").count();
             assert!(asked >= 1, "its last question was answered");
         }
         self.charged += view["totals"]["charged_micro_usd"].as_u64().unwrap();
@@ -170,26 +171,32 @@ fn strike(victim: Victim, engine: &mut OwnEngine, side: &mut Side, dice: &mut Di
             side.deaths += 1;
             std::thread::sleep(Duration::from_millis(dice.roll(1500)));
             side.world.start();
+            true
         }
         Victim::Dockerd => {
             engine.kill();
             std::thread::sleep(Duration::from_millis(dice.roll(4000)));
             engine.launch(dice.roll(2) == 0);
+            true
         }
-        Victim::Containerd => kill(engine.containerd()),
-        Victim::Shim | Victim::Init | Victim::Agent => {
-            let Some((job, container, init, agent)) = side.cell(dice) else { return false };
-            match victim {
-                Victim::Shim => kill(engine.shim(&container)),
-                Victim::Init => kill(init),
-                Victim::Daemon | Victim::Dockerd | Victim::Containerd | Victim::Agent => {
-                    side.bereft.insert(job);
-                    kill(agent);
-                }
-            }
+        Victim::Containerd => struck(engine.containerd()),
+        Victim::Shim => {
+            let cell = side.cell(dice);
+            struck(cell.and_then(|(_, container, ..)| engine.shim(&container)))
+        }
+        Victim::Init => struck(side.cell(dice).map(|(_, _, init, _)| init)),
+        Victim::Agent => {
+            let Some((job, _, _, agent)) = side.cell(dice) else { return false };
+            side.bereft.insert(job);
+            struck(Some(agent))
         }
     }
-    true
+}
+
+/// SIGKILL, where it is there still.
+fn struck(pid: Option<u32>) -> bool {
+    let pid = pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+    pid.is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok())
 }
 
 #[test]
