@@ -3,27 +3,28 @@
 //!
 //! | fault | tests |
 //! |---|---|
-//! | kill -9 of the daemon at each state | `crash::*`, `crash_points::a_daemon_that_is_killed_at_any_place_loses_and_doubles_nothing` |
-//! | kill -9 of a client | `api::*` (idempotency key), `crash::who_waits_for_jobs_hears_of_their_ends_across_a_kill` |
-//! | kill -9 of dockerd | [`a_dockerd_that_is_killed_holds_the_queue_and_no_running_job`], [`what_a_new_dockerd_kills_goes_on_as_a_resumed_conversation`] |
-//! | dockerd dead at the deadline | [`without_an_engine_a_cell_ends_at_its_deadline_and_a_dead_one_is_seen`] |
-//! | kill -9 of a shim | [`a_killed_shim_is_a_fault_of_this_machine_and_a_stopped_one_holds_nobody`] |
-//! | kill -9 of containerd | [`a_dead_containerd_does_not_make_a_dead_cell_look_alive`] |
-//! | an engine that hangs | [`an_engine_that_hangs_holds_no_running_job_and_no_stop`] |
-//! | a container that will not die | the two above that stop a shim or PID 1, [`a_frozen_cell_is_killed_all_the_same`] |
-//! | removal busy | [`what_cannot_be_removed_is_counted_and_tried_again`] |
-//! | disk full | `life::a_full_disk_refuses_new_jobs_and_ends_running_ones_and_is_got_over` |
-//! | a torn store | `keeping::a_damaged_store_is_refused_and_set_aside_and_nothing_of_its_cells_is_left` |
-//! | out of memory in a cell | `walls::limits`, `engine::more_memory_than_allowed_ends_the_cell` |
-//! | clock jumps | `crash::a_wall_limit_holds_while_no_daemon_is_there`, `clocks::*`, `money::*` |
-//! | 10,000 queued | `scheduler`'s and `store`'s own tests, `make bench` |
-//! | a cell that prints 10 GB | [`a_cell_that_prints_10_gb_takes_little_disk_and_memory_and_its_result_is_seen`] |
+//! | kill -9 of the daemon at each state | `crash::a_job_that_had_not_its_task_yet_is_done_once_after_the_restart` and its neighbours, `crash_points::a_daemon_that_is_killed_at_any_place_loses_and_doubles_nothing` |
+//! | kill -9 of a client | `command::a_client_can_leave_come_back_cancel_and_die`, `api::a_key_is_one_job_even_in_a_crowd_and_after_a_crash` |
+//! | kill -9 of dockerd | `faults::a_dockerd_that_is_killed_holds_the_queue_and_no_running_job`, `faults::what_a_new_dockerd_kills_goes_on_as_a_resumed_conversation` |
+//! | dockerd dead at the deadline | `faults::without_an_engine_a_cell_ends_at_its_deadline_and_a_dead_one_is_seen` |
+//! | kill -9 of a shim | `faults::a_killed_shim_is_a_fault_of_this_machine_and_a_stopped_one_holds_nobody` |
+//! | kill -9 of containerd | `faults::a_dead_containerd_does_not_make_a_dead_cell_look_alive` |
+//! | an engine that hangs | `faults::an_engine_that_hangs_holds_no_running_job_and_no_stop` |
+//! | a container that will not die | those of the shim and of the deadline, `faults::a_frozen_cell_is_killed_all_the_same` |
+//! | removal busy | `faults::what_cannot_be_removed_is_counted_and_tried_again` |
+//! | disk full | `life::a_full_disk_refuses_new_jobs_and_ends_running_ones_and_is_got_over`, `walls::a_full_disk_is_the_cells_own` |
+//! | a torn store | `keeping::a_damaged_store_is_refused_and_set_aside_and_nothing_of_its_cells_is_left`, `store::a_flipped_or_cut_page_is_refused_as_damage_and_a_flipped_or_cut_log_ends_earlier` |
+//! | out of memory in a cell | `walls::memory_beyond_the_limit_is_killed_for_and_counted`, `engine::more_memory_than_allowed_ends_the_cell` |
+//! | clock jumps | `clocks::a_clock_that_jumps_moves_no_deadline_and_no_budget_day_back_and_removes_nothing`, `crash::a_wall_limit_holds_while_no_daemon_is_there` |
+//! | many queued | `life::two_slots_are_shared_fairly_and_never_passed`, `scheduler::one_user_cannot_hold_another_back` |
+//! | a cell that prints 10 GB | `faults::a_cell_that_prints_10_gb_takes_little_disk_and_memory_and_its_result_is_seen` |
 //! | a slow reader | `life::a_journal_stays_within_its_limit_and_a_slow_reader_holds_nobody` |
-//! | 429, 529, hang, truncated answers | `provider::*`, `gateway`'s own tests |
+//! | 429, 529, hang, truncated answers | `park::a_job_that_the_provider_limits_waits_and_goes_on_where_it_was`, `gateway::a_provider_that_never_answers_costs_the_reservation`, `gateway::an_answer_that_is_cut_at_any_byte_costs_its_usage_or_no_less_than_was_seen` |
 //! | gateway restart | `crash::the_money_of_a_request_under_way_at_a_kill_is_charged_and_the_job_goes_on` |
-//! | two daemons | `store`'s and `api`'s own tests |
-//! | descriptors used up | [`a_daemon_whose_clients_take_all_descriptors_goes_on_with_its_jobs_and_answers_when_they_leave`] |
-//! | SIGTERM with jobs | `stop::*`, `life::a_drain_lets_running_jobs_end_and_keeps_queued_ones_and_a_second_signal_stops_them` |
+//! | two daemons | `bad_input::one_state_directory_and_one_socket_have_one_daemon` |
+//! | descriptors used up | `faults::a_daemon_whose_clients_take_all_descriptors_goes_on_with_its_jobs_and_answers_when_they_leave` |
+//! | SIGTERM with jobs | `life::a_drain_lets_running_jobs_end_and_keeps_queued_ones_and_a_second_signal_stops_them`, `stop::the_jobs_of_a_detached_daemon_go_on_and_end_once_with_the_next_one` |
+//! | all of them, at random | `soak::random_kills_of_everything_lose_no_job_and_leave_nothing` (`make soak`) |
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -413,4 +414,28 @@ fn a_cell_that_prints_10_gb_takes_little_disk_and_memory_and_its_result_is_seen(
     assert_eq!((numbers[0], numbers[numbers.len() - 1]), (0, lines - 1), "head and tail are there");
     assert_eq!(states(&events), ["queued", "preparing", "running", "collecting", "done"]);
     world.end();
+}
+
+#[test]
+fn every_test_that_the_table_names_is_there() {
+    let mut code = String::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut dirs = vec![root.join("src"), root.join("tests")];
+    while let Some(dir) = dirs.pop() {
+        for path in std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {
+            match path.extension() {
+                _ if path.is_dir() => dirs.push(path),
+                Some(extension) if extension == "rs" => code += &std::fs::read_to_string(path).unwrap(),
+                _ => {}
+            }
+        }
+    }
+    let table = include_str!("faults.rs").lines().take_while(|line| line.starts_with("//!"));
+    let names: Vec<&str> =
+        table.flat_map(|line| line.split('`')).filter(|text| text.contains("::")).collect();
+    assert!(names.len() > 25, "{names:?}");
+    for name in names {
+        let function = format!("fn {}(", name.rsplit("::").next().unwrap());
+        assert!(code.contains(&function), "{name} is not there");
+    }
 }
