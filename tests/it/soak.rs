@@ -31,14 +31,16 @@ enum Victim {
     Agent,
 }
 
-const VICTIMS: [Victim; 8] = [
-    Victim::Daemon,
+const VICTIMS: [Victim; 10] = [
     Victim::Daemon,
     Victim::Daemon,
     Victim::Dockerd,
     Victim::Containerd,
     Victim::Shim,
+    Victim::Shim,
     Victim::Init,
+    Victim::Init,
+    Victim::Agent,
     Victim::Agent,
 ];
 
@@ -59,7 +61,7 @@ impl Side {
     fn new(engine: &OwnEngine, real: bool) -> Self {
         let fake = "usage = { input = 10, output = 50 }\n[default]\ntext = \"done\"\n".to_owned();
         let script =
-            if real { one_command("sleep 2; echo done").replace("output = 20", "output = 50") } else { fake };
+            if real { one_command("sleep 5; echo done").replace("output = 20", "output = 50") } else { fake };
         let mut world = world_on(engine, &script, "limits.slots = 2\nlimits.cancel_grace_s = 2\n");
         if !real {
             fake_agent::install(&world.state_dir());
@@ -72,8 +74,8 @@ impl Side {
     /// As many jobs as may be open, as far as the daemon takes them: it takes none while it has no engine.
     fn submit(&mut self, dice: &mut Dice) {
         while self.open.len() < OPEN_MAX {
-            let lines = 10 + dice.roll(60);
-            let task = format!("print {lines} 100 20000; patient one; ask 3 20000; print 10 100");
+            let lines = 20 + dice.roll(100);
+            let task = format!("print {lines} 100 100000; patient one; ask 3 20000; print 10 100");
             let real = json!({ "prompt": "go", "policy": "trusted", "limits": { "disk_mib": 64 } });
             let body = if self.real { real } else { spec(&task) }.to_string();
             let answer = self.world.call("POST", "/v1/jobs", &body);
@@ -219,8 +221,9 @@ fn random_kills_of_everything_lose_no_job_and_leave_nothing() {
         std::thread::sleep(Duration::from_millis(dice.roll(6000)));
         let victim = VICTIMS[dice.roll(VICTIMS.len() as u64) as usize];
         let side = &mut sides[dice.roll(2) as usize];
-        println!("soak: {:?} of the {} agents", victim, if side.real { "real" } else { "made-up" });
+        let whose = if side.real { "real" } else { "made-up" };
         if strike(victim, &mut engine, side, &mut dice) {
+            println!("soak: killed {victim:?}, of the {whose} agents");
             *struck.entry(victim).or_default() += 1;
         }
     }
