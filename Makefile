@@ -70,7 +70,7 @@ test-full: test ## The tests, a repository of 80,000 files, builds of all toolch
 soak: tools init engine ## Random kills of everything beside real jobs, for HOTCELL_SOAK_S seconds (600): what was survived, and what is left.
 	$(CARGO) build --locked --bin hotcell
 	HOTCELL_ENGINE=$(ENGINE) target/debug/hotcell image build
-	HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --locked --test it soak:: -- --ignored --nocapture
+	HOTCELL_SOAK_S=$${HOTCELL_SOAK_S:-600} HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --locked --test it soak:: -- --nocapture
 
 lint: tools ## Format, clippy, docs, shell scripts: no warning is let through.
 	$(CARGO) fmt --check
