@@ -133,6 +133,17 @@ impl OwnEngine {
         all_pids().into_iter().find(of)
     }
 
+    /// How many processes there are of it beside itself and its containerd.
+    pub(crate) fn shims(&self) -> usize {
+        let dir = self.dir.path().as_os_str().as_encoded_bytes().to_vec();
+        let own = [Some(self.pid()), self.containerd()];
+        let names_it = |pid: &u32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.windows(dir.len()).any(|part| part == dir)
+        };
+        all_pids().into_iter().filter(|pid| !own.contains(&Some(*pid))).filter(names_it).count()
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
