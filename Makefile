@@ -86,9 +86,14 @@ $(BENCH_TOOLS)/peers.txt: tests/bench/peers.txt
 	$(BENCH_TOOLS)/bin/pip install --quiet --disable-pip-version-check -r $<
 	cp $< $@
 
-bench-tools: ## Install what the gateway is measured against: nginx, and mitmproxy and LiteLLM below target/.
+# What the queue is measured against.
+BENCH_PUEUE = target/bench-pueue
+$(BENCH_PUEUE)/bin/pueued:
+	$(CARGO) install --quiet --locked --root $(BENCH_PUEUE) pueue@4.0.4
+
+bench-tools: ## Install what hotcell is measured against: nginx, and mitmproxy, LiteLLM and pueue below target/.
 	@.ci/tools bench
-	@$(MAKE) --no-print-directory $(BENCH_TOOLS)/peers.txt
+	@$(MAKE) --no-print-directory $(BENCH_TOOLS)/peers.txt $(BENCH_PUEUE)/bin/pueued
 
 bench: images bench-tools packages ## Measure side by side, print ratios, write target/bench.json.
 	HOTCELL_ENGINE=$(ENGINE) $(CARGO) bench --bench side_by_side

@@ -84,6 +84,8 @@ pub struct Settings {
     pub journal: journal::Limits,
     /// Free space that the host keeps, in bytes.
     pub disk_reserve_bytes: u64,
+    /// Free memory beside which no further job starts, in bytes.
+    pub memory_reserve_bytes: u64,
     /// The version of the CLI for jobs that name none; the active bundle where absent.
     pub agent: Option<String>,
     /// The budgets of users and of the daemon.

@@ -23,6 +23,7 @@ mod follow;
 mod gc;
 mod health;
 mod image;
+mod install;
 mod logs;
 mod ls;
 mod model;
@@ -97,6 +98,7 @@ enum Command {
     Detach(drain::DetachArgs),
     Image(image::ImageArgs),
     Agent(agent::AgentArgs),
+    Install(install::InstallArgs),
     Model(model::ModelArgs),
     Policy(policy::PolicyArgs),
     Whoami(whoami::WhoamiArgs),
@@ -215,6 +217,7 @@ fn dispatch(command: Command, context: &mut Context) -> Result<ExitCode, CliErro
         Command::Detach(args) => wait(drain::detach(&args, context)),
         Command::Image(args) => image::image(&args, context),
         Command::Agent(args) => agent::agent(&args, context),
+        Command::Install(args) => install::install(&args, context),
         Command::Model(args) => model::model(&args, context),
         Command::Policy(args) => policy::policy(&args, context),
         Command::Whoami(args) => wait(whoami::whoami(&args, context)),
@@ -254,6 +257,7 @@ impl Command {
             Self::Detach(args) => args.json,
             Self::Image(args) => args.json(),
             Self::Agent(args) => args.json(),
+            Self::Install(args) => args.json,
             Self::Policy(args) => args.json(),
             Self::Whoami(args) => args.json,
             Self::Health(args) => args.json,

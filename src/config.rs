@@ -175,6 +175,8 @@ pub struct Limits {
     pub drain_s: u32,
     /// MiB of the state directory's file system that jobs must leave free.
     pub disk_reserve_mib: u32,
+    /// MiB of memory that must be free beside what a job needs before a further one starts.
+    pub memory_reserve_mib: u32,
 }
 
 /// The configuration of a daemon, with nothing left open.
@@ -363,6 +365,7 @@ fn limits(layers: &Layers<'_>, raw: &raw::RawLimits, cores: u32) -> Result<Limit
         cancel_grace_s: small("limits.cancel_grace_s", &raw.cancel_grace_s, 0..=600, 10)?,
         drain_s: small("limits.drain_s", &raw.drain_s, 0..=86_400, 60)?,
         disk_reserve_mib: small("limits.disk_reserve_mib", &raw.disk_reserve_mib, 0..=(1 << 24), 1024)?,
+        memory_reserve_mib: small("limits.memory_reserve_mib", &raw.memory_reserve_mib, 0..=(1 << 24), 512)?,
     })
 }
 

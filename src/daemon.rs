@@ -3,6 +3,7 @@
 
 mod aside;
 mod reload;
+mod systemd;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -62,6 +63,8 @@ pub struct Listeners {
     pub metrics: Option<TcpListener>,
     /// SIGHUP, where it is watched: files are read again.
     pub hangup: Option<Signal>,
+    /// Whether systemd is told how the daemon is (where it asked for that).
+    pub systemd: bool,
 }
 
 /// `hotcell serve`: owns socket, signals and runtime.
@@ -81,8 +84,13 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
         let hangup = signal(SignalKind::hangup()).context("cannot watch SIGHUP")?;
         let address = find_address(config.engine.as_deref())?;
         let engine: Arc<dyn Engine> = Arc::new(Docker::connect(&address).await?);
+        let handed_over = systemd::handed_over()?;
+        let own_socket = handed_over.is_none().then(|| config.socket.clone());
         let listeners = Listeners {
-            api: listen(&config.socket, config.socket_mode, config.socket_group)?,
+            api: match handed_over {
+                Some(listener) => listener,
+                None => listen(&config.socket, config.socket_mode, config.socket_group)?,
+            },
             metrics: match config.metrics {
                 Some(at) => {
                     Some(TcpListener::bind(at).await.with_context(|| format!("cannot listen on {at}"))?)
@@ -90,10 +98,11 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
                 None => None,
             },
             hangup: Some(hangup),
+            systemd: true,
         };
-        let socket = config.socket.clone();
         let ended = run(config, listeners, engine, address, shutdown).await;
-        match std::fs::remove_file(&socket) {
+        // One that was handed over stays systemd's.
+        match own_socket.map_or(Ok(()), std::fs::remove_file) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(%error, "cannot remove the socket");
             }
@@ -156,6 +165,7 @@ pub async fn run(
     });
     let (reloading, closing) = (api.clone(), close.clone());
     let (hangup, prices_file) = (listeners.hangup.take(), config.prices_file.clone());
+    let systemd = listeners.systemd;
     let mut tasks = spawn_faces(&api, listeners, &close);
     tasks.spawn(async move {
         reload::run(reloading, hangup, prices_file, closing).await;
@@ -176,6 +186,13 @@ pub async fn run(
         driver.run(ending).await;
         "driver"
     });
+    if systemd {
+        let (api, ending, closing) = (api.clone(), shutdown.clone(), close.clone());
+        tasks.spawn(async move {
+            systemd::run(api, ending, closing).await;
+            "systemd"
+        });
+    }
     tracing::info!(socket = %config.socket.display(), slots, "hotcell serves");
     let failed = until_one_ends(tasks, &shutdown, &close).await;
     drop(api);
@@ -286,7 +303,8 @@ async fn build(config: &Config, engine: Arc<dyn Engine>) -> anyhow::Result<(Arc<
         boot_max: BOOT_MAX,
         cancel_grace: Duration::from_secs(config.limits.cancel_grace_s.into()),
         journal: journal_limits(config.limits.journal_bytes_max),
-        disk_reserve_bytes: u64::from(config.limits.disk_reserve_mib) * 1024 * 1024,
+        disk_reserve_bytes: u64::from(config.limits.disk_reserve_mib) << 20,
+        memory_reserve_bytes: u64::from(config.limits.memory_reserve_mib) << 20,
         agent: config.defaults.agent.clone(),
         caps: config.budgets.caps,
         calendar: Calendar::new(config.budgets.time_zone.as_deref())?,

@@ -6,6 +6,7 @@ mod endings;
 mod ends;
 mod figures;
 mod recovery;
+mod room;
 mod stopping;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -26,6 +27,7 @@ use self::endings::Endings;
 pub use self::ends::attended;
 pub use self::figures::refresh_gauges;
 pub use self::recovery::RecoverError;
+use self::room::Room;
 pub use self::stopping::{How, Shutdown};
 
 /// Messages that wait for the loop.
@@ -115,6 +117,7 @@ pub struct Driver {
     late_stops: Vec<(JobId, StopReason, String)>,
     /// When the scheduler wants to know the time, in milliseconds since 1970.
     wake_ms: Option<u64>,
+    room: Room,
     drain_max: Duration,
 }
 
@@ -186,6 +189,7 @@ impl Driver {
     pub fn new(parts: Arc<Parts>, slots: usize, drain_max: Duration) -> (Self, Handle) {
         let (sender, inbox) = mpsc::channel(INBOX_MAX);
         parts.metrics.slots.set(i64::try_from(slots).unwrap_or(i64::MAX));
+        let room = Room::new(&parts.settings);
         let driver = Self {
             parts,
             scheduler: Scheduler::new(slots),
@@ -198,6 +202,7 @@ impl Driver {
             due: VecDeque::new(),
             late_stops: Vec::new(),
             wake_ms: None,
+            room,
             drain_max,
         };
         (driver, Handle { inbox: sender })
@@ -219,6 +224,7 @@ impl Driver {
                 Some(ended) = self.tasks.join_next_with_id() => self.on_end(ended),
                 back = self.endings.next() => self.give_back(back),
                 () = until(self.wake_ms) => self.step(Input::Now { ms: clock::wall_ms() }),
+                () = room::again(self.scheduler.waits_for_room()) => self.look_for_room(),
             }
         };
         self.step(Input::Drain);
@@ -327,7 +333,7 @@ impl Driver {
                 Ok(Err(_)) => {}
                 Err(error) => {
                     tracing::error!(%job, %error, "cannot take a parked job back into the queue; trying again");
-                    let ticket = Ticket { uid: 0, priority: 0, credential: String::new() };
+                    let ticket = Ticket::bare(0, 0, String::new());
                     let until_ms = clock::wall_ms() + UNPARK_AGAIN_MS;
                     self.step(Input::Parked { job, ticket, until_ms, limited: false });
                 }
@@ -374,14 +380,33 @@ impl Driver {
         }
     }
 
+    /// What the host has for one more job, where one may want it.
+    fn look_for_room(&mut self) {
+        if let Some(room) = self.room.look(std::time::Instant::now()) {
+            self.act(Input::Room(room));
+        }
+    }
+
     fn step(&mut self, input: Input) {
+        if self.scheduler.queued() > 0 || matches!(input, Input::Submitted { .. }) {
+            self.look_for_room();
+        }
+        self.act(input);
+    }
+
+    fn act(&mut self, input: Input) {
         let timers = matches!(input, Input::Now { .. });
         if timers {
             self.wake_ms = None;
         }
         for action in self.scheduler.step(input) {
             match action {
-                Action::Start(job) => self.start(job, Start::Fresh),
+                Action::Start(job) => {
+                    let need =
+                        self.scheduler.ticket(&job).map_or_else(Default::default, |ticket| ticket.need);
+                    self.room.taken(std::time::Instant::now(), need);
+                    self.start(job, Start::Fresh);
+                }
                 Action::Unpark(job) => self.due.push_back(job),
                 Action::WakeAt(ms) => self.wake_ms = Some(ms),
             }

@@ -24,8 +24,8 @@
 //! # The road of a job
 //! 1. [`api::submit`]: the peer's identity from the kernel and what they may use ([`policy::access`]); JSON →
 //!    [`job::JobSpec`]; [`policy::narrow()`] → [`policy::Plan`]; the workspace opened *as the peer*; the row `Queued`, on the disk before the id is told.
-//! 2. [`driver`] feeds [`scheduler::Scheduler`]: slots, priority, fairness between users, limits of credentials; jobs
-//!    that wait for a moment are parked ([`cell::park`]).
+//! 2. [`driver`] feeds [`scheduler::Scheduler`]: slots, priority, fairness between users, limits of credentials and
+//!    policies, and what room the host has; jobs that wait for a moment are parked ([`cell::park`]).
 //!    `image = "build"`: what a repository's own Dockerfile would run is found ([`dockerfile`]) and told here, and built
 //!    ([`cell::build`]) before the cell is made.
 //! 3. [`cell::prepare`]: a runtime that was tried ([`cell::runtime`]), the cell's row first, then directory, staged mount and, beside it, scratch file system, `ctl.sock`,

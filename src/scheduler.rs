@@ -6,13 +6,15 @@
 //! one with the fewest running jobs goes first, and among those the one that was served longest ago; among one user's
 //! jobs the higher priority, then the older. A user with a limit of their own starts none above it, whatever is free.
 //! A slot is free when its job's end was reported, never when it was asked to end. A parked job holds no slot. While it
-//! is paused, or the engine does not answer, nothing starts.
+//! is paused, or the engine does not answer, nothing starts. Beside running jobs none starts that the host has no room
+//! for, and none passes it: what is large would wait for ever. Where nothing runs one starts in any case.
 
 pub mod recover;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::job::JobId;
+use crate::policy::PlanLimits;
 
 /// What the scheduler knows of a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +25,65 @@ pub struct Ticket {
     pub priority: i8,
     /// The credential it uses, by name, with what else the provider limits apart (the class of its model).
     pub credential: String,
+    /// Its policy, where that limits how many run at once.
+    pub policy: Option<PolicySlots>,
+    /// What it takes at least.
+    pub need: Need,
+}
+
+impl Ticket {
+    /// Of a job under this policy with these limits.
+    pub fn new(uid: u32, priority: i8, credential: String, policy: &str, limits: &PlanLimits) -> Self {
+        let slots =
+            |most| PolicySlots { name: policy.to_owned(), most: usize::try_from(most).unwrap_or(usize::MAX) };
+        let need = Need::of(limits.memory_bytes, limits.disk_bytes);
+        Self { uid, priority, credential, policy: limits.slots.map(slots), need }
+    }
+
+    /// Of a job of which nothing else is known.
+    pub fn bare(uid: u32, priority: i8, credential: String) -> Self {
+        Self { uid, priority, credential, policy: None, need: Need::default() }
+    }
+}
+
+/// How many jobs of a policy run at once.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PolicySlots {
+    /// Its name.
+    pub name: String,
+    /// At most so many, of all users.
+    pub most: usize,
+}
+
+/// What a cell takes of its host, or what the host has for cells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Need {
+    /// Memory, in bytes.
+    pub memory_bytes: u64,
+    /// Disk space, in bytes.
+    pub disk_bytes: u64,
+}
+
+impl Need {
+    /// What an agent takes as soon as it runs (the CLI some 250 MiB, its tools as much): a job's limit says how far
+    /// it may go, which few do, so limits are not added up.
+    const USUAL: Self = Self { memory_bytes: 512 << 20, disk_bytes: 128 << 20 };
+
+    /// Of a job with these limits.
+    pub fn of(memory_bytes_max: u64, disk_bytes_max: u64) -> Self {
+        Self {
+            memory_bytes: memory_bytes_max.min(Self::USUAL.memory_bytes),
+            disk_bytes: disk_bytes_max.min(Self::USUAL.disk_bytes),
+        }
+    }
+
+    /// What is left where `other` is taken.
+    pub fn without(self, other: Self) -> Self {
+        Self {
+            memory_bytes: self.memory_bytes.saturating_sub(other.memory_bytes),
+            disk_bytes: self.disk_bytes.saturating_sub(other.disk_bytes),
+        }
+    }
 }
 
 /// What happened.
@@ -78,6 +139,8 @@ pub enum Input {
         /// How many; 0 starts none.
         max: Option<usize>,
     },
+    /// What the host has for further jobs, from now on.
+    Room(Need),
     /// What time it is.
     Now {
         /// Milliseconds since 1970. May jump back.
@@ -129,6 +192,12 @@ pub enum Waits {
     UserLimit,
     /// As many jobs use its credential as may at once.
     CredentialLimit,
+    /// As many jobs of its policy run as may at once.
+    PolicyLimit,
+    /// The host has not enough memory for one more.
+    Memory,
+    /// Nor disk space.
+    Disk,
     /// All slots are taken, or others of those that are free come first.
     Slots,
 }
@@ -142,6 +211,9 @@ impl Waits {
             Self::EngineAway => "engine_away",
             Self::UserLimit => "user_limit",
             Self::CredentialLimit => "credential_limit",
+            Self::PolicyLimit => "policy_limit",
+            Self::Memory => "memory",
+            Self::Disk => "disk",
             Self::Slots => "slots",
         }
     }
@@ -161,10 +233,12 @@ pub struct Waiting {
 /// Lower priority value first: (-priority, id).
 type Rank = (i16, JobId);
 
+/// Jobs that start or wait together: credential and policy.
+type Lane = (String, Option<PolicySlots>);
+
 #[derive(Debug, Clone, Default)]
 struct User {
-    /// By credential.
-    queued: BTreeMap<String, BTreeSet<Rank>>,
+    queued: BTreeMap<Lane, BTreeSet<Rank>>,
     running: usize,
     served: u64,
 }
@@ -195,6 +269,12 @@ pub struct Scheduler {
     users: BTreeMap<u32, User>,
     limits: BTreeMap<u32, usize>,
     credentials: BTreeMap<String, Credential>,
+    /// Running jobs of policies with a limit.
+    policies: BTreeMap<String, usize>,
+    /// What the host has for further jobs; as much as they want before it is told.
+    room: Option<Need>,
+    /// A job waits for room.
+    short: bool,
     queued: BTreeMap<JobId, Ticket>,
     running: BTreeMap<JobId, Ticket>,
     parked: BTreeMap<JobId, u64>,
@@ -203,6 +283,10 @@ pub struct Scheduler {
 
 fn rank(job: &JobId, ticket: &Ticket) -> Rank {
     (-i16::from(ticket.priority), job.clone())
+}
+
+fn lane(ticket: &Ticket) -> Lane {
+    (ticket.credential.clone(), ticket.policy.clone())
 }
 
 impl Scheduler {
@@ -215,6 +299,9 @@ impl Scheduler {
             clock: 0,
             users: BTreeMap::new(),
             credentials: BTreeMap::new(),
+            policies: BTreeMap::new(),
+            room: None,
+            short: false,
             queued: BTreeMap::new(),
             running: BTreeMap::new(),
             limits: BTreeMap::new(),
@@ -233,7 +320,7 @@ impl Scheduler {
                 }
                 self.forget(&job);
                 let user = self.users.entry(ticket.uid).or_default();
-                user.queued.entry(ticket.credential.clone()).or_default().insert(rank(&job, &ticket));
+                user.queued.entry(lane(&ticket)).or_default().insert(rank(&job, &ticket));
                 self.queued.insert(job, ticket);
             }
             Input::Adopted { job, ticket } => {
@@ -252,6 +339,7 @@ impl Scheduler {
                 self.credentials.entry(credential.clone()).or_default().max = max;
                 self.prune_credential(&credential);
             }
+            Input::Room(room) => self.room = Some(room),
             Input::Now { ms } => {
                 while self.waking.first().is_some_and(|(until, _)| *until <= ms)
                     && let Some((_, job)) = self.waking.pop_first()
@@ -296,6 +384,11 @@ impl Scheduler {
         self.running.get(job).or_else(|| self.queued.get(job))
     }
 
+    /// Whether a job could start that the host has no room for: it wants to be told of more.
+    pub fn waits_for_room(&self) -> bool {
+        self.short
+    }
+
     /// Slots in all.
     pub fn slots(&self) -> usize {
         self.slots
@@ -307,7 +400,7 @@ impl Scheduler {
         let waits: BTreeMap<JobId, Waits> =
             self.queued.iter().map(|(job, ticket)| (job.clone(), self.waits(ticket))).collect();
         let tickets = self.queued.clone();
-        (self.starts, self.away) = (Starts::Open, false);
+        (self.starts, self.away, self.room) = (Starts::Open, false, None);
         let mut ends: VecDeque<JobId> = self.running.keys().cloned().collect();
         let mut order = Vec::with_capacity(tickets.len());
         let mut actions = Vec::new();
@@ -344,8 +437,23 @@ impl Scheduler {
             Starts::Open if self.credentials.get(&ticket.credential).is_some_and(|c| !c.has_room()) => {
                 Waits::CredentialLimit
             }
-            Starts::Open => Waits::Slots,
+            Starts::Open if !self.policy_has_room(ticket.policy.as_ref()) => Waits::PolicyLimit,
+            Starts::Open if self.running.len() >= self.slots => Waits::Slots,
+            Starts::Open => self.short_of(ticket.need).unwrap_or(Waits::Slots),
         }
+    }
+
+    fn policy_has_room(&self, policy: Option<&PolicySlots>) -> bool {
+        policy.is_none_or(|policy| self.policies.get(&policy.name).is_none_or(|n| *n < policy.most))
+    }
+
+    /// What the host lacks for one more job.
+    fn short_of(&self, need: Need) -> Option<Waits> {
+        let room = self.room.filter(|_| !self.running.is_empty())?;
+        if need.memory_bytes > room.memory_bytes {
+            return Some(Waits::Memory);
+        }
+        (need.disk_bytes > room.disk_bytes).then_some(Waits::Disk)
     }
 
     /// A drain is for good.
@@ -357,17 +465,24 @@ impl Scheduler {
     }
 
     fn fill(&mut self, actions: &mut Vec<Action>) {
+        self.short = false;
         while self.starts == Starts::Open && !self.away && self.running.len() < self.slots {
             let open = |name: &String| self.credentials.get(name).is_none_or(Credential::has_room);
-            // Each user's next job among the credentials that have room.
+            let open = |(name, policy): &Lane| open(name) && self.policy_has_room(policy.as_ref());
+            // Each user's next job among the lanes that have room.
             let below = |uid: &u32, user: &User| self.limits.get(uid).is_none_or(|most| user.running < *most);
             let next = self.users.iter().filter(|(uid, user)| below(uid, user)).filter_map(|(uid, user)| {
-                let ranks = user.queued.iter().filter(|(name, _)| open(name));
+                let ranks = user.queued.iter().filter(|(lane, _)| open(lane));
                 let first = ranks.filter_map(|(_, ranks)| ranks.first()).min()?;
                 Some(((user.running, user.served, *uid), first.1.clone()))
             });
             let Some((_, job)) = next.min() else { break };
             let Some(ticket) = self.queued.get(&job).cloned() else { break };
+            self.short = self.short_of(ticket.need).is_some();
+            if self.short {
+                break;
+            }
+            self.room = self.room.map(|room| room.without(ticket.need));
             self.forget(&job);
             self.clock += 1;
             self.users.entry(ticket.uid).or_default().served = self.clock;
@@ -379,6 +494,9 @@ impl Scheduler {
     fn take_slot(&mut self, job: JobId, ticket: Ticket) {
         self.users.entry(ticket.uid).or_default().running += 1;
         self.credentials.entry(ticket.credential.clone()).or_default().running += 1;
+        if let Some(policy) = &ticket.policy {
+            *self.policies.entry(policy.name.clone()).or_default() += 1;
+        }
         self.running.insert(job, ticket);
     }
 
@@ -387,6 +505,14 @@ impl Scheduler {
         self.users.entry(ticket.uid).or_default().running -= 1;
         self.prune(ticket.uid);
         self.credentials.entry(ticket.credential.clone()).or_default().running -= 1;
+        if let Some(policy) = &ticket.policy
+            && let Some(running) = self.policies.get_mut(&policy.name)
+        {
+            *running -= 1;
+            if *running == 0 {
+                self.policies.remove(&policy.name);
+            }
+        }
         Some(ticket)
     }
 
@@ -421,10 +547,11 @@ impl Scheduler {
         }
         let Some(ticket) = self.queued.remove(job) else { return };
         if let Some(user) = self.users.get_mut(&ticket.uid) {
-            if let Some(ranks) = user.queued.get_mut(&ticket.credential) {
+            let lane = lane(&ticket);
+            if let Some(ranks) = user.queued.get_mut(&lane) {
                 ranks.remove(&rank(job, &ticket));
                 if ranks.is_empty() {
-                    user.queued.remove(&ticket.credential);
+                    user.queued.remove(&lane);
                 }
             }
             self.prune(ticket.uid);
@@ -457,7 +584,11 @@ mod tests {
     }
 
     fn ticket(uid: u32, priority: i8, credential: &str) -> Ticket {
-        Ticket { uid, priority, credential: credential.to_owned() }
+        Ticket::bare(uid, priority, credential.to_owned())
+    }
+
+    fn submit_of(job: JobId, credential: &str) -> Input {
+        Input::Submitted { job, ticket: ticket(1, 0, credential) }
     }
 
     fn submit(n: u64, uid: u32, priority: i8) -> Input {
@@ -625,6 +756,46 @@ mod tests {
         assert_eq!(free, [Action::Start(job(1))]);
     }
 
+    #[test]
+    fn a_policys_limit_holds_over_all_users_and_keeps_no_other_policy_waiting() {
+        let mut scheduler = Scheduler::new(9);
+        let submit = |n, uid, most: Option<usize>| {
+            let policy = most.map(|most| PolicySlots { name: "scarce".to_owned(), most });
+            Input::Submitted { job: job(n), ticket: Ticket { policy, ..ticket(uid, 0, "") } }
+        };
+        assert_eq!(scheduler.step(submit(1, 1, Some(2))), [Action::Start(job(1))]);
+        assert_eq!(scheduler.step(submit(2, 2, Some(2))), [Action::Start(job(2))]);
+        assert!(scheduler.step(submit(3, 3, Some(2))).is_empty());
+        assert_eq!(scheduler.step(submit(4, 3, None)), [Action::Start(job(4))]);
+        assert_eq!(scheduler.clone().order()[0].waits, Waits::PolicyLimit);
+        // Another word of the policy in the meantime: each job goes by the one that it was accepted under.
+        assert_eq!(scheduler.step(submit(5, 3, Some(3))), [Action::Start(job(5))]);
+        assert!(scheduler.step(Input::Ended { job: job(1) }).is_empty());
+        assert_eq!(scheduler.step(Input::Ended { job: job(2) }), [Action::Start(job(3))]);
+    }
+
+    #[test]
+    fn a_job_waits_until_the_host_has_room_and_none_passes_it() {
+        let mut scheduler = Scheduler::new(9);
+        let submit = |n, memory_bytes, disk_bytes| {
+            let need = Need { memory_bytes, disk_bytes };
+            Input::Submitted { job: job(n), ticket: Ticket { need, ..ticket(1, 0, "") } }
+        };
+        let room = |memory_bytes, disk_bytes| Input::Room(Need { memory_bytes, disk_bytes });
+        scheduler.step(room(10, 10));
+        assert_eq!(scheduler.step(submit(1, 99, 1)), [Action::Start(job(1))], "alone it may try");
+        scheduler.step(room(10, 10));
+        assert_eq!(scheduler.step(submit(2, 6, 1)), [Action::Start(job(2))]);
+        assert!(scheduler.step(submit(3, 6, 1)).is_empty() && scheduler.waits_for_room());
+        assert!(scheduler.step(submit(4, 1, 1)).is_empty(), "a small one behind it would always pass");
+        let waits: Vec<_> = scheduler.clone().order().into_iter().map(|w| (w.job, w.waits)).collect();
+        assert_eq!(waits, [(job(3), Waits::Memory), (job(4), Waits::Slots)]);
+        assert!(scheduler.step(room(100, 0)).is_empty());
+        assert_eq!(scheduler.clone().order()[0].waits, Waits::Disk);
+        assert_eq!(scheduler.step(room(7, 2)), [Action::Start(job(3)), Action::Start(job(4))]);
+        assert!(!scheduler.waits_for_room());
+    }
+
     proptest! {
         #[test]
         fn the_order_that_is_told_is_the_order_of_starts(
@@ -715,8 +886,8 @@ mod tests {
                             }
                             Action::Unpark(job) => {
                                 prop_assert!(parked.remove(&job), "woken and not parked");
-                                let ticket = Ticket { uid: 1, priority: 0, credential: "even".into() };
-                                todo.push(Input::Submitted { job, ticket });
+                                let submitted = submit_of(job, "even");
+                                todo.push(submitted);
                             }
                             Action::WakeAt(_) => {}
                         }

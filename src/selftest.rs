@@ -226,7 +226,8 @@ impl Lab {
         own.defaults.agent = Some(version.to_string());
         own.limits.slots = 1;
         own.limits.drain_s = 1;
-        let listeners = Listeners { api: UnixListener::bind(&socket)?, metrics: None, hangup: None };
+        let listeners =
+            Listeners { api: UnixListener::bind(&socket)?, metrics: None, hangup: None, systemd: false };
         let shutdown = Shutdown::default();
         let daemon = tokio::spawn(daemon::run(own, listeners, engine, address, shutdown.clone()));
         Ok(Self { socket, shutdown, daemon, model_stop, model })

@@ -23,6 +23,7 @@ mod fold;
 mod found;
 pub mod jobs;
 pub mod ledger;
+mod open;
 mod pause;
 pub mod retain;
 mod row;
@@ -46,8 +47,9 @@ use crate::money::{MicroUsd, Standing};
 
 pub use access::{AuditFilter, AuditJob};
 pub use cells::CellRow;
-pub use jobs::{Filter, Job, JobRow, NewJob, OpenJob, Page, Submitted};
+pub use jobs::{Filter, Job, JobRow, NewJob, Page, Submitted};
 pub use ledger::{Batch, ModelCost, NewReservation, Payer, ReservationId, Reserved, Spend};
+pub use open::OpenJob;
 pub use pause::Paused;
 pub use retain::{Leftover, Needed};
 use writer::{Durability, Writer};

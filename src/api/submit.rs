@@ -119,7 +119,8 @@ pub async fn submit(
             Some(_) => String::new(),
             None => api.parts.gateway.limited_with(&accepted.plan.provider, &accepted.plan.model),
         };
-        let ticket = Ticket { uid: identity.uid, priority: spec.priority, credential };
+        let plan = &accepted.plan;
+        let ticket = Ticket::new(identity.uid, spec.priority, credential, &plan.policy, &plan.limits);
         api.driver.submitted(id, ticket).await;
     }
     let status = if fresh { StatusCode::CREATED } else { StatusCode::OK };

@@ -159,7 +159,8 @@ impl Record {
     /// What the scheduler has to know of it.
     pub fn ticket(&self, parts: &Parts) -> Ticket {
         let credential = park::credential(parts, self);
-        Ticket { uid: self.identity.uid, priority: self.priority, credential }
+        let plan = &self.accepted.plan;
+        Ticket::new(self.identity.uid, self.priority, credential, &plan.policy, &plan.limits)
     }
 
     /// What earlier attempts left of the wall limit, in milliseconds; at least a second.

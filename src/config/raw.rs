@@ -74,6 +74,7 @@ pub(super) struct RawLimits {
     pub(super) cancel_grace_s: Opt<u64>,
     pub(super) drain_s: Opt<u64>,
     pub(super) disk_reserve_mib: Opt<u64>,
+    pub(super) memory_reserve_mib: Opt<u64>,
 }
 
 /// Where a value came from.

@@ -39,7 +39,7 @@ const fn everyday(key: &'static str, value_name: &'static str, help: &'static st
 }
 
 /// All settings.
-pub const SETTINGS: [Setting; 44] = [
+pub const SETTINGS: [Setting; 45] = [
     everyday(
         "state_dir",
         "DIR",
@@ -114,6 +114,11 @@ pub const SETTINGS: [Setting; 44] = [
         "limits.disk_reserve_mib",
         "MIB",
         "Disk space that jobs must leave free in the state directory [default: 1024]",
+    ),
+    setting(
+        "limits.memory_reserve_mib",
+        "MIB",
+        "Memory that must be free beside what a job needs before a further one starts [default: 512]",
     ),
     setting("budgets.user_day_usd", "USD", "What each user may spend in a day [default: no limit]"),
     setting("budgets.day_usd", "USD", "What all jobs may spend in a day [default: no limit]"),

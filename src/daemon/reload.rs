@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError};
 use tokio::signal::unix::Signal;
 use tokio_util::sync::CancellationToken;
 
+use super::systemd;
 use crate::api::Api;
 
 /// Reads again at each hang-up until `close`.
@@ -23,7 +24,11 @@ pub(super) async fn run(
     loop {
         tokio::select! {
             () = close.cancelled() => return,
-            Some(()) = next(&mut hangup) => once(&api, prices_file.clone()).await,
+            Some(()) = next(&mut hangup) => {
+                systemd::reloading();
+                once(&api, prices_file.clone()).await;
+                systemd::reloaded();
+            }
             else => return close.cancelled().await,
         }
     }

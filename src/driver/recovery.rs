@@ -45,7 +45,11 @@ impl Driver {
             };
             let provider = open.provider.unwrap_or_else(|| self.parts.gateway.default_provider().to_owned());
             let credential = self.parts.gateway.limited_with(&provider, &open.model);
-            let ticket = Ticket { uid: open.uid, priority: open.priority, credential };
+            let ticket = match &open.limits {
+                Some(limits) => Ticket::new(open.uid, open.priority, credential, &open.policy, limits),
+                // A plan that cannot be read: the job's start says so.
+                None => Ticket::bare(open.uid, open.priority, credential),
+            };
             if let State::Parked { parked } = &open.state
                 && parked.why == ParkReason::ProviderLimit
             {

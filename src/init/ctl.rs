@@ -425,7 +425,13 @@ fn live(frame: ToInit<'_>, work: &mut Work<'_>, orders: &mut Vec<Order>) -> Resu
         ToInit::Bye => orders.push(Order::Bye),
         ToInit::Start => orders.push(Order::Start),
         ToInit::Step { index } => orders.push(Order::Step(index)),
-        ToInit::Resize { rows, cols } => orders.push(Order::Resize(rows, cols)),
+        ToInit::Resize { rows, cols } => {
+            // At once: what is typed after it must find it done. A terminal that is still to come gets it by the order.
+            if let Some(terminal) = work.carry.terminal() {
+                terminal.resize(rows, cols);
+            }
+            orders.push(Order::Resize(rows, cols));
+        }
         ToInit::Challenge { .. } | ToInit::Welcome { .. } => {
             return Err(WireError("a handshake frame after the handshake").into());
         }

@@ -246,6 +246,9 @@ pub struct Limits {
     pub pids: u32,
     /// Disk space for HOME and /tmp, in MiB.
     pub disk_mib: u32,
+    /// Jobs under this policy that run at once, of all users; as many as there are slots where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slots: Option<u32>,
 }
 
 /// Most entries of one list of names.
@@ -443,6 +446,9 @@ impl Limits {
             if value < min {
                 return Err((key, format!("is {value}; the least that a job can run with is {min}")));
             }
+        }
+        if self.slots == Some(0) {
+            return Err(("limits.slots", "is 0; under such a policy no job would ever run".into()));
         }
         if !self.cpus.is_finite() || !(0.1..=1024.0).contains(&self.cpus) {
             return Err(("limits.cpus", "must be from 0.1 to 1024".into()));

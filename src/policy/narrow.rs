@@ -166,6 +166,9 @@ pub struct PlanLimits {
     pub pids_max: u32,
     /// Disk space for HOME and /tmp, in bytes.
     pub disk_bytes: u64,
+    /// Jobs under its policy that run at once, of all users; as many as there are slots where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slots: Option<u32>,
 }
 
 /// What one file says about single things: tools, models, hosts, requests.
@@ -487,6 +490,7 @@ fn limits(spec: &JobSpec, policy: &Policy) -> Result<PlanLimits, NarrowError> {
         memory_bytes: mib(whole("memory_mib", asked.memory_mib, top.memory_mib)?),
         pids_max: whole("pids", asked.pids, top.pids)?,
         disk_bytes: mib(whole("disk_mib", asked.disk_mib, top.disk_mib)?),
+        slots: top.slots,
     })
 }
 

@@ -103,23 +103,6 @@ pub struct Job {
     pub carry: Carry,
 }
 
-/// A job that is not over, as the scheduler needs it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OpenJob {
-    /// Its id.
-    pub id: JobId,
-    /// Whose it is.
-    pub uid: u32,
-    /// Higher goes first.
-    pub priority: i8,
-    /// Where it stands.
-    pub state: State,
-    /// The provider that its plan names; none for the daemon's default.
-    pub provider: Option<String>,
-    /// The model that its plan names.
-    pub model: String,
-}
-
 /// Where a page ended: give it to the next call. Stays good when rows come and go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cursor(u64);
@@ -229,27 +212,6 @@ impl Store {
     /// Those of SQLite.
     pub async fn jobs(&self, filter: Filter) -> Result<Page, StoreError> {
         self.read(move |db| list(db, &filter)).await
-    }
-
-    /// All jobs that are not over, oldest first.
-    ///
-    /// # Errors
-    /// Those of SQLite.
-    pub async fn open_jobs(&self) -> Result<Vec<OpenJob>, StoreError> {
-        self.read(|db| {
-            let sql = "SELECT id, uid, priority, state_json, \
-                       CASE WHEN json_valid(plan_json) THEN plan_json ->> '$.plan.provider' END, model \
-                       FROM jobs WHERE state IN ('queued', 'preparing', 'running', 'stopping', 'parking', \
-                       'parked', 'collecting', 'verifying') ORDER BY n";
-            let mut statement = db.prepare_cached(sql)?;
-            let rows = statement.query_map([], |row| {
-                let (uid, priority) = (row.get(1)?, row.get(2)?);
-                let (state, provider, model) = (json(row, 3)?, row.get(4)?, row.get(5)?);
-                Ok(OpenJob { id: parsed(row, 0)?, uid, priority, state, provider, model })
-            })?;
-            Ok(rows.collect::<Result<_, _>>()?)
-        })
-        .await
     }
 
     /// Moves a job from `expected` by `input`; returns the new state. `seq` is the number of the event that

@@ -30,6 +30,8 @@ use crate::world::World;
 const TO_HOST_MAX: f64 = 1.10;
 /// What compilers keep, below HOME: no package cache.
 const BUILD_CACHES: [&str; 1] = [".cache/go-build"];
+/// The policy `refactor` under gVisor.
+const GVISOR: &str = "gvisor";
 /// Printed after a run's commands with their time.
 const TOOK: &str = "commands-took-ns:";
 
@@ -75,7 +77,12 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
     let packages = packages()?;
     let hosts = tempfile::tempdir()?;
     let registries = registries(&packages.join("mirror"), hosts.path())?;
-    let config = format!("{}[cache]\nfree_bytes_min = 0\n", registries.mirrors());
+    // The same ceiling, with the other runtime required.
+    let policy_dir = tempfile::tempdir()?;
+    let gvisor = format!("runtime = \"runsc\"\n{}", include_str!("../../policies/refactor.toml"));
+    std::fs::write(policy_dir.path().join(format!("{GVISOR}.toml")), gvisor)?;
+    let (policies, mirrors) = (policy_dir.path(), registries.mirrors());
+    let config = format!("policy_dirs = [{policies:?}]\n{mirrors}[cache]\nfree_bytes_min = 0\n");
     let world = World::with("[default]\ntext = \"nobody asks\"\n", &config);
     let mut rows = Vec::new();
     for project in projects(&packages)? {
@@ -160,14 +167,14 @@ fn project_rows(world: &World, registries: &Registries, project: &Project) -> Re
         std::array::from_fn(|_| Way::default());
     let emptied = world.run(&["cache", "rm", "--all"]);
     ensure!(emptied.0 == 0, "the package cache is not emptied: {}", emptied.2);
-    cell_cold.take(&in_cell(world, project, &workspace, "runc")?);
+    cell_cold.take(&in_cell(world, project, &workspace, "refactor")?);
     host_cold.take(&root.run(project, true)?);
     for _ in 0..n {
-        cell.take(&in_cell(world, project, &workspace, "runc")?);
+        cell.take(&in_cell(world, project, &workspace, "refactor")?);
         host.take(&root.run(project, false)?);
     }
     for _ in 0..gvisor_n {
-        gvisor.take(&in_cell(world, project, &workspace, "runsc")?);
+        gvisor.take(&in_cell(world, project, &workspace, GVISOR)?);
     }
     std::fs::remove_dir_all(&workspace)?;
     std::fs::remove_dir_all(&root.dir)?;
@@ -192,11 +199,9 @@ fn timed(commands: &str) -> String {
     format!("a=$(date +%s%N); ({commands}); code=$?; b=$(date +%s%N); echo {TOOK} $((b-a)); exit $code")
 }
 
-fn in_cell(world: &World, project: &Project, workspace: &Path, runtime: &str) -> Result<Run> {
+fn in_cell(world: &World, project: &Project, workspace: &Path, policy: &str) -> Result<Run> {
     let mut command = world.hotcell();
-    command
-        .args(["exec", "-p", "refactor", "--runtime", runtime, "--image", &project.image, "-w"])
-        .arg(workspace);
+    command.args(["exec", "-p", policy, "--image", &project.image, "-w"]).arg(workspace);
     command.args(["--", "sh", "-c", &timed(&project.commands)]).stdin(Stdio::null());
     run(&mut command, project)
 }

@@ -12,7 +12,7 @@
 mod cells;
 mod client;
 mod peers;
-mod process;
+pub(crate) mod process;
 mod upstream;
 
 use std::sync::atomic::{AtomicU64, Ordering};

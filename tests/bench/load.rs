@@ -1,5 +1,4 @@
-//! The daemon under many jobs: its memory with live streams and with a long queue, what a submit costs its
-//! caller, how many submits a second it makes durable, and how long a list takes.
+//! The daemon under many live jobs: its memory, and how long it takes until all run and until all are gone.
 
 use std::time::{Duration, Instant};
 
@@ -7,12 +6,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::http::Client;
-use crate::report::{Bar, Row, Samples};
+use crate::report::{Bar, Row};
 use crate::setup::{self, IDLE_MIB_MAX, Memory, fake_job, setting};
 use crate::world::{PATIENCE, World};
-
-/// Clients that submit at the same time.
-const SUBMITTERS: usize = 8;
 
 /// Memory with `BENCH_STREAMS` jobs that all print.
 pub(crate) fn streams() -> Result<Vec<Row>> {
@@ -86,73 +82,4 @@ pub(crate) fn wait_for(world: &World, state: &str, count: u64, patience: Duratio
         std::thread::sleep(Duration::from_millis(100));
     }
     bail!("waited in vain for {count} jobs to be {state}\n{}", world.log())
-}
-
-/// A queue of `BENCH_QUEUE` jobs behind one that holds the only slot.
-pub(crate) fn queue() -> Result<Vec<Row>> {
-    let queued = setting("BENCH_QUEUE", 10_000);
-    let config = "[limits]\nslots = 1\nqueued_jobs_max = 100000\ndrain_s = 1\ncancel_grace_s = 2\n";
-    let mut world = setup::world_with_fake(config)?;
-    world.start();
-    let mut client = Client::connect(&world.socket())?;
-    setup::submit(&mut client, &fake_job(1_000_000, 1000).to_string())?;
-    wait_for(&world, "running", 1, PATIENCE)?;
-    let spec = fake_job(1, 0).to_string();
-    // One client, one call at a time: what a caller waits.
-    let few = submit_timed(&mut client, &spec, 500.min(queued))?;
-    let rest = queued.saturating_sub(1000).max(1);
-    let begun = Instant::now();
-    let workers = SUBMITTERS as u64;
-    std::thread::scope(|scope| {
-        let handles: Vec<_> = (0..workers)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut client = Client::connect(&world.socket())?;
-                    submit_timed(&mut client, &spec, rest / workers).map(drop)
-                })
-            })
-            .collect();
-        handles.into_iter().try_for_each(|handle| match handle.join() {
-            Ok(done) => done,
-            Err(_) => bail!("a submitter died"),
-        })
-    })?;
-    let rate = (rest / workers * workers) as f64 / begun.elapsed().as_secs_f64();
-    let many = submit_timed(&mut client, &spec, 500.min(queued))?;
-    let page = list_timed(&mut client, 100)?;
-    let pages = list_timed(&mut client, 1000)?;
-    let memory = setup::memory(&world.socket())?;
-    // Ended by a drain: a cancelled job would let the next of the queue start.
-    world.terminate();
-    world.end();
-    Ok(vec![
-        Row::median("submit, empty queue", &few, "ms"),
-        Row::one("submit, empty queue: p99", few.percentile(99), "ms"),
-        Row::median(format!("submit, {queued} queued"), &many, "ms"),
-        Row::one(format!("submit, {queued} queued: p99"), many.percentile(99), "ms"),
-        Row::one(format!("durable submits, {SUBMITTERS} clients"), rate, "jobs/s"),
-        Row::median(format!("list 100 of {queued}"), &page, "ms"),
-        Row::median(format!("list 1000 of {queued}"), &pages, "ms"),
-        Row::one(format!("daemon: resident with {queued} queued"), memory.resident, "MiB"),
-        Row::one(format!("daemon: anonymous with {queued} queued"), memory.anonymous, "MiB"),
-    ])
-}
-
-fn submit_timed(client: &mut Client, spec: &str, count: u64) -> Result<Samples> {
-    let one = |_| {
-        let begun = Instant::now();
-        setup::submit(client, spec)?;
-        Ok(begun.elapsed().as_secs_f64() * 1000.0)
-    };
-    (0..count).map(one).collect::<Result<Vec<f64>>>().map(Samples::from_iter)
-}
-
-fn list_timed(client: &mut Client, limit: u64) -> Result<Samples> {
-    let one = |_| {
-        let begun = Instant::now();
-        let (status, _) = client.call("GET", &format!("/v1/jobs?limit={limit}"), "")?;
-        ensure!(status == 200, "list: {status}");
-        Ok(begun.elapsed().as_secs_f64() * 1000.0)
-    };
-    (0..20).map(one).collect::<Result<Vec<f64>>>().map(Samples::from_iter)
 }

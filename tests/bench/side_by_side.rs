@@ -6,7 +6,7 @@
 //! `builds`; all where none is given), and `--strict`. Ends with 2 when a measurement broke, with 1 under `--strict` when a bar is missed, else with 0:
 //! a busy machine must not fail a build, and a missed bar is printed as FAIL.
 //!
-//! `BENCH_COLD_N`, `BENCH_EVENTS_N`, `BENCH_EVENTS`, `BENCH_STREAMS`, `BENCH_QUEUE` change how much is done; those of `gateway`,
+//! `BENCH_COLD_N`, `BENCH_EVENTS_N`, `BENCH_EVENTS`, `BENCH_STREAMS` change how much is done; those of `queue`, `gateway`,
 //! `workspaces` and `builds` are named there.
 
 // It says what it expects by panicking, like a test.
@@ -18,6 +18,7 @@ mod events;
 mod gateway;
 mod http;
 mod load;
+mod queue;
 mod report;
 mod setup;
 mod workspaces;
@@ -44,7 +45,7 @@ const PARTS: [Part; 7] = [
     ("cold", cold::measure),
     ("events", events::measure),
     ("streams", load::streams),
-    ("queue", load::queue),
+    ("queue", queue::measure),
     ("gateway", gateway::measure),
     ("workspaces", workspaces::measure),
     ("builds", builds::measure),

@@ -160,10 +160,12 @@ fn a_run_is_told_in_plain_lines_and_as_json() {
     let (code, stdout, _) = world.run(&["rm", "--json", &id, second]);
     assert_eq!(
         (code, json_lines(&stdout)),
-        (0, vec![json!({ "removed": id }), json!({ "removed": second })])
+        (0, vec![json!({ "removed": id }), json!({ "removed": second })]),
+        "{}",
+        world.log()
     );
     let (code, _, stderr) = world.run(&["show", &id]);
-    assert!(code == 2 && stderr.contains(&id) && stderr.contains("hotcell ls"), "{code} {stderr}");
+    assert!(code == 2 && stderr.contains(&format!("`hotcell audit {id}`")), "{code} {stderr}");
     let (code, stdout, _) = world.run(&["show", "--json", &id]);
     assert_eq!((code, &json_lines(&stdout)[0]["error"]["code"]), (2, &json!("not_found")));
     let (code, _, stderr) = world.run(&["cancel", "nonsense"]);

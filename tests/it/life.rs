@@ -204,6 +204,51 @@ fn two_slots_are_shared_fairly_and_never_passed() {
 }
 
 #[test]
+fn a_job_waits_for_its_policys_turn_and_for_room_on_the_host_and_the_queue_says_which() {
+    let policies = tempfile::tempdir().unwrap();
+    let trusted = include_str!("../../policies/trusted.toml");
+    let scarce = trusted.replace("\n[limits]\n", "\n[limits]\nslots = 1\n");
+    assert_ne!(scarce, trusted);
+    std::fs::write(policies.path().join("scarce.toml"), scarce).unwrap();
+    let more = format!("policy_dirs = [{:?}]\nlimits.slots = 4\n", policies.path());
+    let mut world = world(&more);
+    let submit = |world: &World, policy: &str, task: &str| {
+        let mut spec = spec(task);
+        spec["policy"] = policy.into();
+        world.submit(&spec)
+    };
+    let waiting = |world: &World| -> Vec<(String, String)> {
+        let queue = world.call("GET", "/v1/queue", "").json();
+        let text = |job: &Value, key: &str| job[key].as_str().unwrap().to_owned();
+        queue["jobs"].as_array().unwrap().iter().map(|job| (text(job, "id"), text(job, "why"))).collect()
+    };
+    let first = submit(&world, "scarce", "sleep 3");
+    let second = submit(&world, "scarce", "sleep 0.1");
+    let other = submit(&world, "trusted", "sleep 0.1");
+    assert_eq!(waiting(&world), [(second.clone(), "policy_limit".to_owned())]);
+    done(&mut world, &other);
+    assert_eq!(world.show(&second)["state"], "queued", "another policy's job went before it");
+    // What the limit is, the queue's row knows after a kill as well.
+    world.kill();
+    world.start();
+    assert_eq!(waiting(&world), [(second.clone(), "policy_limit".to_owned())]);
+    for job in [&first, &second] {
+        assert_eq!(done(&mut world, job).1["outcome"], "succeeded");
+    }
+
+    // A reserve that no machine has: one job at a time.
+    world.kill();
+    world.daemon_env.push(("HOTCELL_LIMITS_MEMORY_RESERVE_MIB".to_owned(), "16777216".to_owned()));
+    world.start();
+    let first = submit(&world, "trusted", "sleep 2");
+    let second = submit(&world, "trusted", "sleep 0.1");
+    assert_eq!(waiting(&world), [(second.clone(), "memory".to_owned())]);
+    assert_eq!(done(&mut world, &first).1["outcome"], "succeeded");
+    assert_eq!(done(&mut world, &second).1["outcome"], "succeeded");
+    world.end();
+}
+
+#[test]
 fn a_drain_lets_running_jobs_end_and_keeps_queued_ones_and_a_second_signal_stops_them() {
     let mut world = world("limits.slots = 1\nlimits.cancel_grace_s = 2\n");
     let running = world.submit(&spec("print 1 1; sleep 3"));

@@ -280,7 +280,7 @@ impl House {
             runtime.block_on(async move {
                 let api = tokio::net::UnixListener::bind(&config.socket).unwrap();
                 listening.send(()).unwrap();
-                let listeners = Listeners { api, metrics: None, hangup: None };
+                let listeners = Listeners { api, metrics: None, hangup: None, systemd: false };
                 daemon::run(config, listeners, engine_of, "scripted".to_owned(), shutdown_of).await.unwrap();
             });
         });
@@ -375,6 +375,7 @@ fn config(dir: &Path, slots: u32) -> Config {
         cancel_grace_s: 1,
         drain_s: 30,
         disk_reserve_mib: 64,
+        memory_reserve_mib: 64,
     };
     let (policy, model, image) = ("trusted".into(), "claude-sonnet-4-6".into(), "some/image".into());
     let (base_url, api_key) = ("http://127.0.0.1:9".into(), ApiKeySource::File(dir.join("key")));

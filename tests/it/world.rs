@@ -14,8 +14,14 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use crate::place::{base_dir, docker, init_binary, mounts_below};
+use crate::place::{docker_at, share};
+
 /// Longest wait for anything that a test waits for.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+
+/// The program under test.
+const HOTCELL: &str = env!("CARGO_BIN_EXE_hotcell");
 
 /// The credential that must be found nowhere inside a cell.
 pub(crate) const CANARY: &str = "sk-canary-7f3a9c51d2e84b06";
@@ -40,6 +46,8 @@ pub(crate) struct World {
     pub(crate) daemon_uid: Option<u32>,
     /// Most descriptors the daemon may have, from its next start on.
     pub(crate) descriptors_max: Option<u64>,
+    /// The socket that it is handed over as systemd does, from its next start on.
+    pub(crate) handed_over: Option<std::os::fd::OwnedFd>,
 }
 
 /// One answer of the daemon.
@@ -93,6 +101,7 @@ impl World {
             daemon_args: Vec::new(),
             daemon_uid: None,
             descriptors_max: None,
+            handed_over: None,
         };
         world.write_config();
         share(&world.state_dir());
@@ -171,12 +180,21 @@ impl World {
 
     fn launch(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
-        let mut command = self.hotcell();
+        let (mut command, stdin) = match &self.handed_over {
+            None => (self.hotcell(), Stdio::null()),
+            Some(socket) => {
+                // Only the process itself knows its id.
+                let mut sh = self.program("/bin/sh");
+                sh.args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" \"$@\" 3<&0 </dev/null"]);
+                sh.arg(HOTCELL);
+                (sh, socket.try_clone().unwrap().into())
+            }
+        };
         command
             .envs(self.daemon_env.iter().cloned())
             .args(["serve", "--log", "info,hotcell=debug"])
             .args(&self.daemon_args)
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::null())
             .stderr(log);
         if let Some(uid) = self.daemon_uid {
@@ -191,6 +209,19 @@ impl World {
         }
         let child = command.spawn().expect("hotcell serve");
         self.daemon = Some(child);
+    }
+
+    /// Starts a daemon that must end by itself with an error: its log.
+    pub(crate) fn refuses_to_start(&mut self) -> String {
+        self.launch();
+        let mut daemon = self.daemon.take().unwrap();
+        let until = Instant::now() + PATIENCE;
+        while daemon.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < until, "the daemon does not end:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!daemon.wait().unwrap().success(), "{}", self.log());
+        self.log()
     }
 
     /// kill -9 of the daemon.
@@ -354,7 +385,11 @@ impl World {
     /// The `hotcell` binary with this world's configuration and nothing of the caller's environment but the
     /// engine.
     pub(crate) fn hotcell(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_hotcell"));
+        self.program(HOTCELL)
+    }
+
+    fn program(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
         let keep = ["PATH", "HOTCELL_ENGINE", "DOCKER_HOST", "SSL_CERT_FILE"];
         command.env_clear().envs(std::env::vars_os().filter(|(k, _)| keep.iter().any(|n| k == n)));
         command.env("HOME", "/root").env("HOTCELL_CONFIG", self.path("config.toml"));
@@ -507,19 +542,6 @@ impl Drop for World {
     }
 }
 
-/// Where tests have their directories: short, since a unix socket's path is, and not below /tmp, which may be a small
-/// tmpfs. `make test` gives one of its own, and looks that nothing is left in it.
-pub(crate) fn base_dir() -> PathBuf {
-    std::env::var_os("HOTCELL_TEST_DIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from)
-}
-
-/// What is mounted below a directory, in the order in which it was mounted.
-pub(crate) fn mounts_below(dir: &Path) -> Vec<PathBuf> {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
-    points.filter(|point| point.starts_with(dir)).collect()
-}
-
 /// NDJSON → values; numbers must be there without gaps.
 pub(crate) fn events(body: &str) -> Vec<Value> {
     let events: Vec<Value> =
@@ -558,35 +580,4 @@ pub(crate) fn one_command(command: &str) -> String {
          [[reply]]\nwhen = {{ turn = 0, tools = true }}\nblocks = [{{ tool = \"Bash\", input = {toml} }}]\n\
          [default]\ntext = \"done\"\n"
     )
-}
-
-/// The docker client on the tests' engine.
-pub(crate) fn docker(args: &[&str]) -> String {
-    docker_at(None, args)
-}
-
-fn docker_at(engine: Option<&str>, args: &[&str]) -> String {
-    let address = hotcell::engine::find_address(engine).expect("an engine: run `make engine`");
-    let output = Command::new("docker").args(["-H", &address]).args(args).output().expect("docker");
-    assert!(output.status.success(), "docker {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// The static init that `make init` built.
-pub(crate) fn init_binary() -> PathBuf {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/release/hotcell-init");
-    assert!(path.exists(), "{} is missing: run `make init`", path.display());
-    path
-}
-
-/// Bundles and image records of the machine's own state directory, which `make image` fills.
-fn share(state: &Path) {
-    let from = std::env::var_os("HOTCELL_STATE_DIR")
-        .map_or_else(|| PathBuf::from("/var/lib/hotcell"), PathBuf::from);
-    std::fs::create_dir(state).unwrap();
-    for name in ["agents", "images"] {
-        let source = from.join(name);
-        assert!(source.exists(), "{} is missing: run `make image`", source.display());
-        std::os::unix::fs::symlink(source, state.join(name)).unwrap();
-    }
 }
