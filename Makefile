@@ -8,7 +8,7 @@ PREFIX ?= /usr/local
 # The engine's address, once `make engine` has found or started one.
 ENGINE  = $(shell .ci/engine address 2>/dev/null)
 
-.PHONY: help tools engine gvisor engine-stop image images build init demo sources packages test test-full lint bench bench-tools install clean
+.PHONY: help tools engine gvisor engine-stop image images build init demo sources packages test test-full soak lint bench bench-tools install clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,7 +55,9 @@ test: tools init engine sources packages ## Run all tests, those with the real e
 	$(CARGO) build --locked --bin hotcell
 	HOTCELL_ENGINE=$(ENGINE) target/debug/hotcell image build --all
 	@.ci/engine gvisor || echo "hotcell: the tests go on without gVisor: they look at how it is refused" >&2
-	HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --locked --no-fail-fast
+	@dir=$$(mktemp -d /var/tmp/h.XXXXXX) && chmod 755 $$dir && export HOTCELL_ENGINE=$(ENGINE) && status=0 && \
+	  { HOTCELL_TEST_DIR=$$dir $(CARGO) test --locked --no-fail-fast || status=$$?; } && \
+	  { .ci/leaks $$dir || status=1; } && exit $$status
 
 test-full: test ## The tests, a repository of 80,000 files, builds of all toolchains under gVisor, 200 seeds of kills, and the property tests and fuzz targets with many more cases.
 	@.ci/sources linux >/dev/null
@@ -65,11 +67,16 @@ test-full: test ## The tests, a repository of 80,000 files, builds of all toolch
 	PROPTEST_CASES=5000 $(CARGO) test --locked --lib
 	HOTCELL_FUZZ_SCALE=20 $(CARGO) test --locked --test fuzz
 
+soak: tools init engine ## Random kills of everything beside real jobs, for HOTCELL_SOAK_S seconds (600): what was survived, and what is left.
+	$(CARGO) build --locked --bin hotcell
+	HOTCELL_ENGINE=$(ENGINE) target/debug/hotcell image build
+	HOTCELL_SOAK_S=$${HOTCELL_SOAK_S:-600} HOTCELL_ENGINE=$(ENGINE) $(CARGO) test --locked --test it soak:: -- --nocapture
+
 lint: tools ## Format, clippy, docs, shell scripts: no warning is let through.
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --lib --locked --quiet
-	bash -n .ci/engine && bash -n .ci/tools && bash -n .ci/run && bash -n .ci/sources && bash -n .ci/apt && bash -n .ci/packages && bash -n tests/demo
+	bash -n .ci/engine && bash -n .ci/tools && bash -n .ci/run && bash -n .ci/sources && bash -n .ci/apt && bash -n .ci/packages && bash -n .ci/leaks && bash -n tests/demo
 
 # Made anew when the list of versions changes; half made, it is not taken for whole.
 BENCH_TOOLS = target/bench-tools

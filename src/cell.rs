@@ -415,8 +415,8 @@ async fn replayed(record: &mut Record) -> Result<Ended, RecordError> {
 }
 
 /// Removes all there is of a job's cells and closes their rows: container first, since it holds the mounts.
-/// A container is never given up: while it may be alive the job is not over and its slot is not free. What
-/// else is left after about a minute is the sweeper's; its row stays open.
+/// A container is never given up while something in it may be alive: the job is not over and its slot is not free. What
+/// else is left after about a minute, a dead container too, is the sweeper's; its row stays open.
 pub async fn destroy(parts: &Arc<Parts>, job: &JobId) {
     const TRIES: u32 = 8;
     const PAUSE_MAX: Duration = Duration::from_secs(10);
@@ -425,7 +425,8 @@ pub async fn destroy(parts: &Arc<Parts>, job: &JobId) {
             Ok(()) => return,
             Err(left) => left,
         };
-        if attempt + 1 >= TRIES && !matches!(left, LeftOver::Container(_)) {
+        let may_live = matches!(left, LeftOver::Container { ended: false, .. });
+        if attempt + 1 >= TRIES && !may_live {
             tracing::error!(%job, %left, "something of a cell is left; the sweeper goes on");
             return;
         }
@@ -438,8 +439,13 @@ pub async fn destroy(parts: &Arc<Parts>, job: &JobId) {
 #[derive(Debug, thiserror::Error)]
 pub enum LeftOver {
     /// Its container.
-    #[error(transparent)]
-    Container(#[from] EngineError),
+    #[error("{error}")]
+    Container {
+        /// Why.
+        error: EngineError,
+        /// The kernel shows that nothing of it runs.
+        ended: bool,
+    },
     /// Its mounts or its directory.
     #[error("{path:?} is left: {why}")]
     Directory {
@@ -466,7 +472,10 @@ pub async fn destroy_once(parts: &Arc<Parts>, job: &JobId) -> Result<(), LeftOve
             Some(id) => ContainerId::new(id.clone()),
             None => container_name(parts.store.instance(), &row.cell),
         };
-        parts.engine.remove(&container).await?;
+        if let Err(error) = parts.engine.remove(&container).await {
+            let ended = parts.engine.kill(&container).await.unwrap_or(false);
+            return Err(LeftOver::Container { error, ended });
+        }
         let begun = Instant::now();
         sweep_one(parts, &row.cell).await?;
         parts.metrics.copy_step(CopyStep::Removal, begun.elapsed());

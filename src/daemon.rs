@@ -175,9 +175,9 @@ pub async fn run(
         reload::run(reloading, hangup, prices_file, closing).await;
         "reload"
     });
-    let (swept, closing) = (parts.clone(), close.clone());
+    let (swept, told, closing) = (parts.clone(), api.driver.clone(), close.clone());
     tasks.spawn(async move {
-        sweeper::run(swept, closing).await;
+        sweeper::run(swept, told, closing).await;
         "sweeper"
     });
     let (kept, closing) = (api.clone(), close.clone());
@@ -224,7 +224,7 @@ fn spawn_faces(api: &Arc<Api>, listeners: Listeners, close: &CancellationToken) 
     let router = api::router(api.clone()).into_make_service_with_connect_info::<api::peer::Peer>();
     let closing = close.clone();
     tasks.spawn(async move {
-        let served = axum::serve(PeerListener(listeners.api), router)
+        let served = axum::serve(PeerListener::new(listeners.api), router)
             .with_graceful_shutdown(closing.cancelled_owned());
         if let Err(error) = served.await {
             tracing::error!(%error, "the API ended");

@@ -44,6 +44,7 @@ enum Message {
     Submitted { job: JobId, ticket: Ticket },
     Unpark { job: JobId, done: oneshot::Sender<Result<(), UnparkError>> },
     Limited { credential: String, max: Option<usize> },
+    Engine { up: bool },
     Stop { job: JobId, reason: StopReason, detail: String, done: oneshot::Sender<Result<(), StopError>> },
     Pause { paused: Option<Paused>, done: oneshot::Sender<Result<(), PauseError>> },
     Look { done: oneshot::Sender<Scheduler> },
@@ -131,6 +132,12 @@ impl Handle {
     pub async fn limited(&self, credential: String, max: Option<usize>) {
         // A daemon that is going down starts nothing anyway.
         let _ = self.inbox.send(Message::Limited { credential, max }).await;
+    }
+
+    /// Whether the engine answers.
+    pub async fn engine(&self, up: bool) {
+        // A daemon that is going down starts nothing anyway.
+        let _ = self.inbox.send(Message::Engine { up }).await;
     }
 
     /// Takes a parked job back into the queue before its time.
@@ -231,6 +238,7 @@ impl Driver {
                 self.endings.submitted(&job, ticket);
             }
             Message::Submitted { job, ticket } => self.step(Input::Submitted { job, ticket }),
+            Message::Engine { up } => self.step(Input::Engine { up }),
             Message::Limited { credential, max } => self.step(Input::Limited { credential, max }),
             Message::Unpark { job, done } => {
                 let answer = self.unpark(job).await;

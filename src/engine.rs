@@ -9,6 +9,7 @@
 pub mod address;
 mod config;
 pub mod docker;
+mod processes;
 mod tail;
 
 use std::collections::BTreeMap;
@@ -87,11 +88,13 @@ pub trait Engine: Send + Sync + 'static {
     fn create<'a>(&'a self, spec: &'a CellSpec) -> Reply<'a, ContainerId>;
     /// Starts a container and gives `boot` to its PID 1 as the whole of its standard input.
     fn start<'a>(&'a self, container: &'a ContainerId, boot: &'a [u8]) -> Reply<'a, ()>;
-    /// Waits until a started container has ended; at once if it has. No limit of its own: the caller has
-    /// the deadline. A container that was removed meanwhile is `NotFound`.
+    /// Waits until a started container has ended; at once if it has, and though the engine does not know it, where the
+    /// kernel shows its end. No limit of its own: the caller has the deadline. A container that was removed meanwhile
+    /// is `NotFound`.
     fn wait<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, Exit>;
-    /// SIGKILL to all of a container; one that has ended or is gone is success.
-    fn kill<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, ()>;
+    /// SIGKILL to all of a container, past the engine where that does not do it; one that has ended or is gone is
+    /// success. True when the kernel shows that nothing of it runs; false where only the engine says so.
+    fn kill<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, bool>;
     /// Removes a container, running or not, with its anonymous volumes. `Ok` only when the engine has
     /// confirmed afterwards that it does not know the container.
     fn remove<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, ()>;

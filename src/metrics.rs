@@ -42,6 +42,8 @@ pub struct Metrics {
     pub slots: IntGauge,
     /// Slots taken.
     pub slots_used: IntGauge,
+    /// Cells of jobs that are over of which something is left.
+    pub cells_left: IntGauge,
     /// 1 while nothing starts because somebody said so.
     pub paused: IntGauge,
     /// Requests that may go to the model provider at once.
@@ -122,6 +124,11 @@ impl Metrics {
             engine_up: gauge(&registry, "hotcell_engine_up", "1 while the container engine answers.")?,
             slots: gauge(&registry, "hotcell_slots", "Jobs that may run at once.")?,
             slots_used: gauge(&registry, "hotcell_slots_used", "Jobs that hold a slot.")?,
+            cells_left: gauge(
+                &registry,
+                "hotcell_cells_left",
+                "Cells of jobs that are over of which something is left; it is tried again.",
+            )?,
             paused: gauge(&registry, "hotcell_paused", "1 while starts are paused by an admin.")?,
             provider_concurrency: gauge(
                 &registry,

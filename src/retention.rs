@@ -1,5 +1,6 @@
 //! Which jobs that are over go, by age, by count and by bytes: pure. It must never name a job that is not over or that
-//! another one goes on with, nor more than the limits ask for; work that nobody has decided on goes last.
+//! another one goes on with, nor more than the limits ask for; work that nobody has decided on goes last. Ages are
+//! told only by a clock that has gone evenly for a day ([`crate::clock::Clocks`]): a wrong year removes nothing.
 
 use std::time::Duration;
 

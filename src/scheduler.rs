@@ -6,8 +6,8 @@
 //! one with the fewest running jobs goes first, and among those the one that was served longest ago; among one user's
 //! jobs the higher priority, then the older. A user with a limit of their own starts none above it, whatever is free.
 //! A slot is free when its job's end was reported, never when it was asked to end. A parked job holds no slot. While it
-//! is paused nothing starts. Beside running jobs none starts that the host has no room for, and none passes it: what is
-//! large would wait for ever. Where nothing runs one starts in any case.
+//! is paused, or the engine does not answer, nothing starts. Beside running jobs none starts that the host has no room
+//! for, and none passes it: what is large would wait for ever. Where nothing runs one starts in any case.
 
 pub mod recover;
 
@@ -150,6 +150,11 @@ pub enum Input {
     Pause,
     /// Start again what waits.
     Resume,
+    /// Whether the engine answers: nothing starts while it does not.
+    Engine {
+        /// It does.
+        up: bool,
+    },
     /// Start nothing more.
     Drain,
 }
@@ -181,6 +186,8 @@ pub enum Waits {
     Paused,
     /// The daemon is going down: the next one starts it.
     Draining,
+    /// The engine does not answer.
+    EngineAway,
     /// Its user runs as many jobs as they may.
     UserLimit,
     /// As many jobs use its credential as may at once.
@@ -201,6 +208,7 @@ impl Waits {
         match self {
             Self::Paused => "paused",
             Self::Draining => "draining",
+            Self::EngineAway => "engine_away",
             Self::UserLimit => "user_limit",
             Self::CredentialLimit => "credential_limit",
             Self::PolicyLimit => "policy_limit",
@@ -255,6 +263,8 @@ impl Credential {
 pub struct Scheduler {
     slots: usize,
     starts: Starts,
+    /// The engine does not answer.
+    away: bool,
     clock: u64,
     users: BTreeMap<u32, User>,
     limits: BTreeMap<u32, usize>,
@@ -285,6 +295,7 @@ impl Scheduler {
         Self {
             slots,
             starts: Starts::Open,
+            away: false,
             clock: 0,
             users: BTreeMap::new(),
             credentials: BTreeMap::new(),
@@ -346,6 +357,7 @@ impl Scheduler {
             }
             Input::Pause => self.open_or(Starts::Paused),
             Input::Resume => self.open_or(Starts::Open),
+            Input::Engine { up } => self.away = !up,
             Input::Drain => self.starts = Starts::Draining,
         }
         self.fill(&mut actions);
@@ -388,7 +400,7 @@ impl Scheduler {
         let waits: BTreeMap<JobId, Waits> =
             self.queued.iter().map(|(job, ticket)| (job.clone(), self.waits(ticket))).collect();
         let tickets = self.queued.clone();
-        (self.starts, self.room) = (Starts::Open, None);
+        (self.starts, self.away, self.room) = (Starts::Open, false, None);
         let mut ends: VecDeque<JobId> = self.running.keys().cloned().collect();
         let mut order = Vec::with_capacity(tickets.len());
         let mut actions = Vec::new();
@@ -418,6 +430,7 @@ impl Scheduler {
         match self.starts {
             Starts::Paused => Waits::Paused,
             Starts::Draining => Waits::Draining,
+            Starts::Open if self.away => Waits::EngineAway,
             Starts::Open if self.limits.get(&ticket.uid).is_some_and(|most| running >= *most) => {
                 Waits::UserLimit
             }
@@ -453,7 +466,7 @@ impl Scheduler {
 
     fn fill(&mut self, actions: &mut Vec<Action>) {
         self.short = false;
-        while self.starts == Starts::Open && self.running.len() < self.slots {
+        while self.starts == Starts::Open && !self.away && self.running.len() < self.slots {
             let open = |name: &String| self.credentials.get(name).is_none_or(Credential::has_room);
             let open = |(name, policy): &Lane| open(name) && self.policy_has_room(policy.as_ref());
             // Each user's next job among the lanes that have room.
@@ -619,6 +632,20 @@ mod tests {
         scheduler.step(Input::Drain);
         assert!(scheduler.step(submit(3, 1, 0)).is_empty());
         assert_eq!((scheduler.queued(), scheduler.running()), (1, 0));
+    }
+
+    #[test]
+    fn nothing_starts_while_the_engine_is_away_and_all_that_may_once_it_is_back() {
+        let mut scheduler = Scheduler::new(2);
+        assert!(scheduler.step(Input::Engine { up: false }).is_empty());
+        for n in 1..=3 {
+            assert!(scheduler.step(submit(n, 1, 0)).is_empty());
+        }
+        let told = scheduler.clone().order();
+        assert_eq!(told.iter().map(|w| w.waits.as_str()).collect::<Vec<_>>(), ["engine_away"; 3]);
+        assert!(scheduler.step(Input::Pause).is_empty());
+        assert!(scheduler.step(Input::Engine { up: true }).is_empty(), "paused all the same");
+        assert_eq!(scheduler.step(Input::Resume), [Action::Start(job(1)), Action::Start(job(2))]);
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! Looks from time to time for what no job owns: containers of this instance without an open cell row, and
+//! Looks from time to time whether the engine answers, which the loop is told, and for what no job owns: containers of this instance without an open cell row, and
 //! cells' directories, mounts and loop devices without one, and for kept work of jobs that are over. A cell whose row is open is never touched here;
-//! one whose removal failed before is tried again. What goes because it is old or too much is `api::gc`'s, which keeps
+//! one whose removal failed before is tried again, soon and as soon as the engine is back. What goes because it is old or too much is `api::gc`'s, which keeps
 //! jobs' audits first.
 
 use std::collections::HashSet;
@@ -10,18 +10,22 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::cell::{self, Parts, Settings};
+use crate::driver::Handle;
 use crate::git;
 use crate::job::{CellId, JobId, State};
 use crate::metrics::Orphan;
 use crate::workspace;
 
-/// Time between two sweeps, and between two looks at the engine.
+/// Time between two sweeps while nothing is left over.
 const EVERY: Duration = Duration::from_secs(60);
 /// Time between two looks at the engine.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// The same while it does not answer.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// Sweeps until `shutdown`.
-pub async fn run(parts: Arc<Parts>, shutdown: CancellationToken) {
+/// Sweeps until `shutdown`, and tells the loop whether the engine answers.
+pub async fn run(parts: Arc<Parts>, driver: Handle, shutdown: CancellationToken) {
+    let mut was_up = true;
     let mut sweep = tokio::time::interval(EVERY);
     let mut look = tokio::time::interval(LOOK_EVERY);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -32,17 +36,42 @@ pub async fn run(parts: Arc<Parts>, shutdown: CancellationToken) {
         tokio::select! {
             () = shutdown.cancelled() => return,
             _ = look.tick() => {
-                let up = parts.engine.info().await.is_ok();
-                parts.metrics.engine_up.set(i64::from(up));
+                let up = is_up(&parts, was_up).await;
+                if up != was_up {
+                    driver.engine(up).await;
+                }
+                let back = up && !was_up;
+                was_up = up;
+                if !up {
+                    look.reset_after(LOOK_AGAIN);
+                } else if back || parts.store.cells_left().await.is_ok_and(|left| left > 0) {
+                    sweep_once(&parts).await;
+                }
             }
             _ = sweep.tick() => {
                 // A failure would be a panic of a call that cannot panic.
                 let _ = tokio::task::spawn_blocking(release_memory).await;
-                if let Err(error) = once(&parts).await {
-                    tracing::warn!(%error, "the sweep could not be finished; the next one goes on");
-                }
+                sweep_once(&parts).await;
             }
         }
+    }
+}
+
+async fn is_up(parts: &Parts, was_up: bool) -> bool {
+    let asked = parts.engine.info().await;
+    let up = asked.is_ok();
+    parts.metrics.engine_up.set(i64::from(up));
+    match asked {
+        Ok(_) if !was_up => tracing::info!("the engine answers again: jobs start"),
+        Err(error) if was_up => tracing::warn!(%error, "no job starts until the engine answers"),
+        Ok(_) | Err(_) => {}
+    }
+    up
+}
+
+async fn sweep_once(parts: &Arc<Parts>) {
+    if let Err(error) = once(parts).await {
+        tracing::warn!(%error, "the sweep could not be finished; the next one goes on");
     }
 }
 

@@ -52,6 +52,9 @@ pub struct GcView {
     pub bytes: u64,
     /// There is more than one answer holds: ask again.
     pub more: bool,
+    /// The wall clock has jumped: until it has gone evenly for a day, nothing goes because it is old.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub clock_jumped: bool,
 }
 
 /// One thing that goes.
@@ -140,6 +143,18 @@ async fn look(api: &Arc<Api>, dry_run: bool, most: usize) -> Result<GcView, ApiE
     found.extend(old_mirrors(api).await);
     found.extend(old_images(api, &needed).await?);
     found.extend(old_agents(api, &needed).await?);
+    let clocks = api.parts.store.clocks().await?;
+    let clocks = clock::Clocks::look(clocks, clock::wall_ms(), clock::boot_ms());
+    let clock_jumped = !clocks.tell_ages();
+    if clock_jumped {
+        tracing::warn!(
+            "the clock has jumped: nothing is removed because it is old until it has gone evenly for a day"
+        );
+        found.retain(|(_, gone)| gone.reason != Reason::Age.as_str());
+    }
+    if !dry_run {
+        api.parts.store.set_clocks(clocks).await?;
+    }
     let more = found.len() > most;
     found.truncate(most);
     let mut removals = Vec::with_capacity(found.len());
@@ -151,7 +166,7 @@ async fn look(api: &Arc<Api>, dry_run: bool, most: usize) -> Result<GcView, ApiE
         removals.push(gone);
     }
     let bytes = removals.iter().filter(|gone| gone.left.is_none()).map(|gone| gone.bytes).sum();
-    Ok(GcView { dry_run, removals, bytes, more })
+    Ok(GcView { dry_run, removals, bytes, more, clock_jumped })
 }
 
 /// What goes, as it is removed.

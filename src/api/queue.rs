@@ -56,7 +56,7 @@ pub struct QueuedJob {
     pub uid: u32,
     /// Higher goes first, among one user's.
     pub priority: i8,
-    /// `slots`, `user_limit`, `credential_limit`, `policy_limit`, `memory`, `disk`, `paused`, `draining`; of a parked one the reason of its parking.
+    /// `slots`, `user_limit`, `credential_limit`, `policy_limit`, `memory`, `disk`, `paused`, `draining`, `engine_away`; of a parked one the reason of its parking.
     pub why: String,
     /// Until when it is parked, RFC 3339.
     pub until: Option<String>,

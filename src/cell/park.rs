@@ -434,6 +434,8 @@ pub(super) async fn container_gone(parts: &Parts, row: &CellRow) {
         None => container_name(parts.store.instance(), &row.cell),
     };
     while let Err(error) = parts.engine.remove(&container).await {
+        // What runs in it ends all the same.
+        let _ = parts.engine.kill(&container).await;
         tracing::warn!(job = %row.job, %error, "the container of a cell is left; trying again");
         tokio::time::sleep(REMOVE_PAUSE).await;
     }

@@ -22,6 +22,8 @@ pub async fn refresh_gauges(parts: &Parts) -> Result<(), StoreError> {
     let oldest = parts.store.oldest_queued_ms().await?;
     let age = oldest.map_or(0.0, |ms| clock::wall_ms().saturating_sub(ms) as f64 / 1000.0);
     parts.metrics.queue_age_s.set(age);
+    let left = parts.store.cells_left().await?;
+    parts.metrics.cells_left.set(i64::try_from(left).unwrap_or(i64::MAX));
     refresh_cache(parts);
     refresh_money(parts).await
 }

@@ -3,7 +3,8 @@
 //! was not made from `config`, and never report a container as gone before the engine has denied knowing it.
 //!
 //! Traps that shaped it: `/wait?condition=next-exit` can miss an exit, so `wait` asks for `not-running`
-//! after the start; a removal answers before it has happened, or with "already in progress" or "busy", so it
+//! after the start, and the kernel is asked as well (`processes`), since an engine whose containerd died says `running`
+//! of what is dead; a removal answers before it has happened, or with "already in progress" or "busy", so it
 //! is repeated until inspect says 404; engines serialise creates and removes, so each has a limit of its own.
 
 mod extend;
@@ -11,8 +12,10 @@ mod images;
 mod sealed;
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 // The submodule says `client`, so that this file stays the only one to name the library.
@@ -23,7 +26,8 @@ use client::models::{ContainerCreateBody, ContainerInspectResponse};
 use client::query_parameters as query;
 use futures_util::StreamExt;
 use serde_json::Value;
-use tokio::io::AsyncWriteExt;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
@@ -32,7 +36,7 @@ use self::images::IMAGE_MS_MAX;
 use super::{
     BOOT_BYTES_MAX, BuildSpec, CellSpec, ContainerId, Engine, EngineError, EngineInfo, Exit, Extend, Found,
     ImageInfo, LABEL_BUILD, LABEL_CELL, LABEL_INSTANCE, Progress, Reply, RuntimeInfo, SealedBuild, address,
-    config, container_name, normalise_arch, tail,
+    config, container_name, normalise_arch, processes, tail,
 };
 use crate::failpoint;
 use crate::job::{InstanceId, JobId};
@@ -49,6 +53,12 @@ const BOOT_MS_MAX: u64 = 10_000;
 const CLOSE_MS_MAX: u64 = 250;
 /// SIGKILL; an engine whose containerd hangs took 12 s.
 const KILL_MS_MAX: u64 = 20_000;
+/// From a SIGKILL past the engine until all processes have ended.
+const END_MS_MAX: u64 = 5_000;
+/// From the end of a container's first process until the engine knows how it ended.
+const TOLD_MS_MAX: u64 = 5_000;
+/// From the removal of a container until its first process is seen to have ended.
+const ENDED_MS_MAX: u64 = 100;
 /// Removing a container, all tries together.
 const REMOVE_MS_MAX: u64 = 30_000;
 /// Pauses between tries of a removal, in milliseconds: doubled from the first to the second.
@@ -70,6 +80,18 @@ pub struct Docker {
     removes: Semaphore,
     /// Readers of standard error, by container: ended and taken by `wait`, or aborted by `remove`.
     tails: Mutex<HashMap<ContainerId, JoinHandle<String>>>,
+    /// First processes of containers that are waited for.
+    firsts: Mutex<HashMap<ContainerId, First>>,
+    /// The kernel has shown a container's processes here: what it does not show any more has ended.
+    sees: AtomicBool,
+}
+
+/// The first process of a container.
+#[derive(Clone)]
+struct First {
+    pid: u32,
+    /// Readable once it has ended.
+    ended: Arc<AsyncFd<OwnedFd>>,
 }
 
 impl Docker {
@@ -93,6 +115,8 @@ impl Docker {
             creates: Semaphore::new(CREATES_MAX),
             removes: Semaphore::new(REMOVES_MAX),
             tails: Mutex::new(HashMap::new()),
+            firsts: Mutex::new(HashMap::new()),
+            sees: AtomicBool::new(false),
         })
     }
 
@@ -265,7 +289,56 @@ impl Docker {
         }
     }
 
+    fn firsts(&self) -> std::sync::MutexGuard<'_, HashMap<ContainerId, First>> {
+        self.firsts.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// The first process of a container that runs, to wait for; none where the kernel does not show it here.
+    async fn first_process(&self, container: &ContainerId) -> Option<First> {
+        if let Some(known) = self.firsts().get(container) {
+            return Some(known.clone());
+        }
+        let (told, id) = (self.told_pid(container).await, container.as_str().to_owned());
+        let look = move || match told {
+            Ok(pid) => processes::hold(pid?, &id),
+            Err(_) => processes::hold_first(&id),
+        };
+        let held = tokio::task::spawn_blocking(look).await.ok()??;
+        // SAFETY: an `OwnedFd` is open, and the same file, until it is dropped.
+        let ended = unsafe { AsyncFd::register_with_interest(held.fd, Interest::READABLE) };
+        let ended = Arc::new(ended.ok()?);
+        let first = First { pid: held.pid, ended };
+        self.sees.store(true, Ordering::Relaxed);
+        self.firsts().insert(container.clone(), first.clone());
+        Some(first)
+    }
+
+    /// The end as the engine tells it; where it does not, as the kernel shows it.
     async fn wait_for_exit(&self, container: &ContainerId) -> Result<Exit, EngineError> {
+        let first = self.first_process(container).await;
+        let shown = async {
+            match &first {
+                Some(first) => drop(first.ended.readable().await),
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = shown => {}
+            told = self.told_exit(container) => return told,
+        }
+        match timeout(Duration::from_millis(TOLD_MS_MAX), self.told_exit(container)).await {
+            Ok(told @ (Ok(_) | Err(EngineError::NotFound { .. }))) => Ok(told?),
+            Ok(Err(_)) | Err(_) => {
+                let error =
+                    Some("; its processes are gone and the engine does not say how they ended".to_owned());
+                let stderr_tail = self.take_tail(container).await;
+                Ok(Exit { code: 128 + i64::from(libc::SIGKILL), oom_killed: false, error, stderr_tail })
+            }
+        }
+    }
+
+    async fn told_exit(&self, container: &ContainerId) -> Result<Exit, EngineError> {
         loop {
             let options = query::WaitContainerOptionsBuilder::new().condition("not-running").build();
             let mut replies = Box::pin(self.api.wait_container(container.as_str(), Some(options)));
@@ -296,7 +369,28 @@ impl Docker {
         }
     }
 
-    async fn kill_container(&self, container: &ContainerId) -> Result<(), EngineError> {
+    /// By the engine, and then by the kernel, which is believed: an engine may say that it killed what runs, or fail
+    /// to kill what is dead.
+    async fn kill_container(&self, container: &ContainerId) -> Result<bool, EngineError> {
+        let told = self.told_to_kill(container).await;
+        if !self.sees.load(Ordering::Relaxed) || !processes::is_id(container.as_str()) {
+            return told.map(|()| false);
+        }
+        self.end_processes(container).await.map(|()| true)
+    }
+
+    async fn end_processes(&self, container: &ContainerId) -> Result<(), EngineError> {
+        let id = container.as_str().to_owned();
+        let end = move || processes::end(&id, Duration::from_millis(END_MS_MAX));
+        match tokio::task::spawn_blocking(end).await {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => {
+                Err(EngineError::Timeout { what: "end the processes of a container", after_ms: END_MS_MAX })
+            }
+        }
+    }
+
+    async fn told_to_kill(&self, container: &ContainerId) -> Result<(), EngineError> {
         let options = query::KillContainerOptionsBuilder::new().signal("SIGKILL").build();
         let call = self.api.kill_container(container.as_str(), Some(options));
         match self.call("kill a container", KILL_MS_MAX, call).await {
@@ -308,6 +402,21 @@ impl Docker {
 
     async fn remove_container(&self, container: &ContainerId) -> Result<(), EngineError> {
         self.drop_tail(container);
+        self.forget_container(container).await?;
+        let first = self.firsts().remove(container);
+        let ended = async {
+            if let Some(first) = &first {
+                drop(first.ended.readable().await);
+            }
+        };
+        // An engine that has forgotten a container may have forgotten its processes, too.
+        if timeout(Duration::from_millis(ENDED_MS_MAX), ended).await.is_err() {
+            self.end_processes(container).await?;
+        }
+        Ok(())
+    }
+
+    async fn forget_container(&self, container: &ContainerId) -> Result<(), EngineError> {
         let _permit = self.removes.acquire().await.map_err(closed)?;
         let started = Instant::now();
         let mut pause_ms = REMOVE_PAUSE_MS.0;
@@ -356,7 +465,16 @@ impl Docker {
         Ok(found.collect())
     }
 
+    /// Of a container that is waited for, without asking the engine, as long as it is alive.
     async fn pid_of(&self, container: &ContainerId) -> Result<Option<u32>, EngineError> {
+        let known = self.firsts().get(container).map(|first| first.pid);
+        match known.and_then(|pid| processes::hold(pid, container.as_str())) {
+            Some(held) => Ok(Some(held.pid)),
+            None => self.told_pid(container).await,
+        }
+    }
+
+    async fn told_pid(&self, container: &ContainerId) -> Result<Option<u32>, EngineError> {
         let state = self.inspect(container).await?.state.unwrap_or_default();
         Ok(state.pid.and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0))
     }
@@ -390,7 +508,7 @@ impl Engine for Docker {
     fn create<'a>(&'a self, spec: &'a CellSpec) -> Reply<'a, ContainerId> { Box::pin(self.create_cell(spec)) }
     fn start<'a>(&'a self, container: &'a ContainerId, boot: &'a [u8]) -> Reply<'a, ()> { Box::pin(self.start_cell(container, boot)) }
     fn wait<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, Exit> { Box::pin(self.wait_for_exit(container)) }
-    fn kill<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, ()> { Box::pin(self.kill_container(container)) }
+    fn kill<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, bool> { Box::pin(self.kill_container(container)) }
     fn remove<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, ()> { Box::pin(self.remove_container(container)) }
     fn list<'a>(&'a self, instance: &'a InstanceId) -> Reply<'a, Vec<Found>> { Box::pin(self.list_containers(instance)) }
     fn state_pid<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, Option<u32>> { Box::pin(self.pid_of(container)) }

@@ -17,7 +17,8 @@ pub const LIMIT_PARKINGS_MAX: u32 = 12;
 pub const LIMIT_PARKED_MS_MAX: u64 = 24 * 3_600_000;
 
 /// Pauses after a fault of this machine, each longer than the one before; the job fails with the fault after them.
-const HOST_FAULT_PAUSES_MS: [u64; 2] = [2_000, 15_000];
+/// dockerd takes some 12 s to see that its containerd is dead and to start another one: that costs two tries at most.
+const HOST_FAULT_PAUSES_MS: [u64; 2] = [2_000, 30_000];
 /// Tries of a job that faults of this machine end, all in all.
 pub const HOST_FAULT_TRIES_MAX: u32 = HOST_FAULT_PAUSES_MS.len() as u32 + 1;
 

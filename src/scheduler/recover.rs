@@ -99,7 +99,7 @@ pub fn plan(rows: &[Row], found: &[FoundCell]) -> Vec<Action> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::{Outcome, ParkReason, Parked, StopReason};
+    use crate::job::{Input, Outcome, ParkReason, Parked, StopReason};
     use proptest::prelude::*;
 
     const PARKED: Parked = Parked { until_ms: 9, why: ParkReason::ProviderLimit };
@@ -118,7 +118,78 @@ mod tests {
         ]
     }
 
+    /// What the doing layer takes a job through at once, by the answer for it.
+    fn road(action: &Action, from: &State) -> Vec<Input> {
+        let end = || Input::Finish(Outcome::Lost);
+        match (action, from) {
+            (Action::Requeue { .. }, State::Preparing) => vec![Input::Requeue],
+            (Action::Close { .. }, State::Collecting { .. } | State::Verifying) => vec![end()],
+            (Action::Close { .. }, State::Parking { .. }) => vec![Input::Shelved],
+            (Action::Close { .. }, _) => vec![Input::CellEnded, end()],
+            (
+                Action::Requeue { .. } | Action::Adopt { .. } | Action::Park { .. } | Action::Reap { .. },
+                _,
+            ) => Vec::new(),
+        }
+    }
+
+    /// One of the ways on to the end, without another restart.
+    fn on(state: &State, dice: u8) -> Input {
+        let choose = |inputs: &[Input]| inputs[usize::from(dice) % inputs.len()].clone();
+        let (stop, park) = (Input::Stop(StopReason::Cancelled), Input::Park(PARKED));
+        match state {
+            State::Queued => choose(&[Input::Admit, stop]),
+            State::Preparing => choose(&[Input::Booted, Input::CellEnded, stop]),
+            State::Running => choose(&[Input::CellEnded, stop, park]),
+            State::Stopping { .. } => Input::CellEnded,
+            State::Parking { .. } => choose(&[Input::Shelved, Input::CellEnded, stop]),
+            State::Parked { .. } => choose(&[Input::Unpark, stop]),
+            State::Collecting { stopped: None } => {
+                choose(&[Input::Finish(Outcome::Succeeded), Input::Verify])
+            }
+            State::Collecting { stopped: Some(_) } | State::Done(_) => Input::Finish(Outcome::Lost),
+            State::Verifying => choose(&[Input::Finish(Outcome::Succeeded), Input::Repair, stop]),
+        }
+    }
+
     proptest! {
+        #[test]
+        fn each_answer_leads_to_done_by_moves_that_the_machine_has(
+            state in any_state(), cell in proptest::option::of(0u64..3), found in proptest::option::of((0u64..3, any::<bool>())),
+            dice in proptest::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let (job, cell) = (JobId::new(1, 0), cell.map(CellId::new));
+            let row = Row { job: job.clone(), state: state.clone(), cell: cell.clone() };
+            let found: Vec<FoundCell> = found.into_iter().map(|(cell, running)| FoundCell {
+                cell: Some(CellId::new(cell)), container: "c".to_owned(), running,
+            }).collect();
+            let lives = found.iter().any(|f| f.running && cell.is_some() && f.cell == cell);
+            let mut state = state;
+            for action in plan(&[row], &found) {
+                if let Action::Adopt { .. } = action {
+                    prop_assert!(state == State::Running && lives, "taken over: a conversation whose cell lives");
+                }
+                if let Action::Reap { .. } = action {
+                    continue;
+                }
+                for input in road(&action, &state) {
+                    let next = state.next(&input);
+                    prop_assert!(next.is_ok(), "{:?}: {:?}", action, next);
+                    state = next.unwrap_or(state);
+                }
+            }
+            let ends = dice.into_iter().chain([0; 12]);
+            for input in ends {
+                if state.is_done() {
+                    break;
+                }
+                let next = state.next(&on(&state, input));
+                prop_assert!(next.is_ok(), "{:?}", next);
+                state = next.unwrap_or(state);
+            }
+            prop_assert!(state.is_done(), "it is left {}", state.name());
+        }
+
         #[test]
         fn every_open_job_has_one_answer_and_every_container_is_kept_or_reaped(
             rows in proptest::collection::vec((any_state(), proptest::option::of(0u64..6)), 0..12),

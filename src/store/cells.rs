@@ -124,6 +124,19 @@ impl Store {
         .await
     }
 
+    /// How many cells of jobs that are over are not proven gone.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub async fn cells_left(&self) -> Result<u64, StoreError> {
+        self.read(|db| {
+            let sql = "SELECT count(*) FROM cells LEFT JOIN jobs ON jobs.id = cells.job \
+                       WHERE cells.gone_ms IS NULL AND coalesce(jobs.state, 'done') = 'done'";
+            Ok(db.prepare_cached(sql)?.query_row([], |row| int(row, 0))?)
+        })
+        .await
+    }
+
     /// The latest cell of a job, gone or not.
     ///
     /// # Errors

@@ -2,8 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use rusqlite::OptionalExtension;
+
 use super::row::{maybe_int, parsed};
+use super::writer::Durability;
 use super::{Store, StoreError};
+use crate::clock::Clocks;
 use crate::job::JobId;
 
 /// A job as retention sees it.
@@ -31,6 +35,33 @@ pub struct Needed {
 }
 
 impl Store {
+    /// The clocks as retention saw them last.
+    ///
+    /// # Errors
+    /// Those of SQLite; a row that cannot be read is none.
+    pub async fn clocks(&self) -> Result<Option<Clocks>, StoreError> {
+        self.read(|db| {
+            let sql = "SELECT value FROM meta WHERE key = 'clocks'";
+            let text: Option<String> = db.prepare_cached(sql)?.query_row([], |row| row.get(0)).optional()?;
+            Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
+        })
+        .await
+    }
+
+    /// Keeps them.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub async fn set_clocks(&self, clocks: Clocks) -> Result<(), StoreError> {
+        self.write(Durability::Soon, move |db| {
+            let sql = "INSERT INTO meta (key, value) VALUES ('clocks', ?1) \
+                       ON CONFLICT (key) DO UPDATE SET value = excluded.value";
+            db.prepare_cached(sql)?.execute([super::row::text(&clocks)?])?;
+            Ok(())
+        })
+        .await
+    }
+
     /// All jobs, the oldest submit first.
     ///
     /// # Errors

@@ -28,6 +28,9 @@ mod workspaces;
 mod registries;
 // The integration tests' world: a daemon, a state directory and a scripted model of its own.
 #[allow(dead_code)]
+#[path = "../it/place.rs"]
+mod place;
+#[allow(dead_code, unused_imports)]
 #[path = "../it/world.rs"]
 mod world;
 

@@ -20,10 +20,10 @@ const SCRIPT: &str = "usage = { input = 10, output = 50 }\n[default]\ntext = \"d
 const TASK: &str = "print 20 100; patient one; ask 4 20000; patient two; print 10 100";
 
 /// splitmix64: the same numbers for the same seed everywhere.
-struct Dice(u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
-    fn roll(&mut self, below: u64) -> u64 {
+    pub(crate) fn roll(&mut self, below: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use hotcell::agent_bundle::{Bundle, PINNED_VERSION, Platform, Qualification};
 use serde_json::{Value, json};
 
-use crate::world::{World, docker};
+use crate::world::World;
 
 /// A world with the made-up agent; `more` are lines for the top of its configuration.
 pub(crate) fn world(more: &str) -> World {
@@ -78,7 +78,7 @@ pub(crate) fn states(events: &[Value]) -> Vec<&str> {
 pub(crate) fn processes(world: &World, job: &str) -> (u32, u32) {
     let container =
         world.sql(&format!("SELECT container FROM cells WHERE job = '{job}' ORDER BY rowid DESC"));
-    let init: u32 = docker(&["inspect", "-f", "{{.State.Pid}}", &container]).trim().parse().unwrap();
+    let init: u32 = world.docker(&["inspect", "-f", "{{.State.Pid}}", &container]).trim().parse().unwrap();
     let children = fs::read_to_string(format!("/proc/{init}/task/{init}/children")).unwrap();
     (init, children.split_whitespace().next().unwrap().parse().unwrap())
 }
@@ -92,7 +92,11 @@ pub(crate) fn kill(pid: u32) {
 /// Names of this world's containers.
 pub(crate) fn containers(world: &World) -> Vec<String> {
     let filter = format!("label=hotcell.instance={}", world.instance());
-    docker(&["ps", "-a", "--filter", &filter, "--format", "{{.Names}}"]).lines().map(str::to_owned).collect()
+    world
+        .docker(&["ps", "-a", "--filter", &filter, "--format", "{{.Names}}"])
+        .lines()
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Puts the made-up agent into `state` in place of the machine's own bundles. Before the daemon starts.

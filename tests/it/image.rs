@@ -235,7 +235,7 @@ async fn another_image_under_the_default_name_is_not_taken_for_ours() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_default_image_is_built_from_nothing_reused_and_works_in_a_locked_cell() {
     let engine = DockerCli::connect().await;
-    let state = tempfile::tempdir_in("/var/tmp").unwrap();
+    let state = tempfile::tempdir_in(crate::world::base_dir()).unwrap();
     let prefix = format!("hotcell-test-{}", std::process::id());
     let images = Images::new(&engine, state.path()).with_prefix(&prefix);
     let npm = Npm::from_environment().unwrap();
@@ -256,7 +256,7 @@ async fn the_default_image_is_built_from_nothing_reused_and_works_in_a_locked_ce
 #[tokio::test(flavor = "multi_thread")]
 async fn a_build_that_is_given_up_leaves_no_process_and_no_mount() {
     let engine = DockerCli::connect().await;
-    let state = tempfile::tempdir_in("/var/tmp").unwrap();
+    let state = tempfile::tempdir_in(crate::world::base_dir()).unwrap();
     let prefix = format!("hotcell-test-given-up-{}", std::process::id());
     let images = Images::new(&engine, state.path()).with_prefix(&prefix);
     let npm = Npm::from_environment().unwrap();

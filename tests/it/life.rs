@@ -422,7 +422,7 @@ struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
     fn mount(size: &str) -> Self {
-        let dir = tempfile::Builder::new().prefix("hd-").tempdir_in("/var/tmp").unwrap();
+        let dir = tempfile::Builder::new().prefix("hd-").tempdir_in(crate::world::base_dir()).unwrap();
         let options = format!("size={size},mode=0755");
         let mut mount = std::process::Command::new("mount");
         let mounted =

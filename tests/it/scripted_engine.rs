@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 
 use crate::fake_agent;
-use crate::world::{PATIENCE, init_binary};
+use crate::world::{PATIENCE, base_dir, init_binary};
 
 /// What goes wrong.
 #[derive(Default)]
@@ -212,7 +212,7 @@ impl Engine for Scripted {
             .await
         })
     }
-    fn kill<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, ()> {
+    fn kill<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, bool> {
         Box::pin(async move {
             self.with(|state| {
                 state.calls.push("kill");
@@ -220,7 +220,7 @@ impl Engine for Scripted {
                     entry.1 = false;
                 }
             });
-            Ok(())
+            Ok(false)
         })
     }
     fn remove<'a>(&'a self, container: &'a ContainerId) -> Reply<'a, ()> {
@@ -262,7 +262,7 @@ struct House {
 
 impl House {
     fn new(slots: u32, script: Script) -> Self {
-        let dir = tempfile::Builder::new().prefix("hc-").tempdir_in("/var/tmp").unwrap();
+        let dir = tempfile::Builder::new().prefix("hc-").tempdir_in(base_dir()).unwrap();
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         std::fs::create_dir_all(dir.path().join("state/images")).unwrap();
         fake_agent::install(&dir.path().join("state"));

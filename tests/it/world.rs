@@ -14,6 +14,9 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use crate::place::{base_dir, docker, init_binary, mounts_below};
+use crate::place::{docker_at, share};
+
 /// Longest wait for anything that a test waits for.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -33,12 +36,16 @@ pub(crate) struct World {
     base_url: String,
     more: String,
     engine: Option<String>,
+    /// It is another engine altogether, and not another way to the tests' own.
+    own_engine: bool,
     /// More variables of the daemon's environment, from its next start on.
     pub(crate) daemon_env: Vec<(String, String)>,
     /// More flags of `hotcell serve`, from its next start on.
     pub(crate) daemon_args: Vec<String>,
     /// Whom the daemon runs as, from its next start on, where that is not root.
     pub(crate) daemon_uid: Option<u32>,
+    /// Most descriptors the daemon may have, from its next start on.
+    pub(crate) descriptors_max: Option<u64>,
     /// The socket that it is handed over as systemd does, from its next start on.
     pub(crate) handed_over: Option<std::os::fd::OwnedFd>,
 }
@@ -71,10 +78,7 @@ impl World {
     /// A world whose daemon is not started yet.
     pub(crate) fn without_daemon(script: &str, more: &str) -> Self {
         let script = Arc::new(Script::parse(script, "test").expect("the test's script"));
-        // Short, since a unix socket's path is; not below /tmp, which may be a small tmpfs.
-        let base =
-            std::env::var_os("HOTCELL_TEST_DIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
-        let dir = tempfile::Builder::new().prefix("hc-").tempdir_in(base).expect("temporary directory");
+        let dir = tempfile::Builder::new().prefix("hc-").tempdir_in(base_dir()).expect("temporary directory");
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
@@ -92,9 +96,11 @@ impl World {
             base_url,
             more: more.to_owned(),
             engine: None,
+            own_engine: false,
             daemon_env: Vec::new(),
             daemon_args: Vec::new(),
             daemon_uid: None,
+            descriptors_max: None,
             handed_over: None,
         };
         world.write_config();
@@ -128,6 +134,16 @@ impl World {
     /// Another address of the engine, for the next start of the daemon.
     pub(crate) fn set_engine(&mut self, address: &str) {
         self.engine = Some(address.to_owned());
+    }
+
+    /// Another engine, for the next start of the daemon.
+    pub(crate) fn set_own_engine(&mut self, address: &str) {
+        (self.engine, self.own_engine) = (Some(address.to_owned()), true);
+    }
+
+    /// The docker client on this world's engine.
+    pub(crate) fn docker(&self, args: &[&str]) -> String {
+        docker_at(self.engine.as_deref().filter(|_| self.own_engine), args)
     }
 
     /// Starts the daemon and waits until it answers.
@@ -184,6 +200,12 @@ impl World {
         if let Some(uid) = self.daemon_uid {
             std::os::unix::process::CommandExt::uid(&mut command, uid);
             std::os::unix::process::CommandExt::gid(&mut command, uid);
+        }
+        if let Some(max) = self.descriptors_max {
+            let limit = rustix::process::Rlimit { current: Some(max), maximum: Some(max) };
+            let set = move || Ok(rustix::process::setrlimit(rustix::process::Resource::Nofile, limit)?);
+            // SAFETY: between fork and exec it makes one system call and touches no memory.
+            unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, set) };
         }
         let child = command.spawn().expect("hotcell serve");
         self.daemon = Some(child);
@@ -264,7 +286,7 @@ impl World {
         });
         let instance = self.instance();
         let filter = format!("label=hotcell.instance={instance}");
-        let left = docker(&["ps", "-aq", "--filter", &filter]);
+        let left = self.docker(&["ps", "-aq", "--filter", &filter]);
         assert_eq!(left.trim(), "", "containers are left");
         let state = self.state_dir().canonicalize().unwrap();
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -322,8 +344,8 @@ impl World {
 
     fn remove_containers(&self) {
         let filter = format!("label=hotcell.instance={}", self.instance());
-        for id in docker(&["ps", "-aq", "--filter", &filter]).split_whitespace() {
-            docker(&["rm", "-f", id]);
+        for id in self.docker(&["ps", "-aq", "--filter", &filter]).split_whitespace() {
+            self.docker(&["rm", "-f", id]);
         }
     }
 
@@ -490,7 +512,7 @@ impl Drop for World {
                 let _ = daemon.kill();
                 let _ = daemon.wait();
             }
-            if ever_ran {
+            if ever_ran && !self.own_engine {
                 self.remove_containers();
             }
             // The next daemon's sweep is what takes mounts down; here it is ours.
@@ -507,6 +529,12 @@ impl Drop for World {
                     rustix::process::Signal::TERM,
                 );
                 let _ = cleaner.wait();
+            }
+            if self.own_engine {
+                // It may be dead: no daemon starts then, and it removes its containers itself.
+                for point in mounts_below(self.dir.path()).iter().rev() {
+                    let _ = rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH);
+                }
             }
         }
         self.stop.cancel();
@@ -552,31 +580,4 @@ pub(crate) fn one_command(command: &str) -> String {
          [[reply]]\nwhen = {{ turn = 0, tools = true }}\nblocks = [{{ tool = \"Bash\", input = {toml} }}]\n\
          [default]\ntext = \"done\"\n"
     )
-}
-
-/// The docker client on the tests' engine.
-pub(crate) fn docker(args: &[&str]) -> String {
-    let address = hotcell::engine::find_address(None).expect("an engine: run `make engine`");
-    let output = Command::new("docker").args(["-H", &address]).args(args).output().expect("docker");
-    assert!(output.status.success(), "docker {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// The static init that `make init` built.
-pub(crate) fn init_binary() -> PathBuf {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/release/hotcell-init");
-    assert!(path.exists(), "{} is missing: run `make init`", path.display());
-    path
-}
-
-/// Bundles and image records of the machine's own state directory, which `make image` fills.
-fn share(state: &Path) {
-    let from = std::env::var_os("HOTCELL_STATE_DIR")
-        .map_or_else(|| PathBuf::from("/var/lib/hotcell"), PathBuf::from);
-    std::fs::create_dir(state).unwrap();
-    for name in ["agents", "images"] {
-        let source = from.join(name);
-        assert!(source.exists(), "{} is missing: run `make image`", source.display());
-        std::os::unix::fs::symlink(source, state.join(name)).unwrap();
-    }
 }

@@ -29,5 +29,10 @@ pub(crate) fn summary(view: &GcView) -> String {
     let gone = view.removals.iter().filter(|gone| gone.left.is_none()).count() as u64;
     let more = if view.more && view.dry_run { "; there are more, which are not shown" } else { "" };
     let done = if view.dry_run { "would go" } else { "removed" };
-    format!("{} {done}, {}{more}", words::plural(gone, "thing"), words::size(view.bytes))
+    let jumped = if view.clock_jumped {
+        "; the clock has jumped: until it has gone evenly for a day, nothing goes because it is old"
+    } else {
+        ""
+    };
+    format!("{} {done}, {}{more}{jumped}", words::plural(gone, "thing"), words::size(view.bytes))
 }

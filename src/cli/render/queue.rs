@@ -35,6 +35,7 @@ fn row(job: &QueuedJob) -> Vec<(Style, String)> {
         "disk" => "disk space of this machine".to_owned(),
         "paused" => "`hotcell resume`".to_owned(),
         "draining" => "the next daemon".to_owned(),
+        "engine_away" => "the container engine, which does not answer".to_owned(),
         // Why it is parked, or what a newer daemon says.
         other => one_line(other, 40),
     };

@@ -44,7 +44,7 @@ fn base() -> (String, String) {
 async fn a_toolchains_image_is_built_reused_listed_and_works_in_a_locked_cell() {
     let prefix = format!("hotcell-test-toolchain-{}", std::process::id());
     let (port, cli) = (EngineImages::new(engine().await, InstanceId::new(7)), DockerCli::connect().await);
-    let state = tempfile::tempdir_in("/var/tmp").unwrap();
+    let state = tempfile::tempdir_in(crate::world::base_dir()).unwrap();
     let (name, id) = base();
     port.tag(&id, &name.replace("hotcell/", &format!("{prefix}/"))).await.unwrap();
     let images = Images::new(&port, state.path()).with_prefix(&prefix);
@@ -110,7 +110,7 @@ async fn check_toolchain(images: &Images<'_>, cli: &DockerCli, prefix: &str) -> 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_recipe_that_fails_says_what_it_said_and_leaves_neither_container_nor_image() {
     let engine = engine().await;
-    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let dir = tempfile::tempdir_in(crate::world::base_dir()).unwrap();
     let name = format!("hotcell-test-fails-{}", std::process::id());
     let (progress, _) = tokio::sync::mpsc::channel(10);
     let mut extend = Extend {
