@@ -134,16 +134,3 @@ impl Search {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_key_is_known_by_its_beginning_and_its_length() {
-        let long = "A1b2-".repeat(8);
-        assert!(has_key(format!("x=\"sk-ant-{long}\"").as_bytes()));
-        assert!(!has_key(b"sk-ant-short"), "words about keys are none");
-        assert!(!has_key(format!("task-{long}").as_bytes()), "the end of another word");
-    }
-}
