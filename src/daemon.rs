@@ -38,6 +38,7 @@ use crate::metrics::Metrics;
 use crate::money::Calendar;
 use crate::policy::{Access, Defaults};
 use crate::pricing::Prices;
+use crate::selftest;
 use crate::source;
 use crate::store::Filter;
 use crate::sweeper;
@@ -81,6 +82,9 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
         let hangup = signal(SignalKind::hangup()).context("cannot watch SIGHUP")?;
         let address = find_address(config.engine.as_deref())?;
         let engine: Arc<dyn Engine> = Arc::new(Docker::connect(&address).await?);
+        if let Some(policy) = &config.require_doctor {
+            selftest::doctor(&config, policy.as_deref(), Arc::clone(&engine), &address, &shutdown).await?;
+        }
         let listeners = Listeners {
             api: listen(&config.socket, config.socket_mode, config.socket_group)?,
             metrics: match config.metrics {
