@@ -145,8 +145,19 @@ pub async fn doctor(
         }
         Ok(()) | Err(_) => {}
     }
-    // Of a daemon that was killed.
-    let _ = std::fs::remove_file(dir.join("s"));
+    // Of a daemon that was killed. Its store stays: by it the cell that it left is found and removed.
+    for (name, remove) in [
+        ("s", std::fs::remove_file as fn(PathBuf) -> std::io::Result<()>),
+        ("agents", std::fs::remove_dir_all),
+        ("images", std::fs::remove_dir_all),
+    ] {
+        match remove(dir.join(name)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {name} in {}", dir.display()));
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
     let mut own = config.clone();
     own.access = Vec::new();
     let lab = Lab::open(own, &dir, engine, address.to_owned())?;
@@ -157,7 +168,9 @@ pub async fn doctor(
         _ = shutdown.begun() => Err(anyhow!("stopped while the doctor was at work")),
     };
     lab.stop().await.context("the daemon of the doctor")?;
-    let _ = std::fs::remove_dir_all(&dir);
+    if let Err(error) = std::fs::remove_dir_all(&dir) {
+        tracing::warn!(%error, dir = %dir.display(), "what the doctor needed is left");
+    }
     let answer = answer.context("--require-doctor")?;
     let doctor: Doctor = serde_json::from_slice(&answer)
         .map_err(|_| anyhow!("--require-doctor: {}", String::from_utf8_lossy(&answer)))?;
