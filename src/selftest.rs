@@ -175,7 +175,10 @@ pub async fn doctor(
     let doctor: Doctor = serde_json::from_slice(&answer)
         .map_err(|_| anyhow!("--require-doctor: {}", String::from_utf8_lossy(&answer)))?;
     let failed = |promise: bool| {
-        let some = doctor.checks.iter().filter(|c| c.verdict == CheckVerdict::Fail && c.promise.is_some() == promise);
+        let some = doctor
+            .checks
+            .iter()
+            .filter(|c| c.verdict == CheckVerdict::Fail && c.promise.is_some() == promise);
         some.map(|check| format!("{}: {}", check.name, check.words)).collect::<Vec<_>>().join("; ")
     };
     match doctor.status.as_str() {

@@ -228,7 +228,8 @@ mod tests {
     #[test]
     fn a_broken_promise_is_graver_than_a_machine_that_lacks_something() {
         let fails = check("disk", CheckVerdict::Fail, "full");
-        let broken = Check { promise: Some("no network".to_owned()), ..check("network", CheckVerdict::Fail, "eth0") };
+        let broken =
+            Check { promise: Some("no network".to_owned()), ..check("network", CheckVerdict::Fail, "eth0") };
         let note = check("clock", CheckVerdict::Note, "not kept");
         assert_eq!(status(std::slice::from_ref(&note)), "ok");
         assert_eq!(status(&[note, fails.clone()]), "degraded");

@@ -18,9 +18,9 @@ use crate::api::cache::{CacheRemoved, CacheView};
 use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
 use crate::api::daemon::{EndingView, PauseView};
+use crate::api::doctor::attack::ATTACK_MAX;
 use crate::api::gc::GcView;
 use crate::api::queue::QueueView;
-use crate::api::doctor::attack::ATTACK_MAX;
 use crate::api::wire::{AttackRequest, Doctor, Health, JobList, JobView, WhoAmI};
 use crate::change::decision::{
     ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest, ExportFormat, Form,

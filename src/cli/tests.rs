@@ -454,7 +454,10 @@ async fn an_attack_tells_each_promise_and_a_broken_one_is_another_exit_code() {
     let daemon = Daemon::start(Script { errors, ..Script::default() });
     assert_eq!(hotcell(&daemon, &["doctor", "--policy", "untrusted"], &mut context).await, ExitCode::Failed);
     let said = stdout.text();
-    assert!(said.contains("fails network    a cell has no network: broken: eth0\n                 look\n"), "{said}");
+    assert!(
+        said.contains("fails network    a cell has no network: broken: eth0\n                 look\n"),
+        "{said}"
+    );
     assert!(said.contains("under untrusted (runsc, hotcell/cell), attacked by j7hk0x3m9ra2v"), "{said}");
     assert_eq!(hotcell(&daemon, &["doctor", "--attack", "--json"], &mut context).await, ExitCode::Failed);
 }

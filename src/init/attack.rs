@@ -83,7 +83,10 @@ const OF_PID_1: [&str; 5] = ["environ", "mem", "maps", "fd", "root"];
 /// Questions to the proxy that no policy's answer can be: yes. `doctor.invalid` is a name that cannot exist (RFC 6761).
 const ASKED: [(&str, &str); 4] = [
     ("metadata", "CONNECT 169.254.169.254:80 HTTP/1.1\r\nHost: 169.254.169.254:80\r\n\r\n"),
-    ("metadata_http", "GET http://169.254.169.254/latest/meta-data/ HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n"),
+    (
+        "metadata_http",
+        "GET http://169.254.169.254/latest/meta-data/ HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n",
+    ),
     ("loopback", "CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: 127.0.0.1:22\r\n\r\n"),
     ("name", "CONNECT doctor.invalid:443 HTTP/1.1\r\nHost: doctor.invalid:443\r\n\r\n"),
 ];
@@ -100,7 +103,8 @@ impl Told {
     fn tell(&mut self, name: &str, seen: &str) {
         self.count += 1;
         let seen: String = seen.chars().take(SEEN_CHARS_MAX).collect();
-        let line = format!("{{\"nonce\":{},\"name\":{},\"seen\":{}}}\n", json(&self.nonce), json(name), json(&seen));
+        let line =
+            format!("{{\"nonce\":{},\"name\":{},\"seen\":{}}}\n", json(&self.nonce), json(name), json(&seen));
         // Nobody reads it: then there is no finding, and that is seen.
         let _ = io::stdout().write_all(line.as_bytes());
     }
@@ -167,7 +171,8 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
             told.tell("looked", &told.count.to_string());
             // What ends a whole cell by its limit depends on what the cell is made of: that comes last.
             flood_processes(&mut told);
-            let (memory, disk) = (|told: &mut Told| flood_memory(told, args), |told: &mut Told| flood_disk(told, disk_mib));
+            let (memory, disk) =
+                (|told: &mut Told| flood_memory(told, args), |told: &mut Told| flood_disk(told, disk_mib));
             if order == "disk-first" {
                 disk(&mut told);
                 memory(&mut told);
@@ -217,8 +222,19 @@ fn who_am_i(told: &mut Told) {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     for line in status.lines() {
         if let Some((name, value)) = line.split_once(':')
-            && ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "Uid", "Gid", "Groups"]
-                .contains(&name)
+            && [
+                "CapInh",
+                "CapPrm",
+                "CapEff",
+                "CapBnd",
+                "CapAmb",
+                "NoNewPrivs",
+                "Seccomp",
+                "Uid",
+                "Gid",
+                "Groups",
+            ]
+            .contains(&name)
         {
             told.tell(&format!("status.{name}"), &value.split_whitespace().collect::<Vec<_>>().join(" "));
         }
@@ -290,13 +306,19 @@ fn processes(told: &mut Told) {
 fn network(told: &mut Told) {
     let lines = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let devices = lines("/proc/net/dev");
-    let devices: Vec<&str> = devices.lines().skip(2).filter_map(|l| l.split(':').next()).map(str::trim).collect();
+    let devices: Vec<&str> =
+        devices.lines().skip(2).filter_map(|l| l.split(':').next()).map(str::trim).collect();
     told.tell("net.devices", &devices.join(" "));
-    let four = lines("/proc/net/route").lines().skip(1).filter(|l| !l.trim().is_empty() && !l.starts_with("lo")).count();
+    let four = lines("/proc/net/route")
+        .lines()
+        .skip(1)
+        .filter(|l| !l.trim().is_empty() && !l.starts_with("lo"))
+        .count();
     let six = lines("/proc/net/ipv6_route").lines().filter(|l| !l.trim_end().ends_with("lo")).count();
     told.tell("net.routes", &(four + six).to_string());
     let resolv = lines("/etc/resolv.conf");
-    let servers: Vec<&str> = resolv.lines().filter_map(|l| l.strip_prefix("nameserver")).map(str::trim).collect();
+    let servers: Vec<&str> =
+        resolv.lines().filter_map(|l| l.strip_prefix("nameserver")).map(str::trim).collect();
     told.tell("dns.servers", &servers.join(" "));
     told.tell("dns.answer", &words(ask_for_a_name()));
     for (name, request) in ASKED {
@@ -340,7 +362,10 @@ fn results(told: &mut Told) {
     let forged = format!("{{\"nonce\":{},\"name\":\"forged\",\"seen\":\"written\"}}\n", json(&told.nonce));
     for fd in [1, 2] {
         let written = OpenOptions::new().write(true).open(format!("/proc/1/fd/{fd}"));
-        told.outcome(&format!("result.fd{fd}"), written.and_then(|mut file| file.write_all(forged.as_bytes())));
+        told.outcome(
+            &format!("result.fd{fd}"),
+            written.and_then(|mut file| file.write_all(forged.as_bytes())),
+        );
     }
     let spoken = UnixStream::connect("/.hotcell/ctl.sock").and_then(|mut socket| {
         socket.set_write_timeout(Some(ANSWER_MAX))?;

@@ -376,8 +376,18 @@ fn every_error_has_one_shape_and_every_answer_its_schema() {
     assert_eq!(
         names,
         [
-            "daemon", "engine", "versions", "kernel", "runtimes", "image", "agent", "workspaces", "disk", "clock",
-            "keys", "policies"
+            "daemon",
+            "engine",
+            "versions",
+            "kernel",
+            "runtimes",
+            "image",
+            "agent",
+            "workspaces",
+            "disk",
+            "clock",
+            "keys",
+            "policies"
         ],
         "{doctor:#}"
     );

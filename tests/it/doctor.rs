@@ -12,7 +12,8 @@ const TRUSTED: &str = include_str!("../../policies/trusted.toml");
 
 /// The rows of an answer's attack, by name.
 fn promises(doctor: &Value) -> BTreeMap<String, Value> {
-    let rows = doctor["checks"].as_array().expect("checks").iter().filter(|check| check["promise"].is_string());
+    let rows =
+        doctor["checks"].as_array().expect("checks").iter().filter(|check| check["promise"].is_string());
     rows.map(|check| (check["name"].as_str().expect("a name").to_owned(), check.clone())).collect()
 }
 
@@ -27,8 +28,21 @@ fn all_hold(doctor: &Value, world: &World) {
     let rows = promises(doctor);
     let names: Vec<&str> = rows.keys().map(String::as_str).collect();
     let expected = [
-        "calls", "devices", "disk", "egress", "hidden", "memory", "metadata", "network", "pid1", "processes", "result",
-        "rights", "secrets", "sockets", "writes",
+        "calls",
+        "devices",
+        "disk",
+        "egress",
+        "hidden",
+        "memory",
+        "metadata",
+        "network",
+        "pid1",
+        "processes",
+        "result",
+        "rights",
+        "secrets",
+        "sockets",
+        "writes",
     ];
     assert_eq!(names, expected);
     assert!(rows.values().all(|row| row["verdict"] != "fail"), "{doctor:#}\n{}", world.log());
@@ -49,7 +63,10 @@ fn a_cell_of_the_shipped_policies_keeps_every_promise_under_attack() {
         let (code, doctor) = attacked(&world, policy);
         all_hold(&doctor, &world);
         assert_eq!((code, &doctor["status"]), (0, &json!("ok")), "{doctor:#}");
-        assert_eq!((&doctor["attack"]["policy"], &doctor["attack"]["runtime"]), (&json!(policy), &json!("runc")));
+        assert_eq!(
+            (&doctor["attack"]["policy"], &doctor["attack"]["runtime"]),
+            (&json!(policy), &json!("runc"))
+        );
         let job = world.show(doctor["attack"]["job"].as_str().unwrap());
         assert_eq!((&job["outcome"], &job["cost_usd"]), (&json!("succeeded"), &json!(0.0)), "{job:#}");
     }
@@ -75,7 +92,8 @@ fn a_cell_under_gvisor_keeps_every_promise_or_there_is_none() {
         let (code, doctor) = attacked(&world, "other");
         assert_eq!((code, &doctor["status"]), (4, &json!("degraded")), "{doctor:#}");
         assert!(promises(&doctor).is_empty(), "{doctor:#}");
-        let row = doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == "attack").unwrap();
+        let row =
+            doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == "attack").unwrap();
         assert!(row["verdict"] == "fail" && row["words"].as_str().unwrap().contains("make gvisor"), "{row}");
     }
     world.end();
@@ -152,7 +170,8 @@ fn a_broken_promise_is_found_named_and_keeps_a_daemon_from_starting() {
     world.start();
     let (code, doctor) = attacked(&world, "other");
     assert_eq!((code, &doctor["status"]), (1, &json!("broken")), "{doctor:#}\n{}", world.log());
-    let broken: Vec<String> = promises(&doctor).into_iter().filter(|(_, row)| row["verdict"] == "fail").map(|(n, _)| n).collect();
+    let broken: Vec<String> =
+        promises(&doctor).into_iter().filter(|(_, row)| row["verdict"] == "fail").map(|(n, _)| n).collect();
     assert_eq!(broken, ["secrets"], "{doctor:#}");
     let row = promises(&doctor).remove("secrets").unwrap();
     assert!(row["words"].as_str().unwrap().contains("secrets.files: /etc/leaked"), "{row}");
@@ -160,9 +179,16 @@ fn a_broken_promise_is_found_named_and_keeps_a_daemon_from_starting() {
     world.terminate();
 
     let (code, _, err) = world.run(&["serve", "--require-doctor=other"]);
-    assert!(code == 1 && err.contains("a cell under the policy other does not keep its promises: secrets"), "{code}: {err}");
-    let (code, _, err) = world.run(&["serve", "--require-doctor", "--defaults-image", "hotcell/cell-of-nobody"]);
-    assert!(code != 0 && err.contains("--require-doctor") && err.contains("hotcell/cell-of-nobody"), "{code}: {err}");
+    assert!(
+        code == 1 && err.contains("a cell under the policy other does not keep its promises: secrets"),
+        "{code}: {err}"
+    );
+    let (code, _, err) =
+        world.run(&["serve", "--require-doctor", "--defaults-image", "hotcell/cell-of-nobody"]);
+    assert!(
+        code != 0 && err.contains("--require-doctor") && err.contains("hotcell/cell-of-nobody"),
+        "{code}: {err}"
+    );
     assert!(!world.state_dir().join("doctor").exists(), "what the doctor needed is left");
     world.start();
     world.end();

@@ -72,8 +72,12 @@ pub async fn attack(
     };
     let Ended { job, accepted, output } = ended;
     let runtime = api.parts.store.agent_cell_of(&begun.job).await?.and_then(|cell| cell.runtime);
-    let attacked =
-        Attacked { job: begun.job, policy: job.row.policy.clone(), runtime, image: accepted.plan.image.clone() };
+    let attacked = Attacked {
+        job: begun.job,
+        policy: job.row.policy.clone(),
+        runtime,
+        image: accepted.plan.image.clone(),
+    };
     match job.row.state.outcome() {
         Some(outcome) => {
             let seen = judge::read(&output, &begun.nonce);
@@ -95,7 +99,8 @@ pub async fn attack(
 }
 
 fn not_attacked(words: &str) -> crate::api::wire::Check {
-    check("attack", CheckVerdict::Fail, words).hint("`hotcell ls` shows the job, `hotcell queue` what it waits for")
+    check("attack", CheckVerdict::Fail, words)
+        .hint("`hotcell ls` shows the job, `hotcell queue` what it waits for")
 }
 
 /// How the attack's job ended, in words.
@@ -275,7 +280,10 @@ mod tests {
             disk_mib,
         };
         let (large, wall_s) = limits(&policy(1024, 4096, 4096, 3600));
-        assert_eq!((large.pids, large.memory_mib, large.disk_mib, wall_s), (PIDS, MEMORY_MIB, DISK_MIB, WALL_S));
+        assert_eq!(
+            (large.pids, large.memory_mib, large.disk_mib, wall_s),
+            (PIDS, MEMORY_MIB, DISK_MIB, WALL_S)
+        );
         let (small, wall_s) = limits(&policy(32, 256, 16, 10));
         assert_eq!((small.pids, small.memory_mib, small.disk_mib, wall_s), (32, 256, 16, 10));
     }

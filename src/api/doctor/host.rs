@@ -16,6 +16,8 @@ struct Hole {
     cve: &'static str,
     what: &'static str,
     fixed: &'static [&'static str],
+    /// Beginnings of versions of packages that carry the fix under an older number.
+    packages: &'static [&'static str],
 }
 
 const HOLES: [Hole; 6] = [
@@ -24,36 +26,42 @@ const HOLES: [Hole; 6] = [
         cve: "CVE-2024-21626",
         what: "a working directory that leads out of the container",
         fixed: &["1.1.12"],
+        packages: &["1.1.5+ds1-1+deb12u"],
     },
     Hole {
         component: "runc",
         cve: "CVE-2025-31133, CVE-2025-52565, CVE-2025-52881",
         what: "masked paths and mounts that are redirected while the container starts",
         fixed: &["1.2.8", "1.3.3", "1.4.0-rc.3"],
+        packages: &[],
     },
     Hole {
         component: "containerd",
         cve: "CVE-2022-23648",
         what: "an image that reads files of the host",
         fixed: &["1.4.13", "1.5.10", "1.6.1"],
+        packages: &[],
     },
     Hole {
         component: "containerd",
         cve: "CVE-2023-25173",
         what: "supplementary groups that are not set up",
         fixed: &["1.5.18", "1.6.18"],
+        packages: &[],
     },
     Hole {
         component: "Engine",
         cve: "CVE-2021-41091",
         what: "directories of containers that every user of the host can enter",
         fixed: &["20.10.9"],
+        packages: &[],
     },
     Hole {
         component: "Engine",
         cve: "CVE-2022-36109",
         what: "supplementary groups that are not set up",
         fixed: &["20.10.18"],
+        packages: &[],
     },
 ];
 
@@ -76,10 +84,9 @@ impl Version {
         let major = numbers.next()?.ok()?;
         let minor = numbers.next()?.ok()?;
         let patch = numbers.next().and_then(Result::ok).unwrap_or(0);
-        let candidate = rest
-            .trim_start_matches(['-', '~'])
-            .strip_prefix("rc")
-            .map(|rest| rest.trim_start_matches('.').chars().take_while(char::is_ascii_digit).collect::<String>());
+        let candidate = rest.trim_start_matches(['-', '~']).strip_prefix("rc").map(|rest| {
+            rest.trim_start_matches('.').chars().take_while(char::is_ascii_digit).collect::<String>()
+        });
         let candidate = candidate.map_or(u32::MAX, |digits| digits.parse().unwrap_or(0));
         Some(Self { line: (major, minor), patch, candidate })
     }
@@ -107,9 +114,13 @@ pub(super) fn versions(info: &EngineInfo) -> Check {
         told.push(format!("{component} {text}"));
         let version = Version::parse(text);
         for hole in HOLES.iter().filter(|hole| hole.component == component) {
-            if version.is_some_and(|version| !version.has(hole.fixed)) {
+            let packaged = hole.packages.iter().any(|start| text.starts_with(start));
+            if !packaged && version.is_some_and(|version| !version.has(hole.fixed)) {
                 let fixed = hole.fixed.join(", ");
-                holes.push(format!("{component} {text} as released has {} ({}; fixed in {fixed})", hole.cve, hole.what));
+                holes.push(format!(
+                    "{component} {text} as released has {} ({}; fixed in {fixed})",
+                    hole.cve, hole.what
+                ));
             }
         }
         if version.is_none() {
@@ -124,8 +135,8 @@ pub(super) fn versions(info: &EngineInfo) -> Check {
         return check("versions", verdict, format!("{told}: {words}"));
     }
     let words = format!(
-        "{told}: {}. Whether this build has the fix the engine cannot tell: a distribution may have put it in without \
-         changing the number, as Debian did with CVE-2024-21626 in runc 1.1.5+ds1-1+deb12u1",
+        "{told}: {}. Whether this build has the fix cannot be told by its number: a distribution may have put it in \
+         without changing that, as Debian did with CVE-2024-21626 in runc 1.1.5+ds1-1+deb12u1",
         holes.join("; ")
     );
     check("versions", CheckVerdict::Note, words)
@@ -146,7 +157,10 @@ impl Kernel {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         Self {
             seccomp: std::fs::metadata("/proc/sys/kernel/seccomp").is_ok(),
-            user_namespaces: read("/proc/sys/user/max_user_namespaces").trim().parse::<u64>().is_ok_and(|n| n > 0),
+            user_namespaces: read("/proc/sys/user/max_user_namespaces")
+                .trim()
+                .parse::<u64>()
+                .is_ok_and(|n| n > 0),
             overlay: read("/proc/filesystems").lines().any(|line| line.trim().ends_with("overlay")),
         }
     }
@@ -301,16 +315,26 @@ mod tests {
 
     #[test]
     fn an_old_number_is_a_note_that_says_what_is_not_known() {
-        let old = versions(&info(&[("Engine", "20.10.24"), ("containerd", "1.6.20~ds1"), ("runc", "1.1.5+ds1")]));
+        let old =
+            versions(&info(&[("Engine", "20.10.24"), ("containerd", "1.6.20~ds1"), ("runc", "1.1.5+ds1")]));
         assert_eq!(old.verdict, CheckVerdict::Note, "{old:?}");
-        for part in ["runc 1.1.5+ds1 as released has CVE-2024-21626", "CVE-2025-31133", "deb12u1", "cannot tell"] {
+        for part in
+            ["runc 1.1.5+ds1 as released has CVE-2024-21626", "CVE-2025-31133", "deb12u1", "cannot be told"]
+        {
             assert!(old.words.contains(part), "{part}: {}", old.words);
         }
         assert!(!old.words.contains("containerd 1.6.20~ds1 as released"), "{}", old.words);
+        let debian = versions(&info(&[("containerd", "2.1.5"), ("runc", "1.1.5+ds1-1+deb12u1")]));
+        assert!(!debian.words.contains("released has CVE-2024-21626"), "{}", debian.words);
+        assert!(debian.words.contains("released has CVE-2025-31133"), "{}", debian.words);
         let new = versions(&info(&[("Engine", "28.5.1"), ("containerd", "2.1.5"), ("runc", "1.3.3")]));
         assert_eq!((new.verdict, new.hint.is_none()), (CheckVerdict::Pass, true), "{new:?}");
         let silent = versions(&info(&[("Engine", "28.5.1")]));
-        assert_eq!(silent.verdict, CheckVerdict::Note, "what is not told is not known to be good: {silent:?}");
+        assert_eq!(
+            silent.verdict,
+            CheckVerdict::Note,
+            "what is not told is not known to be good: {silent:?}"
+        );
         let odd = versions(&info(&[("containerd", "2.1.5"), ("runc", "unknown")]));
         assert_eq!(odd.verdict, CheckVerdict::Note, "{odd:?}");
     }
@@ -325,7 +349,10 @@ mod tests {
         assert_eq!(kernel(&unconfined, &all).verdict, CheckVerdict::Fail);
         let old = EngineInfo { kernel: "5.10.0".to_owned(), ..info(&[]) };
         let old = kernel(&old, &all);
-        assert!(old.verdict == CheckVerdict::Note && old.words.contains("missing: id-mapped mounts"), "{old:?}");
+        assert!(
+            old.verdict == CheckVerdict::Note && old.words.contains("missing: id-mapped mounts"),
+            "{old:?}"
+        );
         let flat = kernel(&info(&[]), &Kernel { overlay: false, user_namespaces: false, ..all });
         assert!(flat.words.contains("missing: user namespaces, overlay"), "{flat:?}");
     }
@@ -351,7 +378,10 @@ mod tests {
         let all = [one("anthropic", None), one("github", Some("the environment variable GH is not set"))];
         assert_eq!(keys("anthropic", &all).verdict, CheckVerdict::Note);
         let fails = keys("github", &all);
-        assert!(fails.verdict == CheckVerdict::Fail && fails.words.contains("github: the environment"), "{fails:?}");
+        assert!(
+            fails.verdict == CheckVerdict::Fail && fails.words.contains("github: the environment"),
+            "{fails:?}"
+        );
         assert_eq!(keys("anthropic", &all[..1]).verdict, CheckVerdict::Pass);
     }
 }

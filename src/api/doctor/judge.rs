@@ -101,11 +101,14 @@ enum Rule {
 
 impl Rule {
     fn holds(self, seen: &str) -> bool {
-        let errno = |text: &str| text.strip_prefix("errno ").is_some_and(|n| n.parse::<u32>().is_ok_and(|n| n > 0));
+        let errno =
+            |text: &str| text.strip_prefix("errno ").is_some_and(|n| n.parse::<u32>().is_ok_and(|n| n > 0));
         match self {
             Self::Refused => errno(seen),
             Self::Is(wanted) => seen == wanted,
-            Self::Only(known) => !seen.is_empty() && seen.split_whitespace().all(|word| known.contains(&word)),
+            Self::Only(known) => {
+                !seen.is_empty() && seen.split_whitespace().all(|word| known.contains(&word))
+            }
             Self::Hidden => seen == "empty" || errno(seen),
             Self::NotLetThrough => seen == "status 403" || errno(seen),
             Self::AtLeast(least) => seen.parse::<u64>().is_ok_and(|n| n >= least),
@@ -127,7 +130,8 @@ struct Promise {
 
 const NO_RIGHT: Rule = Rule::Is("0000000000000000");
 const UPDATE: &str = "bring engine, runtime and kernel up to date; `hotcell doctor` names their versions";
-const REPORT: &str = "stop using this machine for code that you do not trust, and report this: hotcell support JOB";
+const REPORT: &str =
+    "stop using this machine for code that you do not trust, and report this: hotcell support JOB";
 
 const PROMISES: [Promise; 11] = [
     Promise {
@@ -372,7 +376,8 @@ impl Seen {
 
 fn row(promise: &Promise, expected: &Expected, seen: &Seen) -> Check {
     let row = |verdict, words: String| made(promise.name, promise.promise, verdict, words, promise.hint);
-    if promise.name == "result" && (seen.foreign > 0 || seen.findings.contains_key("forged") || !seen.twice.is_empty())
+    if promise.name == "result"
+        && (seen.foreign > 0 || seen.findings.contains_key("forged") || !seen.twice.is_empty())
     {
         let words = format!(
             "{} lines came out of the cell that the attack did not print once",
@@ -418,7 +423,11 @@ fn egress(expected: &Expected, seen: &Seen) -> Check {
         return row(CheckVerdict::Note, words, close);
     }
     if !Rule::NotLetThrough.holds(asked) {
-        return row(CheckVerdict::Fail, format!("broken: doctor.invalid, which no rule names: {asked}"), REPORT);
+        return row(
+            CheckVerdict::Fail,
+            format!("broken: doctor.invalid, which no rule names: {asked}"),
+            REPORT,
+        );
     }
     if expected.opens.is_empty() {
         return row(CheckVerdict::Pass, format!("doctor.invalid: {asked}; the policy opens no host"), "");
@@ -442,7 +451,10 @@ fn flood(
         return match &expected.outcome {
             Outcome::Failed(failure)
                 if begun
-                    && matches!(failure.reason, FailReason::Oom | FailReason::CellLost | FailReason::DiskFull) =>
+                    && matches!(
+                        failure.reason,
+                        FailReason::Oom | FailReason::CellLost | FailReason::DiskFull
+                    ) =>
             {
                 row(CheckVerdict::Pass, format!("the whole cell was ended at its limit of {limit} {unit}"))
             }
@@ -524,15 +536,21 @@ mod tests {
 
     #[track_caller]
     fn fails(rows: &BTreeMap<String, Check>, names: &[&str]) {
-        let failed: Vec<&str> =
-            rows.values().filter(|row| row.verdict == CheckVerdict::Fail).map(|row| row.name.as_str()).collect();
+        let failed: Vec<&str> = rows
+            .values()
+            .filter(|row| row.verdict == CheckVerdict::Fail)
+            .map(|row| row.name.as_str())
+            .collect();
         assert_eq!(failed, names, "{rows:#?}");
     }
 
     #[test]
     fn a_cell_that_keeps_its_promises_passes_each_of_them() {
         let rows = judged(&expected(), &printed(&good()));
-        assert!(rows.values().all(|row| row.verdict == CheckVerdict::Pass && row.hint.is_none()), "{rows:#?}");
+        assert!(
+            rows.values().all(|row| row.verdict == CheckVerdict::Pass && row.hint.is_none()),
+            "{rows:#?}"
+        );
         assert_eq!(rows.len(), PROMISES.len() + 4, "no two rows have one name");
     }
 
@@ -557,7 +575,10 @@ mod tests {
     #[test]
     fn nothing_printed_proves_nothing() {
         let rows = judged(&expected(), "");
-        assert!(rows.values().all(|row| row.verdict == CheckVerdict::Fail && row.hint.is_some()), "{rows:#?}");
+        assert!(
+            rows.values().all(|row| row.verdict == CheckVerdict::Fail && row.hint.is_some()),
+            "{rows:#?}"
+        );
     }
 
     #[test]

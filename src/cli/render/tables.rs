@@ -223,7 +223,8 @@ pub(crate) fn doctor(paint: Paint, doctor: &Doctor) -> Text {
             && let Some(Attacked { job, policy, runtime, image }) = attack.take()
         {
             let runtime = runtime.unwrap_or_default().as_str();
-            let words = format!("what a cell promised under {policy} ({runtime}, {image}), attacked by {job}:");
+            let words =
+                format!("what a cell promised under {policy} ({runtime}, {image}), attacked by {job}:");
             text = text.add(Style::Dim, &words).end();
         }
         let (style, verdict) = match check.verdict {

@@ -66,7 +66,8 @@ pub(crate) fn number(x64: i64, arm64: i64) -> i64 {
 
 /// What each call gives, 0 or its error; `dir` can be written, and has a file `file`.
 pub(crate) fn surface(dir: &str) -> Vec<(&'static str, i64)> {
-    let paths = ["file", "s", "n", "w", "f"].map(|name| CString::new(format!("{dir}/{name}")).unwrap_or_default());
+    let paths =
+        ["file", "s", "n", "w", "f"].map(|name| CString::new(format!("{dir}/{name}")).unwrap_or_default());
     let [path, s, n, w, f] = paths.each_ref().map(|path| path.as_ptr() as i64);
     let socket = number(41, 198);
     let probes: &[(&str, i64, [i64; 6])] = &[

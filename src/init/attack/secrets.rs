@@ -10,21 +10,26 @@ use std::time::{Duration, Instant};
 use super::Told;
 
 /// Beginnings of keys, and how many characters of a key follow at least.
-const BEGINNINGS: [(&str, usize); 6] = [
-    ("sk-", 20),
-    ("ghp_", 30),
-    ("gho_", 30),
-    ("github_pat_", 22),
-    ("glpat-", 20),
-    ("xoxb-", 20),
-];
+const BEGINNINGS: [(&str, usize); 6] =
+    [("sk-", 20), ("ghp_", 30), ("gho_", 30), ("github_pat_", 22), ("glpat-", 20), ("xoxb-", 20)];
 /// Parts of the names of variables that hold secrets.
 const NAMES: [&str; 6] = ["API_KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "PRIVATE_KEY"];
 /// What the daemon gives a cell in the place of a credential begins so.
 const PLACEHOLDER: &str = "hotcell-";
 /// Directories that are searched: what an image's packages bring is not looked at.
 const TOPS: [&str; 12] = [
-    "/workspace", "/home", "/root", "/tmp", "/run", "/etc", "/.hotcell", "/mnt", "/media", "/srv", "/var/tmp", "/dev/shm",
+    "/workspace",
+    "/home",
+    "/root",
+    "/tmp",
+    "/run",
+    "/etc",
+    "/.hotcell",
+    "/mnt",
+    "/media",
+    "/srv",
+    "/var/tmp",
+    "/dev/shm",
 ];
 /// Most files that are opened.
 const FILES_MAX: usize = 20_000;
@@ -45,7 +50,9 @@ fn has_key(text: &[u8]) -> bool {
     BEGINNINGS.iter().any(|(start, more)| {
         text.windows(start.len()).enumerate().any(|(at, window)| {
             let first = at == 0 || !of_key(&text[at - 1]);
-            first && window == start.as_bytes() && text[at + start.len()..].iter().take_while(|b| of_key(b)).count() >= *more
+            first
+                && window == start.as_bytes()
+                && text[at + start.len()..].iter().take_while(|b| of_key(b)).count() >= *more
         })
     })
 }
@@ -90,7 +97,9 @@ fn processes() -> Vec<String> {
     let own = std::process::id();
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
         let read = |name: &str| fs::read(entry.path().join(name));
         let environ = read("environ");
         if pid != own && environ.as_ref().is_ok_and(|text| !text.is_empty()) {
