@@ -203,8 +203,8 @@ pub struct AttackRequest {
 /// The cell that was attacked.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct Attacked {
-    /// The job that did it.
-    pub job: JobId,
+    /// The jobs that did it: what ends a whole cell by its limit gets one of its own.
+    pub jobs: Vec<JobId>,
     /// The policy.
     pub policy: String,
     /// What isolated the cell; absent where none came to be.

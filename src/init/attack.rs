@@ -1,4 +1,4 @@
-//! `hotcell-init attack NONCE DISK_MIB MEMORY_MIB ORDER`: what `hotcell doctor` runs in a cell in the place of an
+//! `hotcell-init attack NONCE DISK_MIB MEMORY_MIB PARTS`: what `hotcell doctor` runs in a cell in the place of an
 //! agent. It tries what a cell must not be able to do and prints what came of it, one JSON object a line; the judgement
 //! is the daemon's. It needs nothing of the image and has no right that any other program in the cell has not.
 //! It must never judge, print a value that looks like a secret, or dial an address outside of the cell.
@@ -150,40 +150,37 @@ fn words(result: io::Result<String>) -> String {
 
 /// Tries everything. `args` are those behind [`WORD`].
 pub(crate) fn run(args: &[String]) -> ExitCode {
-    let [nonce, disk_mib, memory_mib, order] = args else {
+    let [nonce, disk_mib, memory_mib, parts] = args else {
         sys::complain("attack: wrong arguments");
         return ExitCode::from(64);
     };
     let mut told = Told { nonce: nonce.clone(), count: 0 };
     let number = |text: &str| text.parse::<u64>().unwrap_or(0);
     let (disk_mib, memory_mib) = (number(disk_mib), number(memory_mib));
-    match order.as_str() {
-        "calls" => calls_of_the_kernel(&mut told),
-        "eat" => eat(memory_mib),
-        order => {
-            who_am_i(&mut told);
-            files(&mut told);
-            processes(&mut told);
-            network(&mut told);
-            secrets::search(&mut told);
-            results(&mut told);
-            by_a_child(args, "calls");
-            told.tell("looked", &told.count.to_string());
-            // What ends a whole cell by its limit depends on what the cell is made of: that comes last.
-            flood_processes(&mut told);
-            let (memory, disk) =
-                (|told: &mut Told| flood_memory(told, args), |told: &mut Told| flood_disk(told, disk_mib));
-            if order == "disk-first" {
-                disk(&mut told);
-                memory(&mut told);
-            } else {
-                memory(&mut told);
-                disk(&mut told);
-            }
-            told.tell("end", "done");
+    for part in parts.split(',') {
+        match part {
+            "look" => look(&mut told, args),
+            "calls" => calls_of_the_kernel(&mut told),
+            "processes" => flood_processes(&mut told),
+            "memory" => flood_memory(&mut told, args),
+            "disk" => flood_disk(&mut told, disk_mib),
+            "eat" => eat(memory_mib),
+            _ => sys::complain("attack: an unknown part"),
         }
     }
     ExitCode::SUCCESS
+}
+
+/// All but the floods.
+fn look(told: &mut Told, args: &[String]) {
+    who_am_i(told);
+    files(told);
+    processes(told);
+    network(told);
+    secrets::search(told);
+    results(told);
+    by_a_child(args, "calls");
+    told.tell("looked", &told.count.to_string());
 }
 
 /// This program again, for one part of it.
@@ -239,8 +236,10 @@ fn who_am_i(told: &mut Told) {
             told.tell(&format!("status.{name}"), &value.split_whitespace().collect::<Vec<_>>().join(" "));
         }
     }
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease");
-    told.tell("kernel", words(release).trim());
+    // PR_GET_NO_NEW_PRIVS: not every kernel tells it in the file.
+    let fixed = calls::call(calls::number(157, 167), [39, 0, 0, 0, 0, 0]);
+    told.tell("no_new_privs", &fixed.to_string());
+    told.tell("kernel", &words(sys::kernel_release()));
     let setuid = calls::call(calls::number(105, 146), [0; 6]);
     told.tell("setuid", &if setuid < 0 { format!("errno {}", -setuid) } else { "done".to_owned() });
 }

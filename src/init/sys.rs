@@ -217,6 +217,16 @@ pub(crate) fn kill(pid: libc::pid_t, signal: libc::c_int) {
     }
 }
 
+/// The release of the kernel that answers.
+pub(crate) fn kernel_release() -> io::Result<String> {
+    // SAFETY: `utsname` is plain data that the call fills through a valid pointer, with a NUL at the end of each text.
+    unsafe {
+        let mut name: libc::utsname = mem::zeroed();
+        check(libc::uname(&raw mut name))?;
+        Ok(std::ffi::CStr::from_ptr(name.release.as_ptr()).to_string_lossy().into_owned())
+    }
+}
+
 /// A child that does nothing until it is killed. For a process with one thread.
 pub(crate) fn fork_waiting() -> io::Result<libc::pid_t> {
     // SAFETY: the child makes no call but those that wait and leave.

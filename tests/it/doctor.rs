@@ -67,7 +67,7 @@ fn a_cell_of_the_shipped_policies_keeps_every_promise_under_attack() {
             (&doctor["attack"]["policy"], &doctor["attack"]["runtime"]),
             (&json!(policy), &json!("runc"))
         );
-        let job = world.show(doctor["attack"]["job"].as_str().unwrap());
+        let job = world.show(doctor["attack"]["jobs"][0].as_str().unwrap());
         assert_eq!((&job["outcome"], &job["cost_usd"]), (&json!("succeeded"), &json!(0.0)), "{job:#}");
     }
     // For people.
@@ -130,7 +130,7 @@ fn who_may_not_use_a_policy_may_not_try_its_walls() {
     let own = ask("default", 4242);
     assert_eq!(own.status, 200, "{}", own.body);
     all_hold(&own.json(), &world);
-    assert_eq!(world.show(own.json()["attack"]["job"].as_str().unwrap())["uid"], 4242);
+    assert_eq!(world.show(own.json()["attack"]["jobs"][0].as_str().unwrap())["uid"], 4242);
     world.end();
 }
 

@@ -13,8 +13,9 @@ use axum::http::HeaderMap;
 use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
-use super::judge::{self, Expected, Limits};
+use super::judge::{self, Expected, Limits, Seen};
 use super::{check, quick, status};
 use crate::api::events::Follower;
 use crate::api::peer::Peer;
@@ -59,43 +60,52 @@ pub async fn attack(
     } else {
         serde_json::from_slice(&body).map_err(|e| ApiError::new(ErrorCode::InvalidRequest, e))?
     };
+    let deadline = Instant::now() + ATTACK_MAX;
     // Refused before anything is looked at.
-    let begun = begin(&api, &peer, request).await?;
+    let wish = wish(&api, &peer, request).await?;
+    let mut begun = begin(&api, &peer, &wish, wish.cells[0]).await?;
     let (mut checks, kernel) = quick(&api).await?;
-    let ended = follow(&api, &begun.job).await;
-    let ended = match ended {
-        Ok(ended) => ended,
-        Err(error) => {
+    let mut jobs = Vec::new();
+    let mut seen = Seen::default();
+    let mut trouble = None;
+    let mut last = None;
+    for next in wish.cells.iter().skip(1).map(Some).chain([None]) {
+        jobs.push(begun.job.clone());
+        let ended = follow(&api, &begun.job, deadline).await;
+        if !ended.as_ref().is_ok_and(|ended| ended.job.row.state.is_done()) {
             stop(&api, &begun.job).await;
-            return Err(error);
         }
-    };
-    let Ended { job, accepted, output } = ended;
-    let runtime = api.parts.store.agent_cell_of(&begun.job).await?.and_then(|cell| cell.runtime);
-    let attacked = Attacked {
-        job: begun.job,
-        policy: job.row.policy.clone(),
-        runtime,
-        image: accepted.plan.image.clone(),
-    };
-    match job.row.state.outcome() {
-        Some(outcome) => {
-            let seen = judge::read(&output, &begun.nonce);
-            if seen.is_empty() && !matches!(outcome, Outcome::Succeeded) {
-                checks.push(not_attacked(&format!("the attack could not be run: {}", words(outcome))));
-            } else {
-                let plan = &accepted.plan;
-                let runtime = runtime.unwrap_or_default();
-                checks.extend(judge::judge(&expected(plan, runtime, kernel, outcome.clone()), &seen));
+        let ended = ended?;
+        match ended.job.row.state.outcome() {
+            Some(outcome) => {
+                let here = judge::read(&ended.output, &begun.nonce, outcome);
+                if here.is_empty() && !matches!(outcome, Outcome::Succeeded) {
+                    trouble = Some(format!("the attack could not be run: {}", words(outcome)));
+                }
+                seen.add(here);
             }
+            None => trouble = Some(format!("the attack did not end within {} s", ATTACK_MAX.as_secs())),
         }
-        None => {
-            stop(&api, &attacked.job).await;
-            let words = format!("the attack did not end within {} s", ATTACK_MAX.as_secs());
-            checks.push(not_attacked(&words));
+        last = Some(ended);
+        match next.filter(|_| trouble.is_none()) {
+            Some(parts) => begun = begin(&api, &peer, &wish, parts).await?,
+            None => break,
         }
     }
-    Ok(Json(Doctor { status: status(&checks), checks, attack: Some(attacked) }))
+    let Some(Ended { job, accepted, .. }) = last else {
+        return Err(ApiError::new(ErrorCode::Internal, "no cell was attacked"));
+    };
+    let runtime = api.parts.store.agent_cell_of(&job.row.id).await?.and_then(|cell| cell.runtime);
+    match trouble {
+        Some(words) => checks.push(not_attacked(&words)),
+        None => {
+            let expected = expected(&accepted.plan, runtime.unwrap_or_default(), kernel);
+            checks.extend(judge::judge(&expected, &seen));
+        }
+    }
+    let (policy, image) = (job.row.policy, accepted.plan.image);
+    let attack = Some(Attacked { jobs, policy, runtime, image });
+    Ok(Json(Doctor { status: status(&checks), checks, attack }))
 }
 
 fn not_attacked(words: &str) -> crate::api::wire::Check {
@@ -129,26 +139,41 @@ fn limits(policy: &file::Limits) -> (Limits, u32) {
     (limits, WALL_S.min(policy.wall_s))
 }
 
-/// Submits the attack as a job of the peer's.
-async fn begin(api: &Arc<Api>, peer: &Peer, request: AttackRequest) -> Result<Begun, ApiError> {
+/// What is to be attacked.
+struct Wish {
+    policy: String,
+    limits: Option<(Limits, u32)>,
+    /// What is tried in each cell, one after the other.
+    cells: &'static [&'static str],
+}
+
+async fn wish(api: &Api, peer: &Peer, request: AttackRequest) -> Result<Wish, ApiError> {
     let granted = api.granted(&identity(peer)?)?;
     let name = request.policy.or(granted.default_policy).unwrap_or_else(|| api.default_policy.clone());
     let policies = api.policies().await?;
     // One that is not there is refused by the submit, in its words.
     let policy = policies.get(&name);
-    let runtime = policy.map(|policy| policy.runtime);
-    let (limits, wall_s) = policy.map(|policy| limits(&policy.limits)).unwrap_or_default();
+    let cells: &[&str] = match policy.map(|policy| policy.runtime).unwrap_or_default() {
+        // The disk comes last: a daemon that is not root ends a cell that takes too much.
+        Runtime::Runc => &["look,processes,memory,disk"],
+        // Too many processes, or too much memory, end a whole sandbox.
+        Runtime::Runsc => &["look,disk", "processes", "memory"],
+    };
+    Ok(Wish { limits: policy.map(|policy| limits(&policy.limits)), policy: name, cells })
+}
+
+/// Submits one cell's part of the attack as a job of the peer's.
+async fn begin(api: &Arc<Api>, peer: &Peer, wish: &Wish, parts: &str) -> Result<Begun, ApiError> {
     let nonce = getrandom::u64().map_err(|e| ApiError::new(ErrorCode::Internal, e))?;
     let nonce = format!("{nonce:016x}");
-    // What a flood ends with the whole cell comes last: under gVisor the memory, elsewhere the disk.
-    let order = if runtime == Some(Runtime::Runsc) { "disk-first" } else { "memory-first" };
-    let sizes = [limits.disk_mib.to_string(), limits.memory_mib.to_string()];
+    let (limits, wall_s) = wish.limits.unwrap_or_default();
+    let (disk, memory) = (limits.disk_mib.to_string(), limits.memory_mib.to_string());
     let mut spec = json!({
-        "command": { "argv": [PROGRAM, "attack", nonce, sizes[0], sizes[1], order] },
-        "policy": name,
+        "command": { "argv": [PROGRAM, "attack", nonce, disk, memory, parts] },
+        "policy": wish.policy,
         "labels": { "hotcell": "doctor" },
     });
-    if policy.is_some() {
+    if wish.limits.is_some() {
         spec["limits"] = json!({
             "wall_s": wall_s, "pids": limits.pids, "memory_mib": limits.memory_mib, "disk_mib": limits.disk_mib,
         });
@@ -181,8 +206,8 @@ struct Ended {
     output: String,
 }
 
-/// Waits for the job's end, and gives what it printed; after [`ATTACK_MAX`] what there is.
-async fn follow(api: &Arc<Api>, id: &JobId) -> Result<Ended, ApiError> {
+/// Waits for the job's end, and gives what it printed; after the deadline what there is.
+async fn follow(api: &Arc<Api>, id: &JobId, deadline: Instant) -> Result<Ended, ApiError> {
     let mut follower = Follower::new(Arc::clone(api), id.clone(), 1, true);
     let mut output = Output::default();
     let reading = async {
@@ -191,7 +216,7 @@ async fn follow(api: &Arc<Api>, id: &JobId) -> Result<Ended, ApiError> {
         }
         Ok::<_, crate::journal::JournalError>(())
     };
-    if let Ok(Err(error)) = tokio::time::timeout(ATTACK_MAX, reading).await {
+    if let Ok(Err(error)) = tokio::time::timeout_at(deadline, reading).await {
         return Err(ApiError::new(ErrorCode::Internal, error));
     }
     let job = api.parts.store.job(id).await?;
@@ -231,7 +256,7 @@ impl Output {
 }
 
 /// What the plan says that the judgement goes by.
-fn expected(plan: &Plan, runtime: Runtime, kernel: String, outcome: Outcome) -> Expected {
+fn expected(plan: &Plan, runtime: Runtime, kernel: String) -> Expected {
     const MIB: u64 = 1 << 20;
     let mib = |bytes: u64| u32::try_from(bytes / MIB).unwrap_or(u32::MAX);
     let limits = Limits {
@@ -244,7 +269,7 @@ fn expected(plan: &Plan, runtime: Runtime, kernel: String, outcome: Outcome) -> 
     });
     let hosts = plan.layers.first().map(|layer| layer.egress.hosts.as_slice()).unwrap_or_default();
     let opens = hosts.iter().map(|rule| rule.name.clone()).collect();
-    Expected { runtime, kernel, limits, opens_any, opens, outcome }
+    Expected { runtime, kernel, limits, opens_any, opens }
 }
 
 #[cfg(test)]

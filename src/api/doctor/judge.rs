@@ -30,8 +30,6 @@ pub(super) struct Expected {
     pub(super) opens_any: bool,
     /// Hosts that the policy opens.
     pub(super) opens: Vec<String>,
-    /// How the attack's job ended.
-    pub(super) outcome: Outcome,
 }
 
 /// Limits of the attack's cell.
@@ -50,6 +48,8 @@ pub(super) struct Seen {
     twice: BTreeSet<String>,
     /// Lines that are none of the attack's.
     foreign: usize,
+    /// Floods with which the whole cell ended, as the daemon saw it.
+    ended: BTreeSet<&'static str>,
 }
 
 /// One line of an attack.
@@ -61,8 +61,8 @@ struct Line {
     seen: String,
 }
 
-/// Reads what the attack printed.
-pub(super) fn read(output: &str, nonce: &str) -> Seen {
+/// Reads what the attack printed in a cell that ended so.
+pub(super) fn read(output: &str, nonce: &str, outcome: &Outcome) -> Seen {
     let mut seen = Seen::default();
     for line in output.lines().take(LINES_MAX) {
         match serde_json::from_str::<Line>(line) {
@@ -75,7 +75,28 @@ pub(super) fn read(output: &str, nonce: &str) -> Seen {
         }
     }
     seen.foreign += output.lines().skip(LINES_MAX).count();
+    let by_a_limit = match outcome {
+        Outcome::Failed(failure) => {
+            matches!(failure.reason, FailReason::Oom | FailReason::CellLost | FailReason::DiskFull)
+        }
+        Outcome::Succeeded | Outcome::Lost | Outcome::Stopped { .. } => false,
+    };
+    if by_a_limit {
+        let half = |name: &&str| seen.of(&begun(name)).is_some() && seen.of(&flooded(name)).is_none();
+        seen.ended = FLOODS.into_iter().filter(half).collect();
+    }
     seen
+}
+
+/// Floods by their names.
+const FLOODS: [&str; 3] = ["processes", "memory", "disk"];
+
+fn flooded(name: &str) -> String {
+    format!("flood.{name}")
+}
+
+fn begun(name: &str) -> String {
+    format!("flood.{name}.begun")
 }
 
 /// What must have been seen of one attempt.
@@ -97,6 +118,9 @@ enum Rule {
     NotRoot,
     /// Anything: that it was tried is what counts.
     Tried,
+    /// Only where the host's kernel is the cell's. gVisor's does not tell all of it, and opens more of PID 1 to others
+    /// of its user: nothing of that is a secret or leads anywhere, unlike its memory.
+    OnHost(&'static Rule),
 }
 
 impl Rule {
@@ -114,6 +138,7 @@ impl Rule {
             Self::AtLeast(least) => seen.parse::<u64>().is_ok_and(|n| n >= least),
             Self::NotRoot => !seen.is_empty() && seen.split_whitespace().all(|id| id != "0"),
             Self::Tried => true,
+            Self::OnHost(rule) => rule.holds(seen),
         }
     }
 }
@@ -146,8 +171,8 @@ const PROMISES: [Promise; 11] = [
             ("status.CapPrm", NO_RIGHT),
             ("status.CapEff", NO_RIGHT),
             ("status.CapBnd", NO_RIGHT),
-            ("status.CapAmb", NO_RIGHT),
-            ("status.NoNewPrivs", Rule::Is("1")),
+            ("status.CapAmb", Rule::OnHost(&NO_RIGHT)),
+            ("no_new_privs", Rule::Is("1")),
             ("setuid", Rule::Refused),
         ],
         of_the_hosts_kernel: false,
@@ -280,10 +305,10 @@ const PROMISES: [Promise; 11] = [
         promise: "nobody looks into PID 1 of the cell, which holds the key to the daemon",
         hint: REPORT,
         attempts: &[
-            ("pid1.environ", Rule::Refused),
+            ("pid1.environ", Rule::OnHost(&Rule::Refused)),
             ("pid1.mem", Rule::Refused),
-            ("pid1.maps", Rule::Refused),
-            ("pid1.fd", Rule::Refused),
+            ("pid1.maps", Rule::OnHost(&Rule::Refused)),
+            ("pid1.fd", Rule::OnHost(&Rule::Refused)),
             ("pid1.root", Rule::Refused),
             ("pid1.ptrace", Rule::Refused),
         ],
@@ -330,8 +355,8 @@ const PROMISES: [Promise; 11] = [
         promise: "what the daemon is told comes from PID 1 alone",
         hint: REPORT,
         attempts: &[
-            ("result.fd1", Rule::Refused),
-            ("result.fd2", Rule::Refused),
+            ("result.fd1", Rule::OnHost(&Rule::Refused)),
+            ("result.fd2", Rule::OnHost(&Rule::Refused)),
             ("result.spoken", Rule::Tried),
             ("looked", Rule::AtLeast(50)),
         ],
@@ -344,9 +369,9 @@ pub(super) fn judge(expected: &Expected, seen: &Seen) -> Vec<Check> {
     let mut rows: Vec<Check> = PROMISES.iter().map(|promise| row(promise, expected, seen)).collect();
     rows.push(egress(expected, seen));
     let Limits { pids, memory_mib, disk_mib } = expected.limits;
-    rows.push(flood(expected, seen, ("processes", "processes are bounded"), ("errno 11", pids), "processes"));
-    rows.push(flood(expected, seen, ("memory", "memory is bounded"), ("signal 9", memory_mib), "MiB"));
-    rows.push(flood(expected, seen, ("disk", "disk space is bounded"), ("errno 28", disk_mib), "MiB"));
+    rows.push(flood(seen, ("processes", "processes are bounded"), ("errno 11", pids), "processes"));
+    rows.push(flood(seen, ("memory", "memory is bounded"), ("signal 9", memory_mib), "MiB"));
+    rows.push(flood(seen, ("disk", "disk space is bounded"), ("errno 28", disk_mib), "MiB"));
     rows
 }
 
@@ -363,6 +388,18 @@ fn some(names: &[String]) -> String {
 }
 
 impl Seen {
+    /// Adds what was seen in another cell of the same attack.
+    pub(super) fn add(&mut self, other: Self) {
+        for (name, seen) in other.findings {
+            if self.findings.insert(name.clone(), seen).is_some() {
+                self.twice.insert(name);
+            }
+        }
+        self.twice.extend(other.twice);
+        self.ended.extend(other.ended);
+        self.foreign += other.foreign;
+    }
+
     /// Whether the attack said nothing at all.
     pub(super) fn is_empty(&self) -> bool {
         self.findings.is_empty()
@@ -387,14 +424,19 @@ fn row(promise: &Promise, expected: &Expected, seen: &Seen) -> Check {
     }
     if promise.of_the_hosts_kernel && expected.runtime == Runtime::Runsc {
         let release = seen.of("kernel").unwrap_or_default();
-        return if release.is_empty() || release == expected.kernel {
+        let told = release.starts_with(|c: char| c.is_ascii_digit());
+        return if !told || release == expected.kernel {
             row(CheckVerdict::Fail, format!("not proven: gVisor's kernel should answer, and {release:?} did"))
         } else {
             row(CheckVerdict::Pass, format!("gVisor's own kernel ({release}) answers in place of the host's"))
         };
     }
-    let (mut broken, mut missing) = (Vec::new(), Vec::new());
+    let (mut broken, mut missing, mut count) = (Vec::new(), Vec::new(), 0);
     for (name, rule) in promise.attempts {
+        if matches!(rule, Rule::OnHost(_)) && expected.runtime == Runtime::Runsc {
+            continue;
+        }
+        count += 1;
         match seen.of(name) {
             None => missing.push((*name).to_owned()),
             Some(seen) if !rule.holds(seen) => broken.push(format!("{name}: {seen}")),
@@ -407,7 +449,7 @@ fn row(promise: &Promise, expected: &Expected, seen: &Seen) -> Check {
     if !missing.is_empty() {
         return row(CheckVerdict::Fail, format!("not proven, nothing was said of {}", some(&missing)));
     }
-    row(CheckVerdict::Pass, format!("{} attempts, none got through", promise.attempts.len()))
+    row(CheckVerdict::Pass, format!("{count} attempts, none got through"))
 }
 
 /// What the policy opens is no broken promise, but whoever asks should see it.
@@ -437,30 +479,14 @@ fn egress(expected: &Expected, seen: &Seen) -> Check {
 }
 
 /// A flood that was stopped: by an error at the limit, or by the end of the whole cell.
-fn flood(
-    expected: &Expected,
-    seen: &Seen,
-    (name, promise): (&str, &str),
-    (stop, limit): (&str, u32),
-    unit: &str,
-) -> Check {
+fn flood(seen: &Seen, (name, promise): (&str, &str), (stop, limit): (&str, u32), unit: &str) -> Check {
     let row = |verdict, words: String| made(name, promise, verdict, words, UPDATE);
-    let tried = format!("flood.{name}");
+    let tried = flooded(name);
     let Some(told) = seen.of(&tried) else {
-        let begun = seen.of(&format!("{tried}.begun")).is_some();
-        return match &expected.outcome {
-            Outcome::Failed(failure)
-                if begun
-                    && matches!(
-                        failure.reason,
-                        FailReason::Oom | FailReason::CellLost | FailReason::DiskFull
-                    ) =>
-            {
-                row(CheckVerdict::Pass, format!("the whole cell was ended at its limit of {limit} {unit}"))
-            }
-            Outcome::Failed(_) | Outcome::Succeeded | Outcome::Lost | Outcome::Stopped { .. } => {
-                row(CheckVerdict::Fail, format!("not proven, nothing was said of {tried}"))
-            }
+        return if seen.ended.contains(name) {
+            row(CheckVerdict::Pass, format!("the whole cell was ended at its limit of {limit} {unit}"))
+        } else {
+            row(CheckVerdict::Fail, format!("not proven, nothing was said of {tried}"))
         };
     };
     let (end, count) = told.rsplit_once(" after ").unwrap_or((told, ""));
@@ -487,7 +513,6 @@ mod tests {
             limits: Limits { pids: 64, memory_mib: 256, disk_mib: 64 },
             opens_any: false,
             opens: Vec::new(),
-            outcome: Outcome::Succeeded,
         }
     }
 
@@ -506,6 +531,8 @@ mod tests {
                 Rule::AtLeast(_) => "99",
                 Rule::NotRoot => "1610612736 1610612736",
                 Rule::Tried => "done",
+                Rule::OnHost(Rule::Is(seen)) => seen,
+                Rule::OnHost(_) => "errno 13",
             };
             all.insert((*name).to_owned(), seen.to_owned());
         }
@@ -530,7 +557,11 @@ mod tests {
     }
 
     fn judged(expected: &Expected, output: &str) -> BTreeMap<String, Check> {
-        let rows = judge(expected, &read(output, NONCE));
+        after(expected, output, &Outcome::Succeeded)
+    }
+
+    fn after(expected: &Expected, output: &str, outcome: &Outcome) -> BTreeMap<String, Check> {
+        let rows = judge(expected, &read(output, NONCE, outcome));
         rows.into_iter().map(|row| (row.name.clone(), row)).collect()
     }
 
@@ -607,12 +638,26 @@ mod tests {
         all.remove("flood.memory");
         fails(&judged(&expected(), &printed(&all)), &["memory"]);
         let failed = |reason| Outcome::Failed(Failure::new(Phase::Run, reason, "x"));
-        let ended = Expected { outcome: failed(FailReason::Oom), ..expected() };
-        fails(&judged(&ended, &printed(&all)), &[]);
-        let other = Expected { outcome: failed(FailReason::CommandFailed), ..expected() };
-        fails(&judged(&other, &printed(&all)), &["memory"]);
+        fails(&after(&expected(), &printed(&all), &failed(FailReason::Oom)), &[]);
+        fails(&after(&expected(), &printed(&all), &failed(FailReason::CommandFailed)), &["memory"]);
         all.remove("flood.memory.begun");
-        fails(&judged(&ended, &printed(&all)), &["memory"]);
+        fails(&after(&expected(), &printed(&all), &failed(FailReason::Oom)), &["memory"]);
+    }
+
+    #[test]
+    fn what_several_cells_say_is_put_together_and_a_thing_said_in_two_proves_nothing() {
+        let (mut first, mut second) = (good(), BTreeMap::new());
+        for name in ["flood.memory.begun", "flood.memory"] {
+            second.extend(first.remove_entry(name));
+        }
+        let both = |second: &BTreeMap<String, String>| {
+            let mut seen = read(&printed(&first), NONCE, &Outcome::Succeeded);
+            seen.add(read(&printed(second), NONCE, &Outcome::Succeeded));
+            judge(&expected(), &seen).into_iter().map(|row| (row.name.clone(), row)).collect()
+        };
+        fails(&both(&second), &[]);
+        second.insert("setuid".to_owned(), "errno 1".to_owned());
+        fails(&both(&second), &["result", "rights"]);
     }
 
     #[test]
@@ -634,9 +679,14 @@ mod tests {
     fn under_gvisor_the_kernel_must_be_another_one() {
         let mut all = good();
         all.insert("kernel".to_owned(), "4.4.0".to_owned());
-        all.insert("call.unshare_user".to_owned(), "done".to_owned());
+        for name in ["call.unshare_user", "pid1.environ", "result.fd1"] {
+            all.insert(name.to_owned(), "done".to_owned());
+        }
+        all.remove("status.CapAmb");
         let gvisor = Expected { runtime: Runtime::Runsc, ..expected() };
         fails(&judged(&gvisor, &printed(&all)), &[]);
+        all.insert("kernel".to_owned(), "errno 2".to_owned());
+        fails(&judged(&gvisor, &printed(&all)), &["calls", "devices", "hidden"]);
         all.insert("kernel".to_owned(), "6.1.0".to_owned());
         fails(&judged(&gvisor, &printed(&all)), &["calls", "devices", "hidden"]);
         all.remove("kernel");

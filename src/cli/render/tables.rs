@@ -220,11 +220,12 @@ pub(crate) fn doctor(paint: Paint, doctor: &Doctor) -> Text {
     let mut attack = doctor.attack.as_ref();
     for check in &doctor.checks {
         if check.promise.is_some()
-            && let Some(Attacked { job, policy, runtime, image }) = attack.take()
+            && let Some(Attacked { jobs, policy, runtime, image }) = attack.take()
         {
             let runtime = runtime.unwrap_or_default().as_str();
+            let jobs = jobs.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
             let words =
-                format!("what a cell promised under {policy} ({runtime}, {image}), attacked by {job}:");
+                format!("what a cell promised under {policy} ({runtime}, {image}), attacked by {jobs}:");
             text = text.add(Style::Dim, &words).end();
         }
         let (style, verdict) = match check.verdict {

@@ -92,25 +92,15 @@ fn variables() -> Vec<String> {
         .collect()
 }
 
-/// Processes whose variables or command line hold one, and foreign ones whose variables can be read at all.
+/// Processes whose variables or command line hold one.
 fn processes() -> Vec<String> {
-    let own = std::process::id();
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
-            continue;
-        };
-        let read = |name: &str| fs::read(entry.path().join(name));
-        let environ = read("environ");
-        if pid != own && environ.as_ref().is_ok_and(|text| !text.is_empty()) {
-            found.push(format!("/proc/{pid}/environ"));
-        }
-        let held = [environ, read("cmdline")].into_iter().flatten().any(|text| has_key(&text));
-        if held {
-            found.push(format!("/proc/{pid}"));
-        }
-    }
-    found
+    let held = |entry: &fs::DirEntry| {
+        let pid = entry.file_name().to_str().is_some_and(|name| name.parse::<u32>().is_ok());
+        let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
+        pid && ["environ", "cmdline"].map(read).iter().any(|text| has_key(text))
+    };
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter(held).map(|entry| entry.path().display().to_string()).collect()
 }
 
 struct Search {
