@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use http_body_util::{BodyExt, Full};
 use hyper::Request;
 use hyper::body::Bytes;
@@ -19,7 +19,7 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent_bundle::{Report, Version};
-use crate::api::wire::{CheckVerdict, Doctor};
+use crate::api::wire::{CheckVerdict, Doctor, ErrorBody};
 use crate::clock;
 use crate::config::{self, ApiKeySource, Config};
 use crate::daemon::{self, Listeners};
@@ -172,8 +172,12 @@ pub async fn doctor(
         tracing::warn!(%error, dir = %dir.display(), "what the doctor needed is left");
     }
     let answer = answer.context("--require-doctor")?;
-    let doctor: Doctor = serde_json::from_slice(&answer)
-        .map_err(|_| anyhow!("--require-doctor: {}", String::from_utf8_lossy(&answer)))?;
+    let doctor: Doctor = match (serde_json::from_slice(&answer), serde_json::from_slice::<ErrorBody>(&answer))
+    {
+        (Ok(doctor), _) => doctor,
+        (Err(_), Ok(refused)) => bail!("--require-doctor: {}", refused.error.message),
+        (Err(error), Err(_)) => return Err(error).context("--require-doctor: the answer"),
+    };
     let failed = |promise: bool| {
         let some = doctor
             .checks

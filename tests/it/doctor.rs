@@ -10,6 +10,16 @@ use crate::world::{World, docker};
 const NO_MODEL: &str = "";
 const TRUSTED: &str = include_str!("../../policies/trusted.toml");
 
+/// The containers of the daemon that a start with `--require-doctor` asks, while there is one.
+fn of_the_doctor(world: &World) -> Option<(String, String)> {
+    let file = world.state_dir().join("doctor").join(hotcell::store::FILE_NAME);
+    let db = rusqlite::Connection::open_with_flags(file, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY).ok()?;
+    let query = "SELECT value FROM meta WHERE key = 'instance'";
+    let instance: String = db.query_row(query, [], |row| row.get(0)).ok()?;
+    let containers = docker(&["ps", "-aq", "--filter", &format!("label=hotcell.instance={instance}")]);
+    Some((instance, containers.trim().to_owned()))
+}
+
 /// The rows of an answer's attack, by name.
 fn promises(doctor: &Value) -> BTreeMap<String, Value> {
     let rows =
@@ -205,5 +215,27 @@ fn a_daemon_that_requires_the_doctor_starts_where_all_promises_hold() {
     assert!(world.log().contains("the doctor finds no fault"), "{}", world.log());
     assert!(!world.state_dir().join("doctor").exists());
     assert_eq!(world.sql("SELECT count(*) FROM jobs"), "0", "the attack is none of this daemon's jobs");
+    world.end();
+}
+
+#[test]
+fn what_a_daemon_leaves_that_is_killed_while_the_doctor_is_at_work_is_removed_by_the_next() {
+    let mut world = World::without_daemon(NO_MODEL, "");
+    world.daemon_args = vec!["--require-doctor".to_owned()];
+    world.launch();
+    let mut left = String::new();
+    world.wait_for("the doctor's cell, or the daemon", |world| {
+        left = of_the_doctor(world)
+            .filter(|(_, all)| !all.is_empty())
+            .map(|(instance, _)| instance)
+            .unwrap_or_default();
+        !left.is_empty() || world.try_call("GET", "/healthz", "").is_some_and(|a| a.status == 200)
+    });
+    assert_ne!(left, "", "the doctor was never seen at work");
+    world.kill();
+    world.start();
+    let filter = format!("label=hotcell.instance={left}");
+    assert_eq!(docker(&["ps", "-aq", "--filter", &filter]).trim(), "", "its cell is left");
+    assert!(!world.state_dir().join("doctor").exists());
     world.end();
 }

@@ -156,7 +156,7 @@ impl World {
         true
     }
 
-    fn launch(&mut self) {
+    pub(crate) fn launch(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let mut command = self.hotcell();
         command

@@ -449,7 +449,13 @@ fn row(promise: &Promise, expected: &Expected, seen: &Seen) -> Check {
     if !missing.is_empty() {
         return row(CheckVerdict::Fail, format!("not proven, nothing was said of {}", some(&missing)));
     }
-    row(CheckVerdict::Pass, format!("{count} attempts, none got through"))
+    row(
+        CheckVerdict::Pass,
+        format!(
+            "{} as promised",
+            if count == 1 { "one try".to_owned() } else { format!("{count} tries, all") }
+        ),
+    )
 }
 
 /// What the policy opens is no broken promise, but whoever asks should see it.
