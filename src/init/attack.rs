@@ -26,6 +26,10 @@ pub(crate) const WORD: &str = "attack";
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Longest flood of the disk.
 const FLOOD_MAX: Duration = Duration::from_secs(30);
+/// The parts that end by a limit.
+const FLOODS: [&str; 3] = ["processes", "memory", "disk"];
+/// Time for a line to reach the daemon.
+const ARRIVE: Duration = Duration::from_secs(1);
 /// Most processes that are started where nothing stops it.
 const FORKS_MAX: u32 = 4096;
 /// Most entries of /dev that are told.
@@ -158,6 +162,13 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
     let number = |text: &str| text.parse::<u64>().unwrap_or(0);
     let (disk_mib, memory_mib) = (number(disk_mib), number(memory_mib));
     for part in parts.split(',') {
+        if FLOODS.contains(&part) {
+            told.tell(&format!("flood.{part}.begun"), "done");
+            if parts == part {
+                // It ends the whole cell, and what was said is to arrive before.
+                std::thread::sleep(ARRIVE);
+            }
+        }
         match part {
             "look" => look(&mut told, args),
             "calls" => calls_of_the_kernel(&mut told),
@@ -376,7 +387,6 @@ fn results(told: &mut Told) {
 
 /// Starts processes until it may no more.
 fn flood_processes(told: &mut Told) {
-    told.tell("flood.processes.begun", "done");
     let mut children = Vec::new();
     let mut end = "no end".to_owned();
     while (children.len() as u32) < FORKS_MAX {
@@ -399,7 +409,6 @@ fn flood_processes(told: &mut Told) {
 
 /// A child takes memory until it is killed for it.
 fn flood_memory(told: &mut Told, args: &[String]) {
-    told.tell("flood.memory.begun", "done");
     let seen = (|| {
         let mut child = again(args, "eat")?.stdout(Stdio::piped()).spawn()?;
         let mut eaten = 0;
@@ -432,7 +441,6 @@ fn eat(memory_mib: u64) {
 
 /// Writes until there is no room.
 fn flood_disk(told: &mut Told, disk_mib: u64) {
-    told.tell("flood.disk.begun", "done");
     let path = "/tmp/attack-flood";
     let (begun, piece) = (Instant::now(), vec![1_u8; MIB as usize]);
     let mut written = 0;

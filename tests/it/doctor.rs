@@ -54,7 +54,7 @@ fn all_hold(doctor: &Value, world: &World) {
         "sockets",
         "writes",
     ];
-    assert_eq!(names, expected);
+    assert_eq!(names, expected, "{doctor:#}\n{}", world.log());
     assert!(rows.values().all(|row| row["verdict"] != "fail"), "{doctor:#}\n{}", world.log());
 }
 
