@@ -8,11 +8,11 @@ use super::render::tables;
 use super::{Connection, Context};
 use crate::api::wire::AttackRequest;
 
-/// Check all that jobs need here, and say what to do; --attack tries the walls of a real cell
+/// Check all that jobs need here; --attack tries the walls of a real cell
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Exit code 4 where the machine lacks something, 1 where a cell does not keep a promise: then do not run code
-on it that you do not trust. The attack is an ordinary job of yours that asks no model and costs nothing.")]
+Exit code 4 where the machine lacks something, 1 where a cell does not keep a promise: do not
+run code there that you do not trust. The attack is an ordinary job of yours, without a model.")]
 pub(super) struct DoctorArgs {
     /// Attack a real cell from inside: rights, kernel calls, files, network, secrets, forged results, floods
     #[arg(long)]
