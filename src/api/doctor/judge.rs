@@ -490,7 +490,7 @@ fn flood(seen: &Seen, (name, promise): (&str, &str), (stop, limit): (&str, u32),
     let tried = flooded(name);
     let Some(told) = seen.of(&tried) else {
         return if seen.ended.contains(name) {
-            row(CheckVerdict::Pass, format!("the whole cell was ended at its limit of {limit} {unit}"))
+            row(CheckVerdict::Pass, format!("the whole cell was ended for its limit of {limit} {unit}"))
         } else {
             row(CheckVerdict::Fail, format!("not proven, nothing was said of {tried}"))
         };
