@@ -142,7 +142,7 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/daemon/resume", post(daemon::resume))
         .route("/v1/queue", get(queue::queue))
         .route("/v1/whoami", get(whoami::whoami))
-        .route("/v1/doctor", get(doctor::doctor))
+        .route("/v1/doctor", get(doctor::doctor).post(doctor::attack::attack))
         .route("/v1/jobs/{id}/unpark", post(jobs::unpark))
         .route("/v1/jobs/{id}/retry", post(jobs::retry))
         .route("/v1/cost", get(cost::cost))

@@ -229,6 +229,9 @@ pub struct Config {
     pub log: String,
     /// A damaged store is moved out of the way. No setting: `hotcell serve --set-store-aside`, for one start.
     pub set_store_aside: bool,
+    /// The doctor must find no fault before the daemon starts, under this policy or the default one. No setting:
+    /// `hotcell serve --require-doctor`, for one start.
+    pub require_doctor: Option<Option<String>>,
 }
 
 impl Config {
@@ -290,6 +293,7 @@ impl Config {
             log: layers.checked("log", &raw.log, parse_log)?.unwrap_or_else(|| "info".into()),
             file: layers.found,
             set_store_aside: false,
+            require_doctor: None,
             state_dir,
         })
     }

@@ -40,6 +40,7 @@ use crate::money::Calendar;
 use crate::notifier::Notifier;
 use crate::policy::{Access, Defaults};
 use crate::pricing::Prices;
+use crate::selftest;
 use crate::source;
 use crate::store::Filter;
 use crate::sweeper;
@@ -85,6 +86,9 @@ pub fn serve(config: Config) -> anyhow::Result<()> {
         let hangup = signal(SignalKind::hangup()).context("cannot watch SIGHUP")?;
         let address = find_address(config.engine.as_deref())?;
         let engine: Arc<dyn Engine> = Arc::new(Docker::connect(&address).await?);
+        if let Some(policy) = &config.require_doctor {
+            selftest::doctor(&config, policy.as_deref(), Arc::clone(&engine), &address, &shutdown).await?;
+        }
         let handed_over = systemd::handed_over()?;
         let own_socket = handed_over.is_none().then(|| config.socket.clone());
         let listeners = Listeners {

@@ -123,6 +123,12 @@ pub struct EngineInfo {
     pub cgroup_version: String,
     /// Where the engine keeps images and containers on the host.
     pub root_dir: PathBuf,
+    /// Versions of what it is made of, by name, as it tells them: `Engine`, `containerd`, `runc`.
+    pub components: BTreeMap<String, String>,
+    /// What holds its containers, as it tells it: `name=seccomp,profile=default`, `name=userns`.
+    pub security: Vec<String>,
+    /// Release of the kernel that its containers run on.
+    pub kernel: String,
 }
 
 /// How an engine calls a runtime.

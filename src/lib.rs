@@ -48,7 +48,8 @@
 //! 8. A daemon that is to end drains, stops what runs, or detaches and leaves it to the next one ([`driver::How`]).
 //!    After a detach as after a crash [`scheduler::recover`] says what becomes of each row and each container. A damaged
 //!    store is refused, or set aside with all that its rows gave a meaning to, where the operator says so ([`daemon`]). What a machine lacks for
-//!    all this, and what to do about it, [`api::doctor`] says; what is known of a job that went wrong, [`api::support`]
+//!    all this, and what to do about it, [`api::doctor`] says, which can also attack a real cell from inside
+//!    ([`api::doctor::attack`]: the attacks are `hotcell-init`'s, the judgement is ours); what is known of a job that went wrong, [`api::support`]
 //!    packs, without secrets.
 //!
 //! # What must never happen

@@ -1,13 +1,15 @@
 //! The protocol self-test: are the facts that the session driver leans on true for this version of the CLI?
 //! Runs a daemon of its own in this process, with a state directory of its own, real cells and the scripted
 //! model on loopback, and asks the events of real jobs. Leaves nothing behind, whatever comes out.
+//! `hotcell serve --require-doctor` asks the doctor in the same way ([`doctor`]), before there is a daemon to ask.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use http_body_util::{BodyExt, Full};
 use hyper::Request;
 use hyper::body::Bytes;
@@ -17,6 +19,7 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent_bundle::{Report, Version};
+use crate::api::wire::{CheckVerdict, Doctor, ErrorBody};
 use crate::clock;
 use crate::config::{self, ApiKeySource, Config};
 use crate::daemon::{self, Listeners};
@@ -95,6 +98,103 @@ pub async fn run(config: &Config, version: &Version) -> Result<Report, SelfTestE
             duration_ms: begun.elapsed().as_millis() as u64,
             checks: passed,
         }),
+    }
+}
+
+/// Where the daemon of [`doctor`] lives, in the state directory: always the same, so that what a killed one left is put
+/// right by the next.
+const DOCTOR_DIR: &str = "doctor";
+/// Longest wait for the doctor's answer: a little more than it takes for itself.
+const DOCTOR_MAX: Duration = Duration::from_secs(300);
+
+/// Why the daemon does not start on this machine.
+#[derive(Debug, thiserror::Error)]
+pub enum Unhealthy {
+    /// The machine lacks something.
+    #[error("--require-doctor: this machine lacks something that jobs need: {what}")]
+    Lacks {
+        /// The checks that failed.
+        what: String,
+    },
+    /// A cell did not keep what every cell promises.
+    #[error("--require-doctor: a cell under the policy {policy} does not keep its promises: {what}")]
+    Broken {
+        /// The policy.
+        policy: String,
+        /// The promises.
+        what: String,
+    },
+}
+
+/// Asks the doctor of a daemon with this configuration, and lets it attack a cell: before the real one opens its store or
+/// listens. Everything is asked as whoever starts the daemon.
+///
+/// # Errors
+/// [`Unhealthy`], and what keeps the doctor from answering.
+pub async fn doctor(
+    config: &Config,
+    policy: Option<&str>,
+    engine: Arc<dyn Engine>,
+    address: &str,
+    shutdown: &Shutdown,
+) -> anyhow::Result<()> {
+    let dir = config.state_dir.join(DOCTOR_DIR);
+    match std::fs::DirBuilder::new().mode(0o700).create(&dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(error).with_context(|| format!("cannot make {}", dir.display()));
+        }
+        Ok(()) | Err(_) => {}
+    }
+    // Of a daemon that was killed. Its store stays: by it the cell that it left is found and removed.
+    for (name, remove) in [
+        ("s", std::fs::remove_file as fn(PathBuf) -> std::io::Result<()>),
+        ("agents", std::fs::remove_dir_all),
+        ("images", std::fs::remove_dir_all),
+    ] {
+        match remove(dir.join(name)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {name} in {}", dir.display()));
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
+    let mut own = config.clone();
+    own.access = Vec::new();
+    let lab = Lab::open(own, &dir, engine, address.to_owned())?;
+    let asked = json!({ "policy": policy }).to_string();
+    let asking = tokio::time::timeout(DOCTOR_MAX, lab.call("POST", "/v1/doctor", asked));
+    let answer = tokio::select! {
+        answer = asking => answer.unwrap_or_else(|_| Err(anyhow!("no answer within {} s", DOCTOR_MAX.as_secs()))),
+        _ = shutdown.begun() => Err(anyhow!("stopped while the doctor was at work")),
+    };
+    lab.stop().await.context("the daemon of the doctor")?;
+    if let Err(error) = std::fs::remove_dir_all(&dir) {
+        tracing::warn!(%error, dir = %dir.display(), "what the doctor needed is left");
+    }
+    let answer = answer.context("--require-doctor")?;
+    let doctor: Doctor = match (serde_json::from_slice(&answer), serde_json::from_slice::<ErrorBody>(&answer))
+    {
+        (Ok(doctor), _) => doctor,
+        (Err(_), Ok(refused)) => bail!("--require-doctor: {}", refused.error.message),
+        (Err(error), Err(_)) => return Err(error).context("--require-doctor: the answer"),
+    };
+    let failed = |promise: bool| {
+        let some = doctor
+            .checks
+            .iter()
+            .filter(|c| c.verdict == CheckVerdict::Fail && c.promise.is_some() == promise);
+        some.map(|check| format!("{}: {}", check.name, check.words)).collect::<Vec<_>>().join("; ")
+    };
+    match doctor.status.as_str() {
+        "ok" => {
+            tracing::info!(checks = doctor.checks.len(), "the doctor finds no fault");
+            Ok(())
+        }
+        "broken" => {
+            let policy = doctor.attack.map(|attack| attack.policy).unwrap_or_default();
+            Err(Unhealthy::Broken { policy, what: failed(true) }.into())
+        }
+        _ => Err(Unhealthy::Lacks { what: failed(false) }.into()),
     }
 }
 
@@ -196,13 +296,17 @@ impl Seen {
     }
 }
 
-/// A daemon and a scripted model of our own.
+/// A daemon of our own, and a scripted model where it asks one.
 struct Lab {
     socket: PathBuf,
     shutdown: Shutdown,
     daemon: tokio::task::JoinHandle<anyhow::Result<()>>,
-    model_stop: CancellationToken,
-    model: tokio::task::JoinHandle<model::ModelReport>,
+    model: Option<Model>,
+}
+
+struct Model {
+    stop: CancellationToken,
+    task: tokio::task::JoinHandle<model::ModelReport>,
 }
 
 impl Lab {
@@ -212,25 +316,34 @@ impl Lab {
         let script = Arc::new(Script::parse(SCRIPT, "selftest/script.toml")?);
         let tcp = TcpListener::bind("127.0.0.1:0").await.context("cannot listen on loopback")?;
         let base_url = format!("http://{}", tcp.local_addr()?);
-        let model_stop = CancellationToken::new();
-        let model = tokio::spawn(model::serve(tcp, script, Arc::new(Recorder::off()), model_stop.clone()));
-        share(&config.state_dir, dir)?;
-        let socket = dir.join("s");
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(model::serve(tcp, script, Arc::new(Recorder::off()), stop.clone()));
         let mut own = config.clone();
-        own.state_dir = dir.to_owned();
-        own.socket.clone_from(&socket);
-        own.metrics = None;
         own.policy_dirs = Vec::new();
         own.gateway = config::anthropic(base_url, ApiKeySource::File(key));
         own.defaults.policy = "trusted".to_owned();
         own.defaults.agent = Some(version.to_string());
+        let mut lab = Self::open(own, dir, engine, address)?;
+        lab.model = Some(Model { stop, task });
+        Ok(lab)
+    }
+
+    /// A daemon with this configuration but for what must be its own.
+    fn open(mut own: Config, dir: &Path, engine: Arc<dyn Engine>, address: String) -> anyhow::Result<Self> {
+        share(&own.state_dir, dir)?;
+        let socket = dir.join("s");
+        own.state_dir = dir.to_owned();
+        own.socket.clone_from(&socket);
+        own.metrics = None;
         own.limits.slots = 1;
         own.limits.drain_s = 1;
+        own.require_doctor = None;
+        own.notify = Vec::new();
         let listeners =
             Listeners { api: UnixListener::bind(&socket)?, metrics: None, hangup: None, systemd: false };
         let shutdown = Shutdown::default();
         let daemon = tokio::spawn(daemon::run(own, listeners, engine, address, shutdown.clone()));
-        Ok(Self { socket, shutdown, daemon, model_stop, model })
+        Ok(Self { socket, shutdown, daemon, model: None })
     }
 
     async fn job(&self, spec: &Value) -> anyhow::Result<Seen> {
@@ -264,8 +377,10 @@ impl Lab {
     async fn stop(self) -> anyhow::Result<()> {
         self.shutdown.ask(How::Now);
         let ended = self.daemon.await.context("our daemon died")?;
-        self.model_stop.cancel();
-        self.model.await.context("the scripted model died")?;
+        if let Some(model) = self.model {
+            model.stop.cancel();
+            model.task.await.context("the scripted model died")?;
+        }
         ended
     }
 }

@@ -1,8 +1,13 @@
 //! `GET /v1/doctor`: each thing that jobs need of this machine, whether it is there, and what to do where it is not.
 //! It asks and looks; it must never fetch, start or change anything, and never wait long for an engine that hangs.
+//! [`attack`] is the part that tries the walls.
+
+pub mod attack;
+mod host;
+mod judge;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Json;
 use axum::extract::State;
@@ -23,6 +28,12 @@ const ENGINE_WAIT: Duration = Duration::from_secs(5);
 /// # Errors
 /// When a look died.
 pub async fn doctor(State(api): State<Arc<Api>>) -> Result<Json<Doctor>, ApiError> {
+    let (checks, _) = quick(&api).await?;
+    Ok(Json(Doctor { status: status(&checks), checks, attack: None }))
+}
+
+/// What is seen without running anything, and the release of the engine's kernel.
+async fn quick(api: &Api) -> Result<(Vec<Check>, String), ApiError> {
     let parts = &api.parts;
     let info = match tokio::time::timeout(ENGINE_WAIT, parts.engine.info()).await {
         Ok(info) => info.map_err(|error| error.to_string()),
@@ -30,21 +41,37 @@ pub async fn doctor(State(api): State<Arc<Api>>) -> Result<Json<Doctor>, ApiErro
     };
     let mut checks = vec![daemon(parts), engine(&api.engine_address, info.as_ref())];
     if let Ok(info) = &info {
-        checks.push(gvisor(info));
-        checks.push(image(&api, info).await);
+        checks.extend([host::versions(info), host::kernel(info, &host::Kernel::look()), gvisor(info)]);
+        checks.push(image(api, info).await);
     }
     let parts = Arc::clone(parts);
     let disk = tokio::task::spawn_blocking(move || [agent(&parts), workspaces(), space(&parts)]).await;
     checks.extend(disk.map_err(|error| ApiError::new(super::ErrorCode::Internal, error))?);
+    checks.push(host::clock(SystemTime::now(), host::built(), host::clock_kept()));
+    let gateway = &api.parts.gateway;
+    let of_default = gateway.credential_of(gateway.default_provider());
+    checks.push(host::keys(&of_default, &gateway.credentials().standing().await));
     api.policies().await?;
     checks.push(policies(&api.policies.problems()));
-    checks.extend(problems(&api));
-    let failed = checks.iter().any(|check| check.verdict == CheckVerdict::Fail);
-    Ok(Json(Doctor { status: if failed { "degraded" } else { "ok" }.to_owned(), checks }))
+    checks.extend(problems(api));
+    Ok((checks, info.map(|info| info.kernel).unwrap_or_default()))
+}
+
+/// A broken promise is graver than a machine that lacks something.
+fn status(checks: &[Check]) -> String {
+    let failed = |promise: bool| {
+        checks.iter().any(|check| check.verdict == CheckVerdict::Fail && check.promise.is_some() == promise)
+    };
+    let word = match (failed(true), failed(false)) {
+        (true, _) => "broken",
+        (false, true) => "degraded",
+        (false, false) => "ok",
+    };
+    word.to_owned()
 }
 
 fn check(name: &str, verdict: CheckVerdict, words: impl Into<String>) -> Check {
-    Check { name: name.to_owned(), verdict, words: words.into(), hint: None }
+    Check { name: name.to_owned(), verdict, words: words.into(), hint: None, promise: None }
 }
 
 impl Check {
@@ -197,6 +224,17 @@ fn policies(problems: &[String]) -> Check {
 mod tests {
     use super::*;
     use crate::agent_bundle::Report;
+
+    #[test]
+    fn a_broken_promise_is_graver_than_a_machine_that_lacks_something() {
+        let fails = check("disk", CheckVerdict::Fail, "full");
+        let broken =
+            Check { promise: Some("no network".to_owned()), ..check("network", CheckVerdict::Fail, "eth0") };
+        let note = check("clock", CheckVerdict::Note, "not kept");
+        assert_eq!(status(std::slice::from_ref(&note)), "ok");
+        assert_eq!(status(&[note, fails.clone()]), "degraded");
+        assert_eq!(status(&[fails, broken]), "broken");
+    }
 
     #[test]
     fn an_agent_that_was_not_tested_here_is_a_note_and_one_that_failed_or_is_missing_a_fault() {

@@ -10,7 +10,7 @@ use super::daemon::{EndingView, PauseView};
 use super::gc::GcView;
 use super::notices::{NoticesView, TestView};
 use super::queue::QueueView;
-use super::wire::{Doctor, ErrorBody, Health, JobList, JobView, WhoAmI};
+use super::wire::{AttackRequest, Doctor, ErrorBody, Health, JobList, JobView, WhoAmI};
 use crate::audit::Record;
 use crate::change::decision::{ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest};
 use crate::job::{JobSpec, State as JobState};
@@ -51,6 +51,7 @@ pub fn openapi() -> Value {
         generator.subschema_for::<QueueView>(),
         generator.subschema_for::<Health>(),
         generator.subschema_for::<Doctor>(),
+        generator.subschema_for::<AttackRequest>(),
         generator.subschema_for::<WhoAmI>(),
         generator.subschema_for::<Record>(),
         generator.subschema_for::<ErrorBody>(),
@@ -401,6 +402,11 @@ fn of_the_daemon() -> Value {
         "/v1/doctor": { "get": {
             "operationId": "doctor", "summary": "All that jobs need of this machine, and what to do where it is missing",
             "responses": { "200": answer("The checks", "Doctor"), "default": error() },
+        }, "post": {
+            "operationId": "attack",
+            "summary": "The same, then real attacks from inside a cell under a policy: an ordinary job of the asker's",
+            "requestBody": { "required": false, "content": content("AttackRequest") },
+            "responses": { "200": answer("The checks, and each promise of the cell", "Doctor"), "default": error() },
         } },
         "/healthz": { "get": {
             "operationId": "health", "summary": "What works and what does not",

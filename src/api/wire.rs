@@ -179,20 +179,46 @@ pub struct Health {
     pub notes: Vec<String>,
 }
 
-/// What `GET /v1/doctor` answers.
+/// What `GET /v1/doctor` and `POST /v1/doctor` answer.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct Doctor {
-    /// `ok`, or `degraded` where a check failed.
+    /// `ok`, `degraded` where a check of the machine failed, or `broken` where a cell did not keep a promise.
     pub status: String,
     /// What was looked at.
     pub checks: Vec<Check>,
+    /// The cell that was attacked, where one was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attack: Option<Attacked>,
+}
+
+/// What `POST /v1/doctor` takes; an empty body is one without keys.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AttackRequest {
+    /// The policy whose walls are tried; the one of a job that names none where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
+}
+
+/// The cell that was attacked.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct Attacked {
+    /// The jobs that did it: what ends a whole cell by its limit gets one of its own.
+    pub jobs: Vec<JobId>,
+    /// The policy.
+    pub policy: String,
+    /// What isolated the cell; absent where none came to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime: Option<Runtime>,
+    /// Its image.
+    pub image: String,
 }
 
 /// One thing that jobs need.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Check {
-    /// What it is: `daemon`, `engine`, `runtimes`, `image`, `agent`, `workspaces`, `disk`, `policies`, and `files` where
-    /// some could not be read again.
+    /// What it is: `daemon`, `engine`, `versions`, `kernel`, `runtimes`, `image`, `agent`, `workspaces`, `disk`, `clock`,
+    /// `keys`, `policies`, and `files` where some could not be read again; of an attacked cell the promise's name.
     pub name: String,
     /// How it stands.
     pub verdict: CheckVerdict,
@@ -201,6 +227,9 @@ pub struct Check {
     /// What to do next, where there is something.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
+    /// Of an attacked cell: what every cell promises.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promise: Option<String>,
 }
 
 /// How one thing stands.
@@ -211,7 +240,7 @@ pub enum CheckVerdict {
     Pass,
     /// Jobs run, but not in the best way.
     Note,
-    /// Jobs cannot run, or will soon be unable to.
+    /// Jobs cannot run, or will soon be unable to; of a promise: it is broken, or not proven.
     Fail,
 }
 

@@ -438,6 +438,9 @@ mod tests {
             default_runtime: text(default),
             cgroup_version: text("2"),
             root_dir: "/nowhere".into(),
+            components: std::collections::BTreeMap::new(),
+            security: Vec::new(),
+            kernel: text("6.1.0"),
         }
     }
 

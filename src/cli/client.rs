@@ -18,10 +18,11 @@ use crate::api::cache::{CacheRemoved, CacheView};
 use crate::api::changes::ChangesView;
 use crate::api::cost::CostReport;
 use crate::api::daemon::{EndingView, PauseView};
+use crate::api::doctor::attack::ATTACK_MAX;
 use crate::api::gc::GcView;
 use crate::api::notices::{NoticesView, TestView};
 use crate::api::queue::QueueView;
-use crate::api::wire::{Doctor, Health, JobList, JobView, WhoAmI};
+use crate::api::wire::{AttackRequest, Doctor, Health, JobList, JobView, WhoAmI};
 use crate::change::decision::{
     ApplyAnswer, ApplyRequest, CheckoutAnswer, CheckoutRequest, ExportFormat, Form,
 };
@@ -292,6 +293,15 @@ impl Client {
     /// All that jobs need of the daemon's machine.
     pub(crate) async fn doctor(&self) -> Result<Doctor, CliError> {
         self.get("/v1/doctor").await
+    }
+
+    /// The same, and whether a real cell keeps its promises.
+    pub(crate) async fn attack(&self, request: &AttackRequest) -> Result<Doctor, CliError> {
+        let body = serde_json::to_vec(request).map_err(|e| CliError::usage(e.to_string()))?;
+        let request = Request::post("/v1/doctor").header("content-type", "application/json");
+        let answer = self.send_for(request.body(Full::new(body.into())), ATTACK_MAX + ANSWER_MAX).await?;
+        let bytes = self.whole(answer).await?;
+        serde_json::from_slice(&bytes).map_err(|e| CliError::Protocol { what: e.to_string() })
     }
 
     /// Events from number `from` on; with `follow` until the job is done.

@@ -9,6 +9,7 @@ use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use super::Context;
 use super::fail::{CliError, ExitCode};
 use crate::config::{Config, Flags, SETTINGS, Setting};
+use crate::selftest::Unhealthy;
 
 /// Run the daemon
 #[derive(Debug, Args)]
@@ -28,6 +29,9 @@ pub(super) struct ServeArgs {
     /// If the store is damaged, keep it beside with all journals and change sets, and begin anew
     #[arg(long)]
     set_store_aside: bool,
+    /// Do not start where `hotcell doctor --attack` finds a fault [default: under the policy of a job that names none]
+    #[arg(long, value_name = "POLICY", num_args = 0..=1, require_equals = true)]
+    require_doctor: Option<Option<String>>,
     #[command(flatten)]
     config: ConfigFlags,
 }
@@ -114,6 +118,10 @@ impl<S: Concerns> FromArgMatches for ConfigFlags<S> {
 pub(super) fn serve(args: &ServeArgs, context: &mut Context) -> Result<ExitCode, CliError> {
     let mut config = Config::load(&args.config.flags(), &context.machine)?;
     config.set_store_aside = args.set_store_aside;
-    crate::daemon::serve(config).map_err(CliError::Local)?;
+    config.require_doctor.clone_from(&args.require_doctor);
+    crate::daemon::serve(config).map_err(|error| match error.downcast_ref::<Unhealthy>() {
+        Some(Unhealthy::Lacks { .. }) => CliError::Away(error),
+        Some(Unhealthy::Broken { .. }) | None => CliError::Local(error),
+    })?;
     Ok(ExitCode::Succeeded)
 }

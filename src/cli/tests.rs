@@ -444,6 +444,25 @@ async fn doctor_names_each_thing_and_what_to_do_and_fails_where_one_fails() {
 }
 
 #[tokio::test]
+async fn an_attack_tells_each_promise_and_a_broken_one_is_another_exit_code() {
+    let (mut context, stdout, _) = context();
+    let broken = json!({ "status": "broken", "attack": { "jobs": ["j1m86x2jg70znkzf"], "policy": "untrusted", "runtime": "runsc",
+        "image": "hotcell/cell" }, "checks": [
+        { "name": "network", "verdict": "fail", "promise": "a cell has no network", "words": "broken: eth0", "hint": "look" },
+    ] });
+    let errors = vec![("POST /v1/doctor", 200, broken)];
+    let daemon = Daemon::start(Script { errors, ..Script::default() });
+    assert_eq!(hotcell(&daemon, &["doctor", "--policy", "untrusted"], &mut context).await, ExitCode::Failed);
+    let said = stdout.text();
+    assert!(
+        said.contains("fails network    a cell has no network: broken: eth0\n                 look\n"),
+        "{said}"
+    );
+    assert!(said.contains("under untrusted (runsc, hotcell/cell), attacked by j1m86x2jg70znkzf"), "{said}");
+    assert_eq!(hotcell(&daemon, &["doctor", "--attack", "--json"], &mut context).await, ExitCode::Failed);
+}
+
+#[tokio::test]
 async fn health_has_an_exit_code() {
     let health = json!({"status": "ok", "version": "0.1.0", "instance": "h2v7hk0x",
         "engine": "unix:///var/run/docker.sock", "problems": []});

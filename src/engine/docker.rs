@@ -154,6 +154,13 @@ impl Docker {
             (name, RuntimeInfo { path, args: runtime.runtime_args.unwrap_or_default() })
         };
         let runtimes = info.runtimes.unwrap_or_default().into_iter().map(runtime).collect();
+        let components = version.components.unwrap_or_default().into_iter();
+        let told = |component: client::models::SystemVersionComponents| {
+            // A distribution puts the whole version of its package in the place of the commit.
+            let package = component.details.and_then(|mut details| details.remove("GitCommit"));
+            let package = package.filter(|text| text.starts_with(&component.version));
+            (component.name, package.unwrap_or(component.version))
+        };
         Ok(EngineInfo {
             version: version.version.or(info.server_version).unwrap_or_default(),
             api_version: version.api_version.unwrap_or_default(),
@@ -163,6 +170,9 @@ impl Docker {
             default_runtime: info.default_runtime.unwrap_or_default(),
             cgroup_version: info.cgroup_version.map(|v| v.to_string()).unwrap_or_default(),
             root_dir: info.docker_root_dir.unwrap_or_default().into(),
+            components: components.map(told).collect(),
+            security: info.security_options.unwrap_or_default(),
+            kernel: version.kernel_version.or(info.kernel_version).unwrap_or_default(),
         })
     }
 

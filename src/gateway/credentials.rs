@@ -207,6 +207,19 @@ pub(super) enum Attachment {
     Sign(Keys),
 }
 
+/// How one credential stands, without its value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// Its name.
+    pub name: String,
+    /// Whether the daemon must not start without it.
+    pub required: bool,
+    /// Where it comes from, in words.
+    pub source: String,
+    /// Why it cannot be had, where that can be known without running anything.
+    pub problem: Option<String>,
+}
+
 /// All credentials of the daemon.
 pub struct Credentials(BTreeMap<String, Named>);
 
@@ -318,6 +331,16 @@ impl Credentials {
         wrong
     }
 
+    /// How each stands now: the environment and files are read and forgotten, of a command only its program is looked
+    /// for.
+    pub async fn standing(&self) -> Vec<Standing> {
+        let mut all = Vec::new();
+        for named in self.0.values() {
+            all.push(named.standing().await);
+        }
+        all
+    }
+
     /// The secret texts of all that is held now, to be looked for in what goes out to people, and never for anything
     /// else. One that is being read by a command is waited for.
     pub async fn held(&self) -> Vec<Secret> {
@@ -391,6 +414,26 @@ impl Named {
             }
         }
         Ok(())
+    }
+
+    async fn standing(&self) -> Standing {
+        let nobody = Identity { uid: 0, gid: 0, groups: Vec::new() };
+        let (source, problem) = match &self.spec.source {
+            CredentialSource::Env(name) => (format!("the variable {name}"), self.read(&nobody).await.err()),
+            CredentialSource::File(_) => ("a file".to_owned(), self.read(&nobody).await.err()),
+            CredentialSource::Command(argv) => {
+                let path = PathBuf::from(argv.first().map(String::as_str).unwrap_or_default());
+                // One without a path is found by the user who runs it.
+                let there = match path.is_absolute() {
+                    true => tokio::fs::metadata(&path).await.map(drop),
+                    false => Ok(()),
+                };
+                let missing = there.err().map(|source| RunError::Start { program: path, source }.into());
+                ("a command, run for each user when a job needs it".to_owned(), missing)
+            }
+        };
+        let problem = problem.map(|error| error.to_string());
+        Standing { name: self.spec.name.clone(), required: self.spec.required, source, problem }
     }
 
     fn allows(&self, who: &Identity) -> Result<(), CredentialError> {

@@ -2,7 +2,10 @@
 //! for, starts the agent on socket pairs, pipes or a terminal, carries its streams to the daemon over `ctl.sock` without loss, forwards local ports to the daemon's
 //! sockets, holds the deadlines, reaps, and reports the end. Linked statically, std and libc only. It must
 //! never trust anything that comes from the cell, close the agent's stdin by itself, or show its key.
+//!
+//! Called with `attack` it is no PID 1 but the one that tries the walls for `hotcell doctor` ([`attack`]).
 
+mod attack;
 // Shared with the daemon, which uses the other half and makes some of it public: `boot`, `hash`, `wire`.
 #[allow(dead_code, unreachable_pub)]
 mod boot;
@@ -40,6 +43,13 @@ const EXIT_BOOT: u8 = 64;
 const EXIT_SYSTEM: u8 = 71;
 
 fn main() -> ExitCode {
+    // PID 1 of a cell has no arguments.
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let Some((word, rest)) = args.split_first()
+        && word == attack::WORD
+    {
+        return attack::run(rest);
+    }
     sys::close_inherited();
     sys::block_signals();
     let oom = OomScore::open();

@@ -1,5 +1,5 @@
 //! The system calls that std does not wrap, one small function each. This is the only file of hotcell-init
-//! with `unsafe` outside of the spawn hook and the forwarder's epoll. It must never keep state.
+//! with `unsafe` outside of the spawn hook, the forwarder's epoll and `attack::calls`. It must never keep state.
 
 use std::ffi::CString;
 use std::io::{self, Write};
@@ -214,6 +214,30 @@ pub(crate) fn kill(pid: libc::pid_t, signal: libc::c_int) {
     if pid != -1 && pid != 0 {
         // SAFETY: integers only.
         unsafe { libc::kill(pid, signal) };
+    }
+}
+
+/// The release of the kernel that answers.
+pub(crate) fn kernel_release() -> io::Result<String> {
+    // SAFETY: `utsname` is plain data that the call fills through a valid pointer, with a NUL at the end of each text.
+    unsafe {
+        let mut name: libc::utsname = mem::zeroed();
+        check(libc::uname(&raw mut name))?;
+        Ok(std::ffi::CStr::from_ptr(name.release.as_ptr()).to_string_lossy().into_owned())
+    }
+}
+
+/// A child that does nothing until it is killed. For a process with one thread.
+pub(crate) fn fork_waiting() -> io::Result<libc::pid_t> {
+    // SAFETY: the child makes no call but those that wait and leave.
+    unsafe {
+        let pid = check(libc::fork())?;
+        if pid == 0 {
+            libc::alarm(120);
+            libc::pause();
+            libc::_exit(0);
+        }
+        Ok(pid)
     }
 }
 

@@ -375,7 +375,20 @@ fn every_error_has_one_shape_and_every_answer_its_schema() {
         doctor["checks"].as_array().unwrap().iter().map(|check| check["name"].as_str().unwrap()).collect();
     assert_eq!(
         names,
-        ["daemon", "engine", "runtimes", "image", "agent", "workspaces", "disk", "policies"],
+        [
+            "daemon",
+            "engine",
+            "versions",
+            "kernel",
+            "runtimes",
+            "image",
+            "agent",
+            "workspaces",
+            "disk",
+            "clock",
+            "keys",
+            "policies"
+        ],
         "{doctor:#}"
     );
     let health = world.call("GET", "/healthz", "").json();
@@ -385,7 +398,7 @@ fn every_error_has_one_shape_and_every_answer_its_schema() {
     references(&document, &document);
     let operations: usize =
         document["paths"].as_object().unwrap().values().map(|p| p.as_object().unwrap().len()).sum();
-    assert_eq!(operations, 36, "each operation of the API is described");
+    assert_eq!(operations, 37, "each operation of the API is described");
     for key in ["id", "state", "cost_usd", "totals"] {
         let properties = document["components"]["schemas"]["JobView"].to_string();
         assert!(properties.contains(&format!("\"{key}\"")), "JobView has no {key}: {properties}");

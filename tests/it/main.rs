@@ -17,6 +17,7 @@ mod command;
 mod copies;
 mod crash;
 mod crash_points;
+mod doctor;
 mod egress;
 mod engine;
 mod exec;

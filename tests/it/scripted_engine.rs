@@ -116,6 +116,9 @@ impl Engine for Scripted {
                 default_runtime,
                 cgroup_version,
                 root_dir,
+                components: BTreeMap::new(),
+                security: Vec::new(),
+                kernel: "6.1.0".to_owned(),
             })
         })
     }
@@ -402,6 +405,7 @@ fn config(dir: &Path, slots: u32) -> Config {
         init_binary: init_binary(),
         log: "warn".into(),
         set_store_aside: false,
+        require_doctor: None,
         retention: hotcell::retention::Limits::default(),
     }
 }

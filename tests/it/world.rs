@@ -178,7 +178,7 @@ impl World {
         true
     }
 
-    fn launch(&mut self) {
+    pub(crate) fn launch(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let (mut command, stdin) = match &self.handed_over {
             None => (self.hotcell(), Stdio::null()),

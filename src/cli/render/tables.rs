@@ -3,7 +3,7 @@
 use super::stream::{explain, spent, tokens, verdict};
 use super::{Paint, Style, Text, one_line, words};
 use crate::agent_bundle::{Bundle, Qualification, Version};
-use crate::api::wire::{CheckVerdict, Doctor, Health, JobView};
+use crate::api::wire::{Attacked, Check, CheckVerdict, Doctor, Health, JobView};
 use crate::cell_image::{Listed, Standing};
 use crate::config::{PolicyOrigin, PolicySource};
 use crate::event::EgressBytes;
@@ -210,10 +210,24 @@ pub(crate) fn health(paint: Paint, health: &Health) -> Text {
     text
 }
 
+fn promise(check: &Check) -> String {
+    check.promise.as_ref().map(|promise| format!("{promise}: ")).unwrap_or_default()
+}
+
 /// `hotcell doctor`.
 pub(crate) fn doctor(paint: Paint, doctor: &Doctor) -> Text {
     let mut text = Text::new(paint);
+    let mut attack = doctor.attack.as_ref();
     for check in &doctor.checks {
+        if check.promise.is_some()
+            && let Some(Attacked { jobs, policy, runtime, image }) = attack.take()
+        {
+            let runtime = runtime.unwrap_or_default().as_str();
+            let jobs = jobs.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let words =
+                format!("what a cell promised under {policy} ({runtime}, {image}), attacked by {jobs}:");
+            text = text.add(Style::Dim, &words).end();
+        }
         let (style, verdict) = match check.verdict {
             CheckVerdict::Pass => (Style::Good, "ok"),
             CheckVerdict::Note => (Style::Warn, "note"),
@@ -221,7 +235,7 @@ pub(crate) fn doctor(paint: Paint, doctor: &Doctor) -> Text {
         };
         text = text
             .add(style, &format!("{verdict:<6}"))
-            .plain(&format!("{:<11}{}", check.name, check.words))
+            .plain(&format!("{:<11}{}{}", check.name, promise(check), check.words))
             .end();
         if let Some(hint) = &check.hint {
             text = text.add(Style::Dim, &format!("{:17}{hint}", "")).end();
