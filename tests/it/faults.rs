@@ -36,7 +36,7 @@ use crate::fake_agent::{
     self, done, journal, kill, limited, processes, spec, states, until_event, until_state,
 };
 use crate::own_engine::{OwnEngine, signal, world_on};
-use crate::world::World;
+use crate::world::{World, mounts_below};
 
 const SCRIPT: &str = "[default]\ntext = \"never asked\"\n";
 
@@ -332,9 +332,11 @@ fn what_cannot_be_removed_is_counted_and_tried_again() {
     let mut world = fake_agent::world("limits.slots = 2\n");
     let job = world.submit(&spec("print 1 1; sleep 3"));
     until_event(&mut world, &job, "\"n\":0");
-    // Somebody else's mount namespace has the cell's disk.
-    let mut holder = std::process::Command::new("unshare");
-    let mut holder = holder.args(["--mount", "--propagation", "private", "sleep", "600"]).spawn().unwrap();
+    // Somebody holds the cell's disk open. (Another mount namespace would hold those of all other tests, too.)
+    let mounts = mounts_below(&world.state_dir().canonicalize().unwrap().join("cells"));
+    let held: Vec<std::fs::File> =
+        mounts.iter().filter_map(|point| std::fs::File::open(point).ok()).collect();
+    assert!(!held.is_empty(), "a cell has mounts");
     let (events, view) = done(&mut world, &job);
     assert_ended(&view, "succeeded", None, 1);
     assert_eq!(states(&events), ["queued", "preparing", "running", "collecting", "done"]);
@@ -344,8 +346,7 @@ fn what_cannot_be_removed_is_counted_and_tried_again() {
     // Nobody else is held by it.
     let other = world.submit(&spec("print 1 1"));
     until_state(&mut world, &other, "done");
-    holder.kill().unwrap();
-    holder.wait().unwrap();
+    drop(held);
     until_metric(&mut world, "hotcell_cells_left", "0");
     world.end();
 }
