@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::crash_points::Dice;
 use crate::fake_agent::{self, done, spec, states};
 use crate::own_engine::{OwnEngine, all_pids, world_on};
-use crate::world::{World, one_command};
+use crate::world::{PATIENCE, World, one_command};
 
 /// Seconds and seed in `make test`.
 const SECONDS: u64 = 20;
@@ -248,6 +248,11 @@ fn random_kills_of_everything_lose_no_job_and_leave_nothing() {
     for Side { world, real, submitted, outcomes, deaths, .. } in sides {
         println!("soak: real agents {real}: {submitted} jobs, {deaths} deaths of their daemon, {outcomes:?}");
         world.end();
+    }
+    // A shim ends a moment after its container is gone.
+    let until = Instant::now() + PATIENCE;
+    while engine.shims() > 0 && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(100));
     }
     let lines = |args: &[&str]| engine.docker(args).lines().count();
     let left = [

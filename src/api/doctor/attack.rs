@@ -303,6 +303,7 @@ mod tests {
             memory_mib,
             pids,
             disk_mib,
+            slots: None,
         };
         let (large, wall_s) = limits(&policy(1024, 4096, 4096, 3600));
         assert_eq!(
