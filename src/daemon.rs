@@ -53,6 +53,9 @@ const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// Time for open connections to end after the jobs have.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
 
+/// What the daemon's end may take beside the drain and the grace of agents.
+const ENDING_SLACK: Duration = Duration::from_secs(60);
+
 /// Connections that the kernel holds until they are accepted.
 const LISTEN_BACKLOG: u32 = 1024;
 
@@ -136,7 +139,14 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let (parts, policies, notifiers) = build(&config, engine).await?;
     // Before anything happens to a job.
-    parts.store.set_notifies(!notifiers.is_empty()).await?;
+    let targets = notifiers.iter().map(|one| one.target().name.clone()).collect();
+    let dropped = parts.store.set_notifies(targets).await?;
+    if dropped > 0 {
+        tracing::warn!(
+            dropped,
+            "notices for targets that the configuration does not name any more are dropped"
+        );
+    }
     let slots = usize::try_from(config.limits.slots).unwrap_or(1);
     let (mut driver, handle) =
         Driver::new(parts.clone(), slots, Duration::from_secs(config.limits.drain_s.into()));
@@ -201,8 +211,10 @@ pub async fn run(
     });
     if systemd {
         let (api, ending, closing) = (api.clone(), shutdown.clone(), close.clone());
+        let (drain_s, grace_s) = (config.limits.drain_s, config.limits.cancel_grace_s);
+        let ending_max = Duration::from_secs(u64::from(drain_s) + u64::from(grace_s)) + ENDING_SLACK;
         tasks.spawn(async move {
-            systemd::run(api, ending, closing).await;
+            systemd::run(api, ending, ending_max, closing).await;
             "systemd"
         });
     }

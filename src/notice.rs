@@ -9,7 +9,7 @@ use crate::policy::matches;
 
 /// Most targets of one daemon.
 pub const TARGETS_MAX: usize = 32;
-/// Most notices that wait; what happens then is told to nobody, and counted.
+/// Most notices that wait; what happens then is told to nobody, and logged.
 pub const WAITING_MAX: u32 = 100_000;
 /// Tries of one notice: over some two days.
 pub const TRIES_MAX: u32 = 20;

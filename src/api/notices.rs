@@ -34,6 +34,29 @@ const BATCH_MAX: u32 = 100;
 /// Most notices that one answer tells of.
 const SHOWN_MAX: u32 = 1000;
 
+/// What is told of a job: none of it is anybody's words.
+const TOLD: [&str; 19] = [
+    "id",
+    "state",
+    "outcome",
+    "reason",
+    "phase",
+    "blame",
+    "parked",
+    "uid",
+    "policy",
+    "model",
+    "labels",
+    "batch",
+    "attempt",
+    "created_at",
+    "started_at",
+    "ended_at",
+    "cost_usd",
+    "cost_limit_usd",
+    "from",
+];
+
 /// What `GET /v1/notices` answers.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct NoticesView {
@@ -170,15 +193,22 @@ async fn make_out(api: &Api) -> Result<usize, StoreError> {
     let happened = api.parts.store.happened(BATCH_MAX).await?;
     let count = happened.len();
     for what in happened {
-        let notices = notices_of(api, &what).await?;
-        api.parts.store.make_out(what, notices).await?;
+        match notices_of(api, &what).await? {
+            Some((who, notices)) => api.parts.store.make_out(what, who, notices).await?,
+            None => api.parts.store.told(what.id).await?,
+        }
     }
     Ok(count)
 }
 
-async fn notices_of(api: &Api, what: &Happened) -> Result<Vec<(Kind, String, String)>, StoreError> {
-    // One that was removed since has nothing to be told of.
-    let Some(job) = api.parts.store.job(&what.job).await? else { return Ok(Vec::new()) };
+/// Whose job it is, and kind, target and text of each notice.
+type MadeOut = (Identity, Vec<(Kind, String, String)>);
+
+async fn notices_of(api: &Api, what: &Happened) -> Result<Option<MadeOut>, StoreError> {
+    let Some(job) = api.parts.store.job(&what.job).await? else {
+        tracing::warn!(job = %what.job, kind = what.kind.as_str(), "nobody is told: the job was removed before");
+        return Ok(None);
+    };
     let mut kinds = vec![(what.kind, None)];
     if what.kind == Kind::JobEnd
         && let Some(jobs) = api.parts.store.ended_batch(&what.job).await?
@@ -189,9 +219,9 @@ async fn notices_of(api: &Api, what: &Happened) -> Result<Vec<(Kind, String, Str
     // What cannot be read of a job is told by its id alone: it must not keep others from being told.
     let view = jobs::view(api, &job).await.ok().and_then(|view| serde_json::to_value(view).ok());
     let mut view = view.unwrap_or_else(|| json!({ "id": what.job, "policy": policy, "uid": uid }));
-    // What an agent or a prompt said goes to nobody but who asks for it.
-    for key in ["title", "result", "warnings"] {
-        view.as_object_mut().map(|view| view.remove(key));
+    // What an agent, a prompt or a command said (a result, a failure's message) goes to nobody but who asks for it.
+    if let Some(view) = view.as_object_mut() {
+        view.retain(|key, _| TOLD.contains(&key.as_str()));
     }
     let mut notices = Vec::new();
     for (kind, batch_jobs) in kinds {
@@ -203,7 +233,7 @@ async fn notices_of(api: &Api, what: &Happened) -> Result<Vec<(Kind, String, Str
             api.notifiers.iter().map(|one| one.target()).filter(|target| target.wants(kind, &policy, uid));
         notices.extend(wanted.map(|target| (kind, target.name.clone(), body.to_string())));
     }
-    Ok(notices)
+    Ok(Some((job.row.identity, notices)))
 }
 
 /// Sends what is due to one target; how long until the next is.
@@ -225,14 +255,10 @@ async fn tell_due(api: &Api, notifier: &Notifier) -> Result<Duration, StoreError
 
 async fn tell(api: &Api, notifier: &Notifier, notice: &Notice) -> Result<(), StoreError> {
     let (store, metrics) = (&api.parts.store, &api.parts.metrics);
-    let delivery = format!("{}-{}", store.instance(), notice.id);
-    let (job, kind) = (notice.job.as_str(), notice.kind.as_str());
-    let who = store.job(&notice.job).await?.map(|job| job.row.identity);
-    let told = match &who {
-        Some(who) => notifier.send(Message { delivery: &delivery, kind, job, body: &notice.body, who }).await,
-        // Removed since: there is nobody to run a command as.
-        None => return store.told(notice.id).await,
-    };
+    let (job, kind, who) = (notice.job.as_str(), notice.kind.as_str(), &notice.who);
+    // Not the row's number, which a power loss may give to another one.
+    let delivery = format!("{job}-{kind}-{}-{}", notice.at_ms, notice.target);
+    let told = notifier.send(Message { delivery: &delivery, kind, job, body: &notice.body, who }).await;
     match (told, pause_ms(notice.tries + 1)) {
         (Ok(()), _) => {
             metrics.notice("sent");

@@ -29,8 +29,9 @@ use crate::workspace::{self, Scratch, ScratchError};
 const PAUSE_MS_MIN: u64 = 1000;
 /// Two views of one pause differ by less, in milliseconds.
 const SAME_PAUSE_MS: u64 = 2_000;
-/// Tries to put a scratch space away, a second apart: whoever has a mount of it open may be a while.
-const KEEP_TRIES: u32 = 12;
+/// Tries to put a scratch space away, a second apart: a program that made a mount namespace of its own while the space was
+/// mounted (the build of an image, a service that starts) has a copy of the mount for as long as it lives.
+const KEEP_TRIES: u32 = 120;
 /// Pause before a container that could not be removed is tried again.
 const REMOVE_PAUSE: Duration = Duration::from_secs(1);
 

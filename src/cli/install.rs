@@ -252,6 +252,8 @@ WatchdogSec=60
 Restart=on-failure
 RestartSec=1
 LimitNOFILE=1048576
+# A core would hold credentials.
+LimitCORE=0
 OOMScoreAdjust=-500
 # The mounts that the daemon stages are the engine's to bind: both must see one mount namespace. So there is no
 # PrivateTmp=, ProtectSystem=, ProtectHome=, PrivateDevices= or ReadWritePaths= here; each would make another one.

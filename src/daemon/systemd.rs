@@ -61,14 +61,23 @@ pub(super) fn reloaded() {
 }
 
 /// Says that the daemon serves, and from then on that it is alive, until `close`.
-pub(super) async fn run(api: Arc<Api>, shutdown: Shutdown, close: CancellationToken) {
+/// `ending_max`: the longest that a drain takes; systemd, which would wait for its own limit only, is told of it.
+pub(super) async fn run(api: Arc<Api>, shutdown: Shutdown, ending_max: Duration, close: CancellationToken) {
     let watchdog = sd_notify::watchdog_enabled();
     tell(&[NotifyState::Ready, NotifyState::Status("serving")]);
     let period = watchdog.map_or(STATUS, |limit| limit / 3);
     let ending = async {
-        let how = shutdown.begun().await;
-        tell(&[NotifyState::Stopping, NotifyState::Status(how.words())]);
-        std::future::pending::<()>().await;
+        let mut how = shutdown.begun().await;
+        let more_us = u32::try_from(ending_max.as_micros()).unwrap_or(u32::MAX);
+        tell(&[
+            NotifyState::Stopping,
+            NotifyState::ExtendTimeoutUsec(more_us),
+            NotifyState::Status(how.words()),
+        ]);
+        loop {
+            how = shutdown.beyond(how).await;
+            tell(&[NotifyState::Status(how.words())]);
+        }
     };
     let alive = async {
         loop {

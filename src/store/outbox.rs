@@ -4,10 +4,10 @@
 
 use rusqlite::{Connection, params};
 
-use super::row::{Int, int, parsed};
+use super::row::{Int, int, json, parsed, text};
 use super::writer::Durability;
 use super::{Store, StoreError};
-use crate::job::{JobId, State};
+use crate::job::{Identity, JobId, State};
 use crate::notice::{Kind, WAITING_MAX};
 
 /// The table.
@@ -19,6 +19,7 @@ CREATE TABLE outbox (
     at_ms INTEGER NOT NULL,
     target TEXT,
     body TEXT,
+    who TEXT,
     tries INTEGER NOT NULL DEFAULT 0,
     next_ms INTEGER NOT NULL,
     error TEXT
@@ -55,6 +56,8 @@ pub struct Notice {
     pub target: String,
     /// JSON.
     pub body: String,
+    /// Whose job it is: it may be removed by now.
+    pub who: Identity,
     /// Tries so far.
     pub tries: u32,
     /// The next one, in milliseconds since 1970.
@@ -79,23 +82,33 @@ pub(super) fn note(db: &Connection, job: &JobId, state: &State, now_ms: u64) -> 
     let sql = "INSERT INTO outbox (kind, job, at_ms, next_ms) SELECT ?1, ?2, ?3, ?3 \
                WHERE EXISTS (SELECT 1 FROM meta WHERE key = 'notify') \
                AND (SELECT count(*) FROM outbox) < ?4";
-    db.prepare_cached(sql)?.execute(params![kind.as_str(), job.as_str(), Int(now_ms), WAITING_MAX])?;
+    let values = params![kind.as_str(), job.as_str(), Int(now_ms), WAITING_MAX];
+    if db.prepare_cached(sql)?.execute(values)? == 0 {
+        let wanted = "SELECT EXISTS (SELECT 1 FROM meta WHERE key = 'notify')";
+        if db.prepare_cached(wanted)?.query_row([], |row| row.get::<_, bool>(0))? {
+            tracing::error!(%job, kind = kind.as_str(), "nobody is told: {WAITING_MAX} notices wait already");
+        }
+    }
     Ok(())
 }
 
 impl Store {
-    /// Whether anybody is to be told from now on. What waits for targets that are no more is dropped when it is due.
+    /// Who is to be told from now on. What waits for targets that are no more is dropped; how much that was.
     ///
     /// # Errors
     /// Those of SQLite.
-    pub async fn set_notifies(&self, notifies: bool) -> Result<(), StoreError> {
+    pub async fn set_notifies(&self, targets: Vec<String>) -> Result<usize, StoreError> {
         self.write(Durability::Now, move |db| {
-            let sql = match notifies {
+            let known = text(&targets)?;
+            let sql = "DELETE FROM outbox WHERE target IS NOT NULL \
+                       AND target NOT IN (SELECT value FROM json_each(?1))";
+            let dropped = db.prepare_cached(sql)?.execute([known])?;
+            let sql = match !targets.is_empty() {
                 true => "INSERT INTO meta (key, value) VALUES ('notify', '1') ON CONFLICT DO NOTHING",
                 false => "DELETE FROM meta WHERE key = 'notify'",
             };
             db.prepare_cached(sql)?.execute([])?;
-            Ok(())
+            Ok(dropped)
         })
         .await
     }
@@ -124,6 +137,7 @@ impl Store {
     pub async fn make_out(
         &self,
         what: Happened,
+        who: Identity,
         notices: Vec<(Kind, String, String)>,
     ) -> Result<(), StoreError> {
         self.write(Durability::Soon, move |db| {
@@ -131,9 +145,11 @@ impl Store {
             if gone == 0 {
                 return Ok(());
             }
-            let sql = "INSERT INTO outbox (kind, job, at_ms, target, body, next_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?3)";
+            let who = text(&who)?;
+            let sql = "INSERT INTO outbox (kind, job, at_ms, target, body, who, next_ms) \
+                       VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?3)";
             for (kind, target, body) in &notices {
-                let values = params![kind.as_str(), what.job.as_str(), Int(what.at_ms), target, body];
+                let values = params![kind.as_str(), what.job.as_str(), Int(what.at_ms), target, body, who];
                 db.prepare_cached(sql)?.execute(values)?;
             }
             Ok(())
@@ -148,7 +164,7 @@ impl Store {
     pub async fn notices(&self, target: Option<&str>, most: u32) -> Result<Vec<Notice>, StoreError> {
         let target = target.map(str::to_owned);
         self.read(move |db| {
-            let sql = "SELECT id, kind, job, at_ms, target, body, tries, next_ms, error FROM outbox \
+            let sql = "SELECT id, kind, job, at_ms, target, body, tries, next_ms, error, who FROM outbox \
                        WHERE target IS NOT NULL AND (?1 IS NULL OR target = ?1) ORDER BY next_ms, id LIMIT ?2";
             let mut statement = db.prepare_cached(sql)?;
             let rows = statement.query_map(params![target, most], |row| {
@@ -159,6 +175,7 @@ impl Store {
                     at_ms: int(row, 3)?,
                     target: row.get(4)?,
                     body: row.get(5)?,
+                    who: json(row, 9)?,
                     tries: row.get(6)?,
                     next_ms: int(row, 7)?,
                     error: row.get(8)?,
@@ -224,4 +241,60 @@ fn kind(row: &rusqlite::Row<'_>, at: usize) -> rusqlite::Result<Kind> {
             format!("{text:?} is no kind").into(),
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::NewJob;
+    use super::super::tests::{new_job, open};
+    use super::*;
+    use crate::job::{Input, StopReason};
+    use tempfile::TempDir;
+
+    #[tokio::test]
+    async fn what_happens_is_noted_with_it_while_somebody_is_to_be_told_and_for_those_alone() {
+        let dir = TempDir::new().unwrap();
+        let store = open(&dir).await;
+        let end = async |n| {
+            let id = JobId::new(n, 0);
+            let stop = Input::Stop(StopReason::Cancelled);
+            store.transition(&id, &State::Queued, &stop, None, 5).await.unwrap();
+            id
+        };
+        for n in [1, 2, 3] {
+            let batch = Some(super::super::Batch { name: "b".to_owned(), limit: None });
+            store.submit(NewJob { batch, ..new_job(n, 1000) }).await.unwrap();
+        }
+        end(1).await;
+        assert_eq!(store.happened(9).await.unwrap(), [], "nobody is to be told");
+        assert_eq!(store.set_notifies(vec!["a".to_owned(), "b".to_owned()]).await.unwrap(), 0);
+        let second = end(2).await;
+        let happened = store.happened(9).await.unwrap();
+        assert_eq!((happened.len(), happened[0].kind, &happened[0].job), (1, Kind::JobEnd, &second));
+        assert_eq!(store.ended_batch(&second).await.unwrap(), None, "one of them is not over");
+        let who = Identity { uid: 1000, gid: 7, groups: vec![8] };
+        let both = ["a", "b"].map(|target| (Kind::JobEnd, target.to_owned(), "{}".to_owned())).to_vec();
+        store.make_out(happened[0].clone(), who.clone(), both.clone()).await.unwrap();
+        store.make_out(happened[0].clone(), who.clone(), both).await.unwrap();
+        let waiting = store.notices(None, 9).await.unwrap();
+        assert_eq!(
+            waiting.iter().map(|n| n.target.as_str()).collect::<Vec<_>>(),
+            ["a", "b"],
+            "made out once"
+        );
+        store.delete(&second).await.unwrap();
+        store.tell_again(waiting[0].id, 99, "why".to_owned()).await.unwrap();
+        let again = store.notices(Some("a"), 9).await.unwrap();
+        assert_eq!(
+            (again[0].tries, again[0].next_ms, &again[0].who),
+            (1, 99, &who),
+            "whose it was outlives the job"
+        );
+        assert_eq!(store.set_notifies(vec!["a".to_owned()]).await.unwrap(), 1, "b is told nothing any more");
+        store.told(again[0].id).await.unwrap();
+        assert_eq!(store.notices(None, 9).await.unwrap(), []);
+        let third = end(3).await;
+        assert_eq!(store.ended_batch(&third).await.unwrap(), Some(2), "the last of those that are there");
+        store.close().await.unwrap();
+    }
 }

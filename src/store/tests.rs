@@ -18,7 +18,7 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-fn new_job(n: u64, uid: u32) -> NewJob {
+pub(super) fn new_job(n: u64, uid: u32) -> NewJob {
     NewJob {
         id: JobId::new(n, 0),
         identity: Identity { uid, gid: uid, groups: vec![4, 24] },
@@ -49,7 +49,7 @@ fn cell_row(job: &JobId, random: u64) -> CellRow {
     }
 }
 
-async fn open(dir: &TempDir) -> Store {
+pub(super) async fn open(dir: &TempDir) -> Store {
     Store::open(dir.path()).await.unwrap()
 }
 

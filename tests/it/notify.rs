@@ -123,9 +123,11 @@ fn a_webhook_hears_of_each_end_once_signed_and_without_a_word_of_the_agents() {
         (spec["batch"], spec["labels"]) = (json!({ "name": "nightly" }), json!({ "team": "blue" }));
         spec
     };
-    let jobs = [world.submit(&in_batch("print 1 1")), world.submit(&in_batch("sleep 1"))];
-    for job in &jobs {
-        assert_eq!(done(&mut world, job).1["outcome"], "succeeded");
+    let jobs = [world.submit(&in_batch("print 1 1")), world.submit(&in_batch("stderr my secret; exit 3"))];
+    for (job, outcome) in jobs.iter().zip(["succeeded", "failed"]) {
+        let job = done(&mut world, job).1;
+        assert_eq!(job["outcome"], outcome);
+        assert_eq!(job.to_string().contains("my secret"), outcome == "failed", "{job}");
     }
     world.wait_for("all was told", |world| receiver.posts().len() >= 3 && outbox(world) == "0");
     let posts = receiver.posts();
@@ -136,10 +138,10 @@ fn a_webhook_hears_of_each_end_once_signed_and_without_a_word_of_the_agents() {
         assert!(post.is_signed(), "{post:?}");
         let job = &post.json()["job"];
         assert_eq!(
-            (&job["outcome"], &job["labels"]["team"], &job["title"]),
-            (&json!("succeeded"), &json!("blue"), &Value::Null)
+            (&job["state"], &job["labels"]["team"], &job["title"]),
+            (&json!("done"), &json!("blue"), &Value::Null)
         );
-        assert!(!post.body.contains("sleep 1") && !post.body.contains("print 1 1"), "{}", post.body);
+        assert!(!post.body.contains("my secret") && !post.body.contains("print 1 1"), "{}", post.body);
     }
     assert_eq!(posts[2].json()["batch_jobs"], 2);
     let ends: Vec<String> = only.posts().iter().map(|post| post.json()["kind"].to_string()).collect();

@@ -14,7 +14,7 @@ use crate::own_engine::{OwnEngine, all_pids, world_on};
 use crate::world::{PATIENCE, World, one_command};
 
 /// Seconds and seed in `make test`.
-const SECONDS: u64 = 20;
+const SECONDS: u64 = 6;
 const SEED: u64 = 3;
 /// Jobs of each world that are not over at a time.
 const OPEN_MAX: usize = 6;

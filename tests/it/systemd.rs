@@ -81,6 +81,10 @@ fn systemd_hears_that_the_daemon_serves_lives_reads_its_files_again_and_ends() {
     world.send(Signal::QUIT);
     let told = manager.until(|told| has(told, "STOPPING=1"));
     assert!(has(&told, "STATUS=detaching"), "{told:?}");
+    assert!(
+        told.iter().any(|m| m.contains("EXTEND_TIMEOUT_USEC=")),
+        "systemd waits as long as a drain takes: {told:?}"
+    );
     world.ended();
     world.start();
     manager.until(|told| has(told, "READY=1"));
